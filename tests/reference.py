@@ -199,8 +199,11 @@ class Reference:
 
 
 def mask_of(name: str, weight: Tensor, scale: Tensor) -> Tensor:
-    """Return the soft-mask of one parameter: ``scale`` (layers, heads) on the rows of Q, K, V and on the columns of
-    the attention output projection, 1 everywhere else. Shape of ``weight``."""
+    """Return the soft-mask of one parameter, in the shape of ``weight``.
+
+    ``scale`` (layers, heads) stands on the rows of Q, K, V and on the columns of the attention output
+    projection, 1 everywhere else.
+    """
     mask = torch.ones_like(weight)
     found = re.search(
         r"encoder\.layer\.(\d+)\.attention\.(self\.(?:query|key|value)|output\.dense)\.(\w+)$", name
