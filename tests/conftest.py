@@ -1,0 +1,38 @@
+"""Fixtures shared by all rooms."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks import REPOSITORY, close_pools
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Find the folder of corpora, end tasks and models that lies beside the repository (``../shared/data``)."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the data folder {folder}, which is not part of the repository")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test starts from the same random state, alone or in the whole suite."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the global state
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rank_pools() -> Iterator[None]:
+    yield
+    close_pools()
