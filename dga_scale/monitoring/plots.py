@@ -1,0 +1,187 @@
+"""Figures of a run: heatmaps of importance and protection, loss curves, effective protection.
+
+Drawn with matplotlib's object interface: no global state, no display. A theme sets the colours of text and
+lines on a transparent background, so that the report can show one set on light and one on dark pages.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""label -> (x, y)."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure. ``series`` stay apart for the colour-blind (after Okabe and Ito)."""
+
+    name: str
+    text: str
+    faint: str
+    background: str
+    series: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "light", "#24292f", "#d0d7de", "#ffffff", ("#0072b2", "#d55e00", "#00825f", "#a8578a", "#8a6d00")
+)
+DARK = Theme("dark", "#d6dde4", "#3d444d", "#0f1419", ("#56b4e9", "#ff8a5c", "#2bc49a", "#e39cc5", "#f0c14b"))
+
+_WIDTH = 5.4
+_DPI = 160
+_SMOOTH_ABOVE = 120
+"""Points in a curve above which the raw values become faint and a moving average is drawn over them."""
+
+
+def heatmap_figure(
+    values: Tensor, title: str, unit: str, *, limits: tuple[float, float] | None = None, theme: Theme = LIGHT
+) -> Figure:
+    """One heatmap.
+
+    Args:
+        values: (layers, units).
+        unit: what a column is, for the axis: ``"head"``, for example.
+        limits: values of the ends of the colour scale; default: the data's.
+    """
+    figure = _figure(_WIDTH, 1.3 + 0.24 * min(values.shape[0], 24))
+    axes = figure.add_subplot()
+    _draw_heatmap(figure, axes, values, title, unit, limits, theme)
+    return figure
+
+
+def importance_figure(importance: Tensor, protection: Tensor, kind: str) -> Figure:
+    """Importance and the protection made of it side by side, for one kind of unit; both (layers, units)."""
+    figure = _figure(2 * _WIDTH, 1.3 + 0.24 * min(importance.shape[0], 24))
+    left, right = figure.subplots(1, 2)
+    _draw_heatmap(figure, left, importance, "importance", kind, None, LIGHT)
+    _draw_heatmap(figure, right, protection, "protection a", kind, (0.0, 1.0), LIGHT)
+    figure.patch.set_facecolor(LIGHT.background)
+    return figure
+
+
+def curves_figure(
+    curves: Series, y_label: str, *, points: Series | None = None, theme: Theme = LIGHT
+) -> Figure:
+    """Curves over the steps; ``points`` are drawn as dashed lines with a mark at each value."""
+    figure = _figure(_WIDTH, 3.1)
+    axes = figure.add_subplot()
+    for color, (label, (x, y)) in zip(_cycle(theme, len(curves)), curves.items(), strict=True):
+        window = len(y) // 60 if len(y) > _SMOOTH_ABOVE else 1
+        if window > 1:
+            axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
+            smooth = np.convolve(np.asarray(y, dtype=float), np.ones(window) / window, mode="valid")
+            axes.plot(x[window - 1 :], smooth, color=color, linewidth=1.8, label=label)
+        else:
+            axes.plot(x, y, color=color, linewidth=1.6, label=label, marker="." if len(y) == 1 else None)
+    for color, (label, (x, y)) in zip(_cycle(theme, len(points or {})), (points or {}).items(), strict=True):
+        axes.plot(x, y, color=color, linewidth=1.4, linestyle="--", marker="o", markersize=5, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel(y_label)
+    _style(axes, theme)
+    if len(curves) + len(points or {}) > 1:
+        _legend(axes, theme)
+    return figure
+
+
+def protection_figure(heads: Mapping[str, tuple[Tensor, Tensor]], *, theme: Theme = LIGHT) -> Figure:
+    """How far each head moved against its soft-mask 1 - a.
+
+    Args:
+        heads: label -> (1 - a, movement relative to an unprotected head), each (layers, heads).
+    """
+    figure = _figure(_WIDTH, 3.6)
+    axes = figure.add_subplot()
+    top = max([1.0, *(float(movement.max()) for _, movement in heads.values())]) * 1.08
+    axes.plot([0, 1], [0, 1], color=theme.text, linewidth=1.0, linestyle="--", label="what the mask asks for")
+    axes.plot([0, 1], [1, 1], color=theme.faint, linewidth=1.4, label="no protection at all")
+    for color, (label, (kept, movement)) in zip(_cycle(theme, len(heads)), heads.items(), strict=True):
+        axes.scatter(
+            kept.flatten().tolist(), movement.flatten().tolist(), s=16, color=color, alpha=0.75,
+            label=label or "a head", linewidths=0,
+        )  # fmt: skip
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(0, top)
+    axes.set_xlabel("soft-mask 1 - a of the head")
+    axes.set_ylabel("movement relative to unprotected")
+    _style(axes, theme)
+    _legend(axes, theme)
+    if theme is LIGHT:
+        figure.patch.set_facecolor(LIGHT.background)
+    return figure
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG file."""
+    path.write_bytes(png_bytes(figure))
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure as (height, width, 3) bytes, as TensorBoard takes an image."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    return figure
+
+
+def _draw_heatmap(
+    figure: Figure,
+    axes: Axes,
+    values: Tensor,
+    title: str,
+    unit: str,
+    limits: tuple[float, float] | None,
+    theme: Theme,
+) -> None:
+    low, high = limits or (None, None)
+    matrix = values.detach().to(torch.float32).cpu().numpy()
+    image = axes.imshow(matrix, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.ax.tick_params(colors=theme.text, labelsize=9)
+    bar.outline.set_visible(False)
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("layer")
+    for axis, size in ((axes.yaxis, matrix.shape[0]), (axes.xaxis, matrix.shape[1])):
+        axis.set_ticks(range(0, size, max(1, -(-size // 12))))
+    _style(axes, theme)
+    axes.grid(False)
+
+
+def _style(axes: Axes, theme: Theme) -> None:
+    axes.set_facecolor("none")
+    axes.grid(True, color=theme.faint, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.text, labelsize=9, length=0)
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(theme.text)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _legend(axes: Axes, theme: Theme) -> None:
+    axes.legend(frameon=False, fontsize=9, labelcolor=theme.text)
+
+
+def _cycle(theme: Theme, count: int) -> list[str]:
+    return [theme.series[i % len(theme.series)] for i in range(count)]
