@@ -1,0 +1,79 @@
+"""Files that are complete or absent: written beside their place, synced, then renamed."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dga_scale.errors import UserError
+
+
+@contextmanager
+def atomic_file(path: Path, scratch: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears at ``path`` only when the block has ended without an error.
+
+    Until then it lies in ``scratch`` (same file system) under a name no other process uses, so several
+    processes may write the same ``path`` at once: the last rename wins.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    temporary = scratch / f"{path.name}.{socket.gethostname()}.{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # Without this, a machine that loses power may forget the rename although it kept a later one.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any, scratch: Path) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    with atomic_file(path, scratch) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_array(path: Path, array: np.ndarray, scratch: Path) -> None:
+    """Write ``array`` as .npy, atomically.
+
+    Through memory, because ``np.save`` on a full disk raises an OSError without its errno.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    with atomic_file(path, scratch) as file:
+        file.write(buffer.getbuffer())
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that can't be written into a ``UserError`` naming ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(folder).free / 1e6
+            raise UserError(
+                f"the disk of {folder} is full ({free:.1f} MB free): {error.strerror}. Finished parts are "
+                "kept: make room and run the same command again to continue"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"can't write to {error.filename or folder}: {error.strerror}. Choose another --output or "
+                "change its permissions"
+            ) from error
+        raise

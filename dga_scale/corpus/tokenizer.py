@@ -1,0 +1,157 @@
+"""Tokenizers: loaded without truncation, identified by a hash, applied to many texts at a time."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dga_scale.errors import UserError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing transformers costs 2 s and 200 MB, which a worker process need not pay
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_PIECE = 1 << 18
+"""Characters given to a tokenizer at once: a longer document is tokenised piece by piece, because the
+memory a tokenizer needs is about a hundred times its input."""
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer from a folder or a model name, with truncation and padding switched off.
+
+    A tokenizer file can carry both (all-MiniLM-L6-v2's cuts at 128 tokens), and they would silently
+    shorten every document.
+
+    Raises:
+        UserError: ``name_or_path`` holds no tokenizer that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    name = os.fspath(name_or_path)
+    looks_like_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_like_path and not os.path.isdir(name):
+        raise UserError(
+            f"tokenizer {name!r}: no such folder. Pass a folder with tokenizer files or a model's name"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, TypeError, KeyError... here
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the tokenizer of {name!r} can't be loaded: {reason}. Pass a folder that holds tokenizer.json "
+            "(or tokenizer_config.json and its vocabulary), or the name of a model"
+        ) from error
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Ids of the tokenizer's named special tokens: those of pad, mask, cls, sep, bos, eos, unk that it has."""
+    names = ("pad", "mask", "cls", "sep", "bos", "eos", "unk")
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
+    return {name: int(index) for name, index in ids.items() if index is not None}
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """sha256 over what decides the ids of a text: normaliser, pre-tokeniser, model, added and special tokens.
+
+    Truncation, padding, decoder and post-processor don't enter, so the hash survives ``save_pretrained``
+    and a change of ``model_max_length``.
+    """
+    content: dict[str, Any] = {"special": special_ids(tokenizer)}
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        for key in ("added_tokens", "normalizer", "pre_tokenizer", "model"):
+            content[key] = backend[key]
+    else:
+        content["class"] = type(tokenizer).__name__
+        content["vocab"] = tokenizer.get_vocab()
+        processor = getattr(tokenizer, "sp_model", None)
+        if processor is not None:
+            content["sentencepiece"] = hashlib.sha256(processor.serialized_model_proto()).hexdigest()
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def encoder_spec(tokenizer: "PreTrainedTokenizerBase", name_or_path: str) -> str:
+    """What a worker process needs to rebuild the tokenizer: a fast one's JSON, or a slow one's name."""
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.to_str()
+    return json.dumps({"slow": name_or_path})
+
+
+class Encoder:
+    """Text to ids: no special tokens added, nothing truncated, nothing padded.
+
+    A special token's name written in a text ("[MASK]", "</s>") is tokenised as the text that it is.
+    Fast tokenizers run without transformers, which keeps a worker process small.
+    """
+
+    def __init__(self, spec: str) -> None:
+        content = json.loads(spec)
+        self._slow = load_tokenizer(content["slow"]) if "slow" in content else None
+        if self._slow is None:
+            self._fast = Tokenizer.from_str(spec)
+            self._fast.no_truncation()
+            self._fast.no_padding()
+            self._fast.encode_special_tokens = True
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, int32, of any length (0 included)."""
+        pieces, owners = [], []
+        for owner, text in enumerate(texts):
+            for piece in split_long(text):
+                pieces.append(piece)
+                owners.append(owner)
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        for owner, piece_ids in zip(owners, self._encode(pieces), strict=True):
+            ids[owner].append(np.array(piece_ids, dtype=np.int32))
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
+
+    def _encode(self, texts: list[str]) -> Iterator[list[int]]:
+        if self._slow is None:
+            encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+            return (encoding.ids for encoding in encodings)
+        return iter(
+            self._slow(
+                texts,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                truncation=False,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+        )
+
+
+@lru_cache(maxsize=1)
+def cached_encoder(spec: str) -> Encoder:
+    """The encoder of ``spec``, built once a process."""
+    return Encoder(spec)
+
+
+def split_long(text: str, limit: int = LONGEST_PIECE) -> list[str]:
+    """Cut ``text`` into pieces of at most ``limit`` characters, before a line break or a space if there is one.
+
+    Whitespace bounds the words of nearly every tokenizer, so the ids are those of the whole text (give or
+    take one per cut where a tokenizer treats the start of a text apart).
+    """
+    pieces = []
+    start = 0
+    while len(text) - start > limit:
+        cut = max(text.rfind("\n", start + 1, start + limit), text.rfind(" ", start + 1, start + limit))
+        if cut <= start:
+            cut = start + limit
+        pieces.append(text[start:cut])
+        start = cut
+    pieces.append(text[start:])
+    return pieces
