@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,8 +67,9 @@ class MaskingPolicy:
         manifest = corpus.manifest
         if "mask" not in manifest.special_ids:
             raise UserError(
-                f"corpus {corpus.path} was made with {manifest.tokenizer!r}, whose tokenizer has no mask token: "
-                "masked LM is not possible. Train a causal model on it, or shard the text with an encoder's tokenizer"
+                f"corpus {corpus.path} was made with {manifest.tokenizer!r}, whose tokenizer has no mask "
+                "token: masked LM is not possible. Train a causal model on it, or shard the text with the "
+                "tokenizer of an encoder"
             )
         return cls(
             probability=probability,
@@ -202,8 +202,9 @@ class StepBatches:
 class BatchStream:
     """One rank's micro-batches, step after step, prepared ahead by a background thread.
 
-    Step s trains on positions [s * G, (s + 1) * G) of the order, G the global batch size; micro-step m of rank
-    r takes the rows [(m * world_size + r) * b, (m * world_size + r + 1) * b) of it, b the micro-batch size.
+    Step s trains on positions [s * G, (s + 1) * G) of the order, G the global batch size; micro-step m of
+    rank r takes the rows [(m * world_size + r) * b, (m * world_size + r + 1) * b) of it, b the micro-batch
+    size. At most ``prefetch`` steps are prepared ahead.
 
     Example::
 
@@ -234,15 +235,16 @@ class BatchStream:
         assert 0 <= rank < world_size, (rank, world_size)
         if global_batch_size % (micro_batch_size * world_size):
             raise UserError(
-                f"global batch size {global_batch_size} is not a multiple of {micro_batch_size} (micro-batch) x "
-                f"{world_size} (ranks). Choose a global batch size that divides"
+                f"global batch size {global_batch_size} is not a multiple of {micro_batch_size} "
+                f"(micro-batch) x {world_size} (ranks). Choose a global batch size that divides"
             )
         check_one_batch(corpus, global_batch_size)
         self._corpus, self._order, self._masking = corpus, order, masking
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world_size = rank, world_size
         self._steps = range(start_step, start_step + num_steps)
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
+        self._queue: queue.SimpleQueue[StepBatches | BaseException] = queue.SimpleQueue()
+        self._free_slots = threading.Semaphore(prefetch)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -270,6 +272,7 @@ class BatchStream:
         try:
             for _ in self._steps:
                 item = self._queue.get()
+                self._free_slots.release()
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -285,26 +288,19 @@ class BatchStream:
     def close(self) -> None:
         """Stop the background thread and wait for it."""
         self._stop.set()
+        self._free_slots.release()
         if self._thread is not None:
             self._thread.join()
 
     def _produce(self) -> None:
         try:
             for step in self._steps:
-                if not self._offer(self.step(step)):
+                self._free_slots.acquire()
+                if self._stop.is_set():
                     return
+                self._queue.put(self.step(step))
         except BaseException as error:  # handed over: it is raised where the batch is asked for
-            self._offer(error)
-
-    def _offer(self, item: StepBatches | BaseException) -> bool:
-        """Put ``item`` into the queue; False if the stream was closed meanwhile."""
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+            self._queue.put(error)
 
 
 def check_one_batch(corpus: Corpus, global_batch_size: int) -> None:
@@ -315,8 +311,8 @@ def check_one_batch(corpus: Corpus, global_batch_size: int) -> None:
     """
     if len(corpus) < global_batch_size:
         raise UserError(
-            f"corpus {corpus.path} has {len(corpus)} rows, fewer than one global batch of {global_batch_size}. "
-            "Give more text, or a smaller global batch size"
+            f"corpus {corpus.path} has {len(corpus)} rows, fewer than one global batch of "
+            f"{global_batch_size}. Give more text, or a smaller global batch size"
         )
 
 

@@ -33,7 +33,7 @@ WORK_FOLDER = ".sharding"
 
 @dataclass(frozen=True)
 class Shard:
-    """One Arrow file: columns ``input_ids`` (list of uint16 or int32), ``length`` and ``maskable`` (int32)."""
+    """One Arrow file: columns ``input_ids`` (list of uint16 or int32), ``length``, ``maskable`` (int32)."""
 
     file: str
     rows: int
@@ -115,8 +115,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         if (folder / WORK_FOLDER).is_dir():
             raise UserError(
-                f"corpus {folder} is unfinished (it has no {MANIFEST} yet): run the same tools/shard_corpus.py "
-                "command again, it continues where it stopped"
+                f"corpus {folder} is unfinished (it has no {MANIFEST} yet): run the same "
+                "tools/shard_corpus.py command again, it continues where it stopped"
             )
         raise UserError(
             f"{folder} holds no corpus ({MANIFEST} is missing). Pass a folder that shard_corpus.py wrote"
@@ -263,14 +263,14 @@ def check_matches(manifest: Manifest, tokenizer: "PreTrainedTokenizerBase") -> N
     )
     if len(tokenizer) != manifest.vocab_size:
         raise UserError(
-            f"corpus and model do not match: the corpus has a vocabulary of {manifest.vocab_size}, the model's "
-            f"tokenizer one of {len(tokenizer)}. {advice}"
+            f"corpus and model do not match: the corpus has a vocabulary of {manifest.vocab_size}, the "
+            f"model's tokenizer one of {len(tokenizer)}. {advice}"
         )
     found = special_ids(tokenizer)
     if found != manifest.special_ids:
         raise UserError(
-            f"corpus and model do not match: the corpus has special tokens {manifest.special_ids}, the model's "
-            f"tokenizer {found}. {advice}"
+            f"corpus and model do not match: the corpus has special tokens {manifest.special_ids}, the "
+            f"model's tokenizer {found}. {advice}"
         )
     if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
         raise UserError(
@@ -287,6 +287,6 @@ def check_sequence_length(manifest: Manifest, max_positions: int) -> None:
     """
     if manifest.sequence_length > max_positions:
         raise UserError(
-            f"the corpus has rows of {manifest.sequence_length} tokens, the model takes at most {max_positions}. "
-            f"Shard the text again with --sequence_length {max_positions} or less"
+            f"the corpus has rows of {manifest.sequence_length} tokens, the model takes at most "
+            f"{max_positions}. Shard the text again with --sequence_length {max_positions} or less"
         )

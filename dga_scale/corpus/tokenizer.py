@@ -53,7 +53,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Ids of the tokenizer's named special tokens: those of pad, mask, cls, sep, bos, eos, unk that it has."""
+    """Ids of the named special tokens that the tokenizer has, of pad, mask, cls, sep, bos, eos, unk."""
     names = ("pad", "mask", "cls", "sep", "bos", "eos", "unk")
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
     return {name: int(index) for name, index in ids.items() if index is not None}
@@ -140,7 +140,7 @@ def cached_encoder(spec: str) -> Encoder:
 
 
 def split_long(text: str, limit: int = LONGEST_PIECE) -> list[str]:
-    """Cut ``text`` into pieces of at most ``limit`` characters, before a line break or a space if there is one.
+    """Cut ``text`` into pieces of at most ``limit`` characters, before a line break or space where possible.
 
     Whitespace bounds the words of nearly every tokenizer, so the ids are those of the whole text (give or
     take one per cut where a tokenizer treats the start of a text apart).
