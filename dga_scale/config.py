@@ -31,7 +31,8 @@ class ModelSettings:
     """The language model."""
 
     model: str | None = _setting(
-        None, "Folder or hub name of the pretrained model. Default: the demo's small BERT, made ready on first use."
+        None,
+        "Folder or hub name of the pretrained model. Default: the demo's small BERT, made on first use.",
     )
     head_warmup_steps: int = _setting(
         0,
@@ -45,7 +46,8 @@ class ModelSettings:
         "(ModernBERT, Llama): proxy KL and the contrast compare two dropout draws. Default: the model's own.",
     )
     attn_implementation: str | None = _setting(
-        None, "Attention kernel as transformers names it (sdpa, flash_attention_2, eager). Default: its choice."
+        None,
+        "Attention kernel as transformers names it (sdpa, flash_attention_2, eager). Default: its choice.",
     )
     gradient_checkpointing: bool = _setting(
         False, "Recompute activations in the backward pass: less memory, about a third more compute."
@@ -91,7 +93,8 @@ class MethodSettings:
         False, "One trunk pass a view instead of one for all: less memory, the same numbers without dropout."
     )
     importance_samples: int = _setting(
-        10_000, "Rows on which importance is measured before training (fewer where the corpus is smaller). Source: DGA."
+        10_000,
+        "Rows on which importance is measured before training (all of a smaller corpus). Source: DGA.",
     )
     importance_distribution: str = _setting(
         "vocabulary",
@@ -107,7 +110,7 @@ class MethodSettings:
     )
     kv_protection: str = _setting(
         "min",
-        "Protection of a key/value head that several query heads share: of the least, most or mean protected.",
+        "Protection of a key/value head that query heads share: of the least, most or mean protected.",
         ("min", "max", "mean"),
     )
 
@@ -122,7 +125,8 @@ class OptimizationSettings:
         None, "Rows in one forward pass of one rank. Default: the global batch over ranks and accumulation."
     )
     gradient_accumulation_steps: int | None = _setting(
-        None, "Forward passes in one optimizer step. Default: what the two batch sizes give, 1 without the second."
+        None,
+        "Forward passes in one optimizer step. Default: what the two batch sizes give, 1 without the second.",
     )
     learning_rate: float = _setting(1e-4, "Peak learning rate. Source: DGA's released code.")
     lr_scheduler_type: str = _setting(
@@ -139,7 +143,9 @@ class OptimizationSettings:
     adam_beta2: float = _setting(0.999, "AdamW's beta2.")
     adam_epsilon: float = _setting(1e-6, "AdamW's epsilon. Source: DGA's released code.")
     max_grad_norm: float = _setting(1.0, "Gradient norm above which gradients are scaled down; 0: off.")
-    bf16: bool = _setting(True, "bfloat16 weights in the passes, float32 in the optimizer. False: all float32.")
+    bf16: bool = _setting(
+        True, "bfloat16 weights in the passes, float32 in the optimizer. False: all float32."
+    )
     fp16: bool = _setting(False, "float16 with loss scaling instead of bf16 (ZeRO 1 to 3, on a GPU).")
     max_bad_steps: int = _setting(
         10, "Steps in a row refused for a NaN or infinity after which the run stops."
@@ -154,7 +160,7 @@ class RunSettings:
     output_dir: str | None = _setting(None, "The run's folder. Default: runs/METHOD-CORPUS.")
     resume: str = _setting(
         "auto",
-        "auto: go on from the newest complete checkpoint of output_dir; never: refuse a folder that holds one; "
+        "auto: go on from the newest complete checkpoint of output_dir; never: refuse a folder with one; "
         "or the path of a checkpoint.",
     )
     seed: int = _setting(42, "Seed of the order, the masks and dropout.")
@@ -162,7 +168,9 @@ class RunSettings:
     protection_steps: int = _setting(
         50, "Steps between records of effective protection: how far each head moved against 1 - importance."
     )
-    eval_steps: int = _setting(500, "Steps between evaluations; also before the first and after the last step.")
+    eval_steps: int = _setting(
+        500, "Steps between evaluations; also before the first and after the last step."
+    )
     save_steps: int = _setting(500, "Steps between checkpoints; also after the last step.")
     save_total_limit: int = _setting(2, "Checkpoints kept; older ones are removed. 0: all.")
     dry_run: bool = _setting(
@@ -226,7 +234,9 @@ def build_parser(prog: str = "dga-train") -> HfArgumentParser:
         description="Adapt a pretrained language model to a domain and keep what it knows.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="Settings as YAML, by the names below. Flags win.")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="Settings as YAML, by the names below. Flags win."
+    )
     return parser
 
 
@@ -305,7 +315,13 @@ def _check_values(config: TrainConfig) -> None:
                  "per_device_train_batch_size", "gradient_accumulation_steps"):  # fmt: skip
         if flat[name] is not None and flat[name] < 1:
             refuse(name, "at least 1")
-    for name in ("head_warmup_steps", "save_total_limit", "weight_decay", "contrastive_weight", "max_grad_norm"):
+    for name in (
+        "head_warmup_steps",
+        "save_total_limit",
+        "weight_decay",
+        "contrastive_weight",
+        "max_grad_norm",
+    ):
         if flat[name] < 0:
             refuse(name, "0 or more")
     for name in ("temperature", "adam_epsilon", "learning_rate", "head_warmup_learning_rate"):
@@ -324,7 +340,9 @@ def _check_values(config: TrainConfig) -> None:
     if flat["warmup_ratio"] + flat["decay_ratio"] > 1 and flat["lr_scheduler_type"] == "warmup_stable_decay":
         refuse("decay_ratio", f"at most 1 - warmup_ratio ({1 - flat['warmup_ratio']:g})")
     if flat["ds_config"] is None:
-        raise UserError("--ds_config is needed: DeepSpeed's JSON, for example --ds_config ds_configs/zero2.json.")
+        raise UserError(
+            "--ds_config is needed: DeepSpeed's JSON, for example --ds_config ds_configs/zero2.json."
+        )
     if (flat["model"] is None) != (flat["corpus"] is None):
         missing = "corpus" if flat["corpus"] is None else "model"
         raise UserError(

@@ -4,6 +4,11 @@ import os
 import signal
 from types import FrameType
 
+import torch
+from torch import Tensor
+
+from dga_scale.engine.cluster import Cluster
+
 EXIT_STOPPED = 75
 """Exit code of a run that saved and stopped on a signal; running the same command goes on (EX_TEMPFAIL)."""
 
@@ -13,7 +18,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Remembers a stop signal; a second one leaves at once.
 
-    Committed checkpoints are never touched in place, so leaving at once loses only the steps since the last one.
+    Committed checkpoints are never touched in place: leaving at once loses only the steps since the last.
     Use as a context manager: the former handlers come back at the end.
     """
 
@@ -32,3 +37,44 @@ class StopRequest:
         if self.requested:
             os._exit(128 + number)
         self.requested = True
+
+
+class StopAgreement:
+    """All ranks stop after the same step, whichever of them got the signal.
+
+    The flag travels with the loss terms in the one small reduction that a step makes anyway, and is read one
+    step later, when it has long arrived: no device is waited for.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._flag: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+        self._previous = False
+
+    def average(self, terms: dict[str, Tensor], requested: bool) -> dict[str, Tensor]:
+        """Mean of each term (a scalar) over ranks; remembers whether any rank asked to stop.
+
+        Every rank has to call it once a step.
+        """
+        self._previous = self._read()
+        device = self._cluster.device
+        flag = torch.tensor(float(requested), device=device)
+        sums = self._cluster.sum(torch.stack([*(t.float() for t in terms.values()), flag]))
+        self._flag = sums[-1].to("cpu", non_blocking=True)
+        if device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        means = sums[:-1] / self._cluster.world_size
+        return dict(zip(terms, means, strict=True))
+
+    def reached(self) -> bool:
+        """Whether a rank had asked to stop at the step before the last one that was averaged."""
+        return self._previous
+
+    def _read(self) -> bool:
+        if self._flag is None:
+            return False
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._flag > 0)

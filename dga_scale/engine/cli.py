@@ -1,0 +1,58 @@
+"""The commands ``dga-train`` and ``dga-consolidate``; launchers/ and tools/ call the same functions."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from dga_scale.config import TrainConfig, parse_config
+from dga_scale.engine.cluster import Cluster, join_cluster
+from dga_scale.errors import run_main
+from dga_scale.monitoring.quiet import quiet_libraries
+
+
+def train_command() -> NoReturn:
+    """``dga-train``: one rank of a training run, under any launcher."""
+    run_main(_train)
+
+
+def consolidate_command() -> NoReturn:
+    """``dga-consolidate``: a checkpoint of a run as a Hugging Face model folder."""
+    run_main(_consolidate)
+
+
+def _train() -> int:
+    quiet_libraries()
+    config = parse_config()
+    cluster = join_cluster()
+    from dga_scale.engine.loop import train  # DeepSpeed's import takes seconds: after the flags are checked
+
+    if config.model.model is None:
+        config = _with_demo(config, cluster)
+    return train(config, cluster)
+
+
+def _with_demo(config: TrainConfig, cluster: Cluster) -> TrainConfig:
+    """Fill in the built-in demo's model and corpora; made ready on first use."""
+    from dga_scale import quickstart
+
+    if cluster.rank == 0:
+        print(
+            "no --model and no --corpus: running the built-in demo. For your own data: python "
+            "tools/shard_corpus.py TEXT... --tokenizer MODEL --output DIR, then --model MODEL --corpus DIR",
+            flush=True,
+        )
+    settings = cluster.run_on_first(quickstart.defaults)
+    return config.replace(**{k: v for k, v in settings.items() if k not in config.explicit})
+
+
+def _consolidate() -> int:
+    parser = argparse.ArgumentParser(prog="dga-consolidate", description=__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="Folder of the run (--output_dir).")
+    parser.add_argument("--step", type=int, help="Checkpoint of this step. Default: the newest complete one.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="New folder for the model.")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    from dga_scale.engine.consolidate import consolidate
+
+    print(f"model: {consolidate(arguments.run, arguments.step, arguments.output)}")
+    return 0

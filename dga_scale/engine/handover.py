@@ -1,0 +1,86 @@
+"""What a finished run hands back: the model as a Hugging Face folder, a summary, the report."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dga_scale.engine.cluster import Cluster
+from dga_scale.engine.consolidate import consolidate
+from dga_scale.engine.inputs import Inputs
+from dga_scale.engine.run_folder import RunFolder, write_text
+from dga_scale.monitoring.metrics import LOG_FILE, read_log
+from dga_scale.monitoring.report import write_report
+
+
+def hand_over(inputs: Inputs, cluster: Cluster) -> None:
+    """Write ``model/``, ``summary.json`` and ``report.html``, and print what was gained and kept."""
+    cluster.run_on_first(lambda: _write(inputs, cluster))
+
+
+def _write(inputs: Inputs, cluster: Cluster) -> None:
+    folder = inputs.folder
+    summary = summarize(inputs, cluster)
+    write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+    if not folder.model.exists():
+        consolidate(folder.path, None, folder.model)
+    write_report([folder.path], folder.report)
+    print_summary(summary, folder)
+
+
+def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
+    """The run's figures: settings that matter, held-out losses before and after, time."""
+    records = read_log(inputs.folder.path / LOG_FILE)
+    evaluations = [r for r in records if r.get("event") == "evaluation"]
+    steps = [r for r in records if "event" not in r]
+    figures = {
+        name: {"before": evaluations[0][name], "after": evaluations[-1][name]}
+        for name in (evaluations[0] if evaluations else {})
+        if name not in ("event", "step")
+    }
+    config = inputs.config
+    return {
+        "model": config.model.model,
+        "corpus": config.data.corpus,
+        "method": config.method.method,
+        "soft_mask": config.method.soft_mask if config.method.method == "dga" else "none",
+        "steps": config.optimization.max_steps,
+        "tokens": _tokens(inputs),
+        "world_size": cluster.world_size,
+        "zero_stage": inputs.resolved.zero_stage,
+        "precision": inputs.resolved.precision,
+        "seconds_per_step": _median([r["step_seconds"] for r in steps if r.get("step_seconds")]),
+        "refused_steps": sum(r.get("event") == "refused" for r in records),
+        **figures,
+    }
+
+
+def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+    """The table that a run ends with, and where everything lies."""
+    console = Console(highlight=False)
+    table = Table(title=f"{summary['method']} on {summary['corpus']}, {summary['steps']} steps")
+    for column in ("held-out text", "loss before", "loss after", "change"):
+        table.add_column(column, justify="left" if column == "held-out text" else "right")
+    for name in ("domain", "general"):
+        if f"{name}_loss" in summary:
+            before, after = summary[f"{name}_loss"]["before"], summary[f"{name}_loss"]["after"]
+            table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+    if table.row_count:
+        console.print(table)
+    for what, where in (
+        ("model", folder.model),
+        ("report", folder.report),
+        ("TensorBoard", f"tensorboard --logdir {folder.path / 'tensorboard'}"),
+        ("log", folder.path / LOG_FILE),
+    ):
+        console.print(f"{what:>12}: {where}", soft_wrap=True)
+
+
+def _tokens(inputs: Inputs) -> int:
+    rows = inputs.config.optimization.max_steps * inputs.resolved.global_batch_size
+    return round(rows * inputs.corpus.manifest.tokens / len(inputs.corpus))
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None

@@ -1,0 +1,106 @@
+"""What a run starts from, checked before any long work: corpora, tokenizer, DeepSpeed's JSON, the run folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dga_scale.backbone.loading import load_model_config
+from dga_scale.config import TrainConfig
+from dga_scale.corpus.batches import MaskingPolicy
+from dga_scale.corpus.shards import Corpus, check_matches
+from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.engine.checkpoint import Checkpoint, find_resume_point
+from dga_scale.engine.cluster import Cluster
+from dga_scale.engine.ds_config import ResolvedConfig, resolve_ds_config
+from dga_scale.engine.ds_keys import load_ds_config
+from dga_scale.engine.run_folder import RunFolder
+from dga_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run needs besides the model's weights."""
+
+    config: TrainConfig
+    folder: RunFolder
+    resolved: ResolvedConfig
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    evaluations: dict[str, Corpus]
+    """"domain" and "general": held-out corpora, where there are such."""
+    masking: MaskingPolicy | None
+    """None for a causal model, which predicts every next token."""
+    resume_from: Checkpoint | None
+
+
+def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
+    """Open and check everything a user gave; every rank comes to the same answer or the same error.
+
+    Raises:
+        UserError: whatever can't be used, before any weights are read.
+    """
+    assert config.model.model and config.data.corpus  # the demo's were filled in by the entry point
+    folder = RunFolder(Path(config.run.output_dir or default_output_dir(config)))
+    folder.check(config)
+    model_config = load_model_config(config.model.model)
+    tokenizer = load_tokenizer(config.model.model)
+    corpus = _open(config.data.corpus, "--corpus", tokenizer)
+    raw = load_ds_config(config.run.ds_config or "")
+    resolved = resolve_ds_config(
+        raw,
+        config,
+        world_size=cluster.world_size,
+        hidden_size=model_config.hidden_size,
+        device=cluster.device,
+    )
+    if len(corpus) < resolved.global_batch_size:
+        raise UserError(
+            f"--corpus {config.data.corpus} holds {len(corpus)} rows, fewer than one global batch of "
+            f"{resolved.global_batch_size}. Give more text or a smaller --global_batch_size."
+        )
+    evaluations = {}
+    held_out = config.data.eval_corpus or _held_out_part(config.data.corpus)
+    if held_out:
+        evaluations["domain"] = _open(held_out, "--eval_corpus", tokenizer)
+    if config.data.general_eval_corpus:
+        path = config.data.general_eval_corpus
+        evaluations["general"] = _open(path, "--general_eval_corpus", tokenizer)
+    return Inputs(
+        config=config,
+        folder=folder,
+        resolved=resolved,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        evaluations=evaluations,
+        masking=None if model_config.causal else _masking(config, corpus),
+        resume_from=find_resume_point(folder.path, config.run.resume),
+    )
+
+
+def default_output_dir(config: TrainConfig) -> str:
+    """``runs/METHOD-CORPUS``."""
+    return f"runs/{config.method.method}-{Path(config.data.corpus or '').resolve().name}"
+
+
+def _open(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    try:
+        corpus = Corpus.open(path)
+        check_matches(corpus.manifest, tokenizer)
+    except UserError as error:
+        raise UserError(f"{setting} {error}") from None
+    return corpus
+
+
+def _held_out_part(corpus: str) -> str | None:
+    path = Path(corpus) / "validation"
+    return str(path) if path.is_dir() else None
+
+
+def _masking(config: TrainConfig, corpus: Corpus) -> MaskingPolicy:
+    return MaskingPolicy.for_corpus(
+        corpus,
+        probability=config.data.mlm_probability,
+        mask_replace_prob=config.data.mask_replace_prob,
+        random_replace_prob=config.data.random_replace_prob,
+    )

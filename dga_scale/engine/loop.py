@@ -1,0 +1,176 @@
+"""The run, readable from top to bottom: build, evaluate, protect, train, save, hand back."""
+
+import socket
+import time
+
+import torch
+
+from dga_scale.config import TrainConfig
+from dga_scale.corpus.batches import StepBatches
+from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, newest_complete, save_checkpoint
+from dga_scale.engine.cluster import Cluster
+from dga_scale.engine.deepspeed import global_grad_norm
+from dga_scale.engine.dry_run import dry_run
+from dga_scale.engine.handover import hand_over
+from dga_scale.engine.inputs import Inputs, check_inputs
+from dga_scale.engine.optimizer_step import step_was_refused
+from dga_scale.engine.session import Session
+from dga_scale.engine.signals import EXIT_STOPPED, StopAgreement, StopRequest
+from dga_scale.errors import UserError
+from dga_scale.monitoring.environment import describe_environment, device_name, write_environment
+from dga_scale.monitoring.metrics import RunLog
+from dga_scale.monitoring.throughput import device_peak, memory_gib, rates, step_flops
+
+
+def train(config: TrainConfig, cluster: Cluster) -> int:
+    """Run, or go on with, one adaptation; the exit code (0, or ``EXIT_STOPPED`` after a stop signal).
+
+    Raises:
+        UserError: on every rank, with the checkpoints written before intact.
+    """
+    inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
+    if config.run.dry_run:
+        return dry_run(inputs, cluster)
+    _open_folder(inputs, cluster)
+    done = inputs.resume_from.step if inputs.resume_from else 0
+    total = config.optimization.max_steps
+    with (
+        StopRequest() as stop,
+        RunLog(inputs.folder.path, cluster.rank, total, completed_steps=done,
+               logging_steps=config.run.logging_steps) as log,
+    ):  # fmt: skip
+        run = _Run(inputs, cluster, log, done)
+        finished = run.train(stop)
+        if not finished:
+            log.print(f"stopped after step {run.done} as asked; the same command goes on from there")
+            return EXIT_STOPPED
+    hand_over(inputs, cluster)
+    return 0
+
+
+def _open_folder(inputs: Inputs, cluster: Cluster) -> None:
+    """Write what a run says of itself before it starts."""
+    devices = cluster.all_gather_object(device_name(cluster.device))
+    hosts = cluster.all_gather_object(socket.gethostname())
+
+    def write() -> None:
+        inputs.folder.write_config(inputs.config)
+        environment = describe_environment(launcher=cluster.launcher, devices=devices, hosts=hosts)
+        write_environment(inputs.folder.environment, environment)
+
+    cluster.run_on_first(write)
+
+
+class _Run:
+    """The steps of one run, with what it counts."""
+
+    def __init__(self, inputs: Inputs, cluster: Cluster, log: RunLog, done: int) -> None:
+        self.inputs, self.cluster, self.log, self.done = inputs, cluster, log, done
+        self.settings = inputs.config.run
+        self.total = inputs.resolved.config.optimization.max_steps
+        self.bad_steps = 0
+        log.settings(inputs.config.as_dict())
+        self.session = Session(inputs, cluster, log)
+        if inputs.resume_from:
+            load_checkpoint(self.session.engine, inputs.resume_from, cluster)
+            log.print(f"going on from {inputs.resume_from.path}")
+        dtype = torch.float32 if inputs.resolved.precision == "fp32" else torch.bfloat16
+        self.peak_flops = device_peak(cluster.device, dtype).flops * cluster.world_size
+
+    def train(self, stop: StopRequest) -> bool:
+        """All steps that are left; False if a signal ended them early (everything is saved then)."""
+        session, log = self.session, self.log
+        if self.done == 0:
+            self._evaluate()
+        session.protect()
+        agreement = StopAgreement(self.cluster)
+        with session.stream(self.done) as stream:
+            started = time.perf_counter()
+            for batches in stream:
+                wait = time.perf_counter() - started
+                terms, learning_rate = session.train_step(batches)
+                self.done = batches.step + 1
+                terms = agreement.average(terms, stop.requested)
+                self._count_refused()
+                if log.logs(self.done):
+                    values = {"step": self.done, **{f"loss/{name}": value for name, value in terms.items()}}
+                    values |= {"grad_norm": global_grad_norm(session.engine), "learning_rate": learning_rate}
+                    values |= {"data_wait_seconds": wait, "memory_gib": self._memory()}
+                    log.step(values | self._rates(batches, time.perf_counter() - started))
+                stopping = agreement.reached() and self.done < self.total
+                self._between_steps(stopping)
+                if stopping:
+                    return False
+                started = time.perf_counter()
+        return True
+
+    def _between_steps(self, stopping: bool) -> None:
+        """What is due after a step: effective protection, evaluation, a checkpoint."""
+        last = self.done == self.total
+        if last or self.done % self.settings.protection_steps == 0:
+            self._log_protection()
+        if last or self.done % self.settings.eval_steps == 0:
+            self._evaluate()
+        if last or stopping or self.done % self.settings.save_steps == 0:
+            self._save()
+
+    def _save(self) -> None:
+        state = TrainerState(step=self.done, corpus_hash=self.inputs.corpus.content_hash)
+        started = time.perf_counter()
+        path = save_checkpoint(
+            self.session.engine, self.inputs.folder.path, state, self.cluster, self.settings.save_total_limit
+        )
+        self.log.event("checkpoint", step=self.done, seconds=time.perf_counter() - started, path=str(path))
+
+    def _evaluate(self) -> None:
+        figures = self.session.evaluate()
+        if figures:
+            self.log.event("evaluation", step=self.done, **figures)
+            losses = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items() if "loss" in name]
+            self.log.print(f"evaluation after step {self.done}: {', '.join(losses)}")
+
+    def _log_protection(self) -> None:
+        found = self.session.effective_protection()
+        applied = self.session.applied_over_wanted()
+        if found is None:
+            return
+        steps = {} if applied is None else {"applied_over_wanted": applied.mean().item()}
+        protected = found.promised < 0.5
+        if protected.any():
+            steps |= {
+                "promised_of_protected": found.promised[protected].mean().item(),
+                "moved_of_protected": found.relative[protected].mean().item(),
+            }
+        self.log.protection(step=self.done, one_minus_a=found.promised, movement=found.relative, **steps)
+
+    def _count_refused(self) -> None:
+        """Stop a run that has left the numbers for good."""
+        if not step_was_refused(self.session.engine):
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        self.log.event("refused", step=self.done, in_a_row=self.bad_steps)
+        self.log.print(f"step {self.done} refused: a NaN or infinity in the loss or the gradient")
+        if self.bad_steps >= self.inputs.config.optimization.max_bad_steps:
+            good = newest_complete(self.inputs.folder.path)
+            raise UserError(
+                f"{self.bad_steps} steps in a row had a NaN or infinity, the last was {self.done}. Last good "
+                f"checkpoint: {good.path if good else 'none'}. Lower --learning_rate, or use --bf16 instead of fp16."
+            )
+
+    def _memory(self) -> list[float]:
+        """GiB of each rank."""
+        own = torch.zeros(self.cluster.world_size, dtype=torch.float64)
+        own[self.cluster.rank] = memory_gib(self.cluster.device)
+        memory: list[float] = self.cluster.sum(own).tolist()
+        return memory
+
+    def _rates(self, batches: StepBatches, seconds: float) -> dict[str, float]:
+        flops = step_flops(
+            self.session.anatomy,
+            views=len(self.session.model.method.views()),
+            rows=self.inputs.resolved.global_batch_size,
+            sequence_length=self.inputs.corpus.manifest.sequence_length,
+            head_tokens=batches.global_masked,
+        )
+        return rates(tokens=batches.global_tokens, seconds=seconds, flops=flops, peak_flops=self.peak_flops)

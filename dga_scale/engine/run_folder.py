@@ -1,0 +1,115 @@
+"""The folder of a run: what lies where, and whether it may be gone on with."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dga_scale.config import TrainConfig
+from dga_scale.errors import UserError
+
+MAY_CHANGE = frozenset(
+    """ds_config output_dir resume dry_run logging_steps protection_steps eval_steps save_steps save_total_limit
+    prefetch_steps max_eval_samples eval_corpus general_eval_corpus per_device_train_batch_size
+    gradient_accumulation_steps gradient_checkpointing split_views attn_implementation max_bad_steps""".split()
+)
+"""Settings that a resumed run may have otherwise than before: none changes which numbers are computed, but for
+rounding and for how the contrast is split when the batch is cut otherwise."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run (DESIGN.md, 'A run folder')."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def importance(self) -> Path:
+        return self.path / "importance.safetensors"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse a folder that this run can't have or go on in; writes nothing.
+
+        Raises:
+            UserError: the path is a file, can't be written, is not empty and holds no run, or holds a run with
+                other settings (each is named with both values).
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--output_dir {self.path} is a file. Give a folder.")
+        if not _writable(self.path):
+            raise UserError(f"--output_dir {self.path} can't be written. Give a folder you own.")
+        if not self.config.exists():
+            strangers = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
+            if strangers:
+                raise UserError(
+                    f"--output_dir {self.path} holds other files ({strangers[0]}, ...) and no run. Give a new folder."
+                )
+            return
+        former = self._former_settings()
+        changed = [
+            f"{name} was {former.get(name)!r}, is {value!r}"
+            for name, value in config.as_dict().items()
+            if name not in MAY_CHANGE and former.get(name) != value
+        ]
+        if changed:
+            raise UserError(
+                f"--output_dir {self.path} holds another run: {'; '.join(changed)}. "
+                "Give another --output_dir, or the same settings to go on."
+            )
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write ``config.yaml``, whole or not at all."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, yaml.safe_dump(config.as_dict(), sort_keys=False))
+
+    def _former_settings(self) -> dict[str, Any]:
+        try:
+            former = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{self.config} is damaged ({error}). Restore it or give another folder."
+            ) from None
+        if not isinstance(former, dict):
+            raise UserError(
+                f"{self.config} is damaged: no settings in it. Restore it or give another folder."
+            )
+        return former
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step: readers see the old or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _writable(path: Path) -> bool:
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    return os.access(existing, os.W_OK)
