@@ -13,10 +13,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -33,6 +33,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dga_scale.errors import UserError
 from dga_scale.monitoring import plots
+
+T = TypeVar("T")
 
 Value = float | int | Tensor | Sequence[float]
 """One number, a tensor of one number, or one number a rank."""
@@ -122,8 +124,8 @@ class RunLog:
         self._write({"step": step} | numbers)
         for name, value in numbers.items():
             self._scalar(name, value, step)
-        losses = [f"{name} {value:.3f}" for name, value in numbers.items() if name == "loss/total"]
-        self._bar.update(self._task, description=" ".join(losses))
+        if "loss/total" in numbers:
+            self._bar.update(self._task, description=f"loss {numbers['loss/total']:.3f}")
         self.print(step_line(step, self.total_steps, numbers))
 
     def event(self, name: str, *, step: int, **values: Any) -> None:
@@ -143,6 +145,13 @@ class RunLog:
         """A line on rank 0's terminal, above the progress bar."""
         if self.active:
             self._console.print(text)
+
+    def track(self, items: Iterable[T], total: int, name: str) -> Iterator[T]:
+        """Pass ``items`` on, with a line on rank 0's terminal after each tenth of ``total``."""
+        for number, item in enumerate(items, start=1):
+            yield item
+            if 10 * number // total > 10 * (number - 1) // total:
+                self.print(f"{name}: {number}/{total}")
 
     def settings(self, settings: Mapping[str, Any]) -> None:
         """The settings of the run as a table in TensorBoard's text page."""
@@ -173,17 +182,17 @@ class RunLog:
         """How far each head moved since the start, against what its mask asks for.
 
         Args:
+            step: finished optimizer steps.
             one_minus_a: (layers, heads), the factor of the soft-mask.
-            movement: (layers, heads), root mean square movement of the head's query rows since the start,
-                relative to what an unprotected head moved: equal to ``one_minus_a`` where the mask does what
-                it says, near 1 everywhere where the optimizer undoes it.
-            summary: further numbers about it, one each.
+            movement: (layers, heads), movement of the head's query rows since the start relative to that of
+                unprotected heads: near ``one_minus_a`` where the mask does what it says, near 1 everywhere
+                where the optimizer undoes it.
+            summary: further numbers about it.
         """
         if not self.active:
             return
-        self.event(
-            "protection", step=step, one_minus_a=_rounded(one_minus_a), movement=_rounded(movement), **summary
-        )
+        matrices = {"one_minus_a": _rounded(one_minus_a), "movement": _rounded(movement)}
+        self.event("protection", step=step, **summary, **matrices)
         figure = plots.protection_figure({"": (one_minus_a, movement)})
         self._board.add_image("protection/movement", plots.pixels(figure), step, dataformats="HWC")
 
@@ -267,8 +276,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
                 record = None
             if not isinstance(record, dict):
                 raise UserError(
-                    f"{path}:{number} is no JSON object: {line.strip()[:60]!r}. Only the run itself writes its "
-                    "log; restore the file, or start the run in a new folder."
+                    f"{path}:{number} is no JSON object: {line.strip()[:60]!r}. Only the run writes its log; "
+                    "restore the file, or start the run in a new folder."
                 )
             records.append(record)
     return records

@@ -1,0 +1,133 @@
+"""How fast a run is against what its devices can do, and how much memory it takes.
+
+Model FLOPs utilisation (MFU) as PaLM defines it (arXiv 2204.02311, appendix B): the operations that the
+model's matrix products need for forward and backward, over what the devices could have done in that time.
+Recomputed activations (gradient checkpointing) are not counted: they are no progress.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from dga_scale.backbone.anatomy import Anatomy
+
+BACKWARD_AND_FORWARD = 3.0
+"""A backward pass costs twice the forward: one product for the inputs' gradients, one for the weights'."""
+
+_DENSE_BF16_PEAK = (
+    # Name of the device as CUDA gives it, FLOP/s of dense bf16 products (fp16 where it has no bf16) from the
+    # makers' data sheets. The first that stands in the device's name as whole words counts.
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("A40", 149.7e12),
+    ("A30", 165e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+    ("V100", 125e12),
+    ("T4", 65e12),
+    ("MI325X", 1307e12),
+    ("MI300X", 1307e12),
+    ("MI250X", 383e12),
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a device can do at best: FLOP/s of matrix products, and how that is known."""
+
+    flops: float
+    source: str
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """Peak FLOP/s of one device for products in ``dtype``.
+
+    From the maker's data sheet for a known GPU in bf16 or fp16, measured with a short matrix product
+    otherwise (a CPU, an unknown GPU, float32). All ranks of a machine should call it at once, as they
+    share its cores.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for known, flops in _DENSE_BF16_PEAK:
+            if re.search(rf"\b{known}\b", name):
+                return Peak(flops, f"data sheet of {known}")
+    return Peak(measured_flops(device, dtype), f"measured with a {str(dtype).removeprefix('torch.')} product")
+
+
+def measured_flops(
+    device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3
+) -> float:
+    """FLOP/s of the best of repeated ``size`` x ``size`` matrix products within about ``seconds``."""
+    size = size if device.type == "cpu" else 8 * size
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    until = time.perf_counter() + seconds
+    left @ right  # the first call sets up the kernel
+    while True:
+        _wait(device)
+        start = time.perf_counter()
+        left @ right
+        _wait(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > until:
+            return 2.0 * size**3 / best
+
+
+def step_flops(anatomy: Anatomy, *, views: int, rows: int, sequence_length: int, head_tokens: int) -> float:
+    """Model FLOPs of one optimizer step, forward and backward, over all ranks.
+
+    Args:
+        anatomy: counts one forward pass.
+        views: passes of each row through the trunk (1 for plain masked LM; DGA's contrast adds three).
+        rows: sequences in the global batch.
+        sequence_length: tokens a row, padding included.
+        head_tokens: positions that the LM head predicts, over the global batch (one view has them).
+    """
+    forward = anatomy.forward_flops(views * rows * sequence_length, sequence_length, head_tokens)
+    return BACKWARD_AND_FORWARD * forward
+
+
+def rates(*, tokens: int, seconds: float, flops: float, peak_flops: float) -> dict[str, float]:
+    """``tokens_per_second``, ``step_seconds`` and ``mfu`` of a step.
+
+    Args:
+        tokens: real tokens of the global batch, each row counted once whatever its views.
+        seconds: wall time of the step.
+        flops: of the step, from :func:`step_flops`.
+        peak_flops: of all ranks' devices together.
+    """
+    return {
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "mfu": flops / (seconds * peak_flops),
+    }
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory of this rank in GiB: the most ever allocated on a GPU, what is resident now on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
