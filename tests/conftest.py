@@ -17,7 +17,7 @@ from tests.ranks import REPOSITORY, close_pools
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Find the folder of corpora, end tasks and models that lies beside the repository (``../shared/data``)."""
+    """Find the folder of corpora, end tasks and models beside the repository (``../shared/data``)."""
     folder = REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"needs the data folder {folder}, which is not part of the repository")

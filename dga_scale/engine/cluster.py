@@ -127,7 +127,8 @@ class Cluster:
 def join_cluster() -> Cluster:
     """Start the process group (NCCL on GPUs, gloo on CPUs) among the processes the launcher started.
 
-    Raises ``UserError`` where the launcher's variables are incomplete or contradict each other, or a rank has no GPU.
+    Raises ``UserError`` where the launcher's variables are incomplete or contradict each other, or where a
+    rank has no GPU.
     """
     place = read_environment(os.environ)
     device = _device(place)

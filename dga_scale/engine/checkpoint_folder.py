@@ -1,0 +1,195 @@
+"""Folders of checkpoints: committed or absent, verified against their manifest, pruned, chosen for a resume.
+
+A checkpoint is written as ``step-000500.tmp``: every rank writes its file and syncs it; then rank 0 checks
+that all files are there, writes ``manifest.json`` (every file with its size and sha256), renames the folder,
+and points ``latest`` at it. A process killed at any moment leaves the older checkpoints as they were.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from dga_scale.engine.cluster import Cluster
+from dga_scale.engine.run_folder import write_text
+from dga_scale.engine.tensor_files import FileRecord, record_of
+from dga_scale.errors import UserError
+
+FORMAT = 1
+MANIFEST, LATEST = "manifest.json", "latest"
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done.
+        world_size: ranks that wrote it.
+        files: every file in it besides the manifest.
+        passed_over: one line for each newer checkpoint that can't be used, and why.
+
+    """
+
+    path: Path
+    step: int
+    world_size: int
+    files: dict[str, FileRecord]
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(self.path / name for name in self.files if name.startswith("rank-"))
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Name the folder of a step's checkpoint."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def commit(temporary: Path, final: Path, files: dict[str, FileRecord], step: int, world_size: int) -> None:
+    """Turn a written folder into the checkpoint ``final``; one process does.
+
+    Raises:
+        UserError: a file that another rank wrote is not there.
+        OSError: the disk is full, or the folder can't be written.
+    """
+    for name, record in files.items():
+        path = temporary / name
+        if not path.is_file() or path.stat().st_size != record.bytes:
+            raise UserError(
+                f"checkpoint {final}: rank 0 does not see the {record.bytes} bytes of {name} that another "
+                "rank wrote. --output_dir has to lie on a file system that all nodes share."
+            )
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": world_size,
+        "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
+    }
+    write_text(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    _sync_folder(temporary)
+    if final.exists():  # a damaged one that this run passed over, or the same step written again
+        replaced = final.with_name(final.name + ".old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        temporary.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        temporary.rename(final)
+    write_text(final.parent / LATEST, final.name + "\n")
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(run_dir: Path, limit: int) -> None:
+    """Remove the oldest checkpoints beyond ``limit``; 0 keeps all."""
+    if limit > 0:
+        for path in _folders(run_dir / "checkpoints")[limit:]:
+            shutil.rmtree(path)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Committed checkpoints, the newest first."""
+    steps = {path: _NAME.fullmatch(path.name) for path in folder.glob("step-*")}
+    found = [(int(match[1]), path) for path, match in steps.items() if match]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_complete(run_dir: Path) -> Checkpoint | None:
+    """Find the newest checkpoint whose files are all there in their full size; hashes are not looked at."""
+    for path in _folders(run_dir / "checkpoints"):
+        found, _ = _inspect(path)
+        if found is not None:
+            return found
+    return None
+
+
+def _inspect(path: Path) -> tuple[Checkpoint | None, str]:
+    """Look at a checkpoint without reading its content: it, or what is wrong with it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return None, f"{path / MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
+        files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+        found = Checkpoint(path, manifest["step"], manifest["world_size"], files)
+    except FileNotFoundError:
+        return None, f"{path / MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{path / MANIFEST} is damaged ({error})"
+    for name, record in files.items():
+        file = path / name
+        if not file.is_file():
+            return None, f"{file} is missing"
+        if file.stat().st_size != record.bytes:
+            return None, f"{file} has {file.stat().st_size} bytes instead of {record.bytes}"
+    return found, ""
+
+
+def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoint | None:
+    """Choose the checkpoint to go on from; every rank has to call it and gets the same one.
+
+    All content is verified against its hashes, each file by one rank. ``resume``: "auto" takes the newest
+    complete one (``passed_over`` says which newer ones are damaged), "never" refuses a run that has any, else
+    it is the folder of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint asked for is incomplete (naming the file), or no checkpoint of the run is.
+    """
+    if resume not in ("auto", "never"):
+        found, problem = _verified(Path(resume), cluster)
+        if found is None:
+            raise UserError(f"--resume {resume}: {problem}. Give the folder of a complete checkpoint.")
+        return found
+    folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
+    if resume == "never" and folders:
+        raise UserError(
+            f"{run_dir} already holds {folders[0].name}. Give a new --output_dir, or --resume auto to go on."
+        )
+    passed_over: list[str] = []
+    for path in folders:
+        found, problem = _verified(path, cluster)
+        if found is not None:
+            return dataclasses.replace(found, passed_over=tuple(passed_over))
+        passed_over.append(problem)
+    if passed_over:
+        raise UserError(
+            f"no checkpoint in {run_dir / 'checkpoints'} is complete: {'; '.join(passed_over)}. "
+            "Restore a file, or remove the folder to start from the beginning."
+        )
+    return None
+
+
+def _verified(path: Path, cluster: Cluster) -> tuple[Checkpoint | None, str]:
+    """Read all of a checkpoint and compare hashes, the files spread over the ranks."""
+    found, problem = cluster.broadcast_object(_inspect(path) if cluster.rank == 0 else (None, ""))
+    if found is None:
+        return None, problem
+    problems = [p for part in cluster.all_gather_object(_damaged(found, cluster)) for p in part]
+    return (None, problems[0]) if problems else (found, "")
+
+
+def _damaged(checkpoint: Checkpoint, cluster: Cluster) -> list[str]:
+    problems = []
+    for index, (name, record) in enumerate(sorted(checkpoint.files.items())):
+        if index % cluster.world_size != cluster.rank:
+            continue
+        file = checkpoint.path / name
+        try:
+            if record_of(file) != record:
+                problems.append(f"{file} does not have the content that was written (sha256)")
+        except OSError as error:
+            problems.append(f"{file}: {error.strerror}")
+    return problems

@@ -1,0 +1,81 @@
+"""The DeepSpeed engine: built from a resolved configuration, its learning rate set, its norm read."""
+
+import contextlib
+import io
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from torch import nn
+
+from dga_scale.engine.ds_config import ResolvedConfig
+from dga_scale.engine.optimizer_step import guard_stage_zero, local_fragments
+from dga_scale.engine.shards import LANGUAGE_MODEL_PREFIX, shape_of
+
+
+def build_engine(model: nn.Module, resolved: ResolvedConfig) -> DeepSpeedEngine:
+    """Hand a model with fp32 weights on the CPU (or partitioned by ``zero.Init``) over to DeepSpeed.
+
+    Hooks on parameters (the gradient mask) have to be registered before. AdamW decays matrices only, as
+    transformers' Trainer does: no biases, no norms. Its learning rate is 0 until ``set_learning_rate``.
+    """
+    settings = resolved.config.optimization
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": trained, "weight_decay": 0.0}]
+    if settings.weight_decay > 0:
+        matrices = [p for p in trained if len(shape_of(p)) > 1]
+        vectors = [p for p in trained if len(shape_of(p)) <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        fused=True,
+    )
+    partitioned = any(hasattr(p, "ds_id") for p in trained)
+    # References, not copies: DeepSpeed's cast to 16 bits would otherwise be the last of these numbers.
+    originals = {} if partitioned else {name: p.data for name, p in model.named_parameters()}
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its buckets
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=trained,
+            config=resolved.ds_config,
+            dist_init_required=False,
+        )
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        # Its constructor takes an optimizer step with zero gradients, which counts as Adam's first.
+        optimizer.state.clear()
+    if engine.optimizer is engine.basic_optimizer:
+        guard_stage_zero(engine)
+    if resolved.precision != "fp32":
+        _restore_masters(engine, originals)
+    return engine
+
+
+@torch.no_grad()
+def _restore_masters(engine: DeepSpeedEngine, originals: dict[str, torch.Tensor]) -> None:
+    """Start the masters from the model's fp32 weights: DeepSpeed starts them from their 16-bit rounding."""
+    by_name = {name.removeprefix(LANGUAGE_MODEL_PREFIX): tensor for name, tensor in originals.items()}
+    for fragment in local_fragments(engine):
+        if fragment.name in by_name:
+            source = by_name[fragment.name].reshape(-1)
+            fragment.values.copy_(source[fragment.start : fragment.start + fragment.values.numel()])
+
+
+def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
+    """Set the learning rate of the next optimizer step."""
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def global_grad_norm(engine: DeepSpeedEngine) -> float:
+    """Read the last step's gradient norm over all parameters and ranks, before clipping; inf if refused."""
+    norm: Any = engine.get_global_grad_norm()
+    return float(norm)

@@ -1,0 +1,140 @@
+"""Where each parameter's entries lie on this rank, for every ZeRO stage and precision.
+
+The one place that knows DeepSpeed's optimizers from inside. What they keep, per class (DeepSpeed 0.19.8):
+
+====================  ===========================================================================
+stage 0, fp32         no wrapper: the torch optimizer steps the parameters themselves
+stage 0, bf16         ``FP16_UnfusedOptimizer``: one fp32 copy a parameter, whole on every rank
+stage 1, bf16, fp32   ``BF16_Optimizer``: per group a flat fp32 partition; ``parameter._hp_mapping``
+  accumulation          says which stretch of the parameter lies where in it
+stages 1, 2           ``DeepSpeedZeroOptimizer``: the same mapping
+stage 3               ``DeepSpeedZeroOptimizer_Stage3``: per sub-group a flat fp32 tensor, the
+                        rank's equal share of each parameter one after the other, zero-padded
+====================  ===========================================================================
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from dga_scale.preservation.fragments import Fragment
+
+Names = dict[Tensor, tuple[str, tuple[int, ...]]]
+"""By parameter: its name and full shape."""
+
+LANGUAGE_MODEL_PREFIX = "lm."
+"""Of the Hugging Face model's parameters inside ``TrainingModel``; fragments carry the names without it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tensor that the base optimizer steps on this rank, and the pieces of parameters in it.
+
+    Attributes:
+        stepped: what stands in the optimizer's ``param_groups`` and keys its state.
+        fragments: the pieces, in their order in ``stepped``; padding belongs to none.
+        offsets: where each piece starts in the flattened ``stepped``.
+
+    """
+
+    stepped: Tensor
+    fragments: tuple[Fragment, ...]
+    offsets: tuple[int, ...]
+
+
+def local_shards(engine: DeepSpeedEngine) -> list[Shard]:
+    """Find all that this rank's optimizer steps, as views: writing to a fragment changes the weights."""
+    names: Names = {
+        parameter: (name.removeprefix(LANGUAGE_MODEL_PREFIX), shape_of(parameter))
+        for name, parameter in engine.module.named_parameters()
+    }
+    optimizer = engine.optimizer
+    if optimizer is engine.basic_optimizer:
+        return [
+            _whole(p, p, *names[p]) for group in engine.basic_optimizer.param_groups for p in group["params"]
+        ]
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return [
+            _whole(p, master, *names[p]) for low, high in pairs for p, master in zip(low, high, strict=True)
+        ]
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return _mapped(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, names)
+    if isinstance(optimizer, BF16_Optimizer):
+        return _mapped(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, names)
+    assert isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3), type(optimizer)
+    groups = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+    return [_partitioned(flat, parameters, names) for flat, parameters in groups]
+
+
+def shape_of(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Read the full shape of a parameter, also where ZeRO-3 has taken its content away."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _whole(parameter: Tensor, stepped: Tensor, name: str, shape: tuple[int, ...]) -> Shard:
+    return Shard(stepped, (Fragment(name, 0, shape, stepped.data.view(-1)),), (0,))
+
+
+def _mapped(flats: list[Tensor], groups: list[list[Any]], names: Names) -> list[Shard]:
+    shards = []
+    for flat, parameters in zip(flats, groups, strict=True):
+        pieces: list[tuple[int, Fragment]] = []
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+                values = flat.data.narrow(0, offset, mapping.hp_fragment_address.numel)
+                name, shape = names[parameter]
+                pieces.append((offset, Fragment(name, start, shape, values)))
+        pieces.sort(key=lambda piece: piece[0])
+        shards.append(Shard(flat, tuple(f for _, f in pieces), tuple(o for o, _ in pieces)))
+    return shards
+
+
+def _partitioned(flat: Tensor, parameters: list[Any], names: Names) -> Shard:
+    fragments, offsets, offset = [], [], 0
+    for parameter in parameters:
+        share = parameter.partition_numel()
+        start = share * torch.distributed.get_rank(parameter.ds_process_group)
+        length = min(share, parameter.ds_numel - start)
+        if length > 0:  # the last ranks' shares of a small parameter are all padding
+            name, shape = names[parameter]
+            fragments.append(Fragment(name, start, shape, flat.data.narrow(0, offset, length)))
+            offsets.append(offset)
+        offset += share
+    return Shard(flat, tuple(fragments), tuple(offsets))
+
+
+def frozen_parameters(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Name the parameters that no optimizer steps, as in the Hugging Face model."""
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            yield name.removeprefix(LANGUAGE_MODEL_PREFIX), parameter
+
+
+@torch.no_grad()
+def refresh_model_weights(engine: DeepSpeedEngine) -> None:
+    """Bring the weights of the passes in line with the fragments, after something wrote into those."""
+    optimizer = engine.optimizer
+    if optimizer is engine.basic_optimizer:
+        return  # they are the same tensors
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(low, high, strict=True):
+                parameter.data.copy_(master.data)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for sub_group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if optimizer.persistent_parameters:  # small ones that every rank keeps whole
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    else:
+        optimizer.update_lp_params()

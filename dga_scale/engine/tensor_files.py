@@ -1,0 +1,158 @@
+"""Safetensors files written as a stream, one tensor in memory at a time, and read by ranges."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a written file has to look like when it is read again."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: described now, produced (on any device) when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    produce: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> FileRecord:
+    """Write a safetensors file and wait until it is on the disk.
+
+    Memory: the largest tensor. The format is 8 bytes of header length, a JSON header, the tensors' bytes.
+
+    Raises:
+        OSError: the disk is full or the folder is gone; a part of the file may be left.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for entry in entries:
+        span = [offset, offset + entry.bytes]
+        header[entry.name] = {"dtype": _DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
+        offset = span[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8
+    digest = hashlib.sha256()
+    with open(path, "wb") as stream:
+        for part in _parts(len(encoded).to_bytes(8, "little") + encoded, entries):
+            digest.update(part)
+            stream.write(part)
+        size = stream.tell()
+        stream.flush()
+        os.fsync(stream.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
+def _parts(head: bytes, entries: Sequence[Entry]) -> Iterable[Any]:
+    yield head
+    for entry in entries:
+        tensor = entry.produce().detach().to("cpu", entry.dtype).contiguous()
+        assert tuple(tensor.shape) == entry.shape, entry.name
+        content = tensor.view(-1).view(torch.uint8).numpy()
+        for start in range(0, len(content), _CHUNK):
+            yield content[start : start + _CHUNK].data
+
+
+def record_of(path: Path) -> FileRecord:
+    """Read a whole file for its size and hash."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+        return FileRecord(stream.tell(), digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of ``length`` entries of a parameter, from ``start`` in the flattened parameter, in a file."""
+
+    file: Path
+    key: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter (or a moment of it) in pieces, sorted by their start, without gaps or overlaps."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+class PieceReader:
+    """Reads ranges of parameters that lie in pieces over several files; the files are memory-mapped.
+
+    Files carry in their metadata ``pieces``: JSON of key -> [start, shape of the full parameter].
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._open = {file: safe_open(file, framework="pt") for file in files}
+        found: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
+        self.metadata: list[dict[str, str]] = []
+        for file, handle in self._open.items():
+            metadata = handle.metadata()
+            self.metadata.append(metadata)
+            for key, (start, shape) in json.loads(metadata["pieces"]).items():
+                (length,) = handle.get_slice(key).get_shape()
+                found.setdefault(key, (tuple(shape), []))[1].append(Piece(file, key, start, length))
+        self.stored = {
+            key: Stored(shape, tuple(sorted(pieces, key=lambda piece: piece.start)))
+            for key, (shape, pieces) in found.items()
+        }
+
+    def __enter__(self) -> "PieceReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.clear()
+
+    def read(self, key: str, start: int, into: Tensor) -> int:
+        """Fill ``into`` (n,) with the entries from ``start`` on; how many of them the files hold."""
+        filled, stop = 0, start + into.numel()
+        for piece in self.stored[key].pieces:
+            first, last = max(start, piece.start), min(stop, piece.start + piece.length)
+            if first < last:
+                part = self._open[piece.file].get_slice(key)[first - piece.start : last - piece.start]
+                into[first - start : last - start].copy_(part)
+                filled += last - first
+        return filled
+
+    def full(self, key: str, dtype: torch.dtype) -> Tensor:
+        """Put a whole parameter together."""
+        stored = self.stored[key]
+        tensor = torch.empty(stored.shape, dtype=dtype)
+        filled = self.read(key, 0, tensor.view(-1))
+        assert filled == tensor.numel(), f"{key} has gaps"
+        return tensor
