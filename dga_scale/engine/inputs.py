@@ -1,4 +1,4 @@
-"""What a run starts from, checked before any long work: corpora, tokenizer, DeepSpeed's JSON, the run folder."""
+"""What a run starts from, checked before any long work: text, tokenizer, DeepSpeed's JSON, run folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dga_scale.backbone.loading import load_model_config
 from dga_scale.config import TrainConfig
-from dga_scale.corpus.batches import MaskingPolicy
+from dga_scale.corpus.batches import MaskingPolicy, check_one_batch
 from dga_scale.corpus.shards import Corpus, check_matches
 from dga_scale.corpus.tokenizer import load_tokenizer
-from dga_scale.engine.checkpoint import Checkpoint, find_resume_point
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.ds_config import ResolvedConfig, resolve_ds_config
 from dga_scale.engine.ds_keys import load_ds_config
@@ -31,7 +30,6 @@ class Inputs:
     """"domain" and "general": held-out corpora, where there are such."""
     masking: MaskingPolicy | None
     """None for a causal model, which predicts every next token."""
-    resume_from: Checkpoint | None
 
 
 def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
@@ -40,9 +38,8 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     Raises:
         UserError: whatever can't be used, before any weights are read.
     """
-    assert config.model.model and config.data.corpus  # the demo's were filled in by the entry point
-    folder = RunFolder(Path(config.run.output_dir or default_output_dir(config)))
-    folder.check(config)
+    assert config.model.model is not None, "the entry point fills the demo's in"
+    assert config.data.corpus is not None
     model_config = load_model_config(config.model.model)
     tokenizer = load_tokenizer(config.model.model)
     corpus = _open(config.data.corpus, "--corpus", tokenizer)
@@ -54,11 +51,10 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
         hidden_size=model_config.hidden_size,
         device=cluster.device,
     )
-    if len(corpus) < resolved.global_batch_size:
-        raise UserError(
-            f"--corpus {config.data.corpus} holds {len(corpus)} rows, fewer than one global batch of "
-            f"{resolved.global_batch_size}. Give more text or a smaller --global_batch_size."
-        )
+    config = resolved.config
+    folder = RunFolder(Path(config.run.output_dir or default_output_dir(config)))
+    folder.check(config)
+    check_one_batch(corpus, resolved.global_batch_size)
     evaluations = {}
     held_out = config.data.eval_corpus or _held_out_part(config.data.corpus)
     if held_out:
@@ -74,7 +70,6 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
         corpus=corpus,
         evaluations=evaluations,
         masking=None if model_config.causal else _masking(config, corpus),
-        resume_from=find_resume_point(folder.path, config.run.resume),
     )
 
 

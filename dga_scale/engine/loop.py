@@ -7,7 +7,7 @@ import torch
 
 from dga_scale.config import TrainConfig
 from dga_scale.corpus.batches import StepBatches
-from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, newest_complete, save_checkpoint
+from dga_scale.engine.checkpoint_folder import Checkpoint, find_resume_point, newest_complete
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.deepspeed import global_grad_norm
 from dga_scale.engine.dry_run import dry_run
@@ -31,15 +31,16 @@ def train(config: TrainConfig, cluster: Cluster) -> int:
     inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
     if config.run.dry_run:
         return dry_run(inputs, cluster)
+    resume_from = find_resume_point(inputs.folder.path, config.run.resume, cluster)
     _open_folder(inputs, cluster)
-    done = inputs.resume_from.step if inputs.resume_from else 0
+    done = resume_from.step if resume_from else 0
     total = config.optimization.max_steps
     with (
         StopRequest() as stop,
         RunLog(inputs.folder.path, cluster.rank, total, completed_steps=done,
                logging_steps=config.run.logging_steps) as log,
     ):  # fmt: skip
-        run = _Run(inputs, cluster, log, done)
+        run = _Run(inputs, cluster, log, resume_from)
         finished = run.train(stop)
         if not finished:
             log.print(f"stopped after step {run.done} as asked; the same command goes on from there")
@@ -64,16 +65,14 @@ def _open_folder(inputs: Inputs, cluster: Cluster) -> None:
 class _Run:
     """The steps of one run, with what it counts."""
 
-    def __init__(self, inputs: Inputs, cluster: Cluster, log: RunLog, done: int) -> None:
-        self.inputs, self.cluster, self.log, self.done = inputs, cluster, log, done
+    def __init__(self, inputs: Inputs, cluster: Cluster, log: RunLog, resume_from: Checkpoint | None) -> None:
+        self.inputs, self.cluster, self.log = inputs, cluster, log
+        self.done = resume_from.step if resume_from else 0
         self.settings = inputs.config.run
-        self.total = inputs.resolved.config.optimization.max_steps
+        self.total = inputs.config.optimization.max_steps
         self.bad_steps = 0
         log.settings(inputs.config.as_dict())
-        self.session = Session(inputs, cluster, log)
-        if inputs.resume_from:
-            load_checkpoint(self.session.engine, inputs.resume_from, cluster)
-            log.print(f"going on from {inputs.resume_from.path}")
+        self.session = Session(inputs, cluster, log, resume_from)
         dtype = torch.float32 if inputs.resolved.precision == "fp32" else torch.bfloat16
         self.peak_flops = device_peak(cluster.device, dtype).flops * cluster.world_size
 
@@ -115,11 +114,8 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        state = TrainerState(step=self.done, corpus_hash=self.inputs.corpus.content_hash)
         started = time.perf_counter()
-        path = save_checkpoint(
-            self.session.engine, self.inputs.folder.path, state, self.cluster, self.settings.save_total_limit
-        )
+        path = self.session.save(self.done)
         self.log.event("checkpoint", step=self.done, seconds=time.perf_counter() - started, path=str(path))
 
     def _evaluate(self) -> None:
@@ -155,7 +151,8 @@ class _Run:
             good = newest_complete(self.inputs.folder.path)
             raise UserError(
                 f"{self.bad_steps} steps in a row had a NaN or infinity, the last was {self.done}. Last good "
-                f"checkpoint: {good.path if good else 'none'}. Lower --learning_rate, or use --bf16 instead of fp16."
+                f"checkpoint: {good.path if good else 'none'}. Lower --learning_rate, or use --bf16 "
+                "instead of fp16."
             )
 
     def _memory(self) -> list[float]:

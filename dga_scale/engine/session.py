@@ -1,6 +1,7 @@
 """The model, its DeepSpeed engine and its masks on one rank: built, protected, stepped, evaluated."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,13 +13,16 @@ from dga_scale.backbone.warmup import warm_up_head
 from dga_scale.corpus.batches import Batch, BatchStream, EvalBatches, StepBatches
 from dga_scale.corpus.order import SampleOrder
 from dga_scale.corpus.shards import check_sequence_length
+from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dga_scale.engine.checkpoint_folder import Checkpoint
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.deepspeed import build_engine, set_learning_rate
 from dga_scale.engine.inputs import Inputs
 from dga_scale.engine.optimizer_step import backward, local_fragments, wrap_optimizer_step
 from dga_scale.engine.schedule import learning_rate_at
+from dga_scale.errors import UserError
 from dga_scale.monitoring.metrics import RunLog
-from dga_scale.objectives import METHODS
+from dga_scale.objectives import build_method
 from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
 from dga_scale.objectives.views import ModelInputs
 from dga_scale.preservation.importance import Importance, measure_importance
@@ -37,23 +41,25 @@ class Session:
     loaded into them.
     """
 
-    def __init__(self, inputs: Inputs, cluster: Cluster, log: RunLog) -> None:
+    def __init__(
+        self, inputs: Inputs, cluster: Cluster, log: RunLog, resume_from: Checkpoint | None = None
+    ) -> None:
         self.inputs, self.cluster, self.log = inputs, cluster, log
-        self.config = config = inputs.resolved.config
+        self.config = config = inputs.config
         loaded = cluster.run_on_all(
             lambda: load_model(
                 config.model.model or "",
                 dropout=config.model.dropout,
                 attn_implementation=config.model.attn_implementation,
-                allow_new_head=config.model.head_warmup_steps > 0 or inputs.resume_from is not None,
+                allow_new_head=config.model.head_warmup_steps > 0 or resume_from is not None,
             )
         )
         self.anatomy = anatomy_of(loaded.model)
         check_sequence_length(inputs.corpus.manifest, self.anatomy.max_positions)
-        method = METHODS[config.method.method](config.method)
+        method = build_method(config.method)
         self.needs_importance = method.needs_importance
         self.model = TrainingModel(loaded.model, self.anatomy, method, split_views=config.method.split_views)
-        if loaded.missing_head and inputs.resume_from is None:
+        if loaded.missing_head and resume_from is None:
             self._warm_up_head()
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -67,6 +73,8 @@ class Session:
         if soft_mask != "none":
             self._movement = MovementTracker(self.anatomy, local_fragments(self.engine))
         self.protection: dict[str, Tensor] = {}
+        if resume_from is not None:
+            self._load(resume_from)
 
     def protect(self) -> None:
         """Measure importance, or read it where this run has measured it before, and set the masks."""
@@ -162,6 +170,28 @@ class Session:
             return None
         return self._update_mask.applied_over_wanted(self.cluster.sum)["heads"]
 
+    def save(self, step: int) -> Path:
+        """Commit a checkpoint after ``step`` steps; every rank has to call it."""
+        return save_checkpoint(
+            self.engine,
+            self.inputs.tokenizer,
+            self.inputs.folder.path,
+            TrainerState(step=step, corpus_hash=self.inputs.corpus.content_hash),
+            self.cluster,
+            self.config.run.save_total_limit,
+        )
+
+    def _load(self, resume_from: Checkpoint) -> None:
+        state = load_checkpoint(self.engine, resume_from, self.cluster)
+        if state.corpus_hash != self.inputs.corpus.content_hash:
+            raise UserError(
+                f"{resume_from.path} was trained on another corpus than {self.inputs.corpus.path} is now. "
+                "Restore the corpus, or start anew in another --output_dir."
+            )
+        for line in resume_from.passed_over:
+            self.log.print(line)
+        self.log.print(f"going on from {resume_from.path}")
+
     def _warm_up_head(self) -> None:
         """Give a checkpoint without an LM head one, on the run's corpus, before anything is measured."""
         settings, resolved = self.config.model, self.inputs.resolved
@@ -205,9 +235,8 @@ class Session:
             max_rows=settings.importance_samples,
         )
         rows = min(settings.importance_samples, len(self.inputs.corpus))
-        self.log.print(
-            f"measuring the importance of {self.anatomy.num_layers} x {self.anatomy.num_heads} heads on {rows} rows"
-        )
+        heads = f"{self.anatomy.num_layers} x {self.anatomy.num_heads} heads"
+        self.log.print(f"measuring the importance of {heads} on {rows} rows")
         seed_everything(self.config.run.seed, IMPORTANCE_STREAM, 0, self.cluster.rank)
         importance = measure_importance(
             self.engine.module,

@@ -1,0 +1,81 @@
+"""A small world for tests of the whole program: made-up text in two domains, a tiny BERT, sharded corpora."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}  # fmt: skip
+GENERAL = "the river town people saw a long winter road and built houses near old water mills by hand".split()
+DOMAIN = "the model parser token graph learns deep neural layers and scores attention heads near loss".split()
+
+
+@dataclass(frozen=True)
+class SmallWorld:
+    """Folders: a model, raw text files, and corpora sharded from them (rows of 32 tokens)."""
+
+    model: Path
+    domain_text: Path
+    general_text: Path
+    corpus: Path
+    general_corpus: Path
+
+
+def write_text(path: Path, words: list[str], documents: int, seed: int) -> Path:
+    """Sentences of a fixed grammar: each word is drawn near the last one, so there is something to learn."""
+    draw = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as stream:
+        for number in range(documents):
+            at, text = draw.randrange(len(words)), []
+            for _ in range(draw.randrange(20, 60)):
+                text.append(words[at])
+                at = (at + draw.choice([1, 1, 1, 2, 5])) % len(words)
+            stream.write(json.dumps({"text": " ".join(text), "id": number}) + "\n")
+    return path
+
+
+def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer of the words in ``files``."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=list(SPECIAL.values()))
+    tokenizer.train([str(file) for file in files], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, dropout: float = 0.1) -> Path:
+    """A random BERT of 2 layers and 4 heads with its tokenizer, as a Hugging Face folder."""
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.1,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_world(root: Path) -> SmallWorld:
+    """Build everything below ``root``."""
+    from dga_scale.corpus.cli import shard
+
+    domain = write_text(root / "domain.jsonl", DOMAIN, documents=400, seed=0)
+    general = write_text(root / "general.jsonl", GENERAL, documents=200, seed=1)
+    model = make_model(root / "model", make_tokenizer([domain, general]))
+    shared = ["--tokenizer", str(model), "--sequence_length", "32", "--validation_share", "0.1"]
+    for text, folder in ((domain, "corpus"), (general, "general_corpus")):
+        shard([str(text), *shared, "--output", str(root / folder)])
+    return SmallWorld(model, domain, general, root / "corpus", root / "general_corpus")
