@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry point's ``main`` and exit with its code; a ``UserError`` prints one line and exits with 2."""
+    """Run an entry point and exit with its code; a ``UserError`` prints one line and exits with 2."""
     try:
         code = main()
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,21 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}  # fmt: skip
-GENERAL = "the river town people saw a long winter road and built houses near old water mills by hand".split()
-DOMAIN = "the model parser token graph learns deep neural layers and scores attention heads near loss".split()
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+GENERAL = (
+    "the", "river", "town", "people", "saw", "a", "long", "winter", "road", "and", "built", "houses", "near",
+    "old", "water", "mills", "by", "hand",
+)  # fmt: skip
+DOMAIN = (
+    "the", "model", "parser", "token", "graph", "learns", "deep", "neural", "layers", "and", "scores",
+    "attention", "heads", "near", "loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,7 @@ class SmallWorld:
     general_corpus: Path
 
 
-def write_text(path: Path, words: list[str], documents: int, seed: int) -> Path:
+def write_text(path: Path, words: Sequence[str], documents: int, seed: int) -> Path:
     """Sentences of a fixed grammar: each word is drawn near the last one, so there is something to learn."""
     draw = random.Random(seed)
     with open(path, "w", encoding="utf-8") as stream:

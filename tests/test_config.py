@@ -10,9 +10,11 @@ import yaml
 from dga_scale.config import SETTING_NAMES, build_parser, parse_config
 from dga_scale.errors import UserError
 
-CONTRACT = """--ds_config --model --corpus --output_dir --method --soft_mask --max_steps --global_batch_size
---learning_rate --contrastive_weight --temperature --eval_corpus --general_eval_corpus --resume --seed --config
---dry_run""".split()
+CONTRACT = (
+    "--ds_config", "--model", "--corpus", "--output_dir", "--method", "--soft_mask", "--max_steps",
+    "--global_batch_size", "--learning_rate", "--contrastive_weight", "--temperature", "--eval_corpus",
+    "--general_eval_corpus", "--resume", "--seed", "--config", "--dry_run",
+)  # fmt: skip
 
 
 def parse(text: str):

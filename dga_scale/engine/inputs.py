@@ -73,6 +73,16 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     )
 
 
+def verify_corpora(inputs: Inputs, cluster: Cluster) -> None:
+    """Compare the hashes of all shards, each rank those of its share.
+
+    Raises:
+        UserError: a shard that was changed.
+    """
+    for corpus in (inputs.corpus, *inputs.evaluations.values()):
+        corpus.verify(cluster.rank, cluster.world_size)
+
+
 def default_output_dir(config: TrainConfig) -> str:
     """``runs/METHOD-CORPUS``."""
     return f"runs/{config.method.method}-{Path(config.data.corpus or '').resolve().name}"

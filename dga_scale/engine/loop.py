@@ -12,7 +12,7 @@ from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.deepspeed import global_grad_norm
 from dga_scale.engine.dry_run import dry_run
 from dga_scale.engine.handover import hand_over
-from dga_scale.engine.inputs import Inputs, check_inputs
+from dga_scale.engine.inputs import Inputs, check_inputs, verify_corpora
 from dga_scale.engine.optimizer_step import step_was_refused
 from dga_scale.engine.session import Session
 from dga_scale.engine.signals import EXIT_STOPPED, StopAgreement, StopRequest
@@ -29,6 +29,7 @@ def train(config: TrainConfig, cluster: Cluster) -> int:
         UserError: on every rank, with the checkpoints written before intact.
     """
     inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
+    cluster.run_on_all(lambda: verify_corpora(inputs, cluster))
     if config.run.dry_run:
         return dry_run(inputs, cluster)
     resume_from = find_resume_point(inputs.folder.path, config.run.resume, cluster)

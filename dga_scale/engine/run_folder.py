@@ -11,12 +11,15 @@ from dga_scale.config import TrainConfig
 from dga_scale.errors import UserError
 
 MAY_CHANGE = frozenset(
-    """ds_config output_dir resume dry_run logging_steps protection_steps eval_steps save_steps save_total_limit
-    prefetch_steps max_eval_samples eval_corpus general_eval_corpus per_device_train_batch_size
-    gradient_accumulation_steps gradient_checkpointing split_views attn_implementation max_bad_steps""".split()
-)
-"""Settings that a resumed run may have otherwise than before: none changes which numbers are computed, but for
-rounding and for how the contrast is split when the batch is cut otherwise."""
+    (
+        "ds_config", "output_dir", "resume", "dry_run", "logging_steps", "protection_steps", "eval_steps",
+        "save_steps", "save_total_limit", "prefetch_steps", "max_eval_samples", "eval_corpus",
+        "general_eval_corpus", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "gradient_checkpointing", "split_views", "attn_implementation", "max_bad_steps",
+    )
+)  # fmt: skip
+"""Settings that a resumed run may have otherwise than before: none changes which numbers are computed, but
+for rounding, and for how the contrast is split where the batch is cut otherwise."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class RunFolder:
         """Refuse a folder that this run can't have or go on in; writes nothing.
 
         Raises:
-            UserError: the path is a file, can't be written, is not empty and holds no run, or holds a run with
-                other settings (each is named with both values).
+            UserError: the path is a file, can't be written, is not empty and holds no run, or holds a run
+                with other settings (each is named with both values).
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output_dir {self.path} is a file. Give a folder.")
@@ -64,7 +67,8 @@ class RunFolder:
             strangers = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
             if strangers:
                 raise UserError(
-                    f"--output_dir {self.path} holds other files ({strangers[0]}, ...) and no run. Give a new folder."
+                    f"--output_dir {self.path} holds other files ({strangers[0]}, ...) and no run. "
+                    "Give a new folder."
                 )
             return
         former = self._former_settings()

@@ -8,10 +8,11 @@ from dga_scale.config import OptimizationSettings
 def learning_rate_at(step: int, settings: OptimizationSettings) -> float:
     """Learning rate of optimizer step ``step`` (0-based) of ``settings.max_steps``.
 
-    Rises linearly from ``peak / warmup`` to the peak over the first ``round(warmup_ratio * max_steps)`` steps,
-    so that no step is spent at a learning rate of 0, then decays so that it would reach
+    Rises linearly from ``peak / warmup`` to the peak over the first ``round(warmup_ratio * max_steps)``
+    steps, so that no step is spent at a learning rate of 0, then decays so that it would reach
     ``min_lr_ratio * peak`` at step ``max_steps``, one past the last: the last step still learns.
-    ``warmup_stable_decay`` decays as 1 - sqrt over the last ``decay_ratio`` of the steps (Haegele et al. 2024).
+    ``warmup_stable_decay`` decays as 1 - sqrt over the last ``decay_ratio`` of the steps (Haegele et al.,
+    arXiv 2405.18392).
 
     Raises:
         ValueError: ``step`` outside the run.

@@ -1,0 +1,313 @@
+"""The whole program on real ranks: what a run writes, stops, goes on with, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from dga_scale.config import parse_config
+from dga_scale.engine.cluster import Cluster, join_cluster
+from dga_scale.engine.loop import train
+from dga_scale.engine.session import Session
+from dga_scale.engine.signals import EXIT_STOPPED
+from dga_scale.errors import UserError
+from dga_scale.preservation.importance import Importance
+from tests.ranks import REPOSITORY, RankError, run_ranks
+from tests.small import SmallWorld, make_world
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def arguments(world: SmallWorld, run: Path, **settings: Any) -> list[str]:
+    """Flags of a short run; fp32, so that resumed runs can be compared bit for bit."""
+    values = {
+        "ds_config": REPOSITORY / "ds_configs" / "zero2.json",
+        "model": world.model,
+        "corpus": world.corpus,
+        "general_eval_corpus": world.general_corpus / "validation",
+        "output_dir": run,
+        "max_steps": STEPS,
+        "global_batch_size": 16,
+        "learning_rate": 1e-3,
+        "importance_samples": 64,
+        "max_eval_samples": 32,
+        "save_steps": 2,
+        "eval_steps": 3,
+        "protection_steps": 2,
+        "save_total_limit": 0,
+        "bf16": "false",
+        **settings,
+    }
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def run_training(flags: list[str]) -> int:
+    return train(parse_config(flags), join_cluster())
+
+
+def run_until(flags: list[str], step: int, rank: int) -> int:
+    """Rank ``rank`` gets SIGTERM while step ``step`` is computed."""
+    original = Session.train_step
+
+    def train_step(self: Session, batches: Any) -> Any:
+        if batches.step == step and self.cluster.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batches)
+
+    Session.train_step = train_step  # type: ignore[method-assign]
+    try:
+        return run_training(flags)
+    finally:
+        Session.train_step = original  # type: ignore[method-assign]
+
+
+def losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [record["loss/total"] for record in records if "loss/total" in record]
+
+
+@pytest.fixture(scope="module")
+def finished(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks under ZeRO-2, ended."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert run_ranks(2, run_training, arguments(world, run, soft_mask="update")) == [0, 0]
+    return run
+
+
+def test_a_run_leaves_all_that_it_promises(finished: Path, world: SmallWorld):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "log.jsonl", "tensorboard", "importance.safetensors",
+                     "checkpoints", "model", "report.html", "summary.json", "importance-heads.png"}  # fmt: skip
+    assert (finished / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:06d}"
+    records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "event" not in record]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert {"loss/total", "loss/mlm", "loss/contrastive", "grad_norm", "learning_rate", "tokens_per_second",
+            "data_wait_seconds", "step_seconds", "memory_gib", "mfu"} <= steps[0].keys()  # fmt: skip
+    assert len(steps[0]["memory_gib"]) == 2
+    evaluated = [record["step"] for record in records if record.get("event") == "evaluation"]
+    assert evaluated == [0, 3, 6]
+    assert {"domain_loss", "general_loss"} <= next(
+        r for r in records if r.get("event") == "evaluation"
+    ).keys()
+    protections = [record for record in records if record.get("event") == "protection"]
+    assert [record["step"] for record in protections] == [2, 4, 6]
+    assert list((finished / "tensorboard").glob("events*"))
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["domain_loss"]["after"] < summary["domain_loss"]["before"]
+
+
+def test_update_masks_hold_what_they_promise(finished: Path):
+    """The last record of effective protection: movement over the free heads' is 1 - a, to the noise of heads
+    whose own steps differ in length."""
+    records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    last = [record for record in records if record.get("event") == "protection"][-1]
+    promised, moved = torch.tensor(last["one_minus_a"]), torch.tensor(last["movement"])
+    assert (promised < 0.9).any()
+    torch.testing.assert_close(moved, promised, atol=0.15, rtol=0.0)
+
+
+def test_the_model_loads_and_has_learnt(finished: Path, world: SmallWorld):
+    model = AutoModelForMaskedLM.from_pretrained(finished / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    base = AutoModelForMaskedLM.from_pretrained(world.model)
+    assert len(tokenizer) == model.config.vocab_size
+    moved = [(a - b).abs().max().item() for a, b in zip(model.parameters(), base.parameters(), strict=True)]
+    assert min(moved) > 0
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished: Path, world: SmallWorld):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+    assert run_ranks(2, run_training, arguments(world, finished, soft_mask="update")) == [0, 0]
+    assert {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")} == before
+    assert len(losses(finished)) == STEPS
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_any_rank_stops_all_and_the_run_goes_on_bit_for_bit(
+    finished: Path, world: SmallWorld, tmp_path: Path, rank: int
+):
+    flags = arguments(world, tmp_path / "run", soft_mask="update")
+    assert run_ranks(2, run_until, flags, 2, rank) == [EXIT_STOPPED, EXIT_STOPPED]
+    stopped = losses(tmp_path / "run")
+    assert stopped == losses(finished)[: len(stopped)]
+    assert 3 <= len(stopped) <= 4  # within one step of the signal
+    assert run_ranks(2, run_training, flags) == [0, 0]
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: Path):
+    """Without dropout the losses are those of the run on two ranks, to the order of sums in fp32."""
+    still = {"dropout": 0.0, "method": "mlm"}
+    run_ranks(2, run_training, arguments(world, tmp_path / "two", **still))
+    flags = arguments(world, tmp_path / "changing", **still)
+    assert run_ranks(2, run_until, flags, 1, 0) == [EXIT_STOPPED, EXIT_STOPPED]
+    assert run_ranks(1, run_training, flags) == [0]
+    assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "two"), abs=2e-5)
+
+
+def test_dry_run_writes_nothing(world: SmallWorld, tmp_path: Path):
+    assert run_ranks(2, run_training, [*arguments(world, tmp_path / "dry"), "--dry_run"]) == [0, 0]
+    assert not (tmp_path / "dry").exists()
+
+
+def test_importance_is_read_again_and_inspectable(finished: Path):
+    importance = Importance.load(finished / "importance.safetensors")
+    assert importance.values["heads"].shape == (2, 4)
+    assert importance.settings["examples"] == 64
+    assert (finished / "importance-heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- what is refused, before any weights are read --------------------------------------------------------
+
+
+def refusal(flags: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        train(parse_config(flags), single())
+    return str(caught.value)
+
+
+def single() -> Cluster:
+    return Cluster(
+        "python", rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu")
+    )
+
+
+def test_another_run_in_the_folder(finished: Path, world: SmallWorld):
+    text = refusal(arguments(world, finished, soft_mask="update", learning_rate=2e-3))
+    assert "holds another run" in text
+    assert "learning_rate was 0.001, is 0.002" in text
+
+
+def test_a_folder_of_strangers(world: SmallWorld, tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "thesis.tex" in refusal(arguments(world, tmp_path))
+
+
+def test_resume_never_in_a_folder_with_checkpoints(finished: Path, world: SmallWorld):
+    text = refusal(arguments(world, finished, soft_mask="update", resume="never"))
+    assert "resume" in text
+    assert "step-000006" in text
+
+
+def test_a_missing_corpus_and_one_of_another_tokenizer(world: SmallWorld, tmp_path: Path):
+    assert str(tmp_path / "none") in refusal(arguments(world, tmp_path / "r", corpus=tmp_path / "none"))
+    other = tmp_path / "other"
+    shutil.copytree(world.model, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[20:22]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "tokenizer" in refusal(arguments(world, tmp_path / "r", model=other))
+
+
+def test_batches_that_do_not_divide_and_a_corpus_too_small(world: SmallWorld, tmp_path: Path):
+    text = refusal(arguments(world, tmp_path / "r", per_device_train_batch_size=5))
+    assert "16" in text
+    assert "5" in text
+    assert "fewer than one global batch of 100000" in refusal(
+        arguments(world, tmp_path / "r", global_batch_size=100_000)
+    )
+
+
+def test_a_ds_config_that_contradicts_a_flag(world: SmallWorld, tmp_path: Path):
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"train_batch_size": 32, "zero_optimization": {"stage": 1}}))
+    assert "train_batch_size" in refusal(arguments(world, tmp_path / "r", ds_config=config))
+    config.write_text(json.dumps({"zero_optimisation": {"stage": 1}}))
+    assert "zero_optimization" in refusal(arguments(world, tmp_path / "r", ds_config=config))
+
+
+def test_a_corpus_longer_than_the_model(world: SmallWorld, tmp_path: Path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    short = tmp_path / "short"
+    shutil.copytree(world.model, short)
+    config = BertConfig.from_pretrained(world.model, max_position_embeddings=16)
+    BertForMaskedLM(config).save_pretrained(short)
+    text = refusal(arguments(world, tmp_path / "r", model=short))
+    assert "32" in text
+    assert "16" in text
+
+
+def test_a_model_without_a_head_and_no_warm_up(world: SmallWorld, tmp_path: Path):
+    from transformers import BertModel
+
+    headless = tmp_path / "headless"
+    shutil.copytree(world.model, headless)
+    BertModel.from_pretrained(world.model).save_pretrained(headless)
+    assert "--head_warmup_steps" in refusal(arguments(world, tmp_path / "r", model=headless))
+
+
+def test_a_warmed_up_head_trains_on(world: SmallWorld, tmp_path: Path):
+    from transformers import BertModel
+
+    headless = tmp_path / "headless"
+    shutil.copytree(world.model, headless)
+    BertModel.from_pretrained(world.model).save_pretrained(headless)
+    flags = arguments(world, tmp_path / "r", model=headless, head_warmup_steps=20, max_steps=2)
+    assert run_ranks(2, run_training, flags) == [0, 0]
+    records = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert records[0]["event"] == "evaluation"
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "r" / "model")
+
+
+def test_a_model_without_dropout_is_refused_on_every_rank(world: SmallWorld, tmp_path: Path):
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, run_training, arguments(world, tmp_path / "r", dropout=0.0))
+    assert {name for name, _ in caught.value.errors.values()} == {"UserError"}
+    assert all("--dropout 0.1" in text for _, text in caught.value.errors.values())
+
+
+def test_a_flipped_byte_in_a_shard(world: SmallWorld, tmp_path: Path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(world.corpus, damaged)
+    shard = next(path for path in sorted(damaged.rglob("*.arrow")) if "validation" not in str(path))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    text = refusal(arguments(world, tmp_path / "r", corpus=damaged))
+    assert shard.name in text
+
+
+def test_steps_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(
+    world: SmallWorld, tmp_path: Path
+):
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, run_into_nan, arguments(world, tmp_path / "r", max_bad_steps=3), 2)
+    assert {name for name, _ in caught.value.errors.values()} == {"UserError"}
+    assert all("step-000002" in text for _, text in caught.value.errors.values())
+
+
+def run_into_nan(flags: list[str], step: int) -> int:
+    """From ``step`` on, rank 1's embeddings give NaN."""
+    original = Session.train_step
+
+    def train_step(self: Session, batches: Any) -> Any:
+        if batches.step >= step and self.cluster.rank == 1:
+            handle = self.model.lm.base_model.embeddings.register_forward_hook(
+                lambda module, inputs, output: output * float("nan")
+            )
+            try:
+                return original(self, batches)
+            finally:
+                handle.remove()
+        return original(self, batches)
+
+    Session.train_step = train_step  # type: ignore[method-assign]
+    try:
+        return run_training(flags)
+    finally:
+        Session.train_step = original  # type: ignore[method-assign]
