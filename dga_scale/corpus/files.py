@@ -66,14 +66,18 @@ def storage_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder).free / 1e6
+            free = shutil.disk_usage(_existing(folder)).free / 1e6
             raise UserError(
                 f"the disk of {folder} is full ({free:.1f} MB free): {error.strerror}. Finished parts are "
                 "kept: make room and run the same command again to continue"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(
                 f"can't write to {error.filename or folder}: {error.strerror}. Choose another --output or "
                 "change its permissions"
             ) from error
         raise
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -84,6 +84,12 @@ class Manifest:
         """Longest row without its CLS and SEP."""
         return self.sequence_length if self.causal else self.sequence_length - 2
 
+    @property
+    def content_hash(self) -> str:
+        """Identity of the rows: sha256 over the shards' hashes and the tokenizer's."""
+        parts = [self.tokenizer_hash, *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, the content of manifest.json."""
         return dataclasses.asdict(self)
@@ -190,6 +196,15 @@ class Corpus:
             _check_shard(folder / shard.file, shard, whole=verify == "sha256")
         return cls(folder, manifest)
 
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read every byte of this part's shards (each ``parts``-th) and compare their hashes.
+
+        Raises:
+            UserError: a shard that was changed.
+        """
+        for shard in self.manifest.shards[part::parts]:
+            _check_shard(self.path / shard.file, shard, whole=True)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -213,11 +228,10 @@ class Corpus:
         """Ids of each row that are not special tokens: (rows,) int32."""
         return self._column("maskable")
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
         """Identity of the rows: sha256 over the shards' hashes and the tokenizer's."""
-        parts = [self.manifest.tokenizer_hash, *(shard.sha256 for shard in self.manifest.shards)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return self.manifest.content_hash
 
     def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:

@@ -1,0 +1,151 @@
+"""The command line of the sharder: ``dga-shard``, ``tools/shard_corpus.py``."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from dga_scale.corpus.packing import PACKINGS
+from dga_scale.corpus.sharding import DOCUMENT_MODES, ShardReport, shard_corpus
+from dga_scale.corpus.shards import VALIDATION
+from dga_scale.corpus.spool import ShardSettings
+from dga_scale.corpus.workers import under_mpi
+from dga_scale.errors import UserError, run_main
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as ours: one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every option with its default."""
+    parser = _Parser(
+        prog="shard_corpus.py",
+        description="Tokenise raw text into a corpus folder: Arrow shards and a manifest. A run that was "
+        "interrupted goes on when the same command is given again; the result is the same, byte for byte, "
+        "for any number of workers, mpirun ranks or parts.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    defaults = {field.name: field.default for field in fields(ShardSettings)}
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders or globs: txt, jsonl, csv and tsv (plain, .gz or .zst), parquet, arrow, folders "
+        "saved by `datasets`, or any other file that datasets.load_dataset reads",
+    )
+    add("--tokenizer", required=True, default=argparse.SUPPRESS, help="folder or name of the model to train")
+    add("--output", required=True, default=argparse.SUPPRESS, type=Path, help="the corpus folder to write")
+    add(
+        "--sequence_length",
+        type=int,
+        default=defaults["sequence_length"],
+        help="longest row, in tokens, special ones included; 164 is DGA's",
+    )
+    add(
+        "--packing",
+        choices=PACKINGS,
+        default=defaults["packing"],
+        help="chunk: documents concatenated and cut (the papers'); document: a row is one document or a "
+        "window of it",
+    )
+    add("--text_field", default=defaults["text_field"], help="field or column that holds the text")
+    add(
+        "--document",
+        choices=DOCUMENT_MODES,
+        default=defaults["document"],
+        help="what a document is in a txt file: a line, or the whole file",
+    )
+    add(
+        "--validation_share",
+        type=float,
+        default=defaults["validation_share"],
+        help=f"share of the documents held out, chosen by their hash, in OUTPUT/{VALIDATION}; at least one "
+        "document unless 0",
+    )
+    add(
+        "--keep_duplicates",
+        action="store_true",
+        help="keep documents whose cleaned text repeats an earlier one",
+    )
+    add(
+        "--shard_size",
+        type=float,
+        default=defaults["shard_size"],
+        help="megabytes of text in a shard; also decides how finely the work is shared",
+    )
+    add("--seed", type=int, default=defaults["seed"], help="another seed holds out other documents")
+    add(
+        "--num_workers",
+        type=int,
+        default=1 if under_mpi() else len(os.sched_getaffinity(0)),
+        help="processes, of each rank or part; the default is all cores, 1 under mpirun",
+    )
+    add(
+        "--part",
+        type=_part,
+        metavar="i/N",
+        help="do the i-th of N shares (from 0), in a job array whose tasks see one file system; the task "
+        "that comes last writes the manifest",
+    )
+    add(
+        "--part_patience",
+        type=float,
+        default=60.0,
+        help="seconds without any progress after which a part does the shares of the others too",
+    )
+    return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, slash, size = text.partition("/")
+    if not (slash and index.isdecimal() and size.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/N, for example 0/8")
+    return int(index), int(size)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse ``arguments`` (None: the command line), shard, print a summary."""
+    options = vars(build_parser().parse_args(arguments))
+    inputs, output = options.pop("inputs"), options.pop("output")
+    run = {name: options.pop(name) for name in ("num_workers", "part", "part_patience")}
+    report = shard_corpus(inputs, output, ShardSettings(**options), **run)
+    if not (under_mpi() and report.index):
+        print(summary(output, report))
+    return 0
+
+
+def summary(output: Path, report: ShardReport) -> str:
+    """What the corpus holds, for people."""
+    train, held_out = report.train, report.validation
+    dropped = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in train.dropped.items())
+    lines = [
+        f"corpus {output}" + ("" if report.text_bytes else " was complete already"),
+        f"  documents  {train.documents_read:,} read, {train.documents:,} to train on; dropped: {dropped}",
+        f"  rows       {train.rows:,} of up to {train.sequence_length} tokens, {train.packing} packing",
+        f"  tokens     {train.tokens:,} in {len(train.shards)} shards",
+    ]
+    if held_out is not None:
+        lines.append(
+            f"  held out   {held_out.documents:,} documents, {held_out.rows:,} rows, {held_out.tokens:,} "
+            f"tokens in {output / VALIDATION}"
+        )
+    if report.text_bytes:
+        rate = f"{report.text_bytes / 1e6 / report.seconds:.2f} MB/s"
+        lines.append(
+            f"  time       {report.seconds:.1f} s for {report.text_bytes / 1e6:.1f} MB of text"
+            + (" (part of it by earlier or other runs)" if report.resumed else f", {rate}")
+        )
+    return "\n".join(lines)
+
+
+def shard_command() -> NoReturn:
+    """Entry point of ``dga-shard``."""
+    run_main(main)
