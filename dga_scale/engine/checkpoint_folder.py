@@ -149,18 +149,30 @@ def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoin
         UserError: the checkpoint asked for is incomplete (naming the file), or no checkpoint of the run is.
     """
     if resume not in ("auto", "never"):
-        found, problem = _verified(Path(resume), cluster)
+        found, problem = verified(Path(resume), cluster)
         if found is None:
             raise UserError(f"--resume {resume}: {problem}. Give the folder of a complete checkpoint.")
         return found
+    if resume == "auto":
+        return newest_verified(run_dir, cluster)
     folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
-    if resume == "never" and folders:
+    if folders:
         raise UserError(
             f"{run_dir} already holds {folders[0].name}. Give a new --output_dir, or --resume auto to go on."
         )
+    return None
+
+
+def newest_verified(run_dir: Path, cluster: Cluster) -> Checkpoint | None:
+    """Find the newest checkpoint whose whole content is as it was written; every rank has to call it.
+
+    Raises:
+        UserError: there are checkpoints, but none is complete.
+    """
+    folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
     passed_over: list[str] = []
     for path in folders:
-        found, problem = _verified(path, cluster)
+        found, problem = verified(path, cluster)
         if found is not None:
             return dataclasses.replace(found, passed_over=tuple(passed_over))
         passed_over.append(problem)
@@ -172,8 +184,8 @@ def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoin
     return None
 
 
-def _verified(path: Path, cluster: Cluster) -> tuple[Checkpoint | None, str]:
-    """Read all of a checkpoint and compare hashes, the files spread over the ranks."""
+def verified(path: Path, cluster: Cluster) -> tuple[Checkpoint | None, str]:
+    """Read all of a checkpoint and compare hashes, the files spread over the ranks: it, or what is wrong."""
     found, problem = cluster.broadcast_object(_inspect(path) if cluster.rank == 0 else (None, ""))
     if found is None:
         return None, problem

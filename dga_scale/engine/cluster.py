@@ -124,6 +124,11 @@ class Cluster:
         return self.broadcast_object(value)  # type: ignore[return-value]  # rank 0's is fn's own value
 
 
+def single_process() -> Cluster:
+    """Stand alone: for tools that read what a run has written."""
+    return Cluster("python", 0, 1, 0, 1, torch.device("cpu"))
+
+
 def join_cluster() -> Cluster:
     """Start the process group (NCCL on GPUs, gloo on CPUs) among the processes the launcher started.
 

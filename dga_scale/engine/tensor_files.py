@@ -149,10 +149,10 @@ class PieceReader:
                 filled += last - first
         return filled
 
-    def full(self, key: str, dtype: torch.dtype) -> Tensor:
-        """Put a whole parameter together."""
+    def full(self, key: str) -> Tensor:
+        """Put a whole parameter together, in fp32."""
         stored = self.stored[key]
-        tensor = torch.empty(stored.shape, dtype=dtype)
+        tensor = torch.empty(stored.shape)
         filled = self.read(key, 0, tensor.view(-1))
         assert filled == tensor.numel(), f"{key} has gaps"
         return tensor

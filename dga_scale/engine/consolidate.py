@@ -1,0 +1,106 @@
+"""A run's checkpoint as a Hugging Face model folder, put together tensor by tensor."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from dga_scale.engine.checkpoint import MODEL
+from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, newest_verified, verified
+from dga_scale.engine.cluster import single_process
+from dga_scale.engine.model_card import model_card
+from dga_scale.engine.run_folder import write_text
+from dga_scale.engine.tensor_files import Entry, PieceReader, write_safetensors
+from dga_scale.errors import UserError
+
+MAX_FILE_BYTES = 5_000_000_000
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def consolidate(run_dir: Path, step: int | None, output: Path, dtype: str = "float32") -> Path:
+    """Write safetensors, configuration, tokenizer and a model card that ``from_pretrained`` loads.
+
+    The weights are those that the optimizer steps (fp32 whatever the precision of the passes), saved as
+    ``dtype``: "float32" or "bfloat16". ``step``: None takes the newest complete checkpoint. Memory: the
+    largest tensor, twice. ``output`` appears whole or not at all.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one (naming the file), ``output`` exists, the disk is full.
+    """
+    checkpoint = _chosen(run_dir, step)
+    if output.exists():
+        raise UserError(f"--output {output} exists already. Give a new folder, or remove it.")
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint.path / MODEL, temporary)
+        with PieceReader(checkpoint.shards) as reader:
+            _write_weights(temporary, reader, dtype)
+        write_text(temporary / "README.md", model_card(run_dir, checkpoint.step, temporary / "config.json"))
+        temporary.rename(output)
+    except OSError as error:
+        raise UserError(
+            f"--output {output} could not be written: {error.strerror or error}. "
+            "Free disk space, or give another folder."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def _chosen(run_dir: Path, step: int | None) -> Checkpoint:
+    if step is None:
+        found = newest_verified(run_dir, single_process())
+        if found is None:
+            raise UserError(f"{run_dir} holds no checkpoint. Give the folder of a run (its --output_dir).")
+        return found
+    found, problem = verified(checkpoint_path(run_dir, step), single_process())
+    if found is None:
+        there = ", ".join(path.name for path in sorted((run_dir / "checkpoints").glob("step-*[0-9]")))
+        raise UserError(f"--step {step}: {problem}. The run holds {there or 'no checkpoints'}.")
+    return found
+
+
+def _write_weights(folder: Path, reader: PieceReader, dtype: str) -> None:
+    """Write the weights, in several files and an index where they are larger than 5 GB."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
+    write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+
+    def entry(name: str) -> Entry:
+        key = f"weight:{name}"
+        return Entry(name, DTYPES[dtype], reader.stored[key].shape, lambda: reader.full(key))
+
+    files: list[list[Entry]] = [[]]
+    for each in map(entry, _names(folder, reader)):
+        if files[-1] and sum(e.bytes for e in files[-1]) + each.bytes > MAX_FILE_BYTES:
+            files.append([])
+        files[-1].append(each)
+    where: dict[str, str] = {}
+    for number, entries in enumerate(files, 1):
+        several = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        write_safetensors(folder / f"model{several}.safetensors", entries, {"format": "pt"})
+        where |= {e.name: f"model{several}.safetensors" for e in entries}
+    if len(files) > 1:
+        size = sum(e.bytes for entries in files for e in entries)
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _names(folder: Path, reader: PieceReader) -> list[str]:
+    """List the model's tensors, each once however many names it has (tied weights), in the model's order."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config)
+        model.tie_weights()
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        aliases.setdefault(id(tensor), []).append(name)
+    names = []
+    for group in aliases.values():
+        kept = next((name for name in group if f"weight:{name}" in reader.stored), None)
+        assert kept is not None, f"the checkpoint holds no {group[0]}"
+        names.append(kept)
+    return names
