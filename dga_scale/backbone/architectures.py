@@ -1,0 +1,165 @@
+"""Where each architecture keeps its projections: module names only, read by ``anatomy.describe``."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Names of the modules of one architecture.
+
+    ``block``, ``head`` are names in the whole model; the projections are names inside a block. Give either
+    ``query``, ``key`` and ``value`` or one fused ``qkv``.
+    """
+
+    block: str
+    """Module name of a transformer block, ``{}`` standing for its number: ``"bert.encoder.layer.{}"``."""
+    query: str = ""
+    key: str = ""
+    value: str = ""
+    qkv: str = ""
+    """One projection that holds queries, keys and values."""
+    qkv_order: Literal["parts", "heads"] = "parts"
+    """How ``qkv`` lays out its rows: all queries, all keys, all values; or head after head."""
+    relative_query: str = ""
+    """Projection of relative positions into query space, a block of rows per head (DeBERTa)."""
+    relative_key: str = ""
+    relative_columns: int = 0
+    """Columns of attention scores against relative positions that every token computes in every layer."""
+    output: str
+    """Attention output projection: its input is the concatenation of the heads."""
+    up: tuple[str, ...]
+    """FFN projections into the intermediate units: one, or gate and up."""
+    stacked_up: int = 1
+    """2 where one ``up`` projection stacks gate and up, each of all intermediate units."""
+    down: str
+    """FFN projection back to the hidden size."""
+    head: tuple[str, ...]
+    """Modules of the LM head in the order they are applied to the last hidden state."""
+    head_takes_embeddings: bool = False
+    """The last head module is called with the input embedding module as its second argument."""
+    causal: bool = False
+    positions_after_padding: bool = False
+    """Position ids start at ``pad_token_id + 1``, so the table holds that many positions no token can use."""
+
+
+_BERT = Layout(
+    block="bert.encoder.layer.{}",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    up=("intermediate.dense",),
+    down="output.dense",
+    head=("cls",),
+)
+_ROBERTA = replace(_BERT, block="roberta.encoder.layer.{}", head=("lm_head",), positions_after_padding=True)
+_LLAMA = Layout(
+    block="model.layers.{}",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    up=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    head=("lm_head",),
+    causal=True,
+)
+
+LAYOUTS: dict[str, Layout] = {
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "xlm-roberta-xl": _ROBERTA,
+    "camembert": _ROBERTA,
+    "electra": replace(
+        _BERT, block="electra.encoder.layer.{}", head=("generator_predictions", "generator_lm_head")
+    ),
+    "distilbert": Layout(
+        block="distilbert.transformer.layer.{}",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        output="attention.out_lin",
+        up=("ffn.lin1",),
+        down="ffn.lin2",
+        head=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+    ),
+    "modernbert": Layout(
+        block="model.layers.{}",
+        qkv="attn.Wqkv",
+        output="attn.Wo",
+        up=("mlp.Wi",),
+        stacked_up=2,
+        down="mlp.Wo",
+        head=("head", "decoder"),
+    ),
+    "deberta-v2": replace(
+        _BERT,
+        block="deberta.encoder.layer.{}",
+        query="attention.self.query_proj",
+        key="attention.self.key_proj",
+        value="attention.self.value_proj",
+    ),
+    "gpt2": Layout(
+        block="transformer.h.{}",
+        qkv="attn.c_attn",
+        output="attn.c_proj",
+        up=("mlp.c_fc",),
+        down="mlp.c_proj",
+        head=("lm_head",),
+        causal=True,
+    ),
+    "gpt_neox": Layout(
+        block="gpt_neox.layers.{}",
+        qkv="attention.query_key_value",
+        qkv_order="heads",
+        output="attention.dense",
+        up=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
+        head=("lm_head",),
+        causal=True,
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi3": Layout(
+        block="model.layers.{}",
+        qkv="self_attn.qkv_proj",
+        output="self_attn.o_proj",
+        up=("mlp.gate_up_proj",),
+        stacked_up=2,
+        down="mlp.down_proj",
+        head=("lm_head",),
+        causal=True,
+    ),
+}
+"""Layout of each architecture by its ``config.model_type``."""
+
+
+def layout_of(config: PretrainedConfig) -> Layout:
+    """Return the layout of a known architecture, completed by what its config says."""
+    layout = LAYOUTS[config.model_type]
+    return _deberta_v2(layout, config) if config.model_type == "deberta-v2" else layout
+
+
+def _deberta_v2(layout: Layout, config: PretrainedConfig) -> Layout:
+    """Complete DeBERTa's: its disentangled attention and its two kinds of LM head depend on the config."""
+    if not config.legacy:
+        layout = replace(layout, head=("lm_predictions",), head_takes_embeddings=True)
+    if not getattr(config, "relative_attention", False):
+        return layout
+    terms = config.pos_att_type or []
+    # The same order of precedence as in transformers' DisentangledSelfAttention.
+    span = max(getattr(config, "position_buckets", -1), 0) or max(config.max_relative_positions, 0)
+    span = span or config.max_position_embeddings
+    own = not getattr(config, "share_att_key", False)
+    return replace(
+        layout,
+        relative_key="attention.self.pos_key_proj" if own and "c2p" in terms else "",
+        relative_query="attention.self.pos_query_proj" if own and "p2c" in terms else "",
+        relative_columns=2 * span * len({"c2p", "p2c"}.intersection(terms)),
+    )

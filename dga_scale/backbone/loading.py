@@ -1,0 +1,257 @@
+"""Pretrained weights and tokenizer from a folder or the Hugging Face hub, checked before they are used."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from dga_scale.backbone.anatomy import Anatomy, anatomy_of, check_known
+from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.errors import UserError
+
+_END_TASK_DROPOUT = ("classifier", "summary", "qa_", "seq_classif", "pooler", "cls_")
+"""Beginnings of dropout settings that only heads of end tasks read; no LM has those."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What can be known of a model before its weights are read."""
+
+    name_or_path: str
+    config: PretrainedConfig
+    causal: bool
+    """Whether it is trained as a causal LM; otherwise as a masked LM."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.config.hidden_size
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with an LM head, its tokenizer and its anatomy."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+    new_parameters: tuple[str, ...]
+    """Parameters of the LM head that the checkpoint does not have: randomly initialised."""
+
+    @property
+    def missing_head(self) -> bool:
+        """Whether the LM head, or a part of it, has to be warmed up before the model is of use."""
+        return bool(self.new_parameters)
+
+
+def load_model_config(name_or_path: str) -> ModelConfig:
+    """Read a model's config, and choose between masked and causal LM by its architecture.
+
+    Raises:
+        UserError: no such folder or hub name, a config that can't be read, an unknown architecture.
+
+    """
+    looks_like_path = os.path.isabs(name_or_path) or name_or_path.startswith((".", "~"))
+    if not os.path.isdir(name_or_path) and (looks_like_path or name_or_path.count("/") > 1):
+        raise UserError(
+            f"model {name_or_path!r}: no such folder. Pass a folder with config.json and safetensors, "
+            "or a model's name on the Hugging Face hub"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, KeyError, TypeError... by what is wrong with the file
+        reason = str(error).strip().split("\n")[0]
+        advice = (
+            "Pass a folder that save_pretrained wrote; code from a model's own repository is never run"
+            if os.path.isdir(name_or_path)
+            else "There is no folder of that name either. Where the hub can't be reached, download the model "
+            f"elsewhere (hf download {name_or_path} --local-dir DIR) and pass the folder"
+        )
+        raise UserError(f"the config of model {name_or_path!r} can't be loaded: {reason} {advice}") from error
+    check_known(config.model_type)
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return ModelConfig(name_or_path, config, causal=not masked)
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dropout: float | None = None,
+    attn_implementation: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    allow_new_head: bool = False,
+) -> LoadedModel:
+    """Load a masked or causal LM with its tokenizer; safetensors only, no code from the model's repository.
+
+    The weights land on the CPU, or partitioned over the ranks where ``transformers`` was told of ZeRO-3.
+
+    Args:
+        name_or_path: folder, or name on the Hugging Face hub.
+        dropout: overrides every dropout probability of the trunk; None keeps those of the config.
+        attn_implementation: "sdpa", "eager", "flash_attention_2"...; None lets transformers choose.
+        dtype: dtype of the parameters, whatever the checkpoint's.
+        allow_new_head: accept a checkpoint whose LM head is missing, wholly or in part.
+
+    Raises:
+        UserError: what ``load_model_config`` refuses; weights that are missing, damaged, pickled, of other
+            shapes than the config says, or without an LM head; a tokenizer with more tokens than the model,
+            or without a mask token for a masked LM; an attention implementation that can't be had.
+
+    """
+    found = load_model_config(name_or_path)
+    if dropout is not None:
+        set_dropout(found.config, dropout)
+    tokenizer = load_tokenizer(name_or_path)
+    _check_tokenizer(found, tokenizer)
+    model, missing = _load_weights(found, attn_implementation, dtype)
+    anatomy = anatomy_of(model)
+    # Aliases of tied parameters are listed too: a bias of the head under both its names.
+    new = [name for name, _ in model.named_parameters() if name in missing]
+    lost = [name for name in new if name not in anatomy.lm_head_parameters]
+    if lost:
+        raise UserError(
+            f"the weights of {name_or_path!r} lack {len(lost)} parameters of the {found.config.model_type} "
+            f"trunk, {lost[0]} first; they belong to another model than config.json describes"
+        )
+    if new and not allow_new_head:
+        raise UserError(
+            f"the weights of {name_or_path!r} have no whole LM head ({', '.join(new)} missing), so it can't "
+            "predict tokens; have one trained first with --head_warmup_steps 300, or pass a checkpoint of "
+            f"{type(model).__name__}{_deberta_v3_hint(found)}"
+        )
+    if anatomy.causal:
+        model.config.use_cache = False  # keys and values kept for generation would only cost memory here
+    return LoadedModel(model, tokenizer, anatomy, tuple(new))
+
+
+def set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Set every dropout probability that the trunk reads, whatever the architecture calls it.
+
+    Raises:
+        UserError: ``probability`` is not in [0, 1), or the config has no dropout setting.
+
+    """
+    if not 0 <= probability < 1:
+        raise UserError(f"dropout {probability}: must be from 0 to below 1")
+    names = [
+        name
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or name.endswith("_pdrop"))
+        and isinstance(value, (int, float))
+        and not name.startswith(_END_TASK_DROPOUT)
+    ]
+    if not names:
+        raise UserError(
+            f"{config.model_type} models have no dropout setting, so dropout can't be {probability}"
+        )
+    for name in names:
+        setattr(config, name, probability)
+
+
+def _check_tokenizer(found: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > found.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {found.name_or_path!r} has {len(tokenizer)} tokens, the model's embeddings "
+            f"{found.config.vocab_size}; put the tokenizer that the model was trained with beside its weights"
+        )
+    if not found.causal and tokenizer.mask_token_id is None:
+        raise UserError(
+            f"the tokenizer of {found.name_or_path!r} has no mask token, which a masked LM "
+            f"({found.config.model_type}) needs; set mask_token in its tokenizer_config.json"
+        )
+
+
+def _load_weights(
+    found: ModelConfig, attn_implementation: str | None, dtype: torch.dtype
+) -> tuple[PreTrainedModel, set[str]]:
+    """Return the model and the names that its checkpoint lacks."""
+    name = found.name_or_path
+    auto = AutoModelForCausalLM if found.causal else AutoModelForMaskedLM
+    if _has_pickles_only(Path(name)):
+        raise _pickled(name, auto.__name__)
+    try:
+        with _without_loading_report():
+            loaded = auto.from_pretrained(
+                name,
+                config=found.config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if "cannot be loaded with `safetensors`" in reason:  # transformers' words for a hub model without any
+            raise _pickled(name, auto.__name__) from error
+        raise UserError(
+            f"the weights of {name!r} can't be read: {reason}. The folder needs whole safetensors files "
+            "(model.safetensors, or its shards with model.safetensors.index.json); copy or download it again"
+        ) from error
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None:
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"attn_implementation {attn_implementation!r} can't be used with {name!r}: {reason}"
+        ) from error
+    if info["mismatched_keys"]:
+        parameter, stored, wanted = min(info["mismatched_keys"])
+        raise UserError(
+            f"{parameter} of {name!r} is stored as {tuple(stored)} where config.json asks for "
+            f"{tuple(wanted)}; the weights and config.json belong to different models"
+        )
+    return model, set(info["missing_keys"])
+
+
+def _has_pickles_only(folder: Path) -> bool:
+    return any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors"))
+
+
+def _pickled(name: str, auto: str) -> UserError:
+    folder = name if os.path.isdir(name) else name.replace("/", "-")
+    return UserError(
+        f"the weights of {name!r} are pickled (pytorch_model.bin), and a pickle can run code hidden in it. "
+        "If you trust where they come from, write them once as safetensors: "
+        f"python -c \"import transformers as t; [getattr(t, a).from_pretrained('{name}')"
+        f".save_pretrained('{folder}') for a in ('{auto}', 'AutoTokenizer')]\" and pass {folder}"
+    )
+
+
+def _deberta_v3_hint(found: ModelConfig) -> str:
+    """DeBERTa-v3's own MLM head has another layout, which transformers reads only when told to."""
+    if found.config.model_type == "deberta-v2" and found.config.legacy:
+        return ', or, for a DeBERTa-v3 with its own MLM head, set "legacy": false in its config.json'
+    return ""
+
+
+@contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Silence transformers' table of missing weights and its progress bar: the same is told better above."""
+    verbosity = logging.get_verbosity()
+    progress = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()

@@ -1,0 +1,278 @@
+"""Units found in each architecture, against what the model itself computes and learns."""
+
+import doctest
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForMaskedLM, BertConfig, BertModel, MPNetConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from dga_scale.backbone import anatomy as anatomy_module
+from dga_scale.backbone.anatomy import KINDS, Anatomy, Slab, anatomy_of, register
+from dga_scale.backbone.gates import Gates
+from dga_scale.errors import UserError
+from tests.backbone.tiny import COMMON, SIZES, TINY, VOCAB, batch
+from tests.ranks import run_ranks
+
+every_architecture = pytest.mark.parametrize("name", TINY)
+
+
+def loss_of(model: PreTrainedModel) -> Tensor:
+    """Cross-entropy of the full logits with the inputs: any loss that reaches every unit will do."""
+    inputs = batch()
+    logits = model(**inputs).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["input_ids"].flatten())
+
+
+def protected_entries(model: PreTrainedModel, slab: Slab, units: Tensor) -> Tensor:
+    """Mark, in the parameter's shape, the entries all of whose owners are among ``units``."""
+    parameter = dict(model.named_parameters())[slab.parameter]
+    inside = torch.isin(slab.owners, units).all(dim=1)  # an owner of -1 is never inside
+    shape = [1] * parameter.dim()
+    shape[slab.dim] = -1
+    return inside.view(shape).expand_as(parameter)
+
+
+def same(left: Anatomy, right: Anatomy) -> bool:
+    def plain(anatomy: Anatomy) -> list[object]:
+        values = {**vars(anatomy), "slabs": [{**vars(s), "owners": s.owners.tolist()} for s in anatomy.slabs]}
+        return sorted(values.items(), key=lambda item: item[0])
+
+    return plain(left) == plain(right)
+
+
+@every_architecture
+def test_sizes_are_those_of_the_config(name: str) -> None:
+    tiny = TINY[name]
+    anatomy = anatomy_of(tiny.model())
+    config = tiny.config()
+    assert anatomy.architecture == tiny.model_type
+    assert (anatomy.num_layers, anatomy.num_heads, anatomy.hidden_size) == (2, 4, 32)
+    assert anatomy.head_dim == (12 if name == "qwen3" else 8)
+    assert anatomy.intermediate_size == (128 if name == "gpt2" else 48)
+    assert anatomy.vocab_size == config.vocab_size == VOCAB
+    assert anatomy.causal == tiny.causal
+    assert [anatomy.units(kind) for kind in KINDS] == [4, anatomy.intermediate_size, 32]
+
+
+@every_architecture
+def test_max_positions_run_and_one_more_does_not(name: str) -> None:
+    tiny = TINY[name]
+    model = tiny.model()
+    longest = anatomy_of(model).max_positions
+    assert longest == tiny.max_positions
+    assert model(torch.randint(3, VOCAB, (1, longest))).logits.shape == (1, longest, VOCAB)
+    learned = re.search(r"position_embeddings|wpe", " ".join(dict(model.named_parameters())))
+    if learned:  # rotary and relative positions have no table to run out of
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.randint(3, VOCAB, (1, longest + 1)))
+
+
+@every_architecture
+def test_lm_logits_are_bit_for_bit_those_of_the_model(name: str) -> None:
+    model = TINY[name].model()
+    anatomy = anatomy_of(model)
+    inputs = batch()
+    hidden = anatomy.trunk(model)(**inputs).last_hidden_state
+    assert hidden.shape == (3, 11, 32)
+    assert torch.equal(anatomy.lm_logits(model, hidden), model(**inputs).logits)
+
+
+@every_architecture
+def test_a_unit_owns_exactly_what_learns_nothing_when_it_is_gated_off(name: str) -> None:
+    """The reference is autograd: with the gate at 0, a unit's entries, and no others, have no gradient."""
+    model = TINY[name].model()
+    anatomy = anatomy_of(model)
+    gates = Gates(model, anatomy, KINDS)
+    parameters = dict(model.named_parameters())
+    layer = 1
+    # A grouped key/value head is gated off only together with all its query heads.
+    cases = [("heads", [2]), ("heads", [2, 3]), ("heads", [0, 1, 2, 3])]
+    cases += [("intermediate", [5, 17]), ("neurons", [3, 30])]
+    for kind, units in cases:
+        rows = torch.ones(3, 2, anatomy.units(kind))
+        rows[:, layer, units] = 0
+        gates.set({kind: rows})
+        model.zero_grad()
+        loss_of(model).backward()
+        slabs = [slab for slab in anatomy.slabs if slab.kind == kind]
+        assert {slab.layer for slab in slabs} == {0, 1}
+        for parameter in {slab.parameter for slab in slabs}:
+            owned = torch.zeros_like(parameters[parameter], dtype=torch.bool)
+            for slab in slabs:
+                if slab.parameter == parameter and slab.layer == layer:
+                    owned |= protected_entries(model, slab, torch.tensor(units))
+            gradient = parameters[parameter].grad
+            assert gradient is not None
+            assert not gradient[owned].any(), parameter
+            if parameter.endswith("weight"):  # a key bias has no gradient at all: softmax ignores a shift
+                assert gradient[~owned].eq(0).sum() <= 0.01 * owned.numel(), parameter
+
+
+@every_architecture
+def test_one_step_leaves_a_protected_head_where_it_was_and_moves_all_others(name: str) -> None:
+    model = TINY[name].model()
+    anatomy = anatomy_of(model)
+    protection = torch.zeros(2, 4)
+    protection[1, 2] = 1.0
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    loss_of(model).backward()
+    heads = [slab for slab in anatomy.slabs if slab.kind == "heads"]
+    for slab in heads:
+        # A grouped key/value head takes the smallest protection of its query heads; owner -1 has none.
+        padded = torch.cat([protection[slab.layer], torch.zeros(1)])
+        factor = 1 - padded[slab.owners].amin(dim=1)
+        parameter = parameters[slab.parameter]
+        assert parameter.grad is not None
+        parameter.grad.mul_(factor.view([-1 if axis == slab.dim else 1 for axis in range(parameter.dim())]))
+    torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0).step()
+
+    for slab in heads:
+        moved = parameters[slab.parameter] != before[slab.parameter]
+        for head in range(4):
+            rows = (slab.owners == head).any(dim=1).nonzero().flatten()
+            expected = not (protection[slab.layer, head] and slab.owners[rows].eq(head).all())
+            if slab.parameter.endswith("weight"):
+                assert moved.index_select(slab.dim, rows).any() == expected, (slab.parameter, head)
+            elif not expected:
+                assert not moved[rows].any(), (slab.parameter, head)
+
+
+@every_architecture
+def test_no_parameter_of_a_head_is_left_out(name: str) -> None:
+    """The reference is autograd again: what loses its gradient with the head's gate, anywhere in the model."""
+    model = TINY[name].model()
+    anatomy = anatomy_of(model)
+    gates = Gates(model, anatomy)
+    parameters = dict(model.named_parameters())
+    for units in ([2], [2, 3]):
+        owned = {key: torch.zeros_like(value, dtype=torch.bool) for key, value in parameters.items()}
+        for slab in anatomy.slabs:
+            if slab.kind == "heads" and slab.layer == 1:
+                owned[slab.parameter] |= protected_entries(model, slab, torch.tensor(units))
+        gradients = []
+        for value in (1.0, 0.0):
+            rows = torch.ones(3, 2, 4)
+            rows[:, 1, units] = value
+            gates.set({"heads": rows})
+            model.zero_grad()
+            loss_of(model).backward()
+            gradients.append({key: parameter.grad for key, parameter in parameters.items()})
+        for key, with_head in gradients[0].items():
+            without = gradients[1][key]
+            if with_head is not None and without is not None:
+                lost = with_head.ne(0) & without.eq(0)
+                assert not (lost & ~owned[key]).sum() > 0.01 * lost.numel(), key
+
+
+def test_grouped_keys_and_values_have_their_query_heads_as_owners() -> None:
+    anatomy = anatomy_of(TINY["llama"].model())
+    key = next(slab for slab in anatomy.slabs if slab.role == "key")
+    assert key.owners.tolist() == [[0, 1]] * 8 + [[2, 3]] * 8
+    query = next(slab for slab in anatomy.slabs if slab.role == "query")
+    assert query.owners.flatten().tolist() == [head for head in range(4) for _ in range(8)]
+
+
+@every_architecture
+def test_meta_device_gives_the_same_anatomy(name: str) -> None:
+    with torch.device("meta"):
+        meta = TINY[name].model()
+        found = anatomy_of(meta)
+    assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
+    assert same(found, anatomy_of(TINY[name].model()))
+
+
+def anatomies_under_zero_init() -> dict[str, Anatomy]:
+    """Run on every rank: each architecture built under ``deepspeed.zero.Init``, as transformers does it."""
+    stage3 = HfDeepSpeedConfig({"train_batch_size": 2, "zero_optimization": {"stage": 3}})
+    found = {}
+    for name, tiny in TINY.items():
+        model = tiny.model(random_biases=False)
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+        found[name] = anatomy_of(model)
+    del stage3  # transformers holds it weakly: gone with this reference
+    return found
+
+
+def test_partitioned_parameters_give_the_same_anatomy() -> None:
+    for found in run_ranks(2, anatomies_under_zero_init):
+        for name, anatomy in found.items():
+            assert same(anatomy, anatomy_of(TINY[name].model())), name
+
+
+@every_architecture
+def test_lm_head_parameters_are_those_the_trunk_does_not_have(name: str) -> None:
+    model = TINY[name].model()
+    anatomy = anatomy_of(model)
+    trunk = {id(parameter) for parameter in anatomy.trunk(model).parameters()}
+    expected = {key for key, parameter in model.named_parameters() if id(parameter) not in trunk}
+    assert set(anatomy.lm_head_parameters) == expected
+    assert bool(expected) == (name not in ("gpt2", "llama tied"))  # heads that are the embeddings and no more
+
+
+@every_architecture
+def test_forward_flops_are_those_torch_counts(name: str) -> None:
+    model = TINY[name].model()
+    anatomy = anatomy_of(model)
+    inputs = batch(rows=3, tokens=11)
+    with FlopCounterMode(display=False) as counter:
+        anatomy.lm_logits(model, anatomy.trunk(model)(**inputs).last_hidden_state[:, :4])
+    # DeBERTa projects its table of relative positions once a batch and layer, for keys and for queries.
+    table = 2 * (8 if name == "deberta-v3" else 34)
+    once = 2 * 2 * (2 * table * 32 * 32) if anatomy.relative_columns else 0
+    assert anatomy.forward_flops(33, 11, 12) + once == counter.get_total_flops()
+
+
+def test_the_docstring_of_register_runs_and_describes_mpnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anatomy_module, "_registered", {})
+    values = {**COMMON, **SIZES, "num_hidden_layers": 2}
+    model = AutoModelForMaskedLM.from_config(MPNetConfig(**values)).eval()
+    with pytest.raises(UserError, match="register"):
+        anatomy_of(model)
+    (example,) = doctest.DocTestFinder(recurse=False).find(register, globs={})
+    assert len(example.examples) == 4
+    assert doctest.DocTestRunner().run(example, clear_globs=False).failed == 0
+    anatomy = anatomy_of(model)
+    inputs = batch()
+    hidden = anatomy.trunk(model)(**inputs).last_hidden_state
+    assert torch.equal(anatomy.lm_logits(model, hidden), model(**inputs).logits)
+    assert anatomy.max_positions == 32
+
+
+def test_unknown_architecture_is_refused_with_the_way_to_register() -> None:
+    model = AutoModelForMaskedLM.from_config(MPNetConfig(**COMMON, **SIZES))
+    with pytest.raises(UserError, match=r"'mpnet' is not known.*bert, .*about 15 lines.*anatomy\.register"):
+        anatomy_of(model)
+
+
+def test_model_without_lm_head_is_refused() -> None:
+    with pytest.raises(UserError, match=r"BertModel has no module 'bert\.encoder.*AutoModelForMaskedLM"):
+        anatomy_of(BertModel(BertConfig(**COMMON, **SIZES)))
+
+
+def test_removed_projection_is_named() -> None:
+    model = TINY["llama"].model()
+    del model.model.layers[1].self_attn.k_proj
+    with pytest.raises(UserError, match=r"no module 'model\.layers\.1\.self_attn\.k_proj'"):
+        anatomy_of(model)
+
+
+def test_pruned_head_is_named() -> None:
+    model = TINY["bert"].model()
+    attention = model.bert.encoder.layer[1].attention
+    attention.self.query = torch.nn.Linear(32, 24)
+    with pytest.raises(
+        UserError, match=r"layer\.1\.attention\.self\.query maps 32 inputs to 24 outputs.*32 and 32.*pruned"
+    ):
+        anatomy_of(model)
+
+
+def test_layer_with_a_smaller_ffn_is_named() -> None:
+    model = TINY["llama"].model()
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 40, bias=False)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj maps 32 inputs to 40"):
+        anatomy_of(model)
