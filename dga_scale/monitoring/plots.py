@@ -24,17 +24,13 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 class Theme:
     """Colours of a figure. ``series`` stay apart for the colour-blind (after Okabe and Ito)."""
 
-    name: str
     text: str
     faint: str
-    background: str
     series: tuple[str, ...]
 
 
-LIGHT = Theme(
-    "light", "#24292f", "#d0d7de", "#ffffff", ("#0072b2", "#d55e00", "#00825f", "#a8578a", "#8a6d00")
-)
-DARK = Theme("dark", "#d6dde4", "#3d444d", "#0f1419", ("#56b4e9", "#ff8a5c", "#2bc49a", "#e39cc5", "#f0c14b"))
+LIGHT = Theme("#24292f", "#d0d7de", ("#0072b2", "#d55e00", "#00825f", "#a8578a", "#8a6d00"))
+DARK = Theme("#d6dde4", "#3d444d", ("#56b4e9", "#ff8a5c", "#2bc49a", "#e39cc5", "#f0c14b"))
 
 _WIDTH = 5.4
 _DPI = 160
@@ -64,7 +60,6 @@ def importance_figure(importance: Tensor, protection: Tensor, kind: str) -> Figu
     left, right = figure.subplots(1, 2)
     _draw_heatmap(figure, left, importance, "importance", kind, None, LIGHT)
     _draw_heatmap(figure, right, protection, "protection a", kind, (0.0, 1.0), LIGHT)
-    figure.patch.set_facecolor(LIGHT.background)
     return figure
 
 
@@ -114,21 +109,19 @@ def protection_figure(heads: Mapping[str, tuple[Tensor, Tensor]], *, theme: Them
     axes.set_ylabel("movement relative to unprotected")
     _style(axes, theme)
     _legend(axes, theme)
-    if theme is LIGHT:
-        figure.patch.set_facecolor(LIGHT.background)
     return figure
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """The figure as a PNG file with a transparent background, for a page of its theme's colours."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="none")
     return buffer.getvalue()
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG file."""
-    path.write_bytes(png_bytes(figure))
+    """Write the figure as a PNG file on white."""
+    figure.savefig(path, format="png", dpi=_DPI, facecolor="white")
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -139,9 +132,7 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0.0)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_heatmap(

@@ -1,0 +1,292 @@
+"""One self-contained HTML page about one run or several: no network, no script, light and dark, any width."""
+
+import base64
+import math
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+import dga_scale
+from dga_scale.errors import UserError
+from dga_scale.monitoring import plots
+from dga_scale.monitoring.run_data import (
+    Change,
+    RunData,
+    comparison,
+    load_run,
+    protection_verdict,
+    verdict,
+)
+
+Draw = Callable[[plots.Theme], Figure]
+"""Draws a figure for a light or a dark page."""
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --card: #f6f8fa; --text: #1f2328; --muted: #59636e;
+  --line: #d1d9e0; --accent: #0969da; --better: #1a7f37; --worse: #b35900; }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1419; --card: #171d24; --text: #e3e8ee;
+  --muted: #9aa5b1; --line: #323a44; --accent: #6cb2ff; --better: #4cc470; --worse: #ffa657; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); line-height: 1.55;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+p { margin: .5rem 0; max-width: 44rem; overflow-wrap: anywhere; }
+.muted, td small { color: var(--muted); }
+.verdict { background: var(--card); border-left: 4px solid var(--accent); border-radius: 4px;
+  padding: .4rem 1rem; margin: .8rem 0; }
+.verdict p { max-width: none; }
+.scroll { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
+th, td { padding: .4rem .8rem .4rem 0; text-align: right; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+th { font-weight: 600; color: var(--muted); }
+th:first-child, td:first-child { text-align: left; }
+td small { display: block; font-size: .8rem; white-space: nowrap; }
+tr.group td { font-weight: 600; padding-top: 1rem; text-align: left; }
+.better { color: var(--better); font-weight: 600; } .worse { color: var(--worse); font-weight: 600; }
+.settings td { text-align: left; overflow-wrap: anywhere; max-width: 20rem; }
+.settings tr.differs td { background: var(--card); font-weight: 600; }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+figure { margin: 0; } figure img { width: 100%; max-width: 36rem; height: auto; display: block; }
+figcaption { font-size: .85rem; color: var(--muted); overflow-wrap: anywhere; }
+details { margin: .8rem 0; } summary { cursor: pointer; color: var(--accent); padding: .3rem 0; }
+code { font: .9em ui-monospace, SFMono-Regular, Menlo, monospace; }
+@media (max-width: 30rem) { th, td { padding-right: .55rem; } body { font-size: 15px; } }
+"""
+
+
+def write_report(runs: Sequence[str | Path], output: str | Path) -> None:
+    """Write the page about ``runs`` (run folders), side by side where there are several.
+
+    Raises:
+        UserError: a folder is no run folder, a file in it is damaged, or ``output`` can't be written.
+    """
+    page = render([load_run(Path(run)) for run in runs])
+    try:
+        Path(output).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}. Give a file in a folder you own.") from None
+
+
+def render(runs: Sequence[RunData]) -> str:
+    """The page as a string. All text from the runs is escaped; images are inlined."""
+    title = ", ".join(run.name for run in runs)
+    sections = [
+        _outcome(runs),
+        _section("Losses", _losses(runs)),
+        _section("Importance and protection of attention heads", _importance(runs)),
+        _section("Effective protection", _effective_protection(runs)),
+        _section("Speed and memory", _speed(runs)),
+        _section("Settings", _settings(runs)),
+        _section("Environment", _environment(runs)),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}: domain adaptation</title>\n<style>{_STYLE}</style>\n</head>\n"
+        "<body>\n<main>\n"
+        f"<h1>Domain adaptation: {escape(title)}</h1>\n"
+        + "".join(f'<p class="muted">{escape(_one_line(run))}</p>\n' for run in runs)
+        + "".join(sections)
+        + f'<p class="muted">Written by dga_scale {dga_scale.__version__}. A loss is the mean cross-entropy '
+        "in nats of the predicted tokens of held-out text; perplexity is its exponential.</p>\n"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
+def _one_line(run: RunData) -> str:
+    s = run.settings
+    tokens = f", {run.summary['tokens']:,} tokens" if "tokens" in run.summary else ""
+    total = s.get("max_steps")
+    state = f"{total} steps" if run.last_step == total else f"step {run.last_step} of {total}, not finished"
+    return f"{run.name}: {s.get('model')} adapted to {s.get('corpus')} by {run.label}; {state}{tokens}."
+
+
+def _outcome(runs: Sequence[RunData]) -> str:
+    said = [compared] if (compared := comparison(runs)) else []
+    said += [verdict(run) if len(runs) == 1 else f"{run.name}: {verdict(run)}" for run in runs]
+    if any(run.change("domain") for run in runs):
+        said.append("One seed a run: differences of a few hundredths can be chance.")
+    rows = []
+    for text in ("domain", "general"):
+        measured = [(run, change) for run in runs if (change := run.change(text))]
+        if len(runs) > 1 and measured:
+            rows.append(f'<tr class="group"><td colspan="4">{text}</td></tr>')
+        rows += [_change_row(run.name if len(runs) > 1 else text, change) for run, change in measured]
+    paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in said)
+    head = ("held-out text", "before", "after", "change")
+    return f'<div class="verdict">\n{paragraphs}</div>\n{_table(head, rows)}'
+
+
+def _change_row(name: str, change: Change) -> str:
+    def loss(value: float) -> str:
+        return f"<td>{value:.3f}<small>ppl {math.exp(value):,.1f}</small></td>"
+
+    kind = "better" if change.difference < 0 else "worse"
+    difference = f'<td class="{kind}">{change.difference:+.3f}<small>{change.relative:+.1%}</small></td>'
+    return f"<tr><td>{escape(name)}</td>{loss(change.before)}{loss(change.after)}{difference}</tr>"
+
+
+def _losses(runs: Sequence[RunData]) -> str:
+    if len(runs) == 1:
+        names = dict.fromkeys(k for r in runs[0].steps for k in r if k.startswith("loss/"))
+        training = {name.removeprefix("loss/"): runs[0].series(name) for name in names}
+        held_out = {
+            "held-out loss": _points({"domain": (runs[0], "domain"), "general": (runs[0], "general")})
+        }
+    else:
+        training = {run.name: series for run in runs if (series := run.series("loss/mlm"))[0]}
+        held_out = {
+            f"held-out {text} loss": _points({run.name: (run, text) for run in runs})
+            for text in ("domain", "general")
+        }
+    figures: list[tuple[str, Draw]] = []
+    if training:
+        which = "training loss" if len(runs) == 1 else "training loss of the masked LM"
+        figures.append((which, lambda theme: plots.curves_figure(training, "loss", theme=theme)))
+    for title, points in held_out.items():
+        if points:
+            figures.append((title, _dots(points)))
+    return _figures(figures)
+
+
+def _points(wanted: dict[str, tuple[RunData, str]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Held-out losses by label, where any were measured."""
+    found = {}
+    for label, (run, text) in wanted.items():
+        records = [r for r in run.named("evaluation") if r.get(f"{text}_loss") is not None]
+        if records:
+            found[label] = ([r["step"] for r in records], [r[f"{text}_loss"] for r in records])
+    return found
+
+
+def _dots(points: plots.Series) -> Draw:
+    return lambda theme: plots.curves_figure({}, "loss", points=points, theme=theme)
+
+
+def _importance(runs: Sequence[RunData]) -> str:
+    figures = []
+    for run in runs:
+        for kind, values in run.importance.items():
+            a = run.protection[kind]
+            for what, matrix, limits in (
+                ("importance for general knowledge", values, None),
+                ("protection a (the soft-mask is 1 - a)", a, (0.0, 1.0)),
+            ):
+                caption = f"{run.name}: {what}, {kind}" if len(runs) > 1 else f"{what}, {kind}"
+                figures.append((caption, _heatmap(matrix, kind, limits)))
+    return _figures(figures)
+
+
+def _heatmap(values: torch.Tensor, kind: str, limits: tuple[float, float] | None) -> Draw:
+    return lambda theme: plots.heatmap_figure(values, "", kind, limits=limits, theme=theme)
+
+
+def _effective_protection(runs: Sequence[RunData]) -> str:
+    heads = {run.name: found for run in runs if (found := run.effective_protection())}
+    if not heads:
+        return ""
+    said = [text for run in runs if (text := protection_verdict(run))]
+    caption = "each dot is a head: how far its query rows moved since the start, against what its mask asks"
+    return "".join(f"<p>{escape(text)}</p>\n" for text in said) + _figures(
+        [(caption, lambda theme: plots.protection_figure(heads, theme=theme))]
+    )
+
+
+def _speed(runs: Sequence[RunData]) -> str:
+    def number(run: RunData, key: str, form: str) -> str:
+        value = run.typical(key)
+        return "" if value is None else form.format(value)
+
+    def share_waiting(run: RunData) -> str:
+        pairs = zip(run.series("data_wait_seconds")[1], run.series("step_seconds")[1], strict=True)
+        shares = [wait / seconds for wait, seconds in pairs if seconds]
+        return f"{median(shares):.1%}" if shares else ""
+
+    rows: list[tuple[str, list[str]]] = [
+        ("tokens a second", [number(r, "tokens_per_second", "{:,.0f}") for r in runs]),
+        ("seconds a step", [number(r, "step_seconds", "{:.2f}") for r in runs]),
+        ("of it waiting for data", [share_waiting(r) for r in runs]),
+        ("model FLOPs utilisation", [number(r, "mfu", "{:.1%}") for r in runs]),
+        ("memory of each rank, GiB", [", ".join(f"{m:.2f}" for m in r.peak_memory()) for r in runs]),
+        ("steps refused for NaN or infinity", [str(len(r.named("refused"))) for r in runs]),
+    ]
+    table = _table(
+        ("median of the steps", *(run.name for run in runs)),
+        [f"<tr><td>{what}</td>{_cells(values)}</tr>" for what, values in rows if any(values)],
+    )
+    curves = {run.name: run.series("tokens_per_second") for run in runs if run.series("tokens_per_second")[0]}
+    if not curves:
+        return table
+    return table + _figures(
+        [("tokens a second", lambda theme: plots.curves_figure(curves, "tokens a second", theme=theme))]
+    )
+
+
+def _settings(runs: Sequence[RunData]) -> str:
+    return _side_by_side("setting", [run.settings for run in runs], runs, "all settings")
+
+
+def _environment(runs: Sequence[RunData]) -> str:
+    flat = [
+        {
+            key: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            for key, value in run.environment.items()
+        }
+        for run in runs
+    ]
+    return _side_by_side("", flat, runs, "versions and devices") if any(flat) else ""
+
+
+def _side_by_side(what: str, columns: Sequence[dict[str, Any]], runs: Sequence[RunData], summary: str) -> str:
+    rows = []
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = ["" if column.get(name) is None else str(column[name]) for column in columns]
+        differs = ' class="differs"' if len(set(values)) > 1 else ""
+        rows.append(f"<tr{differs}><td>{escape(name)}</td>{_cells(values)}</tr>")
+    table = _table((what, *(run.name for run in runs)), rows, "settings")
+    return f"<details><summary>{summary}</summary>\n{table}</details>\n"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{body}</section>\n" if body else ""
+
+
+def _cells(values: Iterable[str]) -> str:
+    return "".join(f"<td>{escape(value)}</td>" for value in values)
+
+
+def _table(head: Sequence[str], rows: Sequence[str], kind: str = "figures-table") -> str:
+    if not rows:
+        return ""
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "\n".join(rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead>\n<tbody>\n{body}\n'
+        "</tbody></table></div>\n"
+    )
+
+
+def _figures(figures: Sequence[tuple[str, Draw]]) -> str:
+    """Captioned images, each drawn for light and for dark pages."""
+    if not figures:
+        return ""
+    drawn = []
+    for caption, draw in figures:
+        light, dark = (
+            "data:image/png;base64," + base64.b64encode(plots.png_bytes(draw(theme))).decode()
+            for theme in (plots.LIGHT, plots.DARK)
+        )
+        drawn.append(
+            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+            f'<img src="{light}" alt="{escape(caption)}"></picture>'
+            f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+        )
+    return f'<div class="figures">\n{"".join(drawn)}</div>\n'
