@@ -1,0 +1,92 @@
+"""The readings of one batch that an objective asks for, in one pass of the trunk or in one pass each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dga_scale.backbone.gates import Gates
+
+
+class ModelInputs(NamedTuple):
+    """The tensors of a batch that reach the model, on its device; see ``corpus.batches.Batch``."""
+
+    input_ids: Tensor  # (B, T)
+    masked_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T)
+    positions: Tensor  # (B, M)
+    labels: Tensor  # (B, M), -100 where there is none
+
+
+@dataclass(frozen=True)
+class View:
+    """One reading of the batch.
+
+    Attributes:
+        name: by which the objective finds its hidden states.
+        masked: reads the masked ids instead of the clean ones.
+        gated: the gates of the units are set to their protection, instead of 1.
+
+    """
+
+    name: str
+    masked: bool = False
+    gated: bool = False
+
+
+def run_views(
+    trunk: nn.Module,
+    gates: Gates,
+    views: Sequence[View],
+    inputs: ModelInputs,
+    protection: Mapping[str, Tensor],
+    *,
+    split: bool = False,
+) -> dict[str, Tensor]:
+    """Last hidden states (B, T, H) of each view.
+
+    One pass holds all views stacked along the batch, so each draws its own dropout. ``split`` makes a pass
+    for each, with activations of one view at a time in a pass; without dropout the numbers are the same.
+
+    Args:
+        trunk: the model without its LM head.
+        gates: of that model, made for the kinds in ``protection``.
+        views: at least one.
+        inputs: B examples of T tokens.
+        protection: ``a`` (layers, units) by kind, on the model's device: the gates of gated views.
+        split: see above.
+
+    """
+    groups = [[view] for view in views] if split else [list(views)]
+    size = len(inputs.input_ids)
+    hidden: dict[str, Tensor] = {}
+    for group in groups:
+        ids = torch.cat([inputs.masked_ids if view.masked else inputs.input_ids for view in group])
+        gates.set(_gate_rows(group, size, protection))
+        states = trunk(input_ids=ids, attention_mask=inputs.attention_mask.repeat(len(group), 1))
+        gates.set(None)
+        for view, of_view in zip(group, states.last_hidden_state.split(size), strict=True):
+            hidden[view.name] = of_view
+    return hidden
+
+
+def _gate_rows(
+    group: Sequence[View], size: int, protection: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """Gates (views * B, layers, units) by kind; None where no view is gated."""
+    if not any(view.gated for view in group):
+        return None
+    assert protection, "a gated view needs the protection to be set"
+    return {
+        kind: torch.cat([(a if view.gated else torch.ones_like(a)).expand(size, -1, -1) for view in group])
+        for kind, a in protection.items()
+    }
+
+
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of hidden states (B, T, H) over the real tokens of each example: (B, H) in fp32."""
+    real = attention_mask.to(hidden.dtype).unsqueeze(-1)  # (B, T, 1); a product with 0 or 1 rounds nothing
+    tokens = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (hidden * real).sum(dim=1, dtype=torch.float32) / tokens

@@ -1,0 +1,180 @@
+"""A rank's shard of the weights, seen through the units it belongs to.
+
+ZeRO cuts parameters anywhere: a rank may own the end of one row and the start of another. A ``Fragment`` is
+such a cut; ``blocks_of`` finds in it the rows (or columns) of a parameter that someone asks for, as matrix
+views, so that what is done with them is a handful of vectorised operations whatever the cut.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dga_scale.backbone.anatomy import Anatomy
+
+Reduce = Callable[[Tensor], Tensor]
+"""Adds a tensor up over all ranks and returns the sum."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous run of one parameter's entries that this rank's optimizer steps.
+
+    Attributes:
+        name: the parameter, as in the Hugging Face model's ``named_parameters()``.
+        start: index of the first entry in the flattened full parameter.
+        shape: of the full parameter.
+        values: (n,) view of the weights that the optimizer writes (the fp32 masters), n >= 1.
+
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    values: Tensor
+
+    @property
+    def key(self) -> tuple[str, int, int, torch.device]:
+        """What of a fragment stays the same from step to step."""
+        return self.name, self.start, self.values.numel(), self.values.device
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a parameter inside a fragment, and the lines of it (rows or columns) that are meant.
+
+    Parameters are taken as matrices: a vector of n entries is n rows of one column.
+
+    Attributes:
+        offset, rows, columns: where the rectangle lies in ``Fragment.values``.
+        first_row, first_column: where it lies in the parameter.
+        dim: 0, the lines are rows; 1, columns.
+        lines: (n,) indices along ``dim`` within the rectangle; None = all.
+
+    """
+
+    offset: int
+    rows: int
+    columns: int
+    first_row: int
+    first_column: int
+    dim: int = 0
+    lines: Tensor | None = None
+
+    def span(self, dim: int) -> slice:
+        """Return the stretch of the parameter's axis ``dim`` that the rectangle covers."""
+        first, size = (self.first_row, self.rows) if dim == 0 else (self.first_column, self.columns)
+        return slice(first, first + size)
+
+    def take(self, values: Tensor) -> Tensor:
+        """Copy the lines out of a fragment's values."""
+        matrix = self._matrix(values)
+        return matrix.clone() if self.lines is None else matrix.index_select(self.dim, self.lines)
+
+    def put(self, values: Tensor, content: Tensor) -> None:
+        """Write the lines back."""
+        matrix = self._matrix(values)
+        if self.lines is None:
+            matrix.copy_(content)
+        else:
+            matrix.index_copy_(self.dim, self.lines, content)
+
+    def _matrix(self, values: Tensor) -> Tensor:
+        return values[self.offset : self.offset + self.rows * self.columns].view(self.rows, self.columns)
+
+
+def rectangles_of(fragment: Fragment) -> Iterator[Block]:
+    """Cut a fragment into at most three rectangles: the end of a row, whole rows, the start of a row."""
+    assert len(fragment.shape) <= 2, f"{fragment.name} is no matrix or vector: {fragment.shape}"
+    width = fragment.shape[1] if len(fragment.shape) == 2 else 1
+    position, end = fragment.start, fragment.start + fragment.values.numel()
+    while position < end:
+        row, column = divmod(position, width)
+        if column == 0 and end - position >= width:
+            rows, columns = (end - position) // width, width
+        else:
+            rows, columns = 1, min(width - column, end - position)
+        yield Block(position - fragment.start, rows, columns, row, column)
+        position += rows * columns
+
+
+def blocks_of(fragment: Fragment, dim: int, wanted: Tensor) -> Iterator[Block]:
+    """Find the lines of a fragment that are wanted.
+
+    Args:
+        fragment: on any device; the index tensors are made there.
+        dim: axis of the parameter along which the lines are counted.
+        wanted: (size of that axis,) bool, on the CPU.
+
+    """
+    for block in rectangles_of(fragment):
+        lines = wanted[block.span(dim)].nonzero().flatten()
+        if len(lines) > 0:
+            yield Block(
+                block.offset,
+                block.rows,
+                block.columns,
+                block.first_row,
+                block.first_column,
+                dim,
+                lines.to(fragment.values.device),
+            )
+
+
+OWN_ROWS = {"heads": "query", "intermediate": "up", "neurons": "down"}
+"""By kind of unit, the role of the rows that each unit has to itself in every architecture."""
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """Which unit each line of a parameter belongs to.
+
+    Attributes:
+        kind: of unit.
+        dim: axis of the parameter that counts them.
+        units: (size of the axis,) layer * units + unit, or -1 for none. On the CPU.
+
+    """
+
+    kind: str
+    dim: int
+    units: Tensor
+
+
+def own_rows(anatomy: Anatomy, kinds: Sequence[str]) -> dict[str, UnitRows]:
+    """Find the rows that units have to themselves, by parameter: a unit's movement is measured there."""
+    found: dict[str, UnitRows] = {}
+    for slab in anatomy.slabs:
+        if slab.kind in kinds and slab.role == OWN_ROWS[slab.kind]:
+            assert slab.owners.shape[1] == 1, f"rows of {slab.parameter} are shared by several {slab.kind}"
+            owner = slab.owners[:, 0]
+            units = torch.where(owner >= 0, slab.layer * anatomy.units(slab.kind) + owner, -1)
+            found[slab.parameter] = UnitRows(slab.kind, slab.dim, units)
+    return found
+
+
+class UnitSums:
+    """Running sums by layer and unit, kept on the device of what is added: nothing waits for a device."""
+
+    def __init__(self, anatomy: Anatomy, kinds: Sequence[str]) -> None:
+        self._shapes = {kind: (anatomy.num_layers, anatomy.units(kind)) for kind in kinds}
+        self._sums: dict[tuple[str, torch.device], Tensor] = {}
+
+    def add(self, kind: str, units: Tensor, values: Tensor) -> None:
+        """Add ``values`` (n,) to the units (n,) numbered layer * units + unit; -1 is dropped."""
+        layers, size = self._shapes[kind]
+        # One place more than there are units: index -1 lands there.
+        sums = self._sums.get((kind, values.device))
+        if sums is None:
+            sums = self._sums[kind, values.device] = values.new_zeros(layers * size + 1, dtype=torch.float32)
+        sums.index_add_(0, units.remainder(layers * size + 1), values.float())
+
+    def total(self, kind: str, reduce: Reduce) -> Tensor:
+        """Return the sums over ranks (layers, units), on the CPU. Communicates; every rank has to call it."""
+        layers, size = self._shapes[kind]
+        local = torch.zeros(layers * size)
+        for (of_kind, _), sums in self._sums.items():
+            if of_kind == kind:
+                local += sums[:-1].cpu()
+        return reduce(local).view(layers, size)

@@ -1,0 +1,325 @@
+"""Which units hold general knowledge: the gradient of a loss with respect to virtual gates, per example.
+
+DGA (arXiv 2301.08986) measures it once, before training, by proxy KL: how much the output of the model
+differs between two dropout draws, and how each unit's gate changes that. DAS (arXiv 2302.03241) measures a
+domain just learnt by the masked LM loss.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.gates import Gates
+from dga_scale.corpus.batches import IGNORED
+from dga_scale.errors import UserError
+from dga_scale.preservation.divergence import kl_divergence
+from dga_scale.preservation.fragments import Reduce
+
+LOSSES = ("proxy_kl", "mlm")
+DISTRIBUTIONS = ("vocabulary", "hidden", "sequence")
+SQUASHES = ("clip", "abs", "minmax")
+
+LOSS_SCALE = 2.0**10
+"""Keeps the gradients of fp16 activations from underflow; a power of two changes no digit of the others."""
+
+SAME_OUTPUT = 1e-4
+"""Hidden states of two dropout draws that differ relatively by less come from a model without dropout."""
+
+NO_SPREAD = 1e-6
+"""Standard deviation over mean below which the units of a layer differ by fp32 rounding only."""
+
+
+class InputTensors(Protocol):
+    """The tensors of a batch, on the model's device; see ``corpus.batches.Batch``."""
+
+    @property
+    def input_ids(self) -> Tensor: ...  # (B, T)
+    @property
+    def masked_ids(self) -> Tensor: ...  # (B, T)
+    @property
+    def attention_mask(self) -> Tensor: ...  # (B, T)
+    @property
+    def positions(self) -> Tensor: ...  # (B, M)
+    @property
+    def labels(self) -> Tensor: ...  # (B, M)
+
+
+class GatedModel(Protocol):
+    """What importance needs of ``objectives.training_model.TrainingModel``.
+
+    Calling it with the tensors of a batch and ``compute`` returns ``compute(inputs)``, run inside the
+    module's call: that is where ZeRO-3 has the parameters at hand.
+    """
+
+    training: bool
+    lm: PreTrainedModel
+    anatomy: Anatomy
+    gates: Gates
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def __call__(self, *tensors: Tensor, compute: Callable[[Any], Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Importance of a model's units.
+
+    Attributes:
+        values: mean over examples of |d loss / d gate|, (layers, units) fp32 on the CPU, by kind of unit.
+        settings: how it was measured and of what; plain JSON values.
+
+    """
+
+    values: dict[str, Tensor]
+    settings: dict[str, Any]
+
+    def protection(self, squash: str = "clip") -> dict[str, Tensor]:
+        """Squash importance into the protection ``a`` in [0, 1], (layers, units) by kind.
+
+        ``tanh`` of the z-score within the layer (DGA's normalisation, population standard deviation), which
+        is negative for units below the layer's mean. "clip" sets those to 0; "abs" takes the absolute
+        value, as the released code does, and protects the least important unit as much as the most;
+        "minmax" stretches each layer to [0, 1].
+
+        Raises:
+            UserError: a layer whose units all have the same importance (all zero, too), or a value that is
+                NaN or infinite.
+            ValueError: unknown ``squash``.
+
+        """
+        if squash not in SQUASHES:
+            raise ValueError(f"squash is one of {', '.join(SQUASHES)}, not {squash!r}")
+        protection = {}
+        for kind, values in self.values.items():
+            _check_finite(kind, values)
+            mean = values.mean(dim=1, keepdim=True)
+            deviation = values.std(dim=1, keepdim=True, correction=0)
+            if bool((flat := deviation <= NO_SPREAD * mean).any()):
+                raise UserError(
+                    f"importance of {kind} in layer {_layers(flat)} has no spread (every unit has "
+                    f"{mean[flat][0].item():.3g}): there is nothing to tell important units by; measure "
+                    "it on more text (--importance_samples), and check that the model is pretrained"
+                )
+            a = torch.tanh((values - mean) / deviation)
+            if squash == "clip":
+                a = a.clamp(min=0)
+            elif squash == "abs":
+                a = a.abs()
+            else:
+                low, high = a.amin(dim=1, keepdim=True), a.amax(dim=1, keepdim=True)
+                a = (a - low) / (high - low)
+            protection[kind] = a
+        return protection
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, a tensor for each kind, settings as JSON in its metadata, or nothing."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        tensors = {kind: values.contiguous() for kind, values in self.values.items()}
+        save_file(tensors, partial, metadata={"settings": json.dumps(self.settings, sort_keys=True)})
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Importance":
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: no such file, or not a file of importances.
+
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                settings = json.loads((file.metadata() or {})["settings"])
+                values = {kind: file.get_tensor(kind) for kind in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{path} can't be read as importances ({type(error).__name__}: {error}); remove it to "
+                "measure them again"
+            ) from None
+        return Importance(values, settings)
+
+
+def measure_importance(
+    model: GatedModel,
+    batches: Iterable[InputTensors],
+    *,
+    kinds: Sequence[str] = ("heads",),
+    loss: str = "proxy_kl",
+    distribution: str = "vocabulary",
+    reduce: Reduce = lambda tensor: tensor,
+    settings: Mapping[str, Any] | None = None,
+) -> Importance:
+    """Measure I = mean over examples of |d loss(x) / d gate| (DGA, eq. of the importance).
+
+    Each example has its own row of gates, so one backward pass gives the gradient of every example's loss,
+    and the absolute value is taken before anything is averaged: batch size, order and number of ranks don't
+    matter. The parameters are frozen meanwhile and no gradient of theirs is touched.
+
+    Args:
+        model: in train mode for proxy_kl, which compares two dropout draws. DeepSpeed: ``engine.module``.
+        batches: of this rank; every rank the same number of them, some examples may be empty (no labels:
+            they don't count).
+        kinds: of unit; the model's gates must have been made for them.
+        loss: "proxy_kl", KL(f1 || f2) of two dropout draws on the clean text; "mlm", the masked LM loss on
+            the masked text. Both are means within the example.
+        distribution: what proxy KL compares: "vocabulary", softmax over the vocabulary at the batch's masked
+            positions; "hidden", softmax over the hidden axis at every token; "sequence", softmax over the
+            tokens for each hidden unit (the released code).
+        reduce: sums over ranks.
+        settings: more to be remembered with the result, such as the identity of model and corpus.
+
+    Raises:
+        ValueError: proxy_kl in eval mode; an unknown loss or distribution.
+        UserError: the model has no dropout; no examples; a NaN or infinite importance.
+
+    """
+    if loss not in LOSSES or distribution not in DISTRIBUTIONS:
+        raise ValueError(
+            f"loss {loss!r} must be in {LOSSES}, distribution {distribution!r} in {DISTRIBUTIONS}"
+        )
+    if loss == "proxy_kl" and not model.training:
+        raise ValueError(
+            "proxy KL compares two dropout draws: call model.train() first, in eval mode it is 0"
+        )
+    anatomy = model.anatomy
+    sums: dict[str, Tensor] = {}
+    examples: Tensor | int = 0
+    with _frozen(model):
+        for number, batch in enumerate(batches):
+            device, size = batch.input_ids.device, len(batch.input_ids)
+            gates = {
+                kind: torch.ones(
+                    size, anatomy.num_layers, anatomy.units(kind), device=device, requires_grad=True
+                )
+                for kind in kinds
+            }
+            real = (batch.labels != IGNORED).any(dim=1)  # (B,)
+            losses, differences = _losses(model, batch, gates, loss, distribution)  # (B,), (B,)
+            if loss == "proxy_kl" and number == 0:
+                _check_dropout(torch.where(real, differences, 0).sum(), real.sum(), reduce)
+            total = torch.where(real, losses, 0).sum() * LOSS_SCALE
+            gradients = torch.autograd.grad(total, list(gates.values()))
+            for kind, gradient in zip(kinds, gradients, strict=True):
+                # The row of an empty example may be NaN: it has no token to attend to.
+                sizes = torch.where(real[:, None, None], gradient.abs() / LOSS_SCALE, 0)
+                sums[kind] = sums.get(kind, 0) + sizes.sum(dim=0, dtype=torch.float64)  # (layers, units)
+            examples = examples + real.sum()
+    count = int(reduce(torch.as_tensor(examples)))
+    if count == 0:
+        raise UserError("importance was measured on no example: give it at least one row of text")
+    values = {kind: (reduce(sums[kind]) / count).float().cpu() for kind in kinds}
+    for kind in kinds:
+        _check_finite(kind, values[kind])
+    measured = {"loss": loss, "distribution": distribution, "examples": count, "kinds": list(kinds)}
+    if loss == "mlm":
+        del measured["distribution"]
+    return Importance(values, {**(settings or {}), **measured})
+
+
+def _losses(
+    model: GatedModel, batch: InputTensors, gates: dict[str, Tensor], loss: str, distribution: str
+) -> tuple[Tensor, Tensor]:
+    """L_impt of each example (B,); the largest relative difference of its two draws (B,), detached."""
+
+    def compute(inputs: InputTensors) -> tuple[Tensor, Tensor]:
+        if loss == "mlm":
+            losses = _masked_lm_losses(model, inputs, gates)
+            return losses, torch.zeros_like(losses)
+        return _proxy_kl(model, inputs, gates, distribution)
+
+    tensors = batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels
+    return model(*tensors, compute=compute)
+
+
+def _proxy_kl(
+    model: GatedModel, inputs: InputTensors, gates: dict[str, Tensor], distribution: str
+) -> tuple[Tensor, Tensor]:
+    """KL(f1 || f2) per example: both draws in one forward pass of the doubled batch, under the same gates."""
+    doubled = {kind: rows.repeat(2, 1, 1) for kind, rows in gates.items()}
+    tokens = inputs.attention_mask  # (B, T)
+    hidden = _hidden(model, inputs.input_ids.repeat(2, 1), tokens.repeat(2, 1), doubled)  # (2B, T, H)
+    if distribution == "vocabulary":
+        logits = _logits_at(model, hidden, inputs.positions.repeat(2, 1))  # (2B, M, V)
+        weights = inputs.labels != IGNORED  # (B, M)
+    elif distribution == "hidden":
+        logits, weights = hidden, tokens  # (2B, T, H), (B, T)
+    else:
+        padding = tokens.repeat(2, 1).unsqueeze(-1) == 0
+        # Not -inf, whose product with a probability of 0 is NaN.
+        logits = hidden.masked_fill(padding, torch.finfo(hidden.dtype).min).transpose(1, 2)  # (2B, H, T)
+        weights = torch.ones_like(logits[: len(tokens), :, 0])  # (B, H)
+    divergence = kl_divergence(*logits.chunk(2))  # (B, items)
+    losses = (divergence * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    first, second = (hidden.detach() * tokens.repeat(2, 1).unsqueeze(-1)).float().chunk(2)
+    differences = (first - second).abs().amax(dim=(1, 2)) / first.abs().amax(dim=(1, 2))
+    return losses, differences
+
+
+def _masked_lm_losses(model: GatedModel, inputs: InputTensors, gates: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of each example's masked positions (B,)."""
+    hidden = _hidden(model, inputs.masked_ids, inputs.attention_mask, gates)
+    logits = _logits_at(model, hidden, inputs.positions)  # (B, M, V)
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), inputs.labels, reduction="none"
+    )  # (B, M), 0 where ignored
+    return losses.sum(dim=1) / (inputs.labels != IGNORED).sum(dim=1).clamp(min=1)
+
+
+def _hidden(model: GatedModel, ids: Tensor, attention_mask: Tensor, gates: dict[str, Tensor]) -> Tensor:
+    model.gates.set(gates)
+    hidden = model.anatomy.trunk(model.lm)(input_ids=ids, attention_mask=attention_mask).last_hidden_state
+    model.gates.set(None)
+    return hidden  # (B, T, H)
+
+
+def _logits_at(model: GatedModel, hidden: Tensor, positions: Tensor) -> Tensor:
+    """Logits (B, M, V) in fp32 at positions (B, M): only those rows go through the LM head."""
+    states = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    return model.anatomy.lm_logits(model.lm, states).float()
+
+
+@contextmanager
+def _frozen(model: GatedModel) -> Iterator[None]:
+    """Within, parameters need no gradient: none is computed and no hook of an engine runs."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _check_dropout(differences: Tensor, examples: Tensor, reduce: Reduce) -> None:
+    """Refuse a model whose two draws are the same: what is left is rounding, which a z-score inflates."""
+    difference = float(reduce(differences)) / max(1, int(reduce(examples)))  # mean over examples
+    if difference < SAME_OUTPUT:
+        raise UserError(
+            f"the model has no dropout: two passes over the same text differ by a share of "
+            f"{difference:.1g}, so proxy KL and the contrast have nothing to compare; pass --dropout 0.1"
+        )
+
+
+def _check_finite(kind: str, values: Tensor) -> None:
+    if bool((bad := ~values.isfinite().all(dim=1)).any()):
+        raise UserError(
+            f"importance of {kind} in layer {_layers(bad)} is NaN or infinite: the model's weights or "
+            "activations are; use bf16 or fp32 where it is fp16, and check that the checkpoint is sound"
+        )
+
+
+def _layers(flags: Tensor) -> str:
+    return ", ".join(str(layer) for layer in flags.flatten().nonzero().flatten().tolist())

@@ -1,0 +1,109 @@
+"""Effective protection: how far each unit moved since the start, against what 1 - a promised.
+
+The one figure that shows whether a soft-mask does anything: Adam undoes a mask on the gradient (METHODS 1).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.preservation.fragments import Block, Fragment, Reduce, UnitSums, blocks_of, own_rows
+
+
+@dataclass(frozen=True)
+class EffectiveProtection:
+    """What became of the protection of one kind of unit. All (layers, units), on the CPU.
+
+    Attributes:
+        promised: 1 - a.
+        movement: root mean square distance of the entries of the unit's own rows from where they started.
+        relative: movement over the mean movement of the unprotected units of its layer (the least protected
+            where all are protected); 0 as long as those have not moved. A mask that works has it near
+            ``promised``.
+
+    """
+
+    promised: Tensor
+    movement: Tensor
+    relative: Tensor
+
+    def table(self) -> list[dict[str, float]]:
+        """One row a unit: layer, unit, promised, movement, relative."""
+        layers, units = self.promised.shape
+        return [
+            {
+                "layer": layer,
+                "unit": unit,
+                "promised": self.promised[layer, unit].item(),
+                "movement": self.movement[layer, unit].item(),
+                "relative": self.relative[layer, unit].item(),
+            }
+            for layer in range(layers)
+            for unit in range(units)
+        ]
+
+
+class MovementTracker:
+    """Remembers where the units' own rows (the query rows of heads) started, on the rank that owns them.
+
+    Args:
+        anatomy: the model's units.
+        fragments: all local fragments, holding the weights that count as the start: the pretrained ones, so
+            build it before a checkpoint is loaded.
+        kinds: of unit.
+
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, fragments: Sequence[Fragment], kinds: Sequence[str] = ("heads",)
+    ) -> None:
+        self._anatomy = anatomy
+        self._kinds = tuple(kinds)
+        self._own_rows = own_rows(anatomy, kinds)
+        self._start: dict[tuple[str, int, int, torch.device], list[tuple[Block, Tensor]]] = {}
+        for fragment in fragments:
+            rows = self._own_rows.get(fragment.name)
+            if rows is not None:
+                self._start[fragment.key] = [
+                    (block, block.take(fragment.values.detach()))
+                    for block in blocks_of(fragment, rows.dim, rows.units >= 0)
+                ]
+
+    @torch.no_grad()
+    def movement(self, fragments: Sequence[Fragment], reduce: Reduce) -> dict[str, Tensor]:
+        """Root mean square distance of each unit's own rows from the start, (layers, units) by kind.
+
+        Over the entries of all ranks, each of which has to call it, with fragments that lie as at the start.
+        A mean, so that it is the same where ranks hold disjoint shards and where each holds all (ZeRO-0).
+        """
+        sums, entries = UnitSums(self._anatomy, self._kinds), UnitSums(self._anatomy, self._kinds)
+        for fragment in fragments:
+            rows = self._own_rows.get(fragment.name)
+            if rows is None:
+                continue
+            for block, start in self._start[fragment.key]:
+                squares = (block.take(fragment.values) - start).float().square()
+                units = rows.units[block.span(rows.dim)].to(squares.device)[block.lines]
+                sums.add(rows.kind, units, squares.sum(dim=1 - rows.dim))
+                entries.add(rows.kind, units, torch.ones_like(squares).sum(dim=1 - rows.dim))
+        return {kind: (sums.total(kind, reduce) / entries.total(kind, reduce)).sqrt() for kind in self._kinds}
+
+    def effective_protection(
+        self, fragments: Sequence[Fragment], protection: Mapping[str, Tensor], reduce: Reduce
+    ) -> dict[str, EffectiveProtection]:
+        """Movement of each unit beside its protection ``a`` (layers, units), by kind."""
+        return {
+            kind: compare(moved, protection[kind].float().cpu())
+            for kind, moved in self.movement(fragments, reduce).items()
+        }
+
+
+def compare(movement: Tensor, protection: Tensor) -> EffectiveProtection:
+    """Set movement (layers, units) in relation to that of each layer's least protected units."""
+    least = protection <= protection.amin(dim=1, keepdim=True)
+    reference = (movement * least).sum(dim=1, keepdim=True) / least.sum(dim=1, keepdim=True)
+    relative = torch.where(reference > 0, movement / reference, 0.0)
+    return EffectiveProtection(1 - protection, movement, relative)

@@ -1,0 +1,256 @@
+"""The soft-mask: 1 - a on what a unit learns, either on its gradient or on the step the optimizer makes.
+
+``GradientMask`` is the papers' formula, grad' = (1 - a) grad (DGA, eq. of the soft-mask). Adam divides a
+constant factor out again, so it protects little. ``UpdateMask`` scales the movement of the weights instead.
+Both work on what is local to a rank, and nothing here communicates before figures are asked for.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.preservation.fragments import (
+    Block,
+    Fragment,
+    Reduce,
+    UnitSums,
+    blocks_of,
+    own_rows,
+    rectangles_of,
+)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """1 - a along one axis of a parameter. ``scale`` (size of the axis,) fp32 on the CPU."""
+
+    dim: int
+    scale: Tensor
+
+
+Factors = dict[str, tuple[Factor, ...]]
+"""By parameter name; a parameter masked along two axes has two, one that nothing protects is absent."""
+
+
+def mask_factors(anatomy: Anatomy, protection: Mapping[str, Tensor], kv_protection: str = "min") -> Factors:
+    """Lay 1 - a out along the parameters that belong to the protected units.
+
+    Args:
+        anatomy: where the units of the model live.
+        protection: ``a`` (layers, units) in [0, 1] by kind of unit; other kinds stay unmasked.
+        kv_protection: "min", "max" or "mean": the protection of a row that several units share, as the
+            key/value heads of a grouped-query model are.
+
+    Raises:
+        ValueError: protection of the wrong shape or outside [0, 1], or an unknown ``kv_protection``.
+
+    """
+    for kind, a in protection.items():
+        expected = (anatomy.num_layers, anatomy.units(kind))
+        if tuple(a.shape) != expected:
+            raise ValueError(
+                f"protection of {kind} has shape {tuple(a.shape)}, the model's units are {expected}"
+            )
+        if not bool(((a >= 0) & (a <= 1)).all()):
+            raise ValueError(f"protection of {kind} leaves [0, 1]: 1 - a would amplify or reverse learning")
+    # One axis may be described by several slabs (a fused QKV projection has three): gather all its owners.
+    owned: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+    for slab in anatomy.slabs:
+        if slab.kind in protection:
+            a = protection[slab.kind][slab.layer].detach().float().cpu()  # (units,)
+            exists = slab.owners >= 0  # (size, k)
+            owned.setdefault((slab.parameter, slab.dim), []).append((a[slab.owners.clamp(min=0)], exists))
+    factors: Factors = {}
+    for (name, dim), parts in owned.items():
+        values = torch.cat([a for a, _ in parts], dim=1)  # (size, owners)
+        exists = torch.cat([where for _, where in parts], dim=1)
+        scale = 1 - _combined(values, exists, kv_protection)
+        if bool((scale != 1).any()):
+            factors[name] = (*factors.get(name, ()), Factor(dim, scale))
+    return factors
+
+
+def _combined(a: Tensor, exists: Tensor, rule: str) -> Tensor:
+    """Protection (size,) of lines whose owners have ``a`` (size, owners); 0 where there is no owner."""
+    if rule == "min":
+        combined = a.masked_fill(~exists, 1.0).amin(dim=1)
+    elif rule == "max":
+        combined = a.masked_fill(~exists, 0.0).amax(dim=1)
+    elif rule == "mean":
+        combined = (a * exists).sum(dim=1) / exists.sum(dim=1).clamp(min=1)
+    else:
+        raise ValueError(f"kv_protection is min, max or mean, not {rule!r}")
+    return combined.masked_fill(~exists.any(dim=1), 0.0)
+
+
+class GradientMask:
+    """Multiplies the gradient of each protected parameter by 1 - a, in hooks on the parameters.
+
+    A constant factor commutes with loss scaling, accumulation, averaging and reduction, so each
+    micro-step's gradient is masked where it arises, and whatever comes later (norm, clipping, overflow
+    check) sees the mask. The hooks have to stand before DeepSpeed registers its own, hence before the
+    importance is known: until ``set`` they pass the gradient on untouched.
+
+    Args:
+        named_parameters: of the Hugging Face model.
+        anatomy: its units.
+        kinds: the kinds of unit that ``set`` may protect.
+
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        anatomy: Anatomy,
+        kinds: Sequence[str] = ("heads",),
+    ) -> None:
+        self._factors: Factors = {}
+        self._hooked: set[str] = set()
+        maskable = {slab.parameter for slab in anatomy.slabs if slab.kind in kinds}
+        for name, parameter in named_parameters:
+            if name in maskable:
+                parameter.register_hook(lambda gradient, name=name: self._masked(name, gradient))
+                self._hooked.add(name)
+        assert self._hooked == maskable, f"the model has no parameters {sorted(maskable - self._hooked)}"
+
+    def set(self, factors: Factors) -> None:
+        """Mask with these factors from the next backward pass on."""
+        assert factors.keys() <= self._hooked, "factors for kinds of unit that were not announced"
+        self._factors = dict(factors)
+
+    def _masked(self, name: str, gradient: Tensor) -> Tensor:
+        factors = self._factors.get(name, ())
+        if factors and factors[0].scale.device != gradient.device:  # at the first backward pass
+            factors = tuple(Factor(factor.dim, factor.scale.to(gradient.device)) for factor in factors)
+            self._factors[name] = factors
+        for factor in factors:
+            along = [-1 if dim == factor.dim else 1 for dim in range(gradient.dim())]
+            # out= forms the product in fp32 and stores it in the gradient's dtype, in one pass.
+            gradient = torch.mul(gradient, factor.scale.view(along), out=torch.empty_like(gradient))
+        return gradient
+
+
+@dataclass(frozen=True)
+class _MaskedBlock:
+    """Lines of a fragment whose step is scaled, with everything that needs on the fragment's device.
+
+    Attributes:
+        scale: 1 - a, broadcastable to the lines.
+        frozen: where 1 - a is 0, broadcastable, or None if nowhere: there the old bits are kept.
+        free: where 1 - a is 1 inside the lines, or None if nowhere: there the new bits are kept.
+        kind, unit_dim, units: whose rows these are, to sum up steps by unit; ``units`` None if shared.
+
+    """
+
+    block: Block
+    scale: Tensor
+    frozen: Tensor | None
+    free: Tensor | None
+    kind: str = ""
+    unit_dim: int = 0
+    units: Tensor | None = None
+
+
+class UpdateMask:
+    """Scales the step of the optimizer by 1 - a, weight decay included, on the shard that a rank owns.
+
+    ``before_step`` copies the masked lines aside, ``after_step`` puts ``before + (1 - a)(after - before)`` in
+    their place: exactly the old bits where a = 1, untouched where a = 0. Copied is only what is masked, into
+    transient memory of its size. What each unit's own rows wanted to move and did is summed up on the device.
+    """
+
+    def __init__(self, anatomy: Anatomy, factors: Factors, kinds: Sequence[str] = ("heads",)) -> None:
+        self._factors = factors
+        self._kinds = tuple(kinds)
+        self._anatomy = anatomy
+        self._own_rows = own_rows(anatomy, kinds)
+        self._plans: dict[tuple[str, int, int, torch.device], list[_MaskedBlock]] = {}
+        self._before: list[list[Tensor]] = []
+        self._reset_sums()
+
+    def _reset_sums(self) -> None:
+        self._wanted = UnitSums(self._anatomy, self._kinds)
+        self._applied = UnitSums(self._anatomy, self._kinds)
+
+    @torch.no_grad()
+    def before_step(self, fragments: Sequence[Fragment]) -> None:
+        """Remember the masked lines of all local fragments, right before the optimizer's step."""
+        self._before = [
+            [masked.block.take(fragment.values) for masked in self._plan(fragment)] for fragment in fragments
+        ]
+
+    @torch.no_grad()
+    def after_step(self, fragments: Sequence[Fragment]) -> None:
+        """Scale what the optimizer did since ``before_step``; the same fragments in the same order."""
+        for fragment, kept in zip(fragments, self._before, strict=True):
+            for masked, before in zip(self._plan(fragment), kept, strict=True):
+                after = masked.block.take(fragment.values)
+                step = after - before
+                self._count(self._wanted, masked, step)
+                step *= masked.scale
+                self._count(self._applied, masked, step)
+                step += before
+                if masked.frozen is not None:
+                    step = torch.where(masked.frozen, before, step)
+                if masked.free is not None:
+                    step = torch.where(masked.free, after, step)
+                masked.block.put(fragment.values, step)
+        self._before = []
+
+    def applied_over_wanted(self, reduce: Reduce) -> dict[str, Tensor]:
+        """Length of the steps applied over those the optimizer wanted, since the last call.
+
+        Returns:
+            (layers, units) by kind, on the CPU: root of the ratio of the sums of squares over steps and
+            ranks, on the rows that a unit has to itself. 1 for a unit that is not masked or that wanted no
+            step. Every rank has to call it.
+
+        """
+        ratios = {}
+        for kind in self._kinds:
+            wanted, applied = self._wanted.total(kind, reduce), self._applied.total(kind, reduce)
+            ratios[kind] = torch.where(wanted > 0, applied / wanted, 1.0).sqrt()
+        self._reset_sums()
+        return ratios
+
+    def _count(self, sums: UnitSums, masked: _MaskedBlock, step: Tensor) -> None:
+        if masked.units is not None:
+            sums.add(masked.kind, masked.units, step.float().square().sum(dim=1 - masked.unit_dim))
+
+    def _plan(self, fragment: Fragment) -> list[_MaskedBlock]:
+        """Say what to do with a fragment: found once, as long as the shard stays where it is."""
+        if fragment.name not in self._factors:
+            return []
+        plan = self._plans.get(fragment.key)
+        if plan is None:
+            plan = self._plans[fragment.key] = list(self._masked_blocks(fragment))
+        return plan
+
+    def _masked_blocks(self, fragment: Fragment) -> Iterator[_MaskedBlock]:
+        factors = self._factors[fragment.name]
+        device = fragment.values.device
+        if len(factors) == 1:
+            (factor,) = factors
+            for block in blocks_of(fragment, factor.dim, factor.scale != 1):
+                scale = factor.scale[block.span(factor.dim)].to(device)[block.lines]
+                yield self._masked_block(fragment, block, scale.unsqueeze(1 - factor.dim))
+        else:
+            for block in rectangles_of(fragment):
+                scale = torch.ones(block.rows, block.columns)
+                for factor in factors:
+                    scale *= factor.scale[block.span(factor.dim)].unsqueeze(1 - factor.dim)
+                yield self._masked_block(fragment, block, scale.to(device))
+
+    def _masked_block(self, fragment: Fragment, block: Block, scale: Tensor) -> _MaskedBlock:
+        frozen, free = scale == 0, scale == 1
+        masks = frozen if bool(frozen.any()) else None, free if bool(free.any()) else None
+        rows = self._own_rows.get(fragment.name)
+        if rows is None:
+            return _MaskedBlock(block, scale, *masks)
+        units = rows.units[block.span(rows.dim)].to(scale.device)
+        if block.lines is not None and block.dim == rows.dim:
+            units = units[block.lines]
+        return _MaskedBlock(block, scale, *masks, rows.kind, rows.dim, units)
