@@ -14,6 +14,7 @@ python             none of these: one process
 =================  ==================================================================================
 """
 
+import importlib
 import os
 import re
 import socket
@@ -156,11 +157,10 @@ def _start_group(device: torch.device) -> None:
         # Otherwise DeepSpeed looks for accelerators and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
-    import deepspeed.comm.torch
 
     # On CPUs DeepSpeed compiles a shared-memory all-reduce here: 40 s of g++ on each fresh machine, for an
-    # operation that only inference calls.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # operation that only inference calls. (``deepspeed.comm.torch`` as an attribute is torch itself.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False

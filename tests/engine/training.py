@@ -1,4 +1,4 @@
-"""A tiny masked LM under DeepSpeed, for the tests of this folder: the same model and batches on every rank."""
+"""A tiny masked LM under DeepSpeed, for the tests of this folder: model and batches alike on every rank."""
 
 from dataclasses import dataclass
 from typing import Any

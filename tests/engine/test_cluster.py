@@ -1,0 +1,200 @@
+"""Which rank am I, under every launcher; errors that all ranks share."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dga_scale.engine.cluster import Cluster, Place, first_host, join_cluster, read_environment
+from dga_scale.errors import UserError
+from tests.ranks import REPOSITORY, RankError, run_ranks
+
+TORCH = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29501",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "job-77@1",
+}
+HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "3", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "3"}
+# As a step of two nodes with two tasks each was seen to set them.
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "77",
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        (TORCH, Place("environment", 3, 4, 1, 2, "node1", 29501)),
+        (TORCH | {"TORCHELASTIC_RUN_ID": "x"}, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
+        (TORCH | {"CROSS_RANK": "1"}, Place("deepspeed", 3, 4, 1, 2, "node1", 29501)),
+        # torchrun as the one task that srun starts on each node: torchrun's ranks count.
+        (TORCH | SRUN | {"TORCHELASTIC_RUN_ID": "x"}, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
+        (OPEN_MPI | {"MASTER_PORT": "1234"}, Place("mpirun", 1, 2, 1, 2, "127.0.0.1", 1234)),
+        (
+            OPEN_MPI
+            | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "MASTER_PORT": "1"},
+            Place("mpirun", 1, 2, 0, 1, None, 1),
+        ),
+        (HYDRA | {"MASTER_PORT": "1234"}, Place("mpiexec", 2, 3, 2, 3, "127.0.0.1", 1234)),
+        (SRUN | {"MASTER_PORT": "1234"}, Place("srun", 3, 4, 1, 2, "gpu07", 1234)),
+        (SRUN | {"PMI_RANK": "3", "MASTER_PORT": "1234"}, Place("srun", 3, 4, 1, 2, "gpu07", 1234)),
+    ],
+)
+def test_place_under_each_launcher(env: dict[str, str], expected: Place) -> None:
+    assert read_environment(env) == expected
+
+
+def test_a_batch_script_without_srun_is_one_process() -> None:
+    batch = {k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
+    place = read_environment(batch)
+    assert (place.launcher, place.rank, place.world_size) == ("python", 0, 1)
+
+
+def test_ports_agree_within_a_job_and_differ_between_jobs() -> None:
+    ports = {
+        (job, rank): read_environment(SRUN | {"SLURM_JOB_ID": job, "SLURM_PROCID": rank}).master_port
+        for job in ("77", "78")
+        for rank in ("2", "3")
+    }
+    assert ports["77", "2"] == ports["77", "3"] != ports["78", "2"] == ports["78", "3"]
+    assert all(20000 <= port < 40000 for port in ports.values())
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[003-010,12],x", "n003"),
+        ("n[1,4].cluster", "n1.cluster"),
+        ("n-1-[7-9]", "n-1-7"),
+    ],
+)
+def test_first_host(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "0"}, r"RANK set but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (TORCH | {"RANK": "four"}, r"RANK='four' is no whole number"),
+        (TORCH | {"RANK": "4"}, r"rank 4 of 4"),
+        (TORCH | {"LOCAL_RANK": "2"}, r"number 2 of 2 on its node"),
+        (TORCH | OPEN_MPI, r"WORLD_SIZE=4, but mpirun started 2 processes.*ranks that never come"),
+        (TORCH | SRUN | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, r"WORLD_SIZE=4, but srun started 2"),
+        (TORCH | SRUN | {"SLURM_PROCID": "2"}, r"RANK=3 WORLD_SIZE=4 contradict srun.* 2 of 4"),
+        ({k: v for k, v in OPEN_MPI.items() if "LOCAL" not in k}, r"OMPI_COMM_WORLD_RANK is set but not"),
+        ({k: v for k, v in HYDRA.items() if k != "PMI_SIZE"}, r"PMI_RANK is set but not PMI_SIZE"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_NTASKS"}, r"SLURM_PROCID is set but not SLURM_NTASKS"),
+    ],
+)
+def test_incomplete_or_contradictory_variables(env: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_environment(env)
+
+
+def _gathered() -> tuple[list[int], float, str, float]:
+    cluster = join_cluster()
+    mine = torch.tensor([cluster.rank + 1.0])
+    total = cluster.sum(mine)
+    assert mine.item() == cluster.rank + 1.0
+    word = cluster.broadcast_object(f"from {cluster.rank}")
+    return cluster.all_gather_object(cluster.rank), total.item(), word, cluster.run_on_first(lambda: 7.0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_collectives(world_size: int) -> None:
+    total = world_size * (world_size + 1) / 2
+    assert run_ranks(world_size, _gathered) == [(list(range(world_size)), total, "from 0", 7.0)] * world_size
+
+
+def _fail_on(ranks: tuple[int, ...], kind: type[Exception]) -> str:
+    cluster: Cluster = join_cluster()
+
+    def work() -> int:
+        if cluster.rank in ranks:
+            raise kind("no such file")
+        return 1
+
+    try:
+        cluster.run_on_all(work)
+    except UserError as error:
+        return f"UserError {error}"
+    return "fine"
+
+
+def test_all_ranks_raise_the_same_user_error() -> None:
+    assert run_ranks(2, _fail_on, (), UserError) == ["fine"] * 2
+    assert run_ranks(2, _fail_on, (1,), UserError) == ["UserError rank 1: no such file"] * 2
+    assert run_ranks(2, _fail_on, (0, 1), UserError) == ["UserError no such file"] * 2
+
+
+def test_a_fault_of_ours_stays_where_it_is_and_stops_the_others() -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, _fail_on, (1,), ZeroDivisionError)
+    assert caught.value.errors == {
+        0: ("RuntimeError", "rank 1 failed: ZeroDivisionError: no such file"),
+        1: ("ZeroDivisionError", "no such file"),
+    }
+
+
+SCRIPT = """
+import sys, torch
+from dga_scale.engine.cluster import join_cluster
+c = join_cluster()
+total = c.sum(torch.tensor(float(c.rank)))
+c.barrier()
+place = f"{c.rank}/{c.world_size} local {c.local_rank}/{c.local_world_size}"
+sys.stdout.write(f"<{c.launcher} {place} sum {total:g}>\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("launch", "name"),
+    [
+        pytest.param(["torchrun", "--standalone", "--nproc_per_node=2"], "torchrun", id="torchrun"),
+        pytest.param(["deepspeed", "--num_accelerators=2", "--no_local_rank"], "deepspeed", id="deepspeed"),
+        pytest.param(["mpirun", "-n", "2"], "mpirun", id="mpirun", marks=pytest.mark.mpi),
+    ],
+)
+def test_real_launchers(launch: list[str], name: str, tmp_path: Path) -> None:
+    programs = Path(sys.executable).parent
+    program = shutil.which(launch[0], path=f"{programs}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip(f"{launch[0]} is not installed")
+    (tmp_path / "who.py").write_text(SCRIPT)
+    run = [sys.executable] if name == "mpirun" else []
+    names = ("OMP_NUM_THREADS", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+    done = subprocess.run(
+        [program, *launch[1:], *run, str(tmp_path / "who.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=REPOSITORY,
+        env=os.environ | dict.fromkeys(names, "1") | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")},
+    )
+    assert not (tmp_path / "compiled").exists(), "DeepSpeed compiled an extension"
+    for rank in (0, 1):
+        assert f"<{name} {rank}/2 local {rank}/2 sum 1>" in done.stdout, done.stdout + done.stderr
