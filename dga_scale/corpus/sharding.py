@@ -168,6 +168,8 @@ def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished:
     if work.plan_file.exists():
         begun = json.loads(work.plan_file.read_text(encoding="utf-8"))
         _check_same(output, "was begun with", plan, begun["settings"], begun["sources"])
+        if begun == plan.to_json():  # else the same inputs lie elsewhere now
+            return
     elif output.exists() and (not output.is_dir() or _strangers(output)):
         raise UserError(
             f"--output {output} is not empty and holds no corpus: {', '.join(_strangers(output)[:3])}. "

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -156,7 +157,16 @@ def _source(path: Path) -> Source:
     file_format, compression = _format(path)
     if compression and file_format in ("parquet", "datasets"):
         raise UserError(f"input file {path}: a compressed {file_format} file can't be read. Decompress it")
+    if file_format == "jsonl" and compression is None and _is_json_array(path):
+        file_format = "datasets"
     return Source(str(path), file_format or "datasets", compression, size, _fingerprint(path))
+
+
+def _is_json_array(path: Path) -> bool:
+    """Whether the file is one array of objects, not an object a line."""
+    with open(path, "rb") as file:
+        start = file.read(_FINGERPRINT_BYTES).lstrip()
+    return re.match(rb"\[\s*(\{|$)", start) is not None
 
 
 def _fingerprint(path: Path) -> str:

@@ -116,6 +116,8 @@ class Encoder:
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
 
     def _encode(self, texts: list[str]) -> Iterator[list[int]]:
+        if not texts:  # transformers refuses an empty batch
+            return iter(())
         if self._slow is None:
             encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
             return (encoding.ids for encoding in encodings)

