@@ -83,7 +83,7 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, dropout: flo
 
 def make_world(root: Path) -> SmallWorld:
     """Build everything below ``root``."""
-    from dga_scale.corpus.cli import shard
+    from dga_scale.corpus.cli import main as shard
 
     domain = write_text(root / "domain.jsonl", DOMAIN, documents=400, seed=0)
     general = write_text(root / "general.jsonl", GENERAL, documents=200, seed=1)

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.loading import load_model
 from dga_scale.backbone.warmup import warm_up_head
 from dga_scale.corpus.batches import Batch, BatchStream, EvalBatches, StepBatches
@@ -54,13 +53,14 @@ class Session:
                 allow_new_head=config.model.head_warmup_steps > 0 or resume_from is not None,
             )
         )
-        self.anatomy = anatomy_of(loaded.model)
+        self.anatomy = loaded.anatomy
         check_sequence_length(inputs.corpus.manifest, self.anatomy.max_positions)
         method = build_method(config.method)
         self.needs_importance = method.needs_importance
         self.model = TrainingModel(loaded.model, self.anatomy, method, split_views=config.method.split_views)
         if loaded.missing_head and resume_from is None:
             self._warm_up_head()
+        self.model.train()  # from_pretrained leaves dropout off
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         soft_mask = config.method.soft_mask if method.needs_importance else "none"
