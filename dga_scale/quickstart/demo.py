@@ -1,0 +1,93 @@
+"""``make demo``: the whole path on real text and a real model, in minutes, on two cores or on GPUs."""
+
+import contextlib
+import json
+import math
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dga_scale.quickstart.prepare import FOLDER, defaults, repository, run_command
+
+MASTER_PORT = 29500
+"""DeepSpeed's default."""
+
+
+def demo(folder: Path = FOLDER) -> int:
+    """Run what is not complete yet, then show what came of it; the exit code."""
+    started = time.monotonic()
+    settings = defaults(folder)
+    run = Path(settings["output_dir"])
+    complete = (run / "report.html").exists()
+    if not complete:
+        _train(settings)
+    show(folder, run)
+    minutes = (time.monotonic() - started) / 60
+    print("This demo was complete already." if complete else f"That took {minutes:.1f} minutes.")
+    return 0
+
+
+def _train(settings: dict[str, Any]) -> None:
+    """DGA on all GPUs, or on two ranks that share the cores, under ZeRO-2."""
+    launcher: list[object] = ["deepspeed"]
+    environment = {}
+    if not torch.cuda.is_available():
+        launcher += ["--num_accelerators", 2]
+        # Two ranks of as many threads as there are cores would fight for them.
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    if (port := _port()) != MASTER_PORT:
+        launcher += ["--master_port", port]
+    root = repository()
+    run_command(
+        *launcher, root / "launchers" / "dga_train.py", "--ds_config", root / "ds_configs" / "zero2.json",
+        *(part for name, value in settings.items() for part in (f"--{name}", value)),
+        environment=environment,
+    )  # fmt: skip
+
+
+def _port() -> int:
+    """DeepSpeed's port for the ranks to meet at, or a free one where another run has it."""
+    for port in (MASTER_PORT, 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    raise AssertionError("a free port can always be had")
+
+
+def show(folder: Path, run: Path) -> None:
+    """The table of what was gained and kept, and where everything lies."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    console = Console(highlight=False)
+    table = Table(
+        title=f"The demo: DGA on {summary['tokens']:,} tokens of documentation of scientific Python"
+    )
+    table.add_column("held-out text")
+    for column in ("loss before", "loss after", "change", "perplexity"):
+        table.add_column(column, justify="right")
+    for name, what in (("domain", "domain: docstrings"), ("general", "general: Wikipedia")):
+        before, after = summary[f"{name}_loss"]["before"], summary[f"{name}_loss"]["after"]
+        perplexity = f"{_perplexity(before)} to {_perplexity(after)}"
+        table.add_row(what, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}", perplexity)
+    console.print()
+    console.print(table)
+    places = {
+        "adapted model": f"{run / 'model'} (AutoModelForMaskedLM.from_pretrained)",
+        "report": run / "report.html",
+        "TensorBoard": f"tensorboard --logdir {run / 'tensorboard'}",
+        "log": run / "log.jsonl",
+        "model before": folder / "base" / "model",
+        "corpora": folder / "corpora",
+    }
+    for what, where in places.items():
+        console.print(f"{what:>14}: {where}", soft_wrap=True)
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):,.0f}"
