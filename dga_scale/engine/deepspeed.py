@@ -11,7 +11,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from dga_scale.engine.ds_config import ResolvedConfig
-from dga_scale.engine.optimizer_step import guard_stage_zero, local_fragments
+from dga_scale.engine.optimizer_step import close_gaps, local_fragments
 from dga_scale.engine.shards import LANGUAGE_MODEL_PREFIX, shape_of
 
 
@@ -52,8 +52,7 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig) -> DeepSpeedEngine:
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         # Its constructor takes an optimizer step with zero gradients, which counts as Adam's first.
         optimizer.state.clear()
-    if engine.optimizer is engine.basic_optimizer:
-        guard_stage_zero(engine)
+    close_gaps(engine)
     if resolved.precision != "fp32":
         _restore_masters(engine, originals)
     return engine

@@ -1,8 +1,9 @@
 """What happens around the optimizer's step: masks on the shards it steps, and no step on a NaN or infinity.
 
-DeepSpeed 0.19.8 looks at the global gradient norm before each step in every stage and precision but one,
-and leaves the step out on all ranks where it is not finite: no weight, no moment and no step count changes.
-The exception is ZeRO-0 in fp32, where it calls the torch optimizer as it is: see ``guard_stage_zero``.
+DeepSpeed 0.19.8 looks at the global gradient norm before each step and leaves the step out on all ranks where
+it is not finite: no weight, no moment and no step count changes. Two gaps in that are closed here: ZeRO-0 in
+fp32, where it calls the torch optimizer as it is, and ZeRO-1 and 2 with optimizer offload, where a refused
+step's gradients stay in the accumulator and poison all later ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from dga_scale.engine.shards import local_shards
@@ -60,7 +62,29 @@ def step_was_refused(engine: DeepSpeedEngine) -> bool:
     return not engine.was_step_applied()
 
 
-def guard_stage_zero(engine: DeepSpeedEngine) -> None:
+def close_gaps(engine: DeepSpeedEngine) -> None:
+    """Make refused steps the same in every stage; on a new engine."""
+    if engine.optimizer is engine.basic_optimizer:
+        _guard_stage_zero(engine)
+    elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer) and engine.optimizer.cpu_offload:
+        _forget_refused_gradients(engine.optimizer)
+
+
+def _forget_refused_gradients(optimizer: Any) -> None:
+    """Drop the accumulated gradients with the other buffers of a step; after a good step they are gone.
+
+    DeepSpeed does so after a refused one without offload only.
+    """
+    reset = optimizer.reset_cpu_buffers
+
+    def reset_all() -> None:
+        reset()
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+    optimizer.reset_cpu_buffers = reset_all
+
+
+def _guard_stage_zero(engine: DeepSpeedEngine) -> None:
     """Give ZeRO-0 in fp32 what the other stages have: a gradient norm, and no step where it is not finite.
 
     DeepSpeed reads ``overflow`` and ``_global_grad_norm`` off the optimizer, where it has them.
