@@ -25,7 +25,6 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Every option with its default."""
     parser = _Parser(
-        prog="shard_corpus.py",
         description="Tokenise raw text into a corpus folder: Arrow shards and a manifest. A run that was "
         "interrupted goes on when the same command is given again; the result is the same, byte for byte, "
         "for any number of workers, mpirun ranks or parts.",

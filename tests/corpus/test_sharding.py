@@ -217,7 +217,7 @@ def test_a_killed_part_is_replaced_by_the_others(
 def in_fork_killed_at(
     count: int, *arguments: object, **options: object
 ) -> multiprocessing.process.BaseProcess:
-    """Run ``shard_corpus`` in a process that kills itself, as kill -9 does, before its n-th file is in place."""
+    """``shard_corpus`` in a process that kills itself, as kill -9 does, before its n-th file is in place."""
 
     def run() -> None:
         left = count
@@ -245,7 +245,7 @@ def test_killed_before_every_file(raw: Path, wordpiece: Path, expected: Path, tm
     attempts = 0
     while not (output / "manifest.json").exists():
         if (output / WORK_FOLDER / "plan.json").exists():
-            with pytest.raises(UserError, match="is unfinished .* run the same"):
+            with pytest.raises(UserError, match=r"is unfinished .* run the same"):
                 Corpus.open(output)
         attempts += 1
         in_fork_killed_at(attempts, [str(raw)], output, settings(wordpiece))

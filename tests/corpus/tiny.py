@@ -8,11 +8,12 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = (
+_SENTENCE = (
     "the model of language domain adapts weights heads gradient importance mask token corpus shard rank step "
     "learning keeps knowledge general protein café naïve 語 data attention layer batch 3 2024 loss, end. "
     "contrast sequence encoder decoder über noise signal"
-).split()
+)
+WORDS = _SENTENCE.split()
 
 
 def texts(count: int, seed: int = 0, words: tuple[int, int] = (1, 40)) -> list[str]:

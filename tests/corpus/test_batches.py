@@ -1,0 +1,332 @@
+"""Masking, batches and the stream: the same for any number of ranks, resumable at any step."""
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dga_scale.corpus.batches import (
+    IGNORED,
+    Batch,
+    BatchStream,
+    EvalBatches,
+    MaskingPolicy,
+    StepBatches,
+    build_batch,
+    label_counts,
+    masked_count,
+)
+from dga_scale.corpus.order import SampleOrder
+from dga_scale.corpus.sharding import shard_corpus
+from dga_scale.corpus.shards import Corpus
+from dga_scale.corpus.spool import ShardSettings
+from dga_scale.errors import UserError
+from tests.corpus import tiny
+
+LENGTH = 48
+GLOBAL = 16
+
+
+def make(tokenizer: Path, folder: Path, packing: str) -> Corpus:
+    path = tiny.write_jsonl(folder / "a.jsonl", tiny.texts(900))
+    settings = ShardSettings(str(tokenizer), sequence_length=LENGTH, packing=packing, shard_size=0.02)
+    shard_corpus([str(path)], folder / "corpus", settings)
+    return Corpus.open(folder / "corpus")
+
+
+@pytest.fixture(scope="module")
+def corpus(wordpiece: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Rows of many lengths, for masked LM."""
+    return make(wordpiece, tmp_path_factory.mktemp("masked"), "document")
+
+
+@pytest.fixture(scope="module")
+def causal(byte_bpe: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Rows of many lengths, for causal LM."""
+    return make(byte_bpe, tmp_path_factory.mktemp("causal"), "document")
+
+
+@pytest.fixture
+def masking(corpus: Corpus) -> MaskingPolicy:
+    """The usual policy."""
+    return MaskingPolicy.for_corpus(corpus, probability=0.15)
+
+
+def stream(
+    corpus: Corpus, masking: MaskingPolicy | None, rank: int = 0, world_size: int = 1, **changes: int
+) -> BatchStream:
+    options = {"global_batch_size": GLOBAL, "micro_batch_size": 4, "start_step": 0, "num_steps": 5, **changes}
+    order = SampleOrder(len(corpus), seed=7)
+    return BatchStream(corpus, order, masking, rank=rank, world_size=world_size, **options)
+
+
+# --- masking ---
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.15, 0.5])
+def test_masked_count(probability: float) -> None:
+    maskable = np.arange(200)
+    expected = [0] + [max(1, round(probability * n)) for n in range(1, 200)]
+    assert masked_count(maskable, probability).tolist() == expected
+
+
+def test_every_row_is_masked_as_told(corpus: Corpus, masking: MaskingPolicy) -> None:
+    rows = np.arange(len(corpus))
+    batch = build_batch(corpus, rows, 0, masking, seed=1)
+    special = set(corpus.manifest.all_special_ids)
+    cap = round(0.15 * (LENGTH - 2))
+    assert (
+        batch.input_ids.shape == batch.masked_ids.shape == batch.attention_mask.shape == (len(corpus), LENGTH)
+    )
+    assert batch.positions.shape == batch.labels.shape == (len(corpus), cap)
+    assert all(t.dtype == torch.int64 for t in vars(batch).values())
+    counts = label_counts(corpus, rows, masking)
+    for index in rows:
+        ids = corpus.row(index).tolist()
+        padding = LENGTH - len(ids)
+        assert batch.input_ids[index].tolist() == ids + [0] * padding
+        assert batch.attention_mask[index].tolist() == [1] * len(ids) + [0] * padding
+        ordinary = sum(i not in special for i in ids)
+        count = max(1, round(0.15 * ordinary))
+        assert counts[index] == count
+        labels, positions = batch.labels[index].tolist(), batch.positions[index].tolist()
+        assert labels[count:] == [IGNORED] * (cap - count)
+        assert positions[count:] == [0] * (cap - count)
+        assert positions[:count] == sorted(set(positions[:count]))
+        assert labels[:count] == [ids[p] for p in positions[:count]]
+        assert not special & set(labels[:count])
+        changed = np.flatnonzero(batch.masked_ids[index].numpy() != batch.input_ids[index].numpy())
+        assert set(changed) <= set(positions[:count])
+
+
+def test_positions_and_replacements_are_drawn_evenly(corpus: Corpus, masking: MaskingPolicy) -> None:
+    # One row that fills its length, in many epochs.
+    row = int(np.argmax(corpus.maskable))
+    ids = corpus.row(row)
+    trials = 4000
+    batch = build_batch(corpus, np.full(trials, row), np.arange(trials), masking, seed=1)
+    places = np.bincount(batch.positions[batch.labels != IGNORED].numpy(), minlength=LENGTH)
+    maskable = ~masking.is_special[ids]
+    assert places[: len(ids)][~maskable].sum() == 0
+    assert stats.chisquare(places[: len(ids)][maskable]).pvalue > 1e-3
+
+    at = torch.gather(batch.masked_ids, 1, batch.positions)[batch.labels != IGNORED]
+    labels = batch.labels[batch.labels != IGNORED]
+    total = len(labels)
+    as_mask = (at == masking.mask_token_id).sum().item()
+    as_other = ((at != masking.mask_token_id) & (at != labels)).sum().item()
+    # A random token is the right one now and then.
+    share = 0.1 * (1 - 1 / len(masking.ordinary_ids))
+    assert stats.binomtest(as_mask, total, 0.8).pvalue > 1e-3
+    assert stats.binomtest(as_other, total, share).pvalue > 1e-3
+    others = at[(at != masking.mask_token_id) & (at != labels)].numpy()
+    assert not set(others) & set(masking.special_ids)
+    assert len(set(others)) > 0.9 * (masking.vocab_size - len(masking.special_ids))
+
+
+@pytest.mark.parametrize(("mask", "other"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_shares_of_replacements_at_their_ends(mask: float, other: float, corpus: Corpus) -> None:
+    masking = MaskingPolicy.for_corpus(corpus, 0.15, mask_replace_prob=mask, random_replace_prob=other)
+    batch = build_batch(corpus, np.arange(200), 0, masking, seed=1)
+    at = torch.gather(batch.masked_ids, 1, batch.positions)[batch.labels != IGNORED]
+    labels = batch.labels[batch.labels != IGNORED]
+    assert ((at == masking.mask_token_id).float().mean() == 1.0) == (mask == 1.0)
+    assert ((at == labels).float().mean() == 1.0) == (mask == other == 0.0)
+
+
+def test_a_mask_depends_on_seed_epoch_and_row_alone(corpus: Corpus, masking: MaskingPolicy) -> None:
+    rows = np.arange(40)
+    together = build_batch(corpus, rows, 3, masking, seed=1)
+    for row in (0, 17, 39):
+        alone = build_batch(corpus, np.array([row]), 3, masking, seed=1)
+        assert torch.equal(alone.masked_ids[0], together.masked_ids[row])
+        assert torch.equal(alone.positions[0], together.positions[row])
+    mixed = build_batch(corpus, rows, rows % 5, masking, seed=1)
+    assert torch.equal(mixed.masked_ids[3], together.masked_ids[3])
+    for other in (
+        build_batch(corpus, rows, 4, masking, seed=1),
+        build_batch(corpus, rows, 3, masking, seed=2),
+    ):
+        assert not torch.equal(other.positions, together.positions)
+
+
+def test_causal_batches_predict_the_next_token(causal: Corpus) -> None:
+    rows = np.arange(50)
+    batch = build_batch(causal, rows, 0, None, seed=1)
+    assert torch.equal(batch.masked_ids, batch.input_ids)
+    assert batch.positions.shape == (50, LENGTH - 1)
+    counts = label_counts(causal, rows, None)
+    for index in rows:
+        ids = causal.row(index).tolist()
+        assert batch.labels[index].tolist() == ids[1:] + [IGNORED] * (LENGTH - len(ids))
+        assert batch.positions[index, : len(ids) - 1].tolist() == list(range(len(ids) - 1))
+        assert counts[index] == len(ids) - 1
+
+
+def test_masked_lm_needs_a_mask_token(causal: Corpus) -> None:
+    with pytest.raises(UserError, match=r"whose tokenizer has no mask token: masked LM is not possible"):
+        MaskingPolicy.for_corpus(causal, 0.15)
+
+
+# --- the stream ---
+
+
+def rows_of(steps: list[StepBatches]) -> list[list[int]]:
+    return [torch.cat([b.sample_ids for b in step.micro_batches]).tolist() for step in steps]
+
+
+def global_batch(per_rank: list[StepBatches]) -> Batch:
+    """The global batch in its order, from the parts of all ranks."""
+    micro = [
+        step.micro_batches[number] for number in range(len(per_rank[0].micro_batches)) for step in per_rank
+    ]
+    return Batch(**{name: torch.cat([getattr(b, name) for b in micro]) for name in vars(micro[0])})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_all_world_sizes_see_the_same(
+    world_size: int, micro: int, corpus: Corpus, masking: MaskingPolicy
+) -> None:
+    reference = build_batch(
+        corpus,
+        SampleOrder(len(corpus), 7).indices(2 * GLOBAL, 3 * GLOBAL),
+        SampleOrder(len(corpus), 7).epochs(2 * GLOBAL, 3 * GLOBAL),
+        masking,
+        seed=7,
+    )
+    ranks = [
+        list(stream(corpus, masking, rank, world_size, micro_batch_size=micro, num_steps=3))
+        for rank in range(world_size)
+    ]
+    seen = [steps[2] for steps in ranks]
+    assert [len(step.micro_batches) for step in seen] == [GLOBAL // (micro * world_size)] * world_size
+    for name, value in vars(global_batch(seen)).items():
+        assert torch.equal(value, getattr(reference, name)), name
+    for step in seen:
+        assert step.step == 2
+        assert step.global_masked == (reference.labels != IGNORED).sum()
+        assert step.global_tokens == reference.attention_mask.sum()
+
+
+def test_resume_at_any_step_on_another_world_size(corpus: Corpus, masking: MaskingPolicy) -> None:
+    # Long enough to come to the second epoch.
+    total = len(corpus) // GLOBAL + 4
+    whole = [global_batch([step]) for step in stream(corpus, masking, num_steps=total)]
+    for start, world_size in ((1, 2), (total - 6, 4), (total - 1, 1)):
+        ranks = [
+            list(stream(corpus, masking, rank, world_size, start_step=start, num_steps=total - start))
+            for rank in range(world_size)
+        ]
+        for number, parts in enumerate(zip(*ranks, strict=True)):
+            resumed = global_batch(list(parts))
+            for name, value in vars(resumed).items():
+                assert torch.equal(value, getattr(whole[start + number], name)), (start, number, name)
+
+
+def test_an_epoch_shows_every_row_once_and_masks_it_anew_in_the_next(
+    corpus: Corpus, masking: MaskingPolicy
+) -> None:
+    steps = list(stream(corpus, masking, num_steps=2 * len(corpus) // GLOBAL))
+    seen = [row for rows in rows_of(steps) for row in rows]
+    assert sorted(seen[: len(corpus)]) == list(range(len(corpus)))
+    longest = int(np.argmax(corpus.maskable))
+    first, second = np.flatnonzero(np.array(seen) == longest)[:2]
+    batches = [global_batch([steps[place // GLOBAL]]) for place in (first, second)]
+    positions = [b.positions[place % GLOBAL] for b, place in zip(batches, (first, second), strict=True)]
+    assert not torch.equal(*positions)
+
+
+def test_prefetch_runs_ahead_in_the_background_and_no_further(corpus: Corpus, masking: MaskingPolicy) -> None:
+    built: list[int] = []
+    batches = stream(corpus, masking, num_steps=20, prefetch=3)
+    build = batches.step
+    batches.step = lambda step: (built.append(step), build(step))[1]  # type: ignore[method-assign]
+    iterator = iter(batches)
+    next(iterator)
+    deadline = time.monotonic() + 10
+    while len(built) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert built == [0, 1, 2, 3]
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
+def test_leaving_the_loop_ends_the_thread(corpus: Corpus, masking: MaskingPolicy) -> None:
+    with stream(corpus, masking, num_steps=1000) as batches:
+        for batch in batches:
+            if batch.step == 2:
+                break
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
+def test_an_error_in_the_background_is_raised_where_batches_are_read(
+    corpus: Corpus, masking: MaskingPolicy
+) -> None:
+    broken = Corpus(corpus.path / "gone", corpus.manifest)
+    broken.lengths, broken.maskable = corpus.lengths, corpus.maskable
+    with pytest.raises(FileNotFoundError):
+        next(iter(stream(broken, masking)))
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
+def test_batch_sizes_that_do_not_divide(corpus: Corpus, masking: MaskingPolicy) -> None:
+    with pytest.raises(UserError, match=r"global batch size 16 is not a multiple of 3 \(micro-batch\) x 2"):
+        stream(corpus, masking, world_size=2, micro_batch_size=3)
+
+
+def test_corpus_smaller_than_a_global_batch(corpus: Corpus, masking: MaskingPolicy) -> None:
+    size = 4 * (len(corpus) // 4 + 1)
+    with pytest.raises(UserError, match=rf"has {len(corpus)} rows, fewer than one global batch of {size}"):
+        stream(corpus, masking, global_batch_size=size)
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("max_rows", [None, 50, 10**6])
+def test_evaluation_covers_every_row_once(
+    world_size: int, max_rows: int | None, corpus: Corpus, masking: MaskingPolicy
+) -> None:
+    ranks = [
+        EvalBatches(corpus, masking, batch_size=7, rank=rank, world_size=world_size, max_rows=max_rows)
+        for rank in range(world_size)
+    ]
+    batches = [list(rank) for rank in ranks]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert [len(rank) for rank in ranks] == [len(b) for b in batches]
+    assert {b.input_ids.shape for part in batches for b in part} == {(7, LENGTH)}
+    ids = torch.cat([b.sample_ids for part in batches for b in part])
+    real = ids[ids >= 0]
+    assert len(real) == len(set(real.tolist())) == min(len(corpus), max_rows or len(corpus))
+    labels = torch.cat([b.labels for part in batches for b in part])
+    assert (labels[ids < 0] == IGNORED).all()
+    assert ((labels[ids >= 0] != IGNORED).sum(1) > 0).all()
+    # A row with nothing to attend to would give NaN in softmax.
+    assert all((b.attention_mask.sum(1) > 0).all() for part in batches for b in part)
+
+
+def test_evaluation_masks_are_fixed(corpus: Corpus, masking: MaskingPolicy) -> None:
+    def masks(world_size: int) -> dict[int, list[int]]:
+        return {
+            int(row): batch.masked_ids[place].tolist()
+            for rank in range(world_size)
+            for batch in EvalBatches(corpus, masking, batch_size=5, rank=rank, world_size=world_size)
+            for place, row in enumerate(batch.sample_ids)
+            if row >= 0
+        }
+
+    assert masks(1) == masks(1) == masks(3)
+
+
+def test_nothing_to_evaluate(corpus: Corpus, masking: MaskingPolicy) -> None:
+    empty = Corpus(corpus.path, replace(corpus.manifest, shards=()))
+    with pytest.raises(UserError, match="has no rows to evaluate"):
+        EvalBatches(empty, masking, batch_size=5, rank=0, world_size=1)

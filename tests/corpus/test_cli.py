@@ -1,0 +1,82 @@
+"""The command line: its help, its summary, its errors."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from dga_scale.corpus.cli import build_parser, main
+from dga_scale.corpus.shards import Corpus
+from dga_scale.corpus.spool import ShardSettings
+from dga_scale.errors import EXIT_USER_ERROR, UserError
+from tests.corpus import tiny
+from tests.ranks import REPOSITORY
+
+
+def test_help_documents_every_option_with_its_default() -> None:
+    text = " ".join(build_parser().format_help().partition("\noptions:")[2].split())
+    for field in fields(ShardSettings):
+        if field.name not in ("tokenizer", "tokenizer_hash"):
+            option = re.search(rf"--{field.name} .*?\(default: (\S+)\)", text)
+            assert option is not None, field.name
+            assert option[1] == str(field.default), field.name
+    assert all(action.help for action in build_parser()._actions)
+
+
+def test_the_tool_and_its_error(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/shard_corpus.py", str(tmp_path / "none.txt")]
+    command += ["--tokenizer", str(tmp_path / "none"), "--output", str(tmp_path / "corpus")]
+    failed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert failed.returncode == EXIT_USER_ERROR
+    assert failed.stderr.startswith(f"error: tokenizer '{tmp_path}/none': no such folder")
+    assert "Traceback" not in failed.stderr
+
+
+def test_summary(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = tiny.texts(1200)
+    tiny.write_jsonl(tmp_path / "a.jsonl", [*documents, documents[3], "", "\x01"], field="body")
+    output = str(tmp_path / "corpus")
+    arguments = [str(tmp_path / "a.jsonl"), "--tokenizer", str(wordpiece), "--output", output]
+    arguments += [
+        "--text_field",
+        "body",
+        "--num_workers",
+        "1",
+        "--packing",
+        "document",
+        "--sequence_length",
+        "64",
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    corpus, held_out = Corpus.open(output).manifest, Corpus.open(f"{output}/validation").manifest
+    assert "dropped: 1 empty, 1 control only, 1 duplicates" in printed
+    assert f"1,203 read, {corpus.documents:,} to train on" in printed
+    assert f"{corpus.rows:,} of up to 64 tokens, document packing" in printed
+    assert f"held out   {held_out.documents} documents" in printed
+    assert "MB/s" in printed
+    assert main(arguments) == 0
+    assert f"corpus {output} was complete already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokenizer", "t"], r"the following arguments are required: INPUT, --output\. See --help"),
+        (
+            ["x", "--tokenizer", "t", "--output", "o", "--packin", "chunk"],
+            r"unrecognized arguments: --packin",
+        ),
+        (
+            ["x", "--tokenizer", "t", "--output", "o", "--packing", "bins"],
+            r"argument --packing: invalid choice",
+        ),
+        (["x", "--tokenizer", "t", "--output", "o", "--part", "3"], r"'3' is not of the form i/N"),
+    ],
+)
+def test_arguments_that_do_not_parse(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(arguments)

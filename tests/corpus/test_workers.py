@@ -1,0 +1,64 @@
+"""Under a real mpirun: the same corpus, and one message for an error."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dga_scale.corpus.sharding import shard_corpus
+from dga_scale.corpus.spool import ShardSettings
+from dga_scale.corpus.workers import under_mpi
+from dga_scale.errors import EXIT_USER_ERROR, UserError
+from tests.corpus import tiny
+from tests.ranks import REPOSITORY
+
+pytestmark = pytest.mark.mpi
+
+
+def mpirun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = Path(sys.executable).parent / "mpirun"
+    if not launcher.exists():
+        pytest.skip("needs mpirun beside python (pip install dga_scale[mpi])")
+    command = [str(launcher), "--oversubscribe", "-n", str(ranks)]
+    if os.geteuid() == 0:
+        command.append("--allow-run-as-root")
+    command += [sys.executable, "tools/shard_corpus.py", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_ranks_make_the_corpus_of_one_process(wordpiece: Path, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(900) + tiny.texts(50))
+    options = ["--tokenizer", str(wordpiece), "--sequence_length", "32", "--shard_size", "0.01"]
+    done = mpirun(2, str(path), "--output", str(tmp_path / "ranks"), *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("documents  ") == 1, "one rank alone prints the summary"
+    settings = ShardSettings(str(wordpiece), sequence_length=32, shard_size=0.01)
+    shard_corpus([str(path)], tmp_path / "alone", settings)
+    assert contents(tmp_path / "ranks") == contents(tmp_path / "alone")
+
+
+def test_an_error_on_one_rank_ends_all_with_one_message(wordpiece: Path, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(900))
+    path.write_text(path.read_text() + "{broken\n")
+    options = ["--tokenizer", str(wordpiece), "--output", str(tmp_path / "corpus"), "--shard_size", "0.01"]
+    failed = mpirun(2, str(path), *options)
+    assert failed.returncode == EXIT_USER_ERROR
+    assert failed.stderr.count("error: ") == 1
+    assert "a.jsonl:901 is not JSON" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_parts_and_ranks_exclude_each_other(
+    wordpiece: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not under_mpi()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert under_mpi()
+    with pytest.raises(UserError, match=r"--part under mpirun: .* Leave --part out"):
+        shard_corpus(["x"], tmp_path / "corpus", ShardSettings(str(wordpiece)), part=(0, 2))
