@@ -1,4 +1,4 @@
-"""Domain loss against general loss: plain MLM, DGA with gradient masks, DGA with update masks, at equal tokens.
+"""Domain against general loss: plain MLM, DGA with gradient masks, DGA with update masks, at equal tokens.
 
     python benchmarks/methods_on_acl.py DATA [--steps 40] [--work DIR]
 

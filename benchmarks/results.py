@@ -1,4 +1,4 @@
-"""Where figures are kept: a section appended to RESULTS.md, with the command, the machine and the versions."""
+"""Where figures are kept: a section appended to RESULTS.md with command, machine and versions."""
 
 import os
 import platform
