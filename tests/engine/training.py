@@ -68,6 +68,7 @@ class Setup:
     accumulation: int = 1
     clipping: float = 1.0
     weight_decay: float = 0.0
+    epsilon: float = 1e-6
     rows: int = 8
     sub_group_size: int | None = None
     persistence: int = 0
@@ -91,6 +92,7 @@ class Setup:
             gradient_accumulation_steps=self.accumulation,
             learning_rate=LEARNING_RATE,
             weight_decay=self.weight_decay,
+            adam_epsilon=self.epsilon,
             max_grad_norm=self.clipping,
             bf16=self.precision == "bf16",
         )

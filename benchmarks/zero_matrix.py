@@ -1,0 +1,53 @@
+"""Print how far both soft-masks under every ZeRO stage are from plain PyTorch.
+
+``python -m benchmarks.zero_matrix``: all 672 combinations of mode, stage, offload, precision, accumulation,
+clipping, recomputation and 1, 2, 4 ranks, three optimizer steps each, against tests/reference.py.
+"""
+
+import argparse
+from collections import defaultdict
+
+from tests.engine.zero_matrix import (
+    Cell,
+    Outcome,
+    all_cells,
+    bf16_noise,
+    expected,
+    largest_deviation,
+    norm_deviation,
+    relative_deviation,
+    run_on_ranks,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="World sizes.")
+    parser.add_argument("--every", action="store_true", help="A line for each cell, not only for each group.")
+    arguments = parser.parse_args()
+    groups: dict[tuple[str, int, bool, str, int], list[tuple[float, ...]]] = defaultdict(list)
+    cells = all_cells(arguments.ranks)
+    batches = [cells[i : i + 28] for i in range(0, len(cells), 28)]
+    for batch in batches:
+        for cell, ours in run_on_ranks(batch).items():
+            figures = deviations(cell, ours)
+            groups[cell.mode, cell.stage, cell.offload, cell.precision, cell.world_size].append(figures)
+            if arguments.every:
+                print(cell, " ".join(f"{figure:.1e}" for figure in figures), flush=True)
+    print("| mask | ZeRO | offload | precision | ranks | cells | weight | movement | of bf16's own | norm |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for key, rows in sorted(groups.items()):
+        largest = [f"{max(column):.1e}" for column in zip(*rows, strict=True)]
+        print("|", " | ".join([*map(str, key), str(len(rows)), *largest]), "|")
+
+
+def deviations(cell: Cell, ours: Outcome) -> tuple[float, float, float, float]:
+    """Largest absolute of a weight; relative of the movement, also in bf16's own error; of the norm."""
+    theirs = expected(cell)
+    relative = relative_deviation(ours, theirs)
+    noise = relative / bf16_noise(cell) if cell.precision == "bf16" else 0.0
+    return largest_deviation(ours, theirs), relative, noise, norm_deviation(ours, theirs)
+
+
+if __name__ == "__main__":
+    main()
