@@ -35,7 +35,7 @@ def demo(folder: Path = FOLDER) -> int:
 
 def _train(settings: dict[str, Any]) -> None:
     """DGA on all GPUs, or on two ranks that share the cores, under ZeRO-2."""
-    launcher: list[object] = ["deepspeed"]
+    launcher: list[object] = ["deepspeed", "-q"]
     environment = {}
     if not torch.cuda.is_available():
         launcher += ["--num_accelerators", 2]

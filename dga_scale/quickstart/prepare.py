@@ -154,15 +154,17 @@ def run_command(*command: object, environment: dict[str, str] | None = None) -> 
 
 
 def _write_text(folder: Path) -> None:
-    texts: dict[str, Callable[[], Iterable[Document]]] = {"domain": docstrings, "general": wikipedia}
-    for name, documents in texts.items():
-        one_in = DOMAIN_HELD_OUT if name == "domain" else GENERAL_HELD_OUT
+    sources: tuple[tuple[str, Iterable[Document], int], ...] = (
+        ("domain", docstrings(), DOMAIN_HELD_OUT),
+        ("general", wikipedia(), GENERAL_HELD_OUT),
+    )
+    for name, documents, one_in in sources:
         size = 0
         with (
             open(folder / f"{name}.jsonl", "w", encoding="utf-8") as train,
             open(folder / f"{name}_heldout.jsonl", "w", encoding="utf-8") as held_out,
         ):
-            for document in documents():
+            for document in documents:
                 line = json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False)
                 (held_out if document.held_out(one_in) else train).write(line + "\n")
                 size += len(document.text)
