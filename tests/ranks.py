@@ -56,6 +56,14 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     return pool.call(fn, args, timeout)
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def close_pools() -> None:
     """End all worker processes."""
     for world_size in list(_pools):
@@ -68,9 +76,7 @@ class _Pool:
         self.folder = tempfile.TemporaryDirectory(prefix=f"ranks{world_size}-")
         self.connections: list[Connection] = []
         self.processes: list[subprocess.Popen[bytes]] = []
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN_LAUNCHERS)}
         for rank in range(world_size):
             ours, theirs = Pipe()

@@ -61,7 +61,7 @@ def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
-def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, dropout: float = 0.1) -> Path:
+def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, positions: int = 64) -> Path:
     """A random BERT of 2 layers and 4 heads with its tokenizer, as a Hugging Face folder."""
     torch.manual_seed(1)
     config = BertConfig(
@@ -70,10 +70,8 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, dropout: flo
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         pad_token_id=tokenizer.pad_token_id,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
         initializer_range=0.1,
     )
     BertForMaskedLM(config).save_pretrained(folder)
