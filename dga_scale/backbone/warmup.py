@@ -1,0 +1,88 @@
+"""Head warm-up: an encoder saved without its LM head (a sentence encoder, say) becomes a masked LM."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dga_scale.backbone.anatomy import Anatomy
+
+
+class PredictionBatch(Protocol):
+    """What is read of a batch: B rows of T tokens, M predicted positions a row, on the model's device."""
+
+    @property
+    def masked_ids(self) -> Tensor: ...  # (B, T)
+
+    @property
+    def attention_mask(self) -> Tensor: ...  # (B, T)
+
+    @property
+    def positions(self) -> Tensor: ...  # (B, M)
+
+    @property
+    def labels(self) -> Tensor: ...  # (B, M), -100 where there is none
+
+
+def warm_up_head(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    batches: Iterable[PredictionBatch],
+    *,
+    steps: int,
+    learning_rate: float,
+    train_trunk: bool = False,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    autocast: torch.dtype | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> None:
+    """Train the LM head's own parameters on the predicted positions; the model is changed in place.
+
+    AdamW (weight decay 0), learning rate falling linearly to 0 after the last step, dropout off. A decoder
+    tied to the embeddings stays tied and, like them, as it was.
+
+    Args:
+        model: whole on every rank, the same weights on all.
+        anatomy: its anatomy.
+        batches: at least ``steps`` of them; this rank's part of each global batch.
+        steps: optimizer steps.
+        learning_rate: at the first step.
+        train_trunk: train all parameters instead, the embeddings too.
+        reduce: sums a tensor over the ranks; the default serves one process. Every rank then takes the same
+            step, that of one process with the whole global batch.
+        autocast: dtype of the matrix products, bfloat16 for one; None: that of the parameters.
+        on_step: called after each step with its number from 0 and its loss (a scalar over the global batch).
+
+    """
+    own = set(anatomy.lm_head_parameters)
+    parameters = [p for name, p in model.named_parameters() if train_trunk or name in own]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-6, weight_decay=0.0)
+    was_training = model.training
+    model.eval()
+    for step, batch in zip(range(steps), batches, strict=False):
+        with torch.autocast(batch.labels.device.type, autocast, enabled=autocast is not None):
+            with torch.set_grad_enabled(train_trunk):
+                hidden = anatomy.trunk(model)(
+                    input_ids=batch.masked_ids, attention_mask=batch.attention_mask
+                ).last_hidden_state  # (B, T, H)
+            predicted = batch.labels >= 0  # (B, M)
+            states = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], batch.positions]
+            logits = anatomy.lm_logits(model, states[predicted])  # (N, vocab)
+        total = F.cross_entropy(logits.float(), batch.labels[predicted], reduction="sum")
+        gradients = torch.autograd.grad(total, parameters)
+        # One message for the loss, the number of labels and all gradients.
+        sums = reduce(torch.cat([g.flatten() for g in (total.detach(), predicted.sum(), *gradients)]))
+        loss = sums[0] / sums[1]
+        parts = (sums[2:] / sums[1]).split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - step / steps)
+        optimizer.step()
+        if on_step is not None:
+            on_step(step, loss)
+    optimizer.zero_grad()
+    model.train(was_training)
