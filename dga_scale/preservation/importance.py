@@ -209,10 +209,10 @@ def measure_importance(
             losses, differences = _losses(model, batch, gates, loss, distribution)  # (B,), (B,)
             if loss == "proxy_kl" and number == 0:
                 _check_dropout(torch.where(real, differences, 0).sum(), real.sum(), reduce)
-            total = torch.where(real, losses, 0).sum() * LOSS_SCALE
-            gradients = torch.autograd.grad(total, list(gates.values()))
+            gradients = torch.autograd.grad(losses.sum() * LOSS_SCALE, list(gates.values()))
             for kind, gradient in zip(kinds, gradients, strict=True):
-                # The row of an empty example may be NaN: it has no token to attend to.
+                # An example without labels only fills up the batch; its row may even be NaN, where it has
+                # no token to attend to.
                 sizes = torch.where(real[:, None, None], gradient.abs() / LOSS_SCALE, 0)
                 sums[kind] = sums.get(kind, 0) + sizes.sum(dim=0, dtype=torch.float64)  # (layers, units)
             examples = examples + real.sum()

@@ -66,6 +66,6 @@ def test_mean_pool_is_the_mean_of_real_tokens() -> None:
 
 
 def test_mean_pool_sums_low_precision_in_fp32() -> None:
-    """300 tokens of 1 + 2^-7: a bf16 sum would stop growing at 256."""
-    hidden = torch.full((1, 300, 1), 1 + 2.0**-7, dtype=torch.bfloat16)
-    assert mean_pool(hidden, torch.ones(1, 300, dtype=torch.long)).item() == pytest.approx(1 + 2.0**-7)
+    """1 and the next larger bf16 number, half of the tokens each: the mean is no bf16 number."""
+    hidden = torch.tensor([1.0, 1.0 + 2.0**-7] * 150, dtype=torch.bfloat16).view(1, 300, 1)
+    assert mean_pool(hidden, torch.ones(1, 300, dtype=torch.long)).item() == pytest.approx(1 + 2.0**-8)

@@ -17,7 +17,7 @@ from dga_scale.config import MethodSettings
 from dga_scale.corpus.batches import IGNORED, Batch
 from dga_scale.errors import UserError
 from dga_scale.objectives import build_method
-from dga_scale.objectives.training_model import TrainingModel
+from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
 from dga_scale.preservation.importance import Importance, measure_importance
 from tests.backbone.tiny import TINY
 from tests.objectives.toy import (
@@ -125,6 +125,24 @@ def test_examples_without_labels_do_not_count() -> None:
     assert measured.settings["examples"] == 8
 
 
+@pytest.mark.parametrize("distribution", ["vocabulary", "hidden", "sequence"])
+def test_rows_that_fill_up_a_batch_do_not_count_for_proxy_kl(distribution: str) -> None:
+    """They are repeated rows without labels. From one seed, each of two rows alone averages to both."""
+    both = toy_batch(2)
+
+    def measured(batch: Batch) -> Tensor:
+        torch.manual_seed(7)
+        model = toy_model(dropout=0.1)
+        return measure_importance(model, [batch], distribution=distribution).values["heads"]
+
+    alone = []
+    for filler in (0, 1):
+        batch = rows_of(both, [0, 1])
+        batch.labels[filler] = IGNORED
+        alone.append(measured(batch))
+    torch.testing.assert_close(measured(both), (alone[0] + alone[1]) / 2, rtol=1e-5, atol=1e-7)
+
+
 def proxy_kl_by_hand(model: TrainingModel, batch: Batch, distribution: str) -> Tensor:
     """|d KL(f1 || f2) / d gate| of one example, (layers, heads), from the probabilities as written."""
     gates = torch.ones(LAYERS, HEADS, requires_grad=True)
@@ -182,6 +200,7 @@ def test_parameters_and_gradients_are_left_as_they_were() -> None:
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {"lm.bert.embeddings.word_embeddings.weight"}
     assert all(bool((p.grad == 2).all()) for p in model.parameters() if p.requires_grad)
+    evaluate_sums(model, toy_batch(3))  # gates left behind would be those of 8 rows
 
 
 def test_no_dropout_is_refused_with_what_to_pass() -> None:

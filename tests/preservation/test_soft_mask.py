@@ -56,6 +56,18 @@ def test_grouped_key_heads_combine_the_protection_of_their_queries(rule: str, ex
     torch.testing.assert_close(factor.scale, 1 - a[0].repeat_interleave(8))
 
 
+@pytest.mark.parametrize("rule", ["min", "max", "mean"])
+def test_rows_of_no_unit_stay_unmasked(rule: str) -> None:
+    """Padding rows and those of something else than a unit have owner -1."""
+    anatomy = anatomy_of(toy_lm())
+    owners = torch.tensor([[0, 1], [2, -1], [-1, -1]])
+    anatomy = dataclasses.replace(anatomy, slabs=(Slab("weight", "key", "heads", 0, 0, owners),))
+    a = torch.tensor([[0.25, 0.75, 0.5, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    (factor,) = mask_factors(anatomy, {"heads": a}, kv_protection=rule)["weight"]
+    shared = {"min": 0.25, "max": 0.75, "mean": 0.5}[rule]
+    torch.testing.assert_close(factor.scale, 1 - torch.tensor([shared, 0.5, 0.0]))
+
+
 def test_fused_projection_is_masked_on_queries_keys_and_values() -> None:
     """GPT-2's c_attn holds (in, 3 * hidden): all three thirds have the heads' factors, along axis 1."""
     a = torch.tensor([[0.0, 0.5, 0.25, 1.0], [0.1, 0.2, 0.3, 0.4]])
@@ -187,23 +199,24 @@ def test_masks_along_two_axes_of_one_parameter_multiply(offsets: tuple[int, ...]
     expected_mask = scale[:, None] * scale[None, :]
     factors = mask_factors(anatomy, {"heads": a})
 
-    start, step = torch.randn(32, 32), torch.randn(32, 32)
+    # From far away, so that start + (end - start) rounds to another number than end.
+    start, end = 1e4 * torch.randn(32, 32), torch.randn(32, 32)
     weight = start.clone()
     name = anatomy.slabs[0].parameter
     fragments = [Fragment(name, low, (32, 32), weight.view(-1)[low:high]) for low, high in pairwise(offsets)]
     mask = UpdateMask(anatomy, factors)
     mask.before_step(fragments)
-    weight += step
+    weight.copy_(end)
     mask.after_step(fragments)
-    torch.testing.assert_close(weight, start + expected_mask * ((start + step) - start), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(weight, start + expected_mask * (end - start), rtol=1e-6, atol=1e-2)
     assert torch.equal(weight[expected_mask == 0], start[expected_mask == 0])
-    assert torch.equal(weight[expected_mask == 1], (start + step)[expected_mask == 1])
+    assert torch.equal(weight[expected_mask == 1], end[expected_mask == 1])
 
     parameter = nn.Parameter(torch.zeros(32, 32))
     hooks = GradientMask([(name, parameter)], anatomy)
     hooks.set(factors)
-    (parameter * step).sum().backward()
-    torch.testing.assert_close(parameter.grad, step * expected_mask, rtol=1e-6, atol=0)
+    (parameter * end).sum().backward()
+    torch.testing.assert_close(parameter.grad, end * expected_mask, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
