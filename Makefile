@@ -27,8 +27,8 @@ $(VENV)/.%: pyproject.toml | $(BIN)/pip
 	@touch $@
 
 $(BIN)/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "error: $(PYTHON) is missing or older than Python 3.10. Name another: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "error: $(PYTHON) is missing, or not Python 3.10 to 3.13. Name another: make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: $(PYTHON) can't make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
 	@$(PYTHON) -m venv $(VENV)

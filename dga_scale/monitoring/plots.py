@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
@@ -80,6 +81,7 @@ def curves_figure(
     for color, (label, (x, y)) in zip(_cycle(theme, len(points or {})), (points or {}).items(), strict=True):
         axes.plot(x, y, color=color, linewidth=1.4, linestyle="--", marker="o", markersize=5, label=label)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(y_label)
     _style(axes, theme)
     if len(curves) + len(points or {}) > 1:

@@ -55,7 +55,8 @@ BASE_SETTINGS = {
 
 RUN_SETTINGS = {
     "method": "dga",
-    "max_steps": 80,
+    "soft_mask": "update",
+    "max_steps": 60,
     "global_batch_size": 16,
     "learning_rate": 2e-4,
     "importance_samples": 256,

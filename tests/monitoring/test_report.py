@@ -150,10 +150,11 @@ def test_before_and_after(tmp_path: Path) -> None:
 
 
 def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a<b>&c", model=HOSTILE)
+    run = make_run(tmp_path / "a<b>&c", model=HOSTILE, **{"<i>odd</i>": 1})
     page = page_of(tmp_path, run)
     assert "script" not in (tag for tag in page.open)
-    assert "<script" not in (tmp_path / "report.html").read_text()
+    for markup in ("<script", "<i>", "<b>"):
+        assert markup not in (tmp_path / "report.html").read_text()
     assert HOSTILE in page.text
     assert "a<b>&c" in page.text
 

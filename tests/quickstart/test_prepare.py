@@ -140,8 +140,8 @@ def test_the_demo_end_to_end_in_small(
 @pytest.mark.parametrize(
     ("python", "said"),
     [
-        ("no-such-python", "missing or older than Python 3.10"),
-        ("./old-python", "missing or older than Python 3.10"),
+        ("no-such-python", "missing, or not Python 3.10 to 3.13"),
+        ("./old-python", "missing, or not Python 3.10 to 3.13"),
         ("./bare-python", "can't make virtual environments. On Debian and Ubuntu: apt-get"),
     ],
 )  # fmt: skip
