@@ -108,8 +108,6 @@ class Packer:
         if self._pending_length < self._layout.content_length:
             return []
         *rows, rest = self._windows(np.concatenate(self._pending))
-        if len(rest) == self._layout.content_length:
-            rows, rest = [*rows, rest], rest[:0]
         self._pending, self._pending_length = [rest], len(rest)
         return rows
 

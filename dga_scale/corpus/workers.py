@@ -101,7 +101,7 @@ class Team(AbstractContextManager["Team"]):
 
     def _completed(self, calls: Sequence[Callable[[], None]]) -> Iterator[None]:
         """Yields after each item, in any order; an error ends it, items under way are finished."""
-        if self._num_workers == 1:
+        if self._num_workers == 1 or len(calls) == 1:
             for call in calls:
                 _run(call, self._output)
                 yield

@@ -113,7 +113,7 @@ def test_any_file_that_datasets_reads(tmp_path: Path) -> None:
         read(tmp_path / "a.strange")
 
 
-@pytest.mark.parametrize("target", [1, 7, 50, 333, 10**6])
+@pytest.mark.parametrize("target", [1, 7, 10, 11, 50, 333, 10**6])
 @pytest.mark.parametrize("line_break", [b"\n", b"\r\n"])
 def test_cut_anywhere_no_line_is_lost_or_read_twice(target: int, line_break: bytes, tmp_path: Path) -> None:
     lines = [b"\xef\xbb\xbf" + "ünder".encode(), b"", b"x", b"yy" * 40, b"z"]

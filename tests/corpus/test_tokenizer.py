@@ -35,10 +35,12 @@ def test_truncation_and_padding_that_a_tokenizer_file_carries_are_off(minilm: Pa
     text = "word " * 1000
     assert len(raw.encode(text).ids) == 128, "the file no longer truncates: the test needs another one"
     assert len(raw.encode("word").ids) == 128, "the file no longer pads: the test needs another one"
-    long, short = encoder(minilm)([text, "word"])
-    assert len(long) == 1000
-    assert len(short) == 1
-    tokenizer = load_tokenizer(minilm)
+    tokenizer, untouched = load_tokenizer(minilm), AutoTokenizer.from_pretrained(minilm)
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(untouched)
+    for loaded in (tokenizer, untouched):
+        long, short = Encoder(encoder_spec(loaded, str(minilm)))([text, "word"])
+        assert len(long) == 1000
+        assert len(short) == 1
     assert tokenizer.backend_tokenizer.truncation is None
     assert tokenizer.backend_tokenizer.padding is None
 

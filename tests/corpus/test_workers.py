@@ -1,6 +1,7 @@
 """Under a real mpirun: the same corpus, and one message for an error."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,9 @@ def test_ranks_make_the_corpus_of_one_process(wordpiece: Path, tmp_path: Path) -
     done = mpirun(2, str(path), "--output", str(tmp_path / "ranks"), *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("documents  ") == 1, "one rank alone prints the summary"
+    shares = re.findall(r"(?:reading|tokenising): (\d+) of (\d+) to do", done.stderr)
+    assert len(shares) == 2
+    assert all(int(share) == -(-int(total) // 2) for share, total in shares)
     settings = ShardSettings(str(wordpiece), sequence_length=32, shard_size=0.01)
     shard_corpus([str(path)], tmp_path / "alone", settings)
     assert contents(tmp_path / "ranks") == contents(tmp_path / "alone")
