@@ -8,6 +8,7 @@ the bytes do not depend on who did what.
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -159,6 +160,12 @@ def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished:
     tokenizer = load_tokenizer(settings.tokenizer)
     settings = replace(settings, tokenizer_hash=tokenizer_hash(tokenizer))
     layout = Layout.of(tokenizer, settings.tokenizer, settings.packing, settings.sequence_length)
+    if settings.sequence_length > tokenizer.model_max_length:
+        print(
+            f"note: --sequence_length {settings.sequence_length} is above {tokenizer.model_max_length}, the "
+            f"longest input that the tokenizer of {settings.tokenizer!r} states for its model",
+            file=sys.stderr,
+        )
     plan = Plan.make(inputs, settings)
     output = work.output
     if finished.exists():

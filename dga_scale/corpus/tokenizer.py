@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # importing transformers costs 2 s and 200 MB, which a worker
     from transformers import PreTrainedTokenizerBase
 
 LONGEST_PIECE = 1 << 18
-"""Characters given to a tokenizer at once: a longer document is tokenised piece by piece, because the
-memory a tokenizer needs is about a hundred times its input."""
+"""Characters of a document given to a tokenizer at once: a longer one is tokenised piece by piece, because
+a tokenizer needs many times the memory of its input."""
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
@@ -105,19 +105,17 @@ class Encoder:
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, int32, of any length (0 included)."""
-        pieces, owners = [], []
-        for owner, text in enumerate(texts):
-            for piece in split_long(text):
-                pieces.append(piece)
-                owners.append(owner)
+        pieces = [
+            (owner, piece) for owner, text in enumerate(texts) for piece in split_long(text, LONGEST_PIECE)
+        ]
         ids: list[list[np.ndarray]] = [[] for _ in texts]
-        for owner, piece_ids in zip(owners, self._encode(pieces), strict=True):
-            ids[owner].append(np.array(piece_ids, dtype=np.int32))
+        for batch in _batches(pieces):
+            encoded = self._encode([piece for _, piece in batch])
+            for (owner, _), piece_ids in zip(batch, encoded, strict=True):
+                ids[owner].append(np.array(piece_ids, dtype=np.int32))
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
 
     def _encode(self, texts: list[str]) -> Iterator[list[int]]:
-        if not texts:  # transformers refuses an empty batch
-            return iter(())
         if self._slow is None:
             encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
             return (encoding.ids for encoding in encodings)
@@ -135,13 +133,27 @@ class Encoder:
         )
 
 
+def _batches(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Neighbouring pieces, up to about four of the longest at a time."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for owner, piece in pieces:
+        batch.append((owner, piece))
+        size += len(piece)
+        if size >= 4 * LONGEST_PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 @lru_cache(maxsize=1)
 def cached_encoder(spec: str) -> Encoder:
     """The encoder of ``spec``, built once a process."""
     return Encoder(spec)
 
 
-def split_long(text: str, limit: int = LONGEST_PIECE) -> list[str]:
+def split_long(text: str, limit: int) -> list[str]:
     """Cut ``text`` into pieces of at most ``limit`` characters, before a line break or space where possible.
 
     Whitespace bounds the words of nearly every tokenizer, so the ids are those of the whole text (give or

@@ -204,6 +204,8 @@ class PartTeam(Team):
         self._do(phase, [number for number in phase.missing() if number % self.size == self.index])
         last_change = time.monotonic()
         state = None
+        if missing := phase.missing():
+            print(f"{phase.name}: waiting for other parts, {len(missing)} to do", file=sys.stderr, flush=True)
         while missing := phase.missing():
             current = (len(missing), _sizes(self._scratch))
             if current != state:

@@ -11,6 +11,7 @@ import pytest
 from dga_scale.corpus.cli import build_parser, main
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.spool import ShardSettings
+from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import EXIT_USER_ERROR, UserError
 from tests.corpus import tiny
 from tests.ranks import REPOSITORY
@@ -60,6 +61,20 @@ def test_summary(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "MB/s" in printed
     assert main(arguments) == 0
     assert f"corpus {output} was complete already" in capsys.readouterr().out
+
+
+def test_rows_longer_than_the_tokenizer_states_are_noted(
+    wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(wordpiece)
+    tokenizer.model_max_length = 100
+    tokenizer.save_pretrained(tmp_path / "short")
+    tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(20))
+    arguments = [str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "short"), "--num_workers", "1"]
+    main([*arguments, "--output", str(tmp_path / "corpus")])
+    assert "note: --sequence_length 164 is above 100" in capsys.readouterr().err
+    main([*arguments, "--output", str(tmp_path / "fits"), "--sequence_length", "100"])
+    assert "note" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

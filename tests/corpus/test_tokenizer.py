@@ -12,6 +12,7 @@ import sentencepiece
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from dga_scale.corpus import tokenizer
 from dga_scale.corpus.tokenizer import Encoder, encoder_spec, load_tokenizer, split_long, tokenizer_hash
 from dga_scale.errors import UserError
 from tests.corpus import tiny
@@ -35,14 +36,14 @@ def test_truncation_and_padding_that_a_tokenizer_file_carries_are_off(minilm: Pa
     text = "word " * 1000
     assert len(raw.encode(text).ids) == 128, "the file no longer truncates: the test needs another one"
     assert len(raw.encode("word").ids) == 128, "the file no longer pads: the test needs another one"
-    tokenizer, untouched = load_tokenizer(minilm), AutoTokenizer.from_pretrained(minilm)
-    assert tokenizer_hash(tokenizer) == tokenizer_hash(untouched)
-    for loaded in (tokenizer, untouched):
+    switched_off, untouched = load_tokenizer(minilm), AutoTokenizer.from_pretrained(minilm)
+    assert tokenizer_hash(switched_off) == tokenizer_hash(untouched)
+    for loaded in (switched_off, untouched):
         long, short = Encoder(encoder_spec(loaded, str(minilm)))([text, "word"])
         assert len(long) == 1000
         assert len(short) == 1
-    assert tokenizer.backend_tokenizer.truncation is None
-    assert tokenizer.backend_tokenizer.padding is None
+    assert switched_off.backend_tokenizer.truncation is None
+    assert switched_off.backend_tokenizer.padding is None
 
 
 @pytest.mark.parametrize("name", ["wordpiece", "byte_bpe", "slow_sentencepiece", "fast_sentencepiece"])
@@ -72,7 +73,9 @@ def test_special_tokens_written_in_a_text_are_text(
     assert not special & set(encoder(folder)([text])[0].tolist())
 
 
-def test_long_documents_are_tokenised_in_pieces_without_changing_them(wordpiece: Path) -> None:
+def test_long_documents_are_tokenised_in_pieces_without_changing_them(
+    wordpiece: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = " ".join(tiny.texts(200))
     pieces = split_long(text, 100)
     assert "".join(pieces) == text
@@ -81,14 +84,18 @@ def test_long_documents_are_tokenised_in_pieces_without_changing_them(wordpiece:
     assert np.array_equal(np.concatenate(encode(pieces)), encode([text])[0])
     assert split_long("x" * 250, 100) == ["x" * 100, "x" * 100, "x" * 50]
 
+    monkeypatch.setattr(tokenizer, "LONGEST_PIECE", 50)  # pieces of several documents in several batches
+    documents = tiny.texts(50)
+    assert list(map(len, encode(documents))) == [len(encode([document])[0]) for document in documents]
+
 
 def test_hash_survives_saving_and_truncation(
     wordpiece: Path, fast_sentencepiece: Path, slow_sentencepiece: Path, tmp_path: Path
 ) -> None:
     for number, folder in enumerate((wordpiece, fast_sentencepiece, slow_sentencepiece)):
-        tokenizer = load_tokenizer(folder)
-        tokenizer.model_max_length = 77
-        tokenizer.save_pretrained(tmp_path / str(number))
+        loaded = load_tokenizer(folder)
+        loaded.model_max_length = 77
+        loaded.save_pretrained(tmp_path / str(number))
         assert tokenizer_hash(load_tokenizer(tmp_path / str(number))) == tokenizer_hash(
             load_tokenizer(folder)
         )
