@@ -222,7 +222,7 @@ def _load_weights(
 
 
 def _has_pickles_only(folder: Path) -> bool:
-    return any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors"))
+    return any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("model*.safetensors"))
 
 
 def _pickled(name: str, auto: str) -> UserError:

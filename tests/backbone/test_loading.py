@@ -202,6 +202,13 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(tmp_path:
     )
 
 
+def test_pickle_beside_other_safetensors_is_not_read(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert "no file named model.safetensors" in refusal(lambda: load_model(str(folder)))
+
+
 def test_damaged_or_missing_weights_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
     path = folder / "model.safetensors"

@@ -71,6 +71,7 @@ def test_warm_up_takes_the_steps_of_plain_pytorch(name: str, train_trunk: bool) 
     reference = TINY[name].model()
     reference.load_state_dict(model.state_dict())
     losses: list[float] = []
+    model.train()  # dropout of 0.1 in most of them: warm-up must switch it off
     warm_up_head(
         model,
         anatomy,
