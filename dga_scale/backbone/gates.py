@@ -74,10 +74,7 @@ class Gates:
         """Give ``torch.utils.checkpoint`` contexts in which a recomputation sees its own forward's gates.
 
         Activation checkpointing runs each block a second time during backward, when the gates may long be
-        those of a later forward pass. This is a ``context_fn``; for a Hugging Face model:
-
-            options = {"use_reentrant": False, "context_fn": gates.checkpoint_contexts}
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        those of a later forward pass. Pass this as ``context_fn``, with ``use_reentrant=False``.
         """
         return nullcontext(), _Bound(self, self._rows)
 

@@ -1,6 +1,7 @@
 """Virtual gates, against models whose weights are edited by hand and against runs of one example each."""
 
 import itertools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -156,7 +157,9 @@ def three_forwards(
 
 def enable_checkpointing(model: PreTrainedModel, context_fn: Callable[[], object]) -> None:
     options = {"use_reentrant": False, "context_fn": context_fn}
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    with warnings.catch_warnings():  # renamed in the middle of transformers 5; the old name stays until 6
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 @every_architecture
