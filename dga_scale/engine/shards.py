@@ -134,7 +134,8 @@ def refresh_model_weights(engine: DeepSpeedEngine) -> None:
     elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for sub_group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-        if optimizer.persistent_parameters:  # small ones that every rank keeps whole
+        if optimizer.persistent_parameters:  # small ones that every rank keeps whole: let go, and gather anew
+            optimizer._partition_all_parameters()
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     else:
         optimizer.update_lp_params()

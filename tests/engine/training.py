@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from dga_scale.config import (
     DataSettings,
@@ -177,7 +178,24 @@ def _gather(engine: DeepSpeedEngine, values_of: Any) -> dict[str, Tensor]:
     torch.distributed.all_gather_object(everyones, local)
     full: dict[str, Tensor] = {}
     for name, start, shape, values in (piece for pieces in everyones for piece in pieces):
-        flat = full.setdefault(name, torch.full(shape, float("nan"))).view(-1)
-        flat[start : start + len(values)] = values
+        own = full.setdefault(name, torch.full(shape, float("nan"))).view(-1)[start : start + len(values)]
+        assert own.isnan().all() or torch.equal(own, values), f"ranks differ in {name}"  # ZeRO-0 has copies
+        own.copy_(values)
     assert all(not tensor.isnan().any() for tensor in full.values()), "an entry belongs to no rank"
     return full
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word of its own for each id of ``tiny_bert``."""
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+    words |= {f"word{i}": i for i in range(len(words), VOCABULARY + 1)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
