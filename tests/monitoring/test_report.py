@@ -208,7 +208,6 @@ def test_comparison_at_unequal_tokens_is_called_unfair(tmp_path: Path) -> None:
 def test_verdict_is_honest(tmp_path: Path, losses: dict[str, tuple[float, float]], said: str) -> None:
     run = load_run(make_run(tmp_path / "run", losses=losses))
     assert said in verdict(run)
-    page_of(tmp_path, tmp_path / "run")
 
 
 def test_effective_protection_in_words(tmp_path: Path) -> None:
