@@ -200,16 +200,16 @@ class TrainConfig:
 
     def replace(self, **values: Any) -> "TrainConfig":
         """A copy with settings changed by their flat names."""
-        groups = {}
+        groups: dict[str, Any] = {"explicit": self.explicit}
         for group_name in ("model", "data", "method", "optimization", "run"):
             group = getattr(self, group_name)
             own = {f.name: values.pop(f.name) for f in fields(group) if f.name in values}
             groups[group_name] = dataclasses.replace(group, **own)
         assert not values, f"unknown settings {sorted(values)}"
-        return TrainConfig(**groups, explicit=self.explicit)
+        return TrainConfig(**groups)
 
 
-GROUPS = (ModelSettings, DataSettings, MethodSettings, OptimizationSettings, RunSettings)
+GROUPS: tuple[Any, ...] = (ModelSettings, DataSettings, MethodSettings, OptimizationSettings, RunSettings)
 SETTING_NAMES = tuple(f.name for group in GROUPS for f in fields(group))
 
 
@@ -229,7 +229,7 @@ class _Parser(HfArgumentParser):
 def build_parser(prog: str = "dga-train") -> HfArgumentParser:
     """The parser of all settings, with a section in ``--help`` for each group."""
     parser = _Parser(
-        GROUPS,
+        list(GROUPS),
         prog=prog,
         description="Adapt a pretrained language model to a domain and keep what it knows.",
         allow_abbrev=False,
@@ -254,13 +254,14 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
             raise UserError(f"unknown setting --{name}.{nearest(name, SETTING_NAMES)} See --help.")
     from_file = _yaml_arguments(_value_of("--config", arguments))
     parser = build_parser()
-    *groups, _, unknown = parser.parse_args_into_dataclasses(
+    model, data, method, optimization, run, _, unknown = parser.parse_args_into_dataclasses(
         [*from_file, *arguments], look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         raise UserError(f"{unknown[0]!r} belongs to no setting. Write --name value. See --help.")
     explicit = {_name(a) for a in [*from_file, *arguments] if a.startswith("--")}
-    config = TrainConfig(*groups, explicit=frozenset(explicit & set(SETTING_NAMES)))
+    settings = frozenset(explicit & set(SETTING_NAMES))
+    config = TrainConfig(model, data, method, optimization, run, settings)
     _check_values(config)
     return config
 

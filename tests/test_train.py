@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from dga_scale.config import parse_config
 from dga_scale.engine.cluster import Cluster, join_cluster
@@ -88,7 +88,8 @@ def finished(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_a_run_leaves_all_that_it_promises(finished: Path, world: SmallWorld):
     names = {path.name for path in finished.iterdir()}
     assert names >= {"config.yaml", "environment.json", "log.jsonl", "tensorboard", "importance.safetensors",
-                     "checkpoints", "model", "report.html", "summary.json", "importance-heads.png"}  # fmt: skip
+                     "checkpoints", "model", "report.html", "summary.json",
+                     "importance-heads.png"}  # fmt: skip
     assert (finished / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:06d}"
     records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     steps = [record for record in records if "event" not in record]
@@ -109,8 +110,7 @@ def test_a_run_leaves_all_that_it_promises(finished: Path, world: SmallWorld):
 
 
 def test_update_masks_hold_what_they_promise(finished: Path):
-    """The last record of effective protection: movement over the free heads' is 1 - a, to the noise of heads
-    whose own steps differ in length."""
+    """Movement over the free heads' is 1 - a, to the noise of heads whose own steps differ in length."""
     records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     last = [record for record in records if record.get("event") == "protection"][-1]
     promised, moved = torch.tensor(last["one_minus_a"]), torch.tensor(last["movement"])
@@ -155,6 +155,9 @@ def test_a_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: P
     assert run_ranks(2, run_until, flags, 1, 0) == [EXIT_STOPPED, EXIT_STOPPED]
     assert run_ranks(1, run_training, flags) == [0]
     assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "two"), abs=2e-5)
+    # The model handed back is set up as the one that was given, whatever the run needed.
+    saved = BertConfig.from_pretrained(tmp_path / "two" / "model")
+    assert saved.hidden_dropout_prob == BertConfig.from_pretrained(world.model).hidden_dropout_prob == 0.1
 
 
 def test_dry_run_writes_nothing(world: SmallWorld, tmp_path: Path):
@@ -231,8 +234,6 @@ def test_a_ds_config_that_contradicts_a_flag(world: SmallWorld, tmp_path: Path):
 
 
 def test_a_corpus_longer_than_the_model(world: SmallWorld, tmp_path: Path):
-    from transformers import BertConfig, BertForMaskedLM
-
     short = tmp_path / "short"
     shutil.copytree(world.model, short)
     config = BertConfig.from_pretrained(world.model, max_position_embeddings=16)
@@ -243,8 +244,6 @@ def test_a_corpus_longer_than_the_model(world: SmallWorld, tmp_path: Path):
 
 
 def test_a_model_without_a_head_and_no_warm_up(world: SmallWorld, tmp_path: Path):
-    from transformers import BertModel
-
     headless = tmp_path / "headless"
     shutil.copytree(world.model, headless)
     BertModel.from_pretrained(world.model).save_pretrained(headless)
@@ -252,8 +251,6 @@ def test_a_model_without_a_head_and_no_warm_up(world: SmallWorld, tmp_path: Path
 
 
 def test_a_warmed_up_head_trains_on(world: SmallWorld, tmp_path: Path):
-    from transformers import BertModel
-
     headless = tmp_path / "headless"
     shutil.copytree(world.model, headless)
     BertModel.from_pretrained(world.model).save_pretrained(headless)

@@ -1,5 +1,6 @@
 """Pretrained weights and tokenizer from a folder or the Hugging Face hub, checked before they are used."""
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
+    config: PretrainedConfig
+    """As published: ``model.config`` has another dropout where that was overridden, and no cache."""
     new_parameters: tuple[str, ...]
     """Parameters of the LM head that the checkpoint does not have: randomly initialised."""
 
@@ -114,6 +117,7 @@ def load_model(
 
     """
     found = load_model_config(name_or_path)
+    published = copy.deepcopy(found.config)
     if dropout is not None:
         set_dropout(found.config, dropout)
     tokenizer = load_tokenizer(name_or_path)
@@ -136,7 +140,7 @@ def load_model(
         )
     if anatomy.causal:
         model.config.use_cache = False  # keys and values kept for generation would only cost memory here
-    return LoadedModel(model, tokenizer, anatomy, tuple(new))
+    return LoadedModel(model, tokenizer, anatomy, published, tuple(new))
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> None:

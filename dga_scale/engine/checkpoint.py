@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, commit, newest_complete, prune
 from dga_scale.engine.cluster import Cluster
@@ -59,10 +59,12 @@ def save_checkpoint(
     state: TrainerState,
     cluster: Cluster,
     save_total_limit: int = 0,
+    config: PretrainedConfig | None = None,
 ) -> Path:
     """Write and commit a checkpoint, between two optimizer steps; every rank has to call it.
 
-    Then removes the oldest ones beyond ``save_total_limit`` (0: none).
+    Then removes the oldest ones beyond ``save_total_limit`` (0: none). ``config`` is saved in place of the
+    model's own, where the run changed that for itself (dropout, caching).
 
     Raises:
         UserError: on all ranks, if any could not write. The older checkpoints are as they were, and nothing
@@ -82,7 +84,7 @@ def save_checkpoint(
         name = f"rank-{cluster.rank:05d}.safetensors"
         records = {name: _write_shard(temporary / name, engine, cluster)}
         if cluster.rank == 0:
-            records |= _write_plain_files(temporary, engine, tokenizer, state)
+            records |= _write_plain_files(temporary, engine, tokenizer, state, config)
         return records
 
     try:
@@ -165,12 +167,17 @@ def _share(length: int, cluster: Cluster) -> tuple[int, int]:
 
 
 def _write_plain_files(
-    folder: Path, engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, state: TrainerState
+    folder: Path,
+    engine: DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    state: TrainerState,
+    config: PretrainedConfig | None,
 ) -> dict[str, FileRecord]:
     """Write what is small and the same on all ranks; rank 0 does."""
     lm = engine.module.lm
-    lm.config.architectures = [type(lm).__name__]
-    lm.config.save_pretrained(folder / MODEL)
+    config = config or lm.config
+    config.architectures = [type(lm).__name__]
+    config.save_pretrained(folder / MODEL)
     if getattr(lm, "generation_config", None) is not None and lm.can_generate():
         lm.generation_config.save_pretrained(folder / MODEL)
     tokenizer.save_pretrained(folder / MODEL)

@@ -199,7 +199,7 @@ class _Resolver:
         return "fp32"
 
     def batch(self, world_size: int) -> tuple[int, int, int]:
-        """Decide on rows a pass, passes a step and rows a step; each follows from the others where it can."""
+        """Decide on rows a pass, passes a step and rows a step; each follows from the others if it can."""
         names = {
             "micro": ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
             "passes": ("gradient_accumulation_steps", "gradient_accumulation_steps"),
@@ -225,8 +225,8 @@ class _Resolver:
         if micro * passes * world_size != total:
             raise UserError(
                 f"the batch sizes contradict each other: {micro} rows a pass x {passes} passes x "
-                f"{world_size} ranks = {micro * passes * world_size} rows a step, not {total}. Leave out one of "
-                f"--per_device_train_batch_size, --gradient_accumulation_steps and --global_batch_size "
+                f"{world_size} ranks = {micro * passes * world_size} rows a step, not {total}. Leave out one "
+                f"of --per_device_train_batch_size, --gradient_accumulation_steps and --global_batch_size "
                 f'(in {self.path}: write "auto").'
             )
         for name, value in {"micro": micro, "passes": passes, "total": total}.items():

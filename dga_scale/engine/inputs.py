@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from dga_scale.backbone.loading import load_model_config
 from dga_scale.config import TrainConfig
 from dga_scale.corpus.batches import MaskingPolicy, check_one_batch
-from dga_scale.corpus.shards import Corpus, check_matches
+from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.ds_config import ResolvedConfig, resolve_ds_config
@@ -56,7 +56,7 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     folder.check(config)
     check_one_batch(corpus, resolved.global_batch_size)
     evaluations = {}
-    held_out = config.data.eval_corpus or _held_out_part(config.data.corpus)
+    held_out = config.data.eval_corpus or _held_out_part(corpus.path)
     if held_out:
         evaluations["domain"] = _open(held_out, "--eval_corpus", tokenizer)
     if config.data.general_eval_corpus:
@@ -97,8 +97,8 @@ def _open(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> Corpus
     return corpus
 
 
-def _held_out_part(corpus: str) -> str | None:
-    path = Path(corpus) / "validation"
+def _held_out_part(corpus: Path) -> str | None:
+    path = corpus / VALIDATION
     return str(path) if path.is_dir() else None
 
 

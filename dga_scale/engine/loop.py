@@ -18,7 +18,7 @@ from dga_scale.engine.session import Session
 from dga_scale.engine.signals import EXIT_STOPPED, StopAgreement, StopRequest
 from dga_scale.errors import UserError
 from dga_scale.monitoring.environment import describe_environment, device_name, write_environment
-from dga_scale.monitoring.metrics import RunLog
+from dga_scale.monitoring.metrics import RunLog, Value
 from dga_scale.monitoring.throughput import device_peak, memory_gib, rates, step_flops
 
 
@@ -93,7 +93,8 @@ class _Run:
                 terms = agreement.average(terms, stop.requested)
                 self._count_refused()
                 if log.logs(self.done):
-                    values = {"step": self.done, **{f"loss/{name}": value for name, value in terms.items()}}
+                    values: dict[str, Value] = {"step": self.done}
+                    values |= {f"loss/{name}": value for name, value in terms.items()}
                     values |= {"grad_norm": global_grad_norm(session.engine), "learning_rate": learning_rate}
                     values |= {"data_wait_seconds": wait, "memory_gib": self._memory()}
                     log.step(values | self._rates(batches, time.perf_counter() - started))

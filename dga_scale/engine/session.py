@@ -53,7 +53,7 @@ class Session:
                 allow_new_head=config.model.head_warmup_steps > 0 or resume_from is not None,
             )
         )
-        self.anatomy = loaded.anatomy
+        self.anatomy, self._published_config = loaded.anatomy, loaded.config
         check_sequence_length(inputs.corpus.manifest, self.anatomy.max_positions)
         method = build_method(config.method)
         self.needs_importance = method.needs_importance
@@ -179,6 +179,7 @@ class Session:
             TrainerState(step=step, corpus_hash=self.inputs.corpus.content_hash),
             self.cluster,
             self.config.run.save_total_limit,
+            self._published_config,
         )
 
     def _load(self, resume_from: Checkpoint) -> None:
@@ -209,7 +210,7 @@ class Session:
             start_step=0,
             num_steps=settings.head_warmup_steps,
         )
-        seed_everything(self.config.run.seed, WARMUP_STREAM, 0, self.cluster.rank)
+        self.model.to(self.cluster.device)
         with stream:
             warm_up_head(
                 self.model.lm,
@@ -218,7 +219,14 @@ class Session:
                 steps=settings.head_warmup_steps,
                 learning_rate=settings.head_warmup_learning_rate,
                 reduce=self.cluster.sum,
+                autocast=None if resolved.precision == "fp32" else torch.bfloat16,
+                on_step=self._log_warm_up,
             )
+
+    def _log_warm_up(self, step: int, loss: Tensor) -> None:
+        total = self.config.model.head_warmup_steps
+        if (step + 1) % max(1, total // 10) == 0:
+            self.log.print(f"head warm-up {step + 1}/{total}: loss {loss:.4f}")
 
     def _known_importance(self) -> Importance | None:
         path = self.inputs.folder.importance
@@ -259,9 +267,9 @@ class Session:
 
 def to_device(batch: Batch, device: torch.device) -> ModelInputs:
     """The tensors of a batch that the model reads, on its device; on CUDA copied without waiting."""
-    tensors = (batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels)
+    tensors = [batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels]
     if device.type == "cuda":
-        tensors = tuple(t.pin_memory() for t in tensors)
+        tensors = [t.pin_memory() for t in tensors]
     return ModelInputs(*(t.to(device, non_blocking=True) for t in tensors))
 
 
