@@ -160,6 +160,15 @@ def test_a_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: P
     assert saved.hidden_dropout_prob == BertConfig.from_pretrained(world.model).hidden_dropout_prob == 0.1
 
 
+@pytest.mark.parametrize("stage", ["zero0", "zero3", "zero3_offload"])
+def test_other_zero_stages_compute_the_same(finished: Path, world: SmallWorld, tmp_path: Path, stage: str):
+    """ZeRO-3 loads the model spread over the ranks from the start; sums are ordered otherwise, no more."""
+    config = REPOSITORY / "ds_configs" / f"{stage}.json"
+    flags = arguments(world, tmp_path / "run", soft_mask="update", ds_config=config)
+    assert run_ranks(2, run_training, flags) == [0, 0]
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), abs=2e-5)
+
+
 def test_dry_run_writes_nothing(world: SmallWorld, tmp_path: Path):
     assert run_ranks(2, run_training, [*arguments(world, tmp_path / "dry"), "--dry_run"]) == [0, 0]
     assert not (tmp_path / "dry").exists()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -9,10 +10,29 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dga_scale.engine.ds_config import ResolvedConfig
 from dga_scale.engine.optimizer_step import close_gaps, local_fragments
 from dga_scale.engine.shards import LANGUAGE_MODEL_PREFIX, shape_of
+
+
+@contextlib.contextmanager
+def partitioned_loading(resolved: ResolvedConfig) -> Iterator[None]:
+    """Within, under ZeRO-3, ``from_pretrained`` spreads the weights over the ranks as it reads them.
+
+    No rank then ever holds the whole model. In bf16 the fp32 masters start from the rounded weights.
+    """
+    if resolved.zero_stage < 3:
+        yield
+        return
+    # transformers finds it by a weak reference: it counts as long as this name holds it.
+    config = HfDeepSpeedConfig(resolved.ds_config)
+    try:
+        yield
+    finally:
+        del config
+        unset_hf_deepspeed_config()
 
 
 def build_engine(model: nn.Module, resolved: ResolvedConfig) -> DeepSpeedEngine:

@@ -1,5 +1,6 @@
 """The model, its DeepSpeed engine and its masks on one rank: built, protected, stepped, evaluated."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dga_scale.backbone.loading import load_model
+from dga_scale.backbone.loading import LoadedModel, load_model
 from dga_scale.backbone.warmup import warm_up_head
 from dga_scale.corpus.batches import Batch, BatchStream, EvalBatches, StepBatches
 from dga_scale.corpus.order import SampleOrder
@@ -15,7 +16,7 @@ from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from dga_scale.engine.checkpoint_folder import Checkpoint
 from dga_scale.engine.cluster import Cluster
-from dga_scale.engine.deepspeed import build_engine, set_learning_rate
+from dga_scale.engine.deepspeed import build_engine, partitioned_loading, set_learning_rate
 from dga_scale.engine.inputs import Inputs
 from dga_scale.engine.optimizer_step import backward, local_fragments, wrap_optimizer_step
 from dga_scale.engine.schedule import learning_rate_at
@@ -45,14 +46,7 @@ class Session:
     ) -> None:
         self.inputs, self.cluster, self.log = inputs, cluster, log
         self.config = config = inputs.config
-        loaded = cluster.run_on_all(
-            lambda: load_model(
-                config.model.model or "",
-                dropout=config.model.dropout,
-                attn_implementation=config.model.attn_implementation,
-                allow_new_head=config.model.head_warmup_steps > 0 or resume_from is not None,
-            )
-        )
+        loaded = self._loaded(resume_from is not None)
         self.anatomy, self._published_config = loaded.anatomy, loaded.config
         check_sequence_length(inputs.corpus.manifest, self.anatomy.max_positions)
         method = build_method(config.method)
@@ -75,6 +69,20 @@ class Session:
         self.protection: dict[str, Tensor] = {}
         if resume_from is not None:
             self._load(resume_from)
+
+    def _loaded(self, resuming: bool) -> LoadedModel:
+        settings = self.config.model
+        warming_up = settings.head_warmup_steps > 0 and not resuming  # needs the whole model on each rank
+        spread = contextlib.nullcontext() if warming_up else partitioned_loading(self.inputs.resolved)
+        with spread:
+            return self.cluster.run_on_all(
+                lambda: load_model(
+                    settings.model or "",
+                    dropout=settings.dropout,
+                    attn_implementation=settings.attn_implementation,
+                    allow_new_head=warming_up or resuming,
+                )
+            )
 
     def protect(self) -> None:
         """Measure importance, or read it where this run has measured it before, and set the masks."""
