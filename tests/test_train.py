@@ -1,5 +1,7 @@
 """The whole program on real ranks: what a run writes, stops, goes on with, and what it refuses."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -70,6 +72,13 @@ def run_until(flags: list[str], step: int, rank: int) -> int:
         return run_training(flags)
     finally:
         Session.train_step = original  # type: ignore[method-assign]
+
+
+def run_and_listen(flags: list[str]) -> str:
+    """What rank 0 prints during a run."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_training(flags)
+    return printed.getvalue()
 
 
 def losses(run: Path) -> list[float]:
@@ -158,6 +167,13 @@ def test_a_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: P
     # The model handed back is set up as the one that was given, whatever the run needed.
     saved = BertConfig.from_pretrained(tmp_path / "two" / "model")
     assert saved.hidden_dropout_prob == BertConfig.from_pretrained(world.model).hidden_dropout_prob == 0.1
+
+
+def test_gradient_masks_come_with_a_word_about_adam_once(world: SmallWorld, tmp_path: Path):
+    first, second = run_ranks(2, run_and_listen, arguments(world, tmp_path / "run", max_steps=2))
+    assert first.count("--soft_mask update") == 1
+    assert "step 2/2" in first
+    assert second == ""
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero3", "zero3_offload"])

@@ -32,6 +32,12 @@ from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_fact
 WARMUP_STREAM, IMPORTANCE_STREAM = 1, 2
 """Beside the training steps (0), what else draws random numbers from the run's seed."""
 
+ADAM_UNDOES_GRADIENT_MASKS = (
+    "soft_mask gradient (the papers' formula): AdamW divides each gradient by its own running size, so it "
+    "largely undoes a constant factor on it; effective protection is logged. --soft_mask update masks the "
+    "step that AdamW makes instead."
+)
+
 
 class Session:
     """What a rank holds during a run.
@@ -93,6 +99,8 @@ class Session:
             importance = self._measured_importance()
         protection = importance.protection(self.config.method.importance_squash)
         self.log.importance(importance.values, protection)
+        if self._gradient_mask:
+            self.log.print(ADAM_UNDOES_GRADIENT_MASKS)
         self.set_protection(protection)
 
     def set_protection(self, protection: dict[str, Tensor]) -> None:
