@@ -141,7 +141,7 @@ class _MaskedBlock:
         scale: 1 - a, broadcastable to the lines.
         frozen: where 1 - a is 0, broadcastable, or None if nowhere: there the old bits are kept.
         free: where 1 - a is 1 inside the lines, or None if nowhere: there the new bits are kept.
-        kind, unit_dim, units: whose rows these are, to sum up steps by unit; ``units`` None if shared.
+        kind, unit_dim, units: whose own rows these are, to sum up steps by unit; ``units`` None for others.
 
     """
 

@@ -1,0 +1,97 @@
+"""How far a soft-mask lets the query rows of a head move, on the gradient and on the update.
+
+    python benchmarks/soft_mask_movement.py [--steps 100] [--learning_rate 5e-5] [--epsilon 1e-8]
+
+A random RoBERTa of 3 layers learns made-up text by masked LM and plain AdamW, in one process, three times
+from the same weights and batches: without a mask, with it on the gradient, with it on the update. Heads have
+1 - a = 1, 0.5, 0.1 and 0.01 in turn. What is printed is the movement of each kind of head over its movement
+without a mask. Adam undoes a mask on the gradient as far as gradients are large beside its epsilon, so their
+size is printed too.
+"""
+
+import argparse
+
+import torch
+from results import append_section
+from torch import Tensor
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.preservation.fragments import Fragment
+from dga_scale.preservation.movement import MovementTracker
+from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
+
+FACTORS = (1.0, 0.5, 0.1, 0.01)
+LAYERS, HEADS, WIDTH, VOCABULARY, MASK = 3, 12, 192, 1000, 4
+
+
+def batch(step: int, rows: int = 16, tokens: int = 64) -> tuple[Tensor, Tensor]:
+    """Text in which each word follows from the last, and labels at 15% of its positions, masked."""
+    generator = torch.Generator().manual_seed(step)
+    first = torch.randint(5, VOCABULARY, (rows, 1), generator=generator)
+    strides = torch.randint(1, 4, (rows, tokens - 1), generator=generator).cumsum(dim=1)
+    ids = torch.cat([first, (first + strides - 5) % (VOCABULARY - 5) + 5], dim=1)
+    masked = torch.rand(rows, tokens, generator=generator) < 0.15
+    return ids.masked_fill(masked, MASK), ids.masked_fill(~masked, -100)
+
+
+def movement(soft_mask: str, steps: int, learning_rate: float, epsilon: float) -> tuple[Tensor, float]:
+    """Movement (layers, heads) of the query rows after the steps, and their median |gradient| on the way."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        max_position_embeddings=80,
+    )
+    lm = RobertaForMaskedLM(config).train()
+    anatomy = anatomy_of(lm)
+    a = 1 - torch.tensor(FACTORS).repeat(LAYERS, HEADS // len(FACTORS))
+    factors = mask_factors(anatomy, {"heads": a})
+    fragments = [Fragment(n, 0, tuple(p.shape), p.data.view(-1)) for n, p in lm.named_parameters()]
+    tracker = MovementTracker(anatomy, fragments)
+    if soft_mask == "gradient":
+        GradientMask(lm.named_parameters(), anatomy).set(factors)
+    update_mask = UpdateMask(anatomy, factors if soft_mask == "update" else {})
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, eps=epsilon, weight_decay=0)
+    queries = [p for n, p in lm.named_parameters() if n.endswith("query.weight")]
+    sizes = []
+    for step in range(steps):
+        ids, labels = batch(step)
+        optimizer.zero_grad()
+        lm(input_ids=ids, labels=labels).loss.backward()
+        sizes.append(torch.stack([p.grad for p in queries if p.grad is not None]).abs().median())
+        update_mask.before_step(fragments)
+        optimizer.step()
+        update_mask.after_step(fragments)
+    return tracker.movement(fragments, lambda tensor: tensor)["heads"], torch.stack(sizes).median().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--learning_rate", type=float, default=5e-5)
+    parser.add_argument("--epsilon", type=float, default=1e-8, help="AdamW's")
+    settings = parser.parse_args()
+    runs = {
+        name: movement(name, settings.steps, settings.learning_rate, settings.epsilon)
+        for name in ("none", "gradient", "update")
+    }
+    lines = ["| 1 - a | " + " | ".join(f"{factor:g}" for factor in FACTORS) + " |", "|---" * 5 + "|"]
+    for name in ("gradient", "update"):
+        relative = (runs[name][0] / runs["none"][0]).view(LAYERS, -1, len(FACTORS)).mean(dim=(0, 1))
+        lines.append(f"| mask on the {name} | " + " | ".join(f"{share:.3f}" for share in relative) + " |")
+    lines += ["", f"Without a mask the median |gradient| of the query weights is {runs['none'][1]:.1g}."]
+    command = (
+        f"python benchmarks/soft_mask_movement.py --steps {settings.steps} "
+        f"--learning_rate {settings.learning_rate:g} --epsilon {settings.epsilon:g}"
+    )
+    append_section("Movement of query rows under a soft-mask", "\n".join(lines), command)
+
+
+if __name__ == "__main__":
+    main()
