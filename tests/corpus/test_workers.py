@@ -1,21 +1,20 @@
-"""Under a real mpirun: the same corpus, and one message for an error."""
+"""Worker processes that die; and under a real mpirun the same corpus, and one message for an error."""
 
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dga_scale.corpus.sharding import shard_corpus
 from dga_scale.corpus.spool import ShardSettings
-from dga_scale.corpus.workers import under_mpi
+from dga_scale.corpus.workers import Phase, Team, under_mpi
 from dga_scale.errors import EXIT_USER_ERROR, UserError
 from tests.corpus import tiny
 from tests.ranks import REPOSITORY
-
-pytestmark = pytest.mark.mpi
 
 
 def mpirun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.mpi
 def test_ranks_make_the_corpus_of_one_process(wordpiece: Path, tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(900) + tiny.texts(50))
     options = ["--tokenizer", str(wordpiece), "--sequence_length", "32", "--shard_size", "0.01"]
@@ -47,6 +47,7 @@ def test_ranks_make_the_corpus_of_one_process(wordpiece: Path, tmp_path: Path) -
     assert contents(tmp_path / "ranks") == contents(tmp_path / "alone")
 
 
+@pytest.mark.mpi
 def test_an_error_on_one_rank_ends_all_with_one_message(wordpiece: Path, tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(900))
     path.write_text(path.read_text() + "{broken\n")
@@ -66,3 +67,13 @@ def test_parts_and_ranks_exclude_each_other(
     assert under_mpi()
     with pytest.raises(UserError, match=r"--part under mpirun: .* Leave --part out"):
         shard_corpus(["x"], tmp_path / "corpus", ShardSettings(str(wordpiece)), part=(0, 2))
+
+
+def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
+    calls = [partial(os._exit, 9)] * 2
+    phase = Phase("dying", calls, [tmp_path / "0", tmp_path / "1"], tmp_path / "finished")
+    with (
+        Team(2, tmp_path) as team,
+        pytest.raises(UserError, match=r"worker process was killed.*run the same"),
+    ):
+        team.run(phase)
