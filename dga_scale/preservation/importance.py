@@ -63,7 +63,6 @@ class GatedModel(Protocol):
     module's call: that is where ZeRO-3 has the parameters at hand.
     """
 
-    training: bool
     lm: PreTrainedModel
     anatomy: Anatomy
     gates: Gates
@@ -189,7 +188,7 @@ def measure_importance(
         raise ValueError(
             f"loss {loss!r} must be in {LOSSES}, distribution {distribution!r} in {DISTRIBUTIONS}"
         )
-    if loss == "proxy_kl" and not model.training:
+    if loss == "proxy_kl" and not model.lm.training:
         raise ValueError(
             "proxy KL compares two dropout draws: call model.train() first, in eval mode it is 0"
         )

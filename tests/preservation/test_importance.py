@@ -213,6 +213,10 @@ def test_eval_mode_is_refused_for_proxy_kl_only() -> None:
     with pytest.raises(ValueError, match="train"):
         measure_importance(model, [toy_batch()])
     assert measure_importance(model, [toy_batch()], loss="mlm").values["heads"].gt(0).all()
+    model.train()
+    model.lm.eval()  # as from_pretrained leaves it, inside a module that says it is in train mode
+    with pytest.raises(ValueError, match="train"):
+        measure_importance(model, [toy_batch()])
 
 
 def test_unusable_arguments_are_refused() -> None:
