@@ -131,6 +131,17 @@ def test_the_demo_end_to_end_in_small(
         place = line.split(":", 1)[1].split()
         assert (Path(place[-1]) if place[0] == "tensorboard" else Path(place[0])).exists(), line
     assert "general: Wikipedia" in shown
+    bare = [sys.executable, str(REPOSITORY / "launchers" / "dga_train.py")]
+    flags = {"ds_config": REPOSITORY / "ds_configs" / "zero2.json", **small, "importance_samples": 4}
+    flags |= {"learning_rate": prepare.RUN_SETTINGS["learning_rate"]}
+    again = subprocess.run(
+        [*bare, *(f"--{name}={value}" for name, value in flags.items())],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    first = again.stdout.splitlines()[0]
+    assert "built-in demo" in first
+    assert "--model MODEL --corpus DIR" in first
     monkeypatch.setenv("PATH", "")  # nothing can be started any more
     assert demo.demo() == 0
     assert "complete already" in capfd.readouterr().out
