@@ -43,7 +43,7 @@ _WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 BASE_SETTINGS = {
     "method": "mlm",
     "head_warmup_steps": 40,
-    "max_steps": 200,
+    "max_steps": 240,
     "global_batch_size": 16,
     "learning_rate": 3e-4,
     "logging_steps": 20,
@@ -56,7 +56,7 @@ BASE_SETTINGS = {
 RUN_SETTINGS = {
     "method": "dga",
     "soft_mask": "update",
-    "max_steps": 60,
+    "max_steps": 80,
     "global_batch_size": 16,
     "learning_rate": 2e-4,
     "importance_samples": 256,
