@@ -14,6 +14,8 @@ import torch
 
 from tests.ranks import REPOSITORY, close_pools
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other and for the ranks' pools
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

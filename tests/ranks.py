@@ -31,7 +31,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 GRACE = 5.0
 """Seconds the other ranks get to answer once one has failed; then they are taken to wait for it."""
-START_TIMEOUT = 120.0
+START_TIMEOUT = 240.0
 TAIL = 3000
 _FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC_", "MPI_")
 

@@ -18,6 +18,7 @@ from dga_scale.engine.checkpoint_folder import find_resume_point, newest_verifie
 from dga_scale.engine.cluster import join_cluster
 from dga_scale.errors import UserError
 from tests.engine.training import (
+    FP16_HERE,
     MaskedLM,
     Setup,
     full_state,
@@ -94,6 +95,7 @@ EXACT = (
     Setup(3, "fp32", sub_group_size=700),
     Setup(3, "bf16", persistence=1000),
     Setup(3, "fp32", offload=True, persistence=1000, weight_decay=0.1),
+    *([Setup(2, "fp16", accumulation=2), Setup(3, "fp16")] if FP16_HERE else []),
 )
 
 
@@ -102,7 +104,9 @@ def test_a_resumed_run_is_the_same_in_every_bit(tmp_path: Path) -> None:
     resumed = run_ranks(2, resume, EXACT, tmp_path)
     for rank in (0, 1):
         for setup, one, other in zip(EXACT, straight[rank], resumed[rank], strict=True):
-            assert other["state"] == TrainerState(SAVED, "corpus", refused_steps=1)
+            state = other["state"]
+            assert (state.step, state.corpus_hash, state.refused_steps) == (SAVED, "corpus", 1)
+            assert state.loss_scale.get("cur_scale") == (512 if setup.precision == "fp16" else None)
             assert same(one["saved"], other["loaded"]), setup
             assert one["losses"] == other["losses"], setup
             assert same(one["last"], other["last"]), setup

@@ -11,7 +11,7 @@ import torch
 
 from dga_scale.engine.cluster import Cluster, Place, first_host, join_cluster, read_environment
 from dga_scale.errors import UserError
-from tests.ranks import REPOSITORY, RankError, run_ranks
+from tests.ranks import REPOSITORY, RankError, free_port, run_ranks
 
 TORCH = {
     "RANK": "3",
@@ -175,7 +175,11 @@ sys.stdout.write(f"<{c.launcher} {place} sum {total:g}>\\n")
     ("launch", "name"),
     [
         pytest.param(["torchrun", "--standalone", "--nproc_per_node=2"], "torchrun", id="torchrun"),
-        pytest.param(["deepspeed", "--num_accelerators=2", "--no_local_rank"], "deepspeed", id="deepspeed"),
+        pytest.param(
+            ["deepspeed", "--num_accelerators=2", "--no_local_rank", f"--master_port={free_port()}"],
+            "deepspeed",
+            id="deepspeed",
+        ),
         pytest.param(["mpirun", "-n", "2"], "mpirun", id="mpirun", marks=pytest.mark.mpi),
     ],
 )

@@ -12,7 +12,15 @@ from torch import Tensor
 from dga_scale.engine.deepspeed import global_grad_norm
 from dga_scale.engine.optimizer_step import local_fragments, step_was_refused, wrap_optimizer_step
 from dga_scale.preservation.fragments import Fragment
-from tests.engine.training import Setup, full_state, full_weights, tiny_bert, tiny_engine, train_step
+from tests.engine.training import (
+    FP16_HERE,
+    Setup,
+    full_state,
+    full_weights,
+    tiny_bert,
+    tiny_engine,
+    train_step,
+)
 from tests.ranks import run_ranks
 
 EVERY_OPTIMIZER = (
@@ -99,6 +107,34 @@ def test_a_nan_on_one_rank_steps_nothing_on_any(poison: str) -> None:
                 assert math.isnan(report["norm"])
                 report["norm"] = math.inf
             assert report == expected, setup
+
+
+def _loss_scales(setups: Sequence[Setup]) -> list[tuple[list[float], list[str]]]:
+    found = []
+    for setup in setups:
+        engine = tiny_engine(setup)
+        train_step(engine, 0)
+        before, scales = _everything(engine), [engine.optimizer.loss_scaler.cur_scale]
+        for step in range(1, 5):
+            train_step(engine, step, "loss" if step == 1 else "")
+            scales.append(engine.optimizer.loss_scaler.cur_scale)
+            if step == 1:
+                changed = _same(before, _everything(engine))
+        assert engine.skipped_steps == 1
+        engine.destroy()
+        found.append((scales, changed))
+    return found
+
+
+@pytest.mark.skipif(not FP16_HERE, reason="this CPU does not compute in fp16")
+def test_fp16_lowers_its_loss_scale_for_a_refused_step_and_raises_it_again() -> None:
+    setups = [
+        Setup(stage, "fp16", accumulation=2, offload=offload)
+        for stage in (1, 2, 3)
+        for offload in (False, True)
+    ]
+    for found in run_ranks(2, _loss_scales, setups):
+        assert found == [([1024, 512, 512, 512, 1024], [])] * len(setups)
 
 
 def _fragments(setups: Sequence[Setup]) -> list[dict[str, Tensor]]:

@@ -47,11 +47,11 @@ def test_the_cells_cover_every_pair_of_values() -> None:
 def test_the_reference_can_tell_the_cells_apart() -> None:
     """A mask left out, put on the other side, or a clipping that does nothing would all show."""
     runs = [
-        reference(mode, "fp32", clipping, accumulation)
+        reference(mode, "fp32", clipping, 1)
         for mode in ("none", "gradient", "update")
         for clipping in (False, True)
-        for accumulation in (1, 4)
     ]
+    runs.append(reference("update", "fp32", False, 4))
     for one, other in combinations(runs, 2):
         assert relative_deviation(one, other) > 0.05
     assert all(norm > 1 for run in runs for norm in run.norms), "clipping at 0.5 is always on"

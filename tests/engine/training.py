@@ -25,6 +25,9 @@ from dga_scale.engine.shards import local_shards
 VOCABULARY = 120
 LENGTH = 12
 LEARNING_RATE = 1e-3
+FP16_HERE: bool = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+"""Whether this CPU computes in fp16."""
+FP16 = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 2, "hysteresis": 1}
 
 
 def tiny_bert(seed: int = 0, dropout: float = 0.0, layers: int = 2) -> BertForMaskedLM:
@@ -96,6 +99,7 @@ class Setup:
             adam_epsilon=self.epsilon,
             max_grad_norm=self.clipping,
             bf16=self.precision == "bf16",
+            fp16=self.precision == "fp16",
         )
         config = TrainConfig(
             ModelSettings(),
@@ -106,7 +110,7 @@ class Setup:
             frozenset({"global_batch_size", "gradient_accumulation_steps"}),
         )
         return resolve_ds_config(
-            {"zero_optimization": zero},
+            {"zero_optimization": zero} | ({"fp16": FP16} if self.precision == "fp16" else {}),
             config,
             world_size=world_size,
             hidden_size=32,
