@@ -142,7 +142,8 @@ def join_cluster() -> Cluster:
     os.environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.world_size),
-        LOCAL_RANK=str(place.local_rank),
+        # DeepSpeed takes it for the number of the GPU.
+        LOCAL_RANK=str(place.local_rank if device.index is None else device.index),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )

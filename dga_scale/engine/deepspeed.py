@@ -61,7 +61,7 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig) -> DeepSpeedEngine:
     partitioned = any(hasattr(p, "ds_id") for p in trained)
     # References, not copies: DeepSpeed's cast to 16 bits would otherwise be the last of these numbers.
     originals = {} if partitioned else {name: p.data for name, p in model.named_parameters()}
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its buckets
+    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
