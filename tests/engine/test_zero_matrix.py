@@ -66,9 +66,10 @@ def test_cell(cell: Cell, outcomes: dict[Cell, Outcome]) -> None:
         assert norm_deviation(ours, theirs) < 5e-6
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
     else:
-        # A bf16 number has 8 bits: sums in another order are another number. What may differ is measured: it
-        # has to be no more than bf16 itself changes in the reference against its fp32 run (about 1%).
-        assert relative_deviation(ours, theirs) < 1.25 * bf16_noise(cell)
+        # A bf16 number has 8 bits: sums in another order are another number. How far that takes a run from
+        # its fp32 self is measured on the reference (about 1% of the movement); two runs that each round in
+        # their own way may be twice that apart.
+        assert relative_deviation(ours, theirs) < 2 * bf16_noise(cell)
         assert norm_deviation(ours, theirs) < 1e-2
         assert ours.losses == pytest.approx(theirs.losses, rel=2e-3)
     if cell.mode == "update":
