@@ -48,7 +48,7 @@ BASE_SETTINGS = {
     "learning_rate": 3e-4,
     "logging_steps": 20,
     "eval_steps": 1000,
-    "save_steps": 1000,
+    "save_steps": 80,
     "max_eval_samples": 192,
 }
 """How a masked LM is made of the sentence encoder."""
