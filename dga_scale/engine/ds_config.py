@@ -76,9 +76,12 @@ def resolve_ds_config(
         kind: (zero.get(f"offload_{kind}") or {}).get("device", "none") != "none"
         for kind in ("optimizer", "param")
     }
-    if precision != "fp32" and stage > 0 and accumulation > 1:
-        # Several small gradients summed in 16 bits lose what is below 1/256 of the sum.
-        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if precision != "fp32":
+        # Many small gradients summed in 16 bits, over ranks or passes, lose what is below 1/256 of the sum.
+        # "communication_data_type": "bf16" in the JSON halves the traffic where the network is the limit.
+        ds.setdefault("communication_data_type", "fp32")
+        if stage > 0 and accumulation > 1:
+            ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if offload["optimizer"]:
         # torch's fused AdamW runs on the CPU too, without a compiler on the machine.
         ds["zero_force_ds_cpu_optimizer"] = False

@@ -219,14 +219,20 @@ def test_batch_sizes_that_do_not_divide(flags: str, ranks: int, message: str) ->
         resolve({}, flags, ranks)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_16_bit_gradients_are_accumulated_in_fp32(stage: int) -> None:
-    raw = {"zero_optimization": {"stage": stage}}
-    assert resolve(raw, "--gradient_accumulation_steps 4").ds_config["data_types"] == {
-        "grad_accum_dtype": "fp32"
-    }
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_16_bit_gradients_are_summed_in_fp32(stage: int) -> None:
+    """Over ranks always, over passes where DeepSpeed can: not in ZeRO-0."""
+    raw: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+    passes = "--gradient_accumulation_steps 4"
+    several = resolve(raw, passes).ds_config
+    assert several["communication_data_type"] == "fp32"
+    assert several.get("data_types") == ({"grad_accum_dtype": "fp32"} if stage else None)
     assert "data_types" not in resolve(raw).ds_config
-    assert "data_types" not in resolve(raw, "--gradient_accumulation_steps 4 --bf16 false").ds_config
+    for key in ("data_types", "communication_data_type"):
+        assert key not in resolve(raw, f"{passes} --bf16 false").ds_config
+    own = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
+    kept = resolve(raw | own, passes).ds_config
+    assert {key: kept[key] for key in own} == own
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
