@@ -88,7 +88,9 @@ def test_every_path_that_the_readme_names_is_there():
         assert (REPOSITORY / "launchers" / "recipes" / recipe).exists(), recipe
 
 
-@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "launchers" / "recipes").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize(
+    "recipe", sorted((REPOSITORY / "launchers" / "recipes").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_recipes_hold_valid_settings_and_their_commands_real_flags(recipe: Path):
     text = recipe.read_text(encoding="utf-8")
     assert recipe.name in README

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +60,50 @@ def run_training(flags: list[str]) -> int:
     return train(parse_config(flags), join_cluster())
 
 
-def run_until(flags: list[str], step: int, rank: int) -> int:
-    """Rank ``rank`` gets SIGTERM while step ``step`` is computed."""
+@contextlib.contextmanager
+def around_steps(around: Callable[[Session, Any], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within, every training step of this process runs inside ``around(session, batches)``."""
     original = Session.train_step
 
     def train_step(self: Session, batches: Any) -> Any:
-        if batches.step == step and self.cluster.rank == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batches)
+        with around(self, batches):
+            return original(self, batches)
 
     Session.train_step = train_step  # type: ignore[method-assign]
     try:
-        return run_training(flags)
+        yield
     finally:
         Session.train_step = original  # type: ignore[method-assign]
+
+
+def run_until(flags: list[str], step: int, rank: int) -> int:
+    """Rank ``rank`` gets SIGTERM while step ``step`` is computed."""
+
+    @contextlib.contextmanager
+    def signalled(session: Session, batches: Any) -> Iterator[None]:
+        if batches.step == step and session.cluster.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield
+
+    with around_steps(signalled):
+        return run_training(flags)
+
+
+def run_into_nan(flags: list[str], step: int) -> int:
+    """From ``step`` on, rank 1's embeddings give NaN."""
+
+    @contextlib.contextmanager
+    def poisoned(session: Session, batches: Any) -> Iterator[None]:
+        if batches.step < step or session.cluster.rank != 1:
+            yield
+            return
+        embeddings = session.model.lm.base_model.embeddings
+        handle = embeddings.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        yield
+        handle.remove()
+
+    with around_steps(poisoned):
+        return run_training(flags)
 
 
 def run_and_listen(flags: list[str]) -> str:
@@ -312,25 +344,3 @@ def test_steps_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoin
     assert {name for name, _ in caught.value.errors.values()} == {"UserError"}
     # Saved between refused steps, which leave the weights as they were: good, and the newest.
     assert all("step-000004" in text for _, text in caught.value.errors.values())
-
-
-def run_into_nan(flags: list[str], step: int) -> int:
-    """From ``step`` on, rank 1's embeddings give NaN."""
-    original = Session.train_step
-
-    def train_step(self: Session, batches: Any) -> Any:
-        if batches.step >= step and self.cluster.rank == 1:
-            handle = self.model.lm.base_model.embeddings.register_forward_hook(
-                lambda module, inputs, output: output * float("nan")
-            )
-            try:
-                return original(self, batches)
-            finally:
-                handle.remove()
-        return original(self, batches)
-
-    Session.train_step = train_step  # type: ignore[method-assign]
-    try:
-        return run_training(flags)
-    finally:
-        Session.train_step = original  # type: ignore[method-assign]

@@ -18,7 +18,8 @@ def test_only_named_lines_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
     logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, ...")
     logger.warning("something that a user should know")
     logging.getLogger("transformers.modeling_utils").warning("\x1b[1mBert LOAD REPORT from: x")
-    assert [record.getMessage() for record in caplog.records] == ["something that a user should know"]
+    # A set: once DeepSpeed is imported, its logger and the root logger may both hand the line on.
+    assert {record.getMessage() for record in caplog.records} == {"something that a user should know"}
 
 
 def test_only_named_warnings_are_ignored() -> None:
