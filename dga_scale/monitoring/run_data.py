@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,9 +83,9 @@ class RunData:
         return median(values) if values else None
 
     def peak_memory(self) -> list[float]:
-        """GiB of each rank, the most of all steps."""
+        """GiB of each rank, the most of all steps; a run may have gone on on another number of ranks."""
         rows = [r["memory_gib"] for r in self.steps if r.get("memory_gib")]
-        return [max(of_rank) for of_rank in zip(*rows, strict=True)]
+        return [max(of_rank) for of_rank in zip_longest(*rows, fillvalue=0.0)]
 
     def effective_protection(self) -> tuple[Tensor, Tensor] | None:
         """1 - a and relative movement at the last record, each (layers, heads)."""
