@@ -95,6 +95,7 @@ EXACT = (
     Setup(3, "fp32", sub_group_size=700),
     Setup(3, "bf16", persistence=1000),
     Setup(3, "fp32", offload=True, persistence=1000, weight_decay=0.1),
+    Setup(3, "bf16", offload=True, offload_parameters=True, persistence=1000),
     *([Setup(2, "fp16", accumulation=2), Setup(3, "fp16")] if FP16_HERE else []),
 )
 

@@ -35,6 +35,7 @@ EVERY_OPTIMIZER = (
     Setup(3, "fp32", sub_group_size=700, weight_decay=0.1),
     Setup(3, "bf16", accumulation=2, persistence=1000),
     Setup(3, "bf16", offload=True, clipping=0.0, sub_group_size=700),
+    Setup(3, "bf16", offload=True, offload_parameters=True, persistence=1000),
 )
 """Each class of optimizer that DeepSpeed builds, with and without what changes its path."""
 

@@ -76,6 +76,7 @@ class Setup:
     rows: int = 8
     sub_group_size: int | None = None
     persistence: int = 0
+    offload_parameters: bool = False
 
     def __str__(self) -> str:
         parts = [f"stage {self.stage}", self.precision, f"accumulation {self.accumulation}"]
@@ -90,6 +91,8 @@ class Setup:
                 zero |= {"sub_group_size": self.sub_group_size}
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
+        if self.offload_parameters:
+            zero["offload_param"] = {"device": "cpu"}
         zero["reduce_bucket_size"] = "auto"
         optimization = OptimizationSettings(
             global_batch_size=self.rows,
