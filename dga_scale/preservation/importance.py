@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
+from dga_scale.backbone.warmup import PredictionBatch
 from dga_scale.corpus.batches import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.preservation.divergence import kl_divergence
@@ -41,19 +42,11 @@ NO_SPREAD = 1e-6
 """Standard deviation over mean below which the units of a layer differ by fp32 rounding only."""
 
 
-class InputTensors(Protocol):
+class InputTensors(PredictionBatch, Protocol):
     """The tensors of a batch, on the model's device; see ``corpus.batches.Batch``."""
 
     @property
     def input_ids(self) -> Tensor: ...  # (B, T)
-    @property
-    def masked_ids(self) -> Tensor: ...  # (B, T)
-    @property
-    def attention_mask(self) -> Tensor: ...  # (B, T)
-    @property
-    def positions(self) -> Tensor: ...  # (B, M)
-    @property
-    def labels(self) -> Tensor: ...  # (B, M)
 
 
 class GatedModel(Protocol):
