@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from dga_scale.corpus.mixture import Mixture, Picks
 from dga_scale.corpus.order import SampleOrder
 from dga_scale.corpus.philox import below, philox4x32
 from dga_scale.corpus.shards import Corpus
@@ -37,7 +38,8 @@ class Batch:
     attention_mask: torch.Tensor  # (B, T) 1 = a real token
     positions: torch.Tensor  # (B, M) predicted positions in rising order, then zeros
     labels: torch.Tensor  # (B, M) the true ids there, then IGNORED; causal: the id after each position
-    sample_ids: torch.Tensor  # (B,) row in the corpus; -1 in a row that only fills up a batch
+    sample_ids: torch.Tensor  # (B,) row in its corpus; -1 in a row that only fills up a batch
+    sources: torch.Tensor  # (B,) number of its corpus in the mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,12 @@ def label_counts(corpus: Corpus, rows: np.ndarray, masking: MaskingPolicy | None
 
 
 def build_batch(
-    corpus: Corpus, rows: np.ndarray, epochs: np.ndarray | int, masking: MaskingPolicy | None, seed: int
+    corpus: Corpus,
+    rows: np.ndarray,
+    epochs: np.ndarray | int,
+    masking: MaskingPolicy | None,
+    seed: int,
+    source: int = 0,
 ) -> Batch:
     """Read and mask ``rows``. Shapes depend on the number of rows and the corpus's settings only.
 
@@ -117,6 +124,7 @@ def build_batch(
         epochs: (B,) or one: the epoch of each row, from which (with seed and row) its mask is drawn.
         masking: None for a causal model, whose labels are the next tokens.
         seed: 64 bits.
+        source: number of the corpus in its mixture.
     """
     length = corpus.manifest.sequence_length
     ids = np.full((len(rows), length), corpus.manifest.special_ids.get("pad", 0), dtype=np.int64)  # (B, T)
@@ -141,6 +149,23 @@ def build_batch(
         positions=torch.from_numpy(positions),
         labels=torch.from_numpy(labels),
         sample_ids=torch.from_numpy(np.array(rows, dtype=np.int64)),
+        sources=torch.full((len(rows),), source),
+    )
+
+
+def mixed_batch(mixture: Mixture, picks: Picks, masking: MaskingPolicy | None) -> Batch:
+    """Read and mask rows of several corpora, in the order of ``picks``; each draws as in its corpus alone."""
+    places, parts = [], []
+    for source, where in mixture.by_source(picks):
+        corpus, seed = mixture.corpora[source], mixture.orders[source].seed
+        own = picks.part(where)
+        places.append(where)
+        parts.append(build_batch(corpus, own.rows, own.epochs, masking, seed, source))
+    if len(parts) == 1:
+        return parts[0]
+    back = torch.from_numpy(np.argsort(np.concatenate(places)))
+    return Batch(
+        **{name: torch.cat([getattr(part, name) for part in parts])[back] for name in vars(parts[0])}
     )
 
 
@@ -193,34 +218,33 @@ class StepBatches:
 
     step: int
     micro_batches: list[Batch]
-    global_masked: int
-    """Labels of the global batch: of all ranks and micro-steps."""
-    global_tokens: int
-    """Real tokens of the global batch."""
+    global_masked: tuple[int, ...]
+    """By source, labels of the global batch: of all ranks and micro-steps."""
+    global_tokens: tuple[int, ...]
+    """By source, real tokens of the global batch."""
 
 
 class BatchStream:
     """One rank's micro-batches, step after step, prepared ahead by a background thread.
 
-    Step s trains on positions [s * G, (s + 1) * G) of the order, G the global batch size; micro-step m of
+    Step s trains on positions [s * G, (s + 1) * G) of the mixture, G the global batch size; micro-step m of
     rank r takes the rows [(m * world_size + r) * b, (m * world_size + r + 1) * b) of it, b the micro-batch
     size. At most ``prefetch`` steps are prepared ahead.
 
     Example::
 
-        with BatchStream(corpus, order, masking, global_batch_size=256, micro_batch_size=32, rank=0,
-                         world_size=4, start_step=0, num_steps=1000) as stream:
+        with BatchStream(mixture, masking, global_batch_size=256, micro_batch_size=32, rank=0, world_size=4,
+                         start_step=0, num_steps=1000) as stream:
             for batches in stream:
                 ...
 
     Raises:
-        UserError: batch sizes that do not divide, or a corpus with fewer rows than one global batch.
+        UserError: batch sizes that do not divide, or a corpus with fewer rows than one global batch takes.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
-        order: SampleOrder,
+        mixture: Mixture,
         masking: MaskingPolicy | None,
         *,
         global_batch_size: int,
@@ -231,15 +255,14 @@ class BatchStream:
         num_steps: int,
         prefetch: int = 4,
     ) -> None:
-        assert order.num_samples == len(corpus), (order.num_samples, len(corpus))
         assert 0 <= rank < world_size, (rank, world_size)
         if global_batch_size % (micro_batch_size * world_size):
             raise UserError(
                 f"global batch size {global_batch_size} is not a multiple of {micro_batch_size} "
                 f"(micro-batch) x {world_size} (ranks). Choose a global batch size that divides"
             )
-        check_one_batch(corpus, global_batch_size)
-        self._corpus, self._order, self._masking = corpus, order, masking
+        mixture.check_one_batch(global_batch_size)
+        self._mixture, self._masking = mixture, masking
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world_size = rank, world_size
         self._steps = range(start_step, start_step + num_steps)
@@ -250,19 +273,21 @@ class BatchStream:
 
     def step(self, step: int) -> StepBatches:
         """This rank's part of global batch ``step``."""
-        start, stop = step * self._global, (step + 1) * self._global
-        rows, epochs = self._order.indices(start, stop), self._order.epochs(start, stop)
-        micro_batches = []
-        for first in range(self._rank * self._micro, self._global, self._world_size * self._micro):
-            own = slice(first, first + self._micro)
-            micro_batches.append(
-                build_batch(self._corpus, rows[own], epochs[own], self._masking, self._order.seed)
-            )
+        picks = self._mixture.picks(step * self._global, (step + 1) * self._global)
+        firsts = range(self._rank * self._micro, self._global, self._world_size * self._micro)
+        masked, tokens = [0] * len(self._mixture.corpora), [0] * len(self._mixture.corpora)
+        for source, where in self._mixture.by_source(picks):
+            corpus, rows = self._mixture.corpora[source], picks.rows[where]
+            masked[source] = int(label_counts(corpus, rows, self._masking).sum())
+            tokens[source] = int(corpus.lengths[rows].sum(dtype=np.int64))
         return StepBatches(
             step=step,
-            micro_batches=micro_batches,
-            global_masked=int(label_counts(self._corpus, rows, self._masking).sum()),
-            global_tokens=int(self._corpus.lengths[rows].sum(dtype=np.int64)),
+            micro_batches=[
+                mixed_batch(self._mixture, picks.part(slice(first, first + self._micro)), self._masking)
+                for first in firsts
+            ],
+            global_masked=tuple(masked),
+            global_tokens=tuple(tokens),
         )
 
     def __iter__(self) -> Iterator[StepBatches]:
@@ -301,19 +326,6 @@ class BatchStream:
                 self._queue.put(self.step(step))
         except BaseException as error:  # handed over: it is raised where the batch is asked for
             self._queue.put(error)
-
-
-def check_one_batch(corpus: Corpus, global_batch_size: int) -> None:
-    """Refuse a corpus in which one global batch would hold a row twice.
-
-    Raises:
-        UserError: fewer rows than ``global_batch_size``.
-    """
-    if len(corpus) < global_batch_size:
-        raise UserError(
-            f"corpus {corpus.path} has {len(corpus)} rows, fewer than one global batch of "
-            f"{global_batch_size}. Give more text, or a smaller global batch size"
-        )
 
 
 class EvalBatches:

@@ -28,7 +28,7 @@ def dry_run(inputs: Inputs, cluster: Cluster) -> int:
         seconds = time.perf_counter() - started
     memory = max(cluster.all_gather_object(memory_gib(cluster.device)))
     if cluster.rank == 0:
-        _print(inputs, cluster, session, batches.global_tokens, seconds, memory)
+        _print(inputs, cluster, session, sum(batches.global_tokens), seconds, memory)
     return 0
 
 

@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dga_scale.backbone.loading import load_model_config
 from dga_scale.config import TrainConfig
-from dga_scale.corpus.batches import MaskingPolicy, check_one_batch
+from dga_scale.corpus.batches import MaskingPolicy
+from dga_scale.corpus.mixture import Mixture
 from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.engine.cluster import Cluster
@@ -26,6 +27,8 @@ class Inputs:
     resolved: ResolvedConfig
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
+    mixture: Mixture
+    """What is trained on: ``corpus``, and what is mixed into it."""
     evaluations: dict[str, Corpus]
     """"domain" and "general": held-out corpora, where there are such."""
     masking: MaskingPolicy | None
@@ -54,7 +57,8 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     config = resolved.config
     folder = RunFolder(Path(config.run.output_dir or default_output_dir(config)))
     folder.check(config)
-    check_one_batch(corpus, resolved.global_batch_size)
+    mixture = Mixture([corpus], [], config.run.seed)
+    mixture.check_one_batch(resolved.global_batch_size)
     evaluations = {}
     held_out = config.data.eval_corpus or _held_out_part(corpus.path)
     if held_out:
@@ -68,6 +72,7 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
         resolved=resolved,
         tokenizer=tokenizer,
         corpus=corpus,
+        mixture=mixture,
         evaluations=evaluations,
         masking=None if model_config.causal else _masking(config, corpus),
     )

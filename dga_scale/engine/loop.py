@@ -170,6 +170,7 @@ class _Run:
             views=len(self.session.model.method.views()),
             rows=self.inputs.resolved.global_batch_size,
             sequence_length=self.inputs.corpus.manifest.sequence_length,
-            head_tokens=batches.global_masked,
+            head_tokens=sum(batches.global_masked),
         )
-        return rates(tokens=batches.global_tokens, seconds=seconds, flops=flops, peak_flops=self.peak_flops)
+        tokens = sum(batches.global_tokens)
+        return rates(tokens=tokens, seconds=seconds, flops=flops, peak_flops=self.peak_flops)

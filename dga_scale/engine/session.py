@@ -11,7 +11,7 @@ from torch import Tensor
 from dga_scale.backbone.loading import LoadedModel, load_model
 from dga_scale.backbone.warmup import warm_up_head
 from dga_scale.corpus.batches import Batch, BatchStream, EvalBatches, StepBatches
-from dga_scale.corpus.order import SampleOrder
+from dga_scale.corpus.mixture import Mixture
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from dga_scale.engine.checkpoint_folder import Checkpoint
@@ -119,8 +119,7 @@ class Session:
         """The batches of the steps that are left."""
         inputs, optimization = self.inputs, self.config.optimization
         return BatchStream(
-            inputs.corpus,
-            SampleOrder(len(inputs.corpus), self.config.run.seed),
+            inputs.mixture,
             inputs.masking,
             global_batch_size=inputs.resolved.global_batch_size,
             micro_batch_size=inputs.resolved.micro_batch_size,
@@ -142,7 +141,7 @@ class Session:
         learning_rate = learning_rate_at(batches.step, self.config.optimization)
         set_learning_rate(self.engine, learning_rate)
         seed_everything(self.config.run.seed, 0, batches.step, self.cluster.rank)
-        scale = self.cluster.world_size * resolved.accumulation_steps / batches.global_masked
+        scale = self.cluster.world_size * resolved.accumulation_steps / sum(batches.global_masked)
         sums: dict[str, Tensor] = {}
         for batch in batches.micro_batches:
             loss, terms = self.engine(*to_device(batch, self.cluster.device), mlm_scale=scale)
@@ -216,8 +215,7 @@ class Session:
             f"{settings.model} has no LM head: training one for {settings.head_warmup_steps} steps"
         )
         stream = BatchStream(
-            self.inputs.corpus,
-            SampleOrder(len(self.inputs.corpus), self.config.run.seed + WARMUP_STREAM),
+            Mixture([self.inputs.corpus], [], self.config.run.seed + WARMUP_STREAM),
             self.inputs.masking,
             global_batch_size=resolved.micro_batch_size * self.cluster.world_size,
             micro_batch_size=resolved.micro_batch_size,

@@ -21,6 +21,7 @@ from dga_scale.corpus.batches import (
     label_counts,
     masked_count,
 )
+from dga_scale.corpus.mixture import Mixture
 from dga_scale.corpus.order import SampleOrder
 from dga_scale.corpus.sharding import shard_corpus
 from dga_scale.corpus.shards import Corpus
@@ -61,8 +62,7 @@ def stream(
     corpus: Corpus, masking: MaskingPolicy | None, rank: int = 0, world_size: int = 1, **changes: int
 ) -> BatchStream:
     options = {"global_batch_size": GLOBAL, "micro_batch_size": 4, "start_step": 0, "num_steps": 5, **changes}
-    order = SampleOrder(len(corpus), seed=7)
-    return BatchStream(corpus, order, masking, rank=rank, world_size=world_size, **options)
+    return BatchStream(Mixture([corpus], [], seed=7), masking, rank=rank, world_size=world_size, **options)
 
 
 # --- masking ---
@@ -210,8 +210,8 @@ def test_all_world_sizes_see_the_same(
         assert torch.equal(value, getattr(reference, name)), name
     for step in seen:
         assert step.step == 2
-        assert step.global_masked == (reference.labels != IGNORED).sum()
-        assert step.global_tokens == reference.attention_mask.sum()
+        assert step.global_masked == ((reference.labels != IGNORED).sum(),)
+        assert step.global_tokens == (reference.attention_mask.sum(),)
 
 
 def test_resume_at_any_step_on_another_world_size(corpus: Corpus, masking: MaskingPolicy) -> None:
