@@ -8,15 +8,15 @@ import torch
 import transformers
 from transformers import AutoConfig
 
+from dga_scale.backbone.tied import tied_names
 from dga_scale.engine.checkpoint import MODEL
 from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, newest_verified, verified
 from dga_scale.engine.cluster import single_process
 from dga_scale.engine.model_card import model_card
 from dga_scale.engine.run_folder import write_text
-from dga_scale.engine.tensor_files import Entry, PieceReader, write_safetensors
+from dga_scale.engine.tensor_files import Entry, PieceReader, write_model_files
 from dga_scale.errors import UserError
 
-MAX_FILE_BYTES = 5_000_000_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,7 +65,7 @@ def _chosen(run_dir: Path, step: int | None) -> Checkpoint:
 
 
 def _write_weights(folder: Path, reader: PieceReader, dtype: str) -> None:
-    """Write the weights, in several files and an index where they are larger than 5 GB."""
+    """Write the weights as ``dtype``, and say so in the config."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
     write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
@@ -73,20 +73,7 @@ def _write_weights(folder: Path, reader: PieceReader, dtype: str) -> None:
         key = f"weight:{name}"
         return Entry(name, DTYPES[dtype], reader.stored[key].shape, lambda: reader.full(key))
 
-    files: list[list[Entry]] = [[]]
-    for each in map(entry, _names(folder, reader)):
-        if files[-1] and sum(e.bytes for e in files[-1]) + each.bytes > MAX_FILE_BYTES:
-            files.append([])
-        files[-1].append(each)
-    where: dict[str, str] = {}
-    for number, entries in enumerate(files, 1):
-        several = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
-        write_safetensors(folder / f"model{several}.safetensors", entries, {"format": "pt"})
-        where |= {e.name: f"model{several}.safetensors" for e in entries}
-    if len(files) > 1:
-        size = sum(e.bytes for entries in files for e in entries)
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_model_files(folder, [entry(name) for name in _names(folder, reader)])
 
 
 def _names(folder: Path, reader: PieceReader) -> list[str]:
@@ -95,11 +82,8 @@ def _names(folder: Path, reader: PieceReader) -> list[str]:
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
         model.tie_weights()
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        aliases.setdefault(id(tensor), []).append(name)
     names = []
-    for group in aliases.values():
+    for group in tied_names(model):
         kept = next((name for name in group if f"weight:{name}" in reader.stored), None)
         assert kept is not None, f"the checkpoint holds no {group[0]}"
         names.append(kept)

@@ -22,6 +22,9 @@ _DTYPES = {
 }
 _CHUNK = 1 << 24
 
+MAX_FILE_BYTES = 5_000_000_000
+"""Of one file of a model that ``from_pretrained`` reads; a larger model lies in several."""
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -80,6 +83,30 @@ def _parts(head: bytes, entries: Sequence[Entry]) -> Iterable[Any]:
         content = tensor.view(-1).view(torch.uint8).numpy()
         for start in range(0, len(content), _CHUNK):
             yield content[start : start + _CHUNK].data
+
+
+def write_model_files(folder: Path, entries: Sequence[Entry]) -> None:
+    """Write a model's weights as ``from_pretrained`` finds them: one file, or several and an index.
+
+    Raises:
+        OSError: the disk is full or the folder is gone; a part of the files may be left.
+    """
+    files: list[list[Entry]] = [[]]
+    for each in entries:
+        if files[-1] and sum(e.bytes for e in files[-1]) + each.bytes > MAX_FILE_BYTES:
+            files.append([])
+        files[-1].append(each)
+    where: dict[str, str] = {}
+    for number, part in enumerate(files, 1):
+        several = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        write_safetensors(folder / f"model{several}.safetensors", part, {"format": "pt"})
+        where |= {e.name: f"model{several}.safetensors" for e in part}
+    if len(files) > 1:
+        size = sum(e.bytes for part in files for e in part)
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def record_of(path: Path) -> FileRecord:

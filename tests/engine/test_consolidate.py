@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
-from dga_scale.engine import consolidate as module
+from dga_scale.engine import tensor_files
 from dga_scale.engine.checkpoint import TrainerState, save_checkpoint
 from dga_scale.engine.checkpoint_folder import checkpoint_path, commit
 from dga_scale.engine.cluster import join_cluster
@@ -128,7 +128,7 @@ def test_several_files_and_an_index(
     runs: tuple[Path, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, logits = runs
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(tensor_files, "MAX_FILE_BYTES", 20_000)
     output = consolidate(folder / "bert", None, tmp_path / "model")
     index = json.loads((output / "model.safetensors.index.json").read_text())
     files = sorted(output.glob("*.safetensors"))

@@ -1,0 +1,126 @@
+"""A model's folder read tensor by tensor: names, shapes and dtypes without the weights."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
+
+from dga_scale.backbone.loading import ModelConfig, load_model_config
+from dga_scale.backbone.tied import tied_names
+from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.errors import UserError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
+          "BOOL": torch.bool}  # fmt: skip
+_OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))
+"""Of layer norms in checkpoints of the first BERTs, and what they are called today."""
+_NEEDED_OF_THE_HUB = ["config.json", "model*.safetensors*", "*token*", "vocab*", "merges.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, and what it looks like."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A masked or causal LM on disk, opened: nothing of its weights is in memory."""
+
+    name: str
+    """As the user wrote it."""
+    path: Path
+    settings: ModelConfig
+
+    @classmethod
+    def open(cls, name: str) -> "ModelFolder":
+        """Open a folder, or a model of the Hugging Face hub (downloaded where it is not yet).
+
+        Raises:
+            UserError: nothing there, an unknown architecture, pickled weights.
+
+        """
+        settings = load_model_config(name)
+        path = Path(
+            name if os.path.isdir(name) else snapshot_download(name, allow_patterns=_NEEDED_OF_THE_HUB)
+        )
+        if not any(path.glob("model*.safetensors")):
+            raise UserError(
+                f"model {name} has no safetensors (model.safetensors, or model-00001-of-...): pickled "
+                "weights can run code hidden in them and are not read. Where you trust it, load it once with "
+                "transformers and save_pretrained it into a new folder."
+            )
+        return cls(name, path, settings)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the weights."""
+        return load_tokenizer(self.name)
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """All tensors in the folder, by the names that transformers gives them today."""
+        found: dict[str, StoredTensor] = {}
+        for file in sorted(self.path.glob("model*.safetensors")):
+            for name, stored in self._tensors_of(file).items():
+                for old, new in _OLD_NAMES:
+                    name = name.removesuffix(old) + new if name.endswith(old) else name
+                found[name] = stored
+        return found
+
+    def find(self, names: list[str]) -> StoredTensor | None:
+        """Look a tensor up under any of its names; checkpoints of a bare trunk leave the trunk's name out."""
+        for name in names:
+            if name in self.tensors:
+                return self.tensors[name]
+        for name in names:
+            if (short := name.partition(".")[2]) in self.tensors:
+                return self.tensors[short]
+        return None
+
+    def tensor_names(self) -> list[list[str]]:
+        """Names of each tensor of the model that the config describes; tied weights have several."""
+        auto: Any = AutoModelForCausalLM if self.settings.causal else AutoModelForMaskedLM
+        with torch.device("meta"):
+            model = auto.from_config(self.settings.config)
+            model.tie_weights()
+        return tied_names(model)
+
+    @staticmethod
+    def read(stored: StoredTensor) -> Tensor:
+        """Read one tensor."""
+        with safe_open(stored.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored.name)
+        return tensor
+
+    def _tensors_of(self, file: Path) -> dict[str, StoredTensor]:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                found = {}
+                for name in handle.keys():  # noqa: SIM118 - no mapping
+                    part = handle.get_slice(name)
+                    dtype = self._dtype(part.get_dtype(), name)
+                    found[name] = StoredTensor(file, name, tuple(part.get_shape()), dtype)
+                return found
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({error}). Copy or download it again.") from None
+
+    def _dtype(self, stored: str, name: str) -> torch.dtype:
+        if stored not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise UserError(
+                f"{name} of {self.name} is stored as {stored}; known are {known}. Merge the weights before "
+                "they are quantised."
+            )
+        return DTYPES[stored]

@@ -1,0 +1,97 @@
+"""How tensors of a base model and of models adapted from it become one; all arithmetic in fp32."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dga_scale.errors import UserError
+
+METHODS = ("linear", "slerp", "ties")
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Which formula, and how far from the base (weight 0) to the adapted models (weight 1).
+
+    Raises:
+        UserError: an unknown method, or a number that is out of its range.
+
+    """
+
+    method: str = "linear"
+    weight: float = 0.5
+    density: float = 0.2
+    """TIES only: share of each task vector's entries that is kept. Source: Yadav et al., section 5."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"--method {self.method}: must be one of {', '.join(METHODS)}.")
+        top = math.inf if self.method == "ties" else 1.0
+        if not (0 <= self.weight <= top and math.isfinite(self.weight)):
+            rule = "0 or more" if self.method == "ties" else "from 0 (the base) to 1 (the adapted model)"
+            raise UserError(f"--weight {self.weight:g} with --method {self.method}: must be {rule}.")
+        if not 0 < self.density <= 1:
+            raise UserError(f"--density {self.density:g}: must be above 0 and at most 1.")
+
+
+def merge_tensors(base: Tensor, models: Sequence[Tensor], settings: MergeSettings) -> Tensor:
+    """Merge one tensor of every model, all of one shape; fp32. ``slerp`` takes exactly one model."""
+    base, models = base.float(), [model.float() for model in models]
+    if settings.method == "linear":
+        return linear(base, models, settings.weight)
+    if settings.method == "slerp":
+        (model,) = models
+        return slerp(base, model, settings.weight)
+    return ties(base, models, settings.weight, settings.density)
+
+
+def linear(base: Tensor, models: Sequence[Tensor], weight: float) -> Tensor:
+    """(1 - weight) base + weight mean(models). At 0 and 1 (one model) bit for bit the base and the model."""
+    mean = models[0] if len(models) == 1 else torch.stack(list(models)).mean(dim=0)
+    return torch.lerp(base, mean, weight)
+
+
+def slerp(base: Tensor, model: Tensor, weight: float) -> Tensor:
+    """Spherical interpolation of two tensors taken as vectors (Shoemake, 1985).
+
+        sin((1 - w) angle) / sin(angle) base + sin(w angle) / sin(angle) model
+
+    The lengths are not evened out, so the ends are the two tensors. Where there is no plane to turn in
+    (a zero vector, parallel or opposite vectors), it is the straight line, the formula's limit for parallel
+    ones. After a short training two models are that near: their SLERP differs little from ``linear``.
+    """
+    u, v = (t.flatten().double() for t in (base, model))
+    length_u, length_v = u.norm(), v.norm()
+    if length_u == 0 or length_v == 0:
+        return torch.lerp(base, model, weight)
+    u, v = u / length_u, v / length_v
+    # Kahan: exact for small angles too, where the arc cosine of the dot product loses half the digits.
+    angle = 2 * math.atan2(float((u - v).norm()), float((u + v).norm()))
+    if math.sin(angle) < 1e-9:
+        return torch.lerp(base, model, weight)
+    first, second = (math.sin(part * angle) / math.sin(angle) for part in (1 - weight, weight))
+    return first * base + second * model
+
+
+def ties(base: Tensor, models: Sequence[Tensor], weight: float, density: float) -> Tensor:
+    """TIES (Yadav et al., arXiv 2306.01708): trim, elect signs, average what agrees.
+
+    Of each task vector (model - base) only the ``density`` share with the largest magnitudes stays; each
+    entry's sign is that of the sum of what stayed; base + weight * mean of the kept entries with that sign.
+    The paper trims over a whole model, this trims within each tensor, so that one is in memory at a time.
+    """
+    trimmed = torch.stack([_trim(model - base, density) for model in models])  # (models, ...)
+    sign = trimmed.sum(dim=0).sign()
+    agrees = (trimmed.sign() == sign) & (sign != 0)
+    total = torch.where(agrees, trimmed, 0.0).sum(dim=0)
+    return base + weight * total / agrees.sum(dim=0).clamp(min=1)
+
+
+def _trim(task_vector: Tensor, density: float) -> Tensor:
+    """Keep the round(density * n), at least one, entries of largest magnitude; zeros elsewhere."""
+    flat = task_vector.flatten()
+    keep = flat.abs().topk(max(1, round(density * flat.numel()))).indices
+    return torch.zeros_like(flat).index_copy_(0, keep, flat[keep]).view_as(task_vector)
