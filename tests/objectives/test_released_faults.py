@@ -241,6 +241,7 @@ def test_fault_7_pooling_counts_padding() -> None:
             one.positions,
             one.labels,
             one.sample_ids,
+            one.sources,
         )
         for name, states in pooled_views(model, alone).items():
             torch.testing.assert_close(padded[name][row], states[0], rtol=1e-4, atol=1e-5)

@@ -182,7 +182,7 @@ def test_rows_without_labels_do_not_count() -> None:
     batch = toy_batch()
     model = toy_model("mlm")
     expected = evaluate_sums(model, batch)
-    padded = Batch(*(torch.cat([tensor, tensor[:1]]) for tensor in (*tensors_of(batch), batch.sample_ids)))
+    padded = Batch(**{name: torch.cat([tensor, tensor[:1]]) for name, tensor in vars(batch).items()})
     padded.labels[-1], padded.attention_mask[-1] = IGNORED, 0
     torch.testing.assert_close(evaluate_sums(model, padded), expected)
 

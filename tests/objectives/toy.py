@@ -71,24 +71,13 @@ def toy_batch(rows: int = 8, tokens: int = 12, seed: int = 0) -> Batch:
         chosen = torch.randperm(int(lengths[row]), generator=generator)[:count].sort().values
         positions[row, :count], labels[row, :count] = chosen, ids[row, chosen]
         masked_ids[row, chosen] = MASK
-    return Batch(ids, masked_ids, attention_mask, positions, labels, torch.arange(rows))
+    sources = torch.zeros(rows, dtype=torch.long)
+    return Batch(ids, masked_ids, attention_mask, positions, labels, torch.arange(rows), sources)
 
 
 def rows_of(batch: Batch, rows: slice | list[int]) -> Batch:
     """Some rows of a batch."""
-    return Batch(
-        *(
-            tensor[rows]
-            for tensor in (
-                batch.input_ids,
-                batch.masked_ids,
-                batch.attention_mask,
-                batch.positions,
-                batch.labels,
-                batch.sample_ids,
-            )
-        )
-    )
+    return Batch(**{name: tensor[rows] for name, tensor in vars(batch).items()})
 
 
 def tensors_of(batch: Batch) -> tuple[Tensor, ...]:

@@ -118,7 +118,7 @@ def test_examples_without_labels_do_not_count() -> None:
     """Rows that fill up the last batch, here even without a token to attend to."""
     batch = toy_batch()
     expected = measure_importance(toy_model(), [batch], loss="mlm")
-    padded = Batch(*(torch.cat([tensor, tensor[:2]]) for tensor in (*tensors_of(batch), batch.sample_ids)))
+    padded = Batch(**{name: torch.cat([tensor, tensor[:2]]) for name, tensor in vars(batch).items()})
     padded.labels[-2:], padded.attention_mask[-2:] = IGNORED, 0
     measured = measure_importance(toy_model(), split(padded, 5), loss="mlm")
     torch.testing.assert_close(measured.values["heads"], expected.values["heads"], rtol=1e-5, atol=1e-7)
@@ -243,7 +243,15 @@ def test_causal_models_and_fp16_are_measured() -> None:
     lm = TINY["llama"].model()
     model = TrainingModel(lm, anatomy_of(lm), build_method(MethodSettings(method="mlm")))
     ids = torch.randint(3, 90, (4, 9))
-    batch = Batch(ids, ids, torch.ones_like(ids), torch.arange(8).expand(4, 8), ids[:, 1:], torch.arange(4))
+    batch = Batch(
+        ids,
+        ids,
+        torch.ones_like(ids),
+        torch.arange(8).expand(4, 8),
+        ids[:, 1:],
+        torch.arange(4),
+        torch.zeros(4),
+    )
     exact = measure_importance(model, [batch], loss="mlm").values["heads"]
     assert bool((exact > 0).all())
     model.to(torch.bfloat16)
