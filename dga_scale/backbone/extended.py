@@ -34,6 +34,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -129,7 +130,9 @@ class ExtendedPreTrainedModel(PreTrainedModel):
         base: the base model, when its weights are at hand; built from the configuration otherwise.
 
     Raises:
-        UserError: an unknown extension or base architecture.
+        UserError: an unknown extension or base architecture; building one under ZeRO-3's partitioned loading,
+            since extensions copy and read what is then spread over ranks. Loaded whole, DeepSpeed spreads it
+            when the engine is built.
 
     """
 
@@ -145,6 +148,11 @@ class ExtendedPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ExtendedConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
+        if base is None and is_deepspeed_zero3_enabled():
+            raise UserError(
+                f"a model with the extension {config.extension!r} can't be loaded spread over the ranks of "
+                "ZeRO-3: load it before transformers is told of ZeRO-3 (no HfDeepSpeedConfig), or use ZeRO-2"
+            )
         self.base = base if base is not None else self._build(config)
         config.base = self.base.config
         plain = set(self.base.modules())
@@ -275,6 +283,12 @@ def extend(base: PreTrainedModel, extension: str, settings: Settings) -> Extende
     )
 
 
+def model_class(architecture: str) -> type[PreTrainedModel]:
+    """Find a model's class by the name in its config's ``architectures``: one of transformers, or of ours."""
+    found: type[PreTrainedModel] = globals().get(architecture) or getattr(transformers, architecture)
+    return found
+
+
 def _extension(name: str) -> Apply:
     if name not in EXTENSIONS and name in BUILT_IN:
         importlib.import_module(BUILT_IN[name])
@@ -294,11 +308,6 @@ def _anatomy_of_base(base: PreTrainedModel) -> Anatomy:
     mapping = MODEL_FOR_MASKED_LM_MAPPING if masked else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(base) is mapping.get(type(config), None):
         return anatomy_of(base)
-    if is_deepspeed_zero3_enabled():
-        raise UserError(
-            f"an extended {config.model_type} model without its LM head can't be loaded spread over the "
-            "ranks of ZeRO-3: load it before transformers is told of ZeRO-3, or use ZeRO-2"
-        )
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     with torch.device("meta"):
         return anatomy_of(auto.from_config(config))

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from dga_scale.backbone.anatomy import Anatomy, anatomy_of, check_known
+from dga_scale.backbone.extended import ExtendedConfig, is_masked
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
 
@@ -42,6 +42,11 @@ class ModelConfig:
     def hidden_size(self) -> int:
         """Width of the hidden states."""
         return self.config.hidden_size
+
+    @property
+    def extended(self) -> bool:
+        """Whether it is a model of ours with an extension, which has to be loaded whole on each rank."""
+        return isinstance(self.config, ExtendedConfig)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,7 @@ def load_model_config(name_or_path: str) -> ModelConfig:
         )
         raise UserError(f"the config of model {name_or_path!r} can't be loaded: {reason} {advice}") from error
     check_known(config.model_type)
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    return ModelConfig(name_or_path, config, causal=not masked)
+    return ModelConfig(name_or_path, config, causal=not is_masked(config))
 
 
 def load_model(
@@ -152,6 +156,8 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
     """
     if not 0 <= probability < 1:
         raise UserError(f"dropout {probability}: must be from 0 to below 1")
+    if isinstance(config, ExtendedConfig) and config.base is not None:
+        config = config.base
     names = [
         name
         for name, value in config.to_dict().items()

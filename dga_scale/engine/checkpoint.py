@@ -188,7 +188,7 @@ def _write_plain_files(
 
 @torch.no_grad()
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, cluster: Cluster) -> TrainerState:
-    """Load weights, moments and counters into a fresh engine; every rank has to call it.
+    """Load weights, buffers, moments and counters into a fresh engine; every rank has to call it.
 
     Raises:
         UserError: the checkpoint is of another model.
@@ -206,6 +206,9 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, cluster: Cl
 
 def _load_shard(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     with PieceReader(checkpoint.shards) as reader:
+        for name, buffer in engine.module.lm.named_buffers():
+            if f"weight:{name}" in reader.stored:
+                reader.read(f"weight:{name}", 0, buffer.view(-1))
         steps = {metadata["optimizer_step"] for metadata in reader.metadata} - {""}
         for shard in local_shards(engine):
             moments = {kind: torch.zeros_like(shard.stepped.data) for kind in MOMENTS if steps}

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig
 
+from dga_scale.backbone.extended import model_class
 from dga_scale.backbone.tied import tied_names
 from dga_scale.engine.checkpoint import MODEL
 from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, newest_verified, verified
@@ -69,22 +69,26 @@ def _write_weights(folder: Path, reader: PieceReader, dtype: str) -> None:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
     write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
-    def entry(name: str) -> Entry:
+    def entry(name: str, parameter: bool) -> Entry:
         key = f"weight:{name}"
-        return Entry(name, DTYPES[dtype], reader.stored[key].shape, lambda: reader.full(key))
+        kept = (
+            DTYPES[dtype] if parameter else torch.float32
+        )  # what a module counts or averages is not rounded
+        return Entry(name, kept, reader.stored[key].shape, lambda: reader.full(key))
 
-    write_model_files(folder, [entry(name) for name in _names(folder, reader)])
+    write_model_files(folder, [entry(*tensor) for tensor in _tensors(folder, reader)])
 
 
-def _names(folder: Path, reader: PieceReader) -> list[str]:
-    """List the model's tensors, each once however many names it has (tied weights), in the model's order."""
+def _tensors(folder: Path, reader: PieceReader) -> list[tuple[str, bool]]:
+    """List the model's tensors in its order, and whether each is a parameter; tied weights come once."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = getattr(transformers, config.architectures[0])(config)
+        model = model_class(config.architectures[0])(config)
         model.tie_weights()
-    names = []
+    buffers = {name for name, _ in model.named_buffers()}
+    tensors = []
     for group in tied_names(model):
         kept = next((name for name in group if f"weight:{name}" in reader.stored), None)
         assert kept is not None, f"the checkpoint holds no {group[0]}"
-        names.append(kept)
-    return names
+        tensors.append((kept, kept not in buffers))
+    return tensors
