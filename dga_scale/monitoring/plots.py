@@ -114,6 +114,33 @@ def protection_figure(heads: Mapping[str, tuple[Tensor, Tensor]], *, theme: Them
     return figure
 
 
+def trade_off_figure(
+    paths: Mapping[str, Sequence[tuple[str, float, float]]], *, theme: Theme = LIGHT
+) -> Figure:
+    """General loss against domain loss: left is learnt, low is kept.
+
+    Args:
+        paths: label -> points in order, each (what is written at it, domain loss, general loss).
+    """
+    figure = _figure(_WIDTH, 3.8)
+    axes = figure.add_subplot()
+    for color, (label, points) in zip(_cycle(theme, len(paths)), paths.items(), strict=True):
+        x, y = [domain for _, domain, _ in points], [general for _, _, general in points]
+        axes.plot(x, y, color=color, linewidth=1.4, marker="o", markersize=5, label=label)
+        for name, *place in points:
+            axes.annotate(
+                name, (place[0], place[1]), xytext=(5, 5), textcoords="offset points", fontsize=9,
+                color=theme.text,
+            )  # fmt: skip
+    axes.margins(0.12)
+    axes.set_xlabel("domain loss (less: more was learnt)")
+    axes.set_ylabel("general loss (less: more was kept)")
+    _style(axes, theme)
+    if len(paths) > 1:
+        _legend(axes, theme)
+    return figure
+
+
 def png_bytes(figure: Figure) -> bytes:
     """The figure as a PNG file with a transparent background, for a page of its theme's colours."""
     buffer = io.BytesIO()
