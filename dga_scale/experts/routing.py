@@ -1,0 +1,274 @@
+"""Sparse experts: copies of a sublayer, each for the sequences whose mean input is nearest its centre.
+
+CSE (Dong et al., NeurIPS 2024): hard top-1 per sequence, no gate weight, no auxiliary loss. Each expert runs
+its own sequences only, so a sequence costs what it costs in the dense model.
+
+Collectives: with several ranks a training pass calls every expert on every rank, an unused one on the first
+row of the batch, whose output is dropped. The autograd graph, and with it the order in which gradients become
+ready, is then the same on all ranks, which DeepSpeed's reduction of gradients relies on (ZeRO-2 adds up
+buckets of gradients in the order they arrive), and no parameter is without a gradient on one rank. Under
+ZeRO-3, where a module's call gathers its parameters from all ranks, evaluation does the same. This costs at
+most one row an unused expert and pass.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dga_scale.errors import UserError
+
+BATCHED = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
+"""Arguments of sublayers, passed by name, that have one entry an example (or one for all)."""
+SHARED = ("relative_pos", "rel_embeddings")
+"""Those that are the same for all examples (DeBERTa)."""
+_CACHES = ("past_key_values", "layer_past")
+
+
+class Router(nn.Module):
+    """Where each sequence goes: ``argmin_j ||v' - c_j|| / r_j`` with ``v' = mean_t(input) P``.
+
+    Its buffers are fp32 whatever the model is cast to: a centre that moves by 1% a batch would stand still in
+    bf16.
+
+    Args:
+        hidden_size: H, width of the sublayer's input.
+        projection: d', width of v'.
+        experts: number of centres.
+        alpha: share of a centre that one sequence leaves in place.
+
+    """
+
+    projection: Tensor  # (H, d'), Gaussian, never changed
+    centres: Tensor  # (experts, d')
+    radii: Tensor  # (experts,)
+
+    def __init__(self, hidden_size: int, projection: int, experts: int, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.register_buffer("projection", torch.zeros(hidden_size, projection, dtype=torch.float32))
+        self.register_buffer("centres", torch.zeros(experts, projection, dtype=torch.float32))
+        self.register_buffer("radii", torch.ones(experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Follow the model to another device, but not to another precision."""
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    @torch.no_grad()
+    def features(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Compute v' (B, d') in fp32 of a sublayer's input (B, T, H); mask (B, T), None: all tokens real."""
+        return project(states, attention_mask, self.projection)
+
+    @torch.no_grad()
+    def choose(self, features: Tensor) -> Tensor:
+        """Choose an expert for each v' (B, d'): (B,) long."""
+        # Not by matrix products: they lose the small distances that matter here.
+        distances = (features[:, None] - self.centres).norm(dim=-1)  # (B, experts)
+        return (distances / self.radii).argmin(dim=1)
+
+    @torch.no_grad()
+    def totals(self, features: Tensor, chosen: Tensor) -> Tensor:
+        """Count each expert's sequences and add up their v': (experts, 1 + d') fp64; NaNs count for none."""
+        finite = features.isfinite().all(dim=1, keepdim=True)
+        rows = torch.cat([finite, torch.where(finite, features, 0.0)], dim=1).double()
+        empty = torch.zeros(len(self.centres), rows.shape[1], dtype=torch.float64, device=rows.device)
+        return empty.index_add(0, chosen, rows)
+
+    @torch.no_grad()
+    def update(self, totals: Tensor) -> None:
+        """Move the centres: c <- alpha^n c + (1 - alpha^n) mean(v') for the n sequences of each.
+
+        For one sequence that is c <- alpha c + (1 - alpha) v'. For several it does not depend on their order,
+        nor on how they lie on ranks.
+        """
+        count, total = totals[:, :1], totals[:, 1:]
+        kept = self.alpha**count
+        moved = kept * self.centres + (1 - kept) * total / count.clamp(min=1)
+        self.centres.copy_(torch.where(count > 0, moved, self.centres.double()))
+
+
+def project(states: Tensor, attention_mask: Tensor | None, projection: Tensor) -> Tensor:
+    """Mean of states (B, T, H) over real tokens, times the projection (H, d'): (B, d') in fp32."""
+    if states.dim() != 3 or (attention_mask is not None and attention_mask.shape != states.shape[:2]):
+        given = None if attention_mask is None else tuple(attention_mask.shape)
+        raise UserError(
+            f"experts need states of (batch, tokens, width) and a mask of (batch, tokens), not "
+            f"{tuple(states.shape)} and {given}; use an attention implementation that keeps the batch axis "
+            "(attn_implementation sdpa, or flash_attention_2 on padded batches)"
+        )
+    states = states.float()
+    if attention_mask is None:
+        return states.mean(dim=1) @ projection
+    real = attention_mask.to(states.dtype).unsqueeze(-1)  # (B, T, 1)
+    return (states * real).sum(dim=1) / real.sum(dim=1).clamp(min=1) @ projection
+
+
+class SparseSublayer(nn.Module):
+    """The experts of one sublayer. Expert 0 is the dense sublayer, at its place; copies of it are held here.
+
+    The dense modules' ``forward`` is replaced: it sends each sequence to its expert.
+
+    Args:
+        names: names of the dense modules inside their block.
+        dense: the modules, in the order they are called; the first one's input decides.
+        router: one centre an expert.
+        passes: of the model.
+
+    """
+
+    def __init__(
+        self, names: Sequence[str], dense: Sequence[nn.Module], router: Router, passes: "Passes"
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({name: copy.deepcopy(module) for name, module in zip(names, dense, strict=True)})
+            for _ in range(len(router.centres) - 1)
+        )
+        self._names = tuple(names)
+        self._dense = tuple(dense)  # a tuple: they stay children of the block alone
+        self._passes = passes
+        self._rows: list[tuple[int, Tensor]] = []
+        self._places = torch.empty(0)
+        self.last: tuple[Tensor, Tensor] | None = None  # v' and expert of each sequence of the last pass
+        for number, module in enumerate(dense):
+            module.forward = partial(self._dispatch, number)
+
+    def expert(self, index: int) -> tuple[nn.Module, ...]:
+        """Return the modules of one expert."""
+        if index == 0:
+            return self._dense
+        copies = self.experts[index - 1]
+        assert isinstance(copies, nn.ModuleDict)
+        return tuple(copies[name] for name in self._names)
+
+    def _dispatch(self, number: int, *args: Any, **kwargs: Any) -> Any:
+        if number == 0:
+            self._route(args[0] if args else kwargs["hidden_states"])
+        if len(self._rows) == 1:
+            return self._call(self._rows[0][0], number, args, kwargs)
+        batch = len(self._places)
+        _check_arguments(kwargs)
+        parts = []
+        for index, rows in self._rows:
+            own_args = tuple(_select(value, rows, batch) for value in args)
+            own_kwargs = {
+                name: _select(value, rows, batch) if name in BATCHED else value
+                for name, value in kwargs.items()
+            }
+            parts.append(self._call(index, number, own_args, own_kwargs))
+        return _merge(parts, self._places)
+
+    def _call(self, index: int, number: int, args: Any, kwargs: Any) -> Any:
+        module = self.expert(index)[number]
+        if index == 0:
+            return type(module).forward(module, *args, **kwargs)
+        return module(*args, **kwargs)
+
+    def _route(self, states: Tensor) -> None:
+        """Set which rows each expert runs, and where each row's output lies among the experts' outputs."""
+        if self._passes.inside:
+            features = self.router.features(states, self._passes.attention_mask)
+            self.last = features, self.router.choose(features)
+        # Outside, a checkpointed block runs again in the backward pass: it has to go the way it went.
+        assert self.last is not None
+        chosen = self.last[1].tolist()
+        own: list[list[int]] = [[] for _ in range(len(self.router.centres))]
+        for row, index in enumerate(chosen):
+            own[index].append(row)
+        every = self._every_expert(states)
+        self._rows, places, filled = [], [0] * len(chosen), 0
+        for index, rows in enumerate(own):
+            if rows or every:
+                ran = rows or [0]
+                for place, row in enumerate(rows):
+                    places[row] = filled + place
+                filled += len(ran)
+                self._rows.append((index, torch.tensor(ran, device=states.device)))
+        self._places = torch.tensor(places, device=states.device)
+
+    def _every_expert(self, states: Tensor) -> bool:
+        """Whether experts without a sequence have to run too; see the module's text."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return False
+        training = self.training and torch.is_grad_enabled()
+        return training or any(hasattr(parameter, "ds_id") for parameter in self.parameters())
+
+
+class Passes:
+    """What the experts of one model have to know of the pass they are in. Hooks on the trunk keep it.
+
+    At the end of a training pass, the centres move by the sequences of all ranks.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        self.inside = False
+        self.attention_mask: Tensor | None = None
+        self.sublayers: list[SparseSublayer] = []
+        trunk.register_forward_pre_hook(self._begin, with_kwargs=True)
+        trunk.register_forward_hook(self._end)
+
+    def _begin(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs if len(args) < 2 else inspect.signature(trunk.forward).bind(*args, **kwargs).arguments
+        self.attention_mask = given.get("attention_mask")
+        self.inside = True
+
+    def _end(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.inside = False
+        self.attention_mask = None
+        if trunk.training and torch.is_grad_enabled():
+            self._update_centres()
+
+    def _update_centres(self) -> None:
+        totals = []
+        for sublayer in self.sublayers:
+            assert sublayer.last is not None
+            totals.append(sublayer.router.totals(*sublayer.last))
+        summed = torch.cat(totals)  # (experts of all sublayers, 1 + d'): one message
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(summed)
+        parts = summed.split([len(part) for part in totals])
+        for sublayer, part in zip(self.sublayers, parts, strict=True):
+            sublayer.router.update(part)
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if name in _CACHES and value is not None:
+            raise UserError(
+                "a cache of keys and values can't be shared by experts: generate with use_cache=False"
+            )
+        if isinstance(value, Tensor) and name not in (*BATCHED, *SHARED):
+            raise UserError(
+                f"experts don't know whether {name} has one entry an example: use another "
+                "attn_implementation (sdpa)"
+            )
+
+
+def _select(value: Any, rows: Tensor, batch: int) -> Any:
+    """Take the examples of one expert out of an argument; what has one entry for all stays."""
+    if isinstance(value, tuple):
+        return tuple(_select(each, rows, batch) for each in value)
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+        return value.index_select(0, rows)
+    return value
+
+
+def _merge(parts: Sequence[Any], places: Tensor) -> Any:
+    """Put the experts' outputs together in the order of the batch."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts)).index_select(0, places)
+    if isinstance(parts[0], tuple):
+        return tuple(_merge(each, places) for each in zip(*parts, strict=True))
+    return parts[0]

@@ -1,0 +1,58 @@
+"""Which modules make up the attention sublayer and the FFN sublayer of a block, for every architecture."""
+
+from typing import Literal
+
+from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.errors import UserError
+
+Sublayer = Literal["attention", "ffn"]
+SUBLAYERS: tuple[Sublayer, ...] = ("attention", "ffn")
+
+_ROLES = {"attention": ("query", "key", "value", "output"), "ffn": ("up", "down")}
+
+
+def sublayer_modules(anatomy: Anatomy, layer: int, sublayer: Sublayer) -> tuple[str, ...]:
+    """Name the children of a block that hold a sublayer's projections, in the order they are called.
+
+    Mostly one (``mlp``); BERT's FFN is two, ``intermediate`` and ``output``. What they hold besides the
+    projections belongs to the sublayer: BERT's have its dropout and LayerNorm, Llama's stand between norms.
+
+    Raises:
+        UserError: the block is built in another way.
+
+    """
+    block = block_of(anatomy, layer)
+    found: dict[str, None] = {}  # a set that keeps the order
+    for slab in anatomy.slabs:
+        if slab.layer == layer and slab.role in _ROLES[sublayer] and slab.parameter.startswith(block):
+            found[block + slab.parameter.removeprefix(block).split(".")[0]] = None
+    if not found:
+        raise _unknown(anatomy, layer)
+    return tuple(found)
+
+
+def block_of(anatomy: Anatomy, layer: int) -> str:
+    """Name a block, with a dot at its end: what its attention and its FFN have in common.
+
+    Raises:
+        UserError: they have nothing in common.
+
+    """
+    attention, ffn = (names[layer].split(".") for names in (anatomy.attention_outputs, anatomy.ffn_outputs))
+    common = []
+    for one, other in zip(attention, ffn, strict=False):
+        if one != other:
+            break
+        common.append(one)
+    block = ".".join(common) + "."
+    if str(layer) not in common:
+        raise _unknown(anatomy, layer)
+    return block
+
+
+def _unknown(anatomy: Anatomy, layer: int) -> UserError:
+    return UserError(
+        f"the attention and FFN sublayers of layer {layer} can't be told apart in this "
+        f"{anatomy.architecture} model: {anatomy.attention_outputs[layer]} and {anatomy.ffn_outputs[layer]} are no two children of "
+        "one numbered block; experts need a model of an architecture that the README lists"
+    )
