@@ -44,6 +44,26 @@ def wrap_optimizer_step(engine: DeepSpeedEngine, before: Mask, after: Mask) -> N
     engine.basic_optimizer.register_step_post_hook(lambda optimizer, *_: after(stepped(optimizer)))
 
 
+def add_to_gradients(engine: DeepSpeedEngine, add: Callable[[Fragment, Tensor], None]) -> None:
+    """Call ``add(fragment, gradient)`` for all that the base optimizer steps, right before each step of it.
+
+    The gradient is a view (n,) of what the optimizer will read: fp32, reduced over ranks, unscaled and
+    clipped. In every class of optimizer it is the ``grad`` of the tensor stepped; a parameter of ZeRO-0 that
+    no loss has reached has none, makes no step, and is passed over. A refused step calls nothing.
+    """
+    shards = {id(shard.stepped): shard for shard in local_shards(engine)}
+
+    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for stepped in (p for group in optimizer.param_groups for p in group["params"]):
+            if stepped.grad is None:
+                continue
+            gradient, shard = stepped.grad.view(-1), shards[id(stepped)]
+            for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
+                add(fragment, gradient[offset : offset + fragment.values.numel()])
+
+    engine.basic_optimizer.register_step_pre_hook(before)
+
+
 def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
     """Run ``engine.backward``; a loss that is not finite makes the gradient so: all ranks refuse the step.
 

@@ -1,0 +1,179 @@
+"""The diagonal empirical Fisher of the LM loss: which weights general text needs, for EWC."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.warmup import PredictionBatch
+from dga_scale.corpus.batches import IGNORED
+from dga_scale.errors import UserError
+from dga_scale.preservation.anchors import FragmentKey, key_of
+from dga_scale.preservation.fragments import Fragment, Reduce
+from dga_scale.preservation.importance import LOSS_SCALE, InputTensors
+
+QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
+_LOWEST, _HIGHEST, _BINS_A_DECADE = -40, 20, 20
+"""Range and bins of the histogram of log10 F."""
+
+
+class LanguageModel(Protocol):
+    """What the Fisher needs of ``objectives.training_model.TrainingModel``; see ``importance.GatedModel``."""
+
+    lm: PreTrainedModel
+    anatomy: Anatomy
+    training: bool
+
+    def eval(self) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def __call__(self, *tensors: Tensor, compute: Callable[[Any], Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Diagonal empirical Fisher of the LM loss.
+
+    Attributes:
+        values: (n,) fp32, by fragment of this rank, on its device.
+        mean: over all entries of the model, before any normalisation.
+        log10_quantiles: of ``values`` above 0 over the whole model, to within 1/40, by quantile. For the log:
+            a penalty's weight transfers between models only as far as these are alike.
+        zeros: share of entries that are exactly 0: weights that no example used.
+        examples: rows measured on, over all ranks.
+
+    """
+
+    values: dict[FragmentKey, Tensor]
+    mean: float
+    log10_quantiles: dict[float, float]
+    zeros: float
+    examples: int
+
+
+def measure_fisher(
+    model: LanguageModel,
+    batches: Iterable[InputTensors],
+    fragments: Sequence[Fragment],
+    reduce: Reduce = lambda tensor: tensor,
+    *,
+    normalize: bool = True,
+) -> Fisher:
+    """Measure F_i = mean over examples of (d loss(x) / d theta_i)^2, in eval mode (dropout off).
+
+    loss(x) is the mean cross-entropy of one example's labels: gradients are squared example by example, so
+    batch size, order and number of ranks don't matter. No ``.grad`` is touched. Each example is one forward
+    and one backward pass, and one sum over ranks of the whole model's squares.
+
+    Memory on each rank while it runs, besides what it returns: one example's gradient of the whole model in
+    the model's dtype (under ZeRO-3, too), and the largest parameter in fp32.
+
+    Args:
+        model: as trained, on the weights that the anchor holds. DeepSpeed: ``engine.module``.
+        batches: of this rank; every rank the same number of the same size. Examples without labels are there
+            to fill up and don't count.
+        fragments: of this rank.
+        reduce: sums over ranks.
+        normalize: scale F to mean 1 over all entries that are trained.
+
+    Raises:
+        UserError: no examples, or a gradient that is NaN, infinite, or zero everywhere.
+
+    """
+    parameters = {name: p for name, p in model.lm.named_parameters() if p.requires_grad}
+    own = {f.name: f for f in fragments if f.name in parameters}
+    values = {key_of(f): torch.zeros_like(f.values, dtype=torch.float32) for f in own.values()}
+    training, examples = model.training, 0
+    model.eval()
+    try:
+        for batch in batches:
+            for row in range(len(batch.input_ids)):
+                gradients, counts = _example_gradients(model, batch, row, list(parameters.values()))
+                examples += counts
+                for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                    squares = reduce(_squares(parameter, gradient))  # (entries,)
+                    if name in own:
+                        fragment = own[name]
+                        span = slice(fragment.start, fragment.start + fragment.values.numel())
+                        values[key_of(fragment)] += squares[span].to(fragment.values.device)
+    finally:
+        model.train(training)
+    total = int(reduce(torch.tensor(examples, device=_device(own))))
+    if total == 0:
+        raise UserError("the Fisher was measured on no example: give --general_corpus at least one row")
+    for squares in values.values():
+        squares /= total
+    return _described(values, total, reduce, normalize, _device(own))
+
+
+def _device(fragments: Mapping[str, Fragment]) -> torch.device:
+    return next((f.values.device for f in fragments.values()), torch.device("cpu"))
+
+
+def _example_gradients(
+    model: LanguageModel, batch: InputTensors, row: int, parameters: list[nn.Parameter]
+) -> tuple[Sequence[Tensor | None], int]:
+    """Gradients of one example's loss, times LOSS_SCALE, and whether it counts."""
+    tensors = batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels
+    one = tuple(tensor[row : row + 1] for tensor in tensors)
+    loss = model(*one, compute=lambda inputs: _example_loss(model, inputs))
+    counts = bool((one[-1] != IGNORED).any())
+    # The graph is walked without labels too: ZeRO-3's gathers are collective.
+    scale = LOSS_SCALE if counts else 0.0
+    return torch.autograd.grad(loss * scale, parameters, allow_unused=True), int(counts)
+
+
+def _example_loss(model: LanguageModel, inputs: PredictionBatch) -> Tensor:
+    """Mean cross-entropy of the labels of one example, scalar fp32; 0 without labels."""
+    trunk = model.anatomy.trunk(model.lm)
+    hidden = trunk(input_ids=inputs.masked_ids, attention_mask=inputs.attention_mask).last_hidden_state
+    logits = model.anatomy.lm_logits(model.lm, hidden[0, inputs.positions[0]])  # (M, V)
+    losses = F.cross_entropy(logits.float(), inputs.labels[0], ignore_index=IGNORED, reduction="sum")
+    return losses / (inputs.labels != IGNORED).sum().clamp(min=1)
+
+
+def _squares(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:
+    """Square one example's gradient: (entries of the parameter,) fp32; zeros where it was not used."""
+    if gradient is None:
+        entries = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 has taken its content away
+        return torch.zeros(entries, device=parameter.device)
+    return (gradient.float() / LOSS_SCALE).square_().flatten()
+
+
+def _described(
+    values: dict[FragmentKey, Tensor], examples: int, reduce: Reduce, normalize: bool, device: torch.device
+) -> Fisher:
+    """Scale F to mean 1 if asked, and say what it looks like. Sums over ranks count copies alike."""
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of F, of its entries, of zeros
+    bins = torch.zeros((_HIGHEST - _LOWEST) * _BINS_A_DECADE, dtype=torch.float64, device=device)
+    for squares in values.values():
+        zeros = squares == 0
+        sums += torch.stack(
+            [squares.sum(dtype=torch.float64), torch.full_like(sums[0], len(squares)), zeros.sum().double()]
+        ).to(device)
+        places = (squares[~zeros].log10() - _LOWEST) * _BINS_A_DECADE
+        bins += torch.bincount(places.long().clamp(0, len(bins) - 1), minlength=len(bins)).to(device)
+    total, entries, zero = reduce(sums).tolist()
+    mean = total / entries
+    if not (0 < mean < math.inf):
+        raise UserError(
+            f"the Fisher of the LM loss has mean {mean:g}: its gradients are NaN, infinite or all zero. "
+            "Check that the model is sound, and use bf16 or fp32 where it is fp16"
+        )
+    scale = 1 / mean if normalize else 1.0
+    for squares in values.values():
+        squares *= scale
+    quantiles = dict(_quantiles(reduce(bins).cpu(), math.log10(scale)))
+    return Fisher(values, mean, quantiles, zero / entries, examples)
+
+
+def _quantiles(bins: Tensor, shift: float) -> Iterator[tuple[float, float]]:
+    shares = bins.cumsum(0) / bins.sum()
+    for quantile in QUANTILES:
+        place = int((shares >= quantile).nonzero()[0])
+        yield quantile, _LOWEST + (place + 0.5) / _BINS_A_DECADE + shift
