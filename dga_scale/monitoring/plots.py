@@ -141,6 +141,30 @@ def trade_off_figure(
     return figure
 
 
+def forgetting_figure(
+    domains: Sequence[str], scores: Sequence[Sequence[float]], *, theme: Theme = LIGHT
+) -> Figure:
+    """End-task score on each domain after every stage of a sequence of domains.
+
+    Args:
+        domains: in the order trained on.
+        scores: row i, after domain i: on the domains 0 to i.
+    """
+    figure = _figure(_WIDTH, 3.4)
+    axes = figure.add_subplot()
+    for k, (color, domain) in enumerate(zip(_cycle(theme, len(domains)), domains, strict=True)):
+        stages = range(k, len(domains))
+        values = [scores[i][k] for i in stages]
+        style = "-" if k < len(theme.series) else "--"
+        axes.plot(stages, values, color=color, linewidth=1.6, linestyle=style, marker="o", label=domain)
+    axes.set_xticks(range(len(domains)), list(domains))
+    axes.set_xlabel("after training on")
+    axes.set_ylabel("end-task score")
+    _style(axes, theme)
+    _legend(axes, theme)
+    return figure
+
+
 def png_bytes(figure: Figure) -> bytes:
     """The figure as a PNG file with a transparent background, for a page of its theme's colours."""
     buffer = io.BytesIO()

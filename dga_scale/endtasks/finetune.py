@@ -1,0 +1,291 @@
+"""One fine-tuning: a classifier (or regressor) on a pretrained trunk, one task, one seed, one process."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from dga_scale.backbone.architectures import LAYOUTS
+from dga_scale.backbone.extended import ExtendedPreTrainedModel
+from dga_scale.backbone.loading import load_model_config
+from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.endtasks.metrics import classification_scores, regression_scores
+from dga_scale.endtasks.recipes import Recipe
+from dga_scale.endtasks.tasks import Example, Task
+from dga_scale.errors import UserError
+
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as tensors on the device, all padded to one length."""
+
+    input_ids: Tensor  # (N, T)
+    attention_mask: Tensor  # (N, T)
+    token_type_ids: Tensor | None  # (N, T), of models that tell first text and second apart
+    labels: Tensor  # (N,) class numbers, or fp32 values of a regression
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """The model's inputs for some of the examples."""
+        named = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "token_type_ids": self.token_type_ids,
+        }
+        return {name: tensor[index] for name, tensor in named.items() if tensor is not None}
+
+
+def finetune(
+    model: str,
+    task: Task,
+    recipe: Recipe,
+    seed: int,
+    *,
+    device: torch.device | None = None,
+    on_epoch: Callable[[int, float, float | None], None] = lambda epoch, loss, score: None,
+) -> dict[str, Any]:
+    """Fine-tune a model on a task and score it once.
+
+    The head's first weights, the order of examples and dropout (the model's own) come from the seed. With a
+    dev split the epoch with the best dev score is taken, training stops ``recipe.patience`` epochs after it;
+    without, the last epoch is. The test split is predicted once, by the weights so chosen.
+
+    Args:
+        model: folder of a masked or causal LM, or of a trunk; or its name on the hub.
+        task: what to learn.
+        recipe: how.
+        seed: any whole number.
+        device: default: the GPU where there is one.
+        on_epoch: called after each epoch with its number (from 1), mean training loss and score on dev.
+
+    Returns:
+        ``scores`` on the test split by name, ``dev_scores`` of each epoch, ``epoch`` that was taken, seconds.
+
+    Raises:
+        UserError: no model there, or one without a trunk's weights.
+
+    """
+    started = time.perf_counter()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # causal LMs; a classifier reads the last token before it
+    classifier = load_classifier(model, task, tokenizer)
+    torch.nn.Module.to(classifier, device)
+    length = _length(tokenizer, task, recipe, classifier)
+    train, dev, test = (
+        encode(tokenizer, examples, task, recipe, length, device) if examples else None
+        for examples in (task.train, task.dev, task.test)
+    )
+    assert train is not None
+    assert test is not None
+    steps = recipe.epochs * -(-len(train) // recipe.batch_size)
+    optimizer = torch.optim.AdamW(
+        classifier.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    warmup = recipe.warmup_ratio * steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (warmup + 1), (steps - step) / max(1.0, steps - warmup))
+    )
+    order = torch.Generator().manual_seed(seed)
+    dev_scores: list[float] = []
+    best: dict[str, Tensor] | None = None
+    epoch, chosen = 0, recipe.epochs
+    while epoch < recipe.epochs:
+        epoch += 1
+        loss = _train_epoch(classifier, train, recipe, optimizer, schedule, order)
+        if dev is not None:
+            dev_scores.append(score(classifier, dev, task, recipe)[recipe.metric])
+            if dev_scores[-1] > max(dev_scores[:-1], default=float("-inf")):
+                chosen, best = epoch, _weights(classifier)
+        on_epoch(epoch, loss, dev_scores[-1] if dev_scores else None)
+        if dev is not None and epoch - chosen >= recipe.patience:
+            break
+    if best is not None:
+        classifier.load_state_dict(best)
+    return {
+        "scores": score(classifier, test, task, recipe),
+        "dev_scores": dev_scores,
+        "epoch": chosen,
+        "sequence_length": length,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load a trunk under a new head for the task.
+
+    Raises:
+        UserError: no model there, pickled or damaged weights, or weights without the trunk.
+
+    """
+    load_model_config(model)  # refuses what is no model
+    labels = {"num_labels": 1} if task.regression else {"id2label": dict(enumerate(task.labels))}
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # a table of the new head's parameters: what else would they be
+    logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            model,
+            **labels,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"--model {model}: its weights can't be read: {reason}. The folder needs safetensors files, as "
+            "a run's model/ has them."
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+    classifier, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    trunk = {id(parameter) for parameter in classifier.base_model.parameters()}
+    missing = set(info["missing_keys"])
+    lost = [
+        name
+        for name, parameter in classifier.named_parameters()
+        if id(parameter) in trunk and name in missing and "pooler" not in name  # an LM has no pooler
+    ]
+    if lost:
+        raise UserError(
+            f"--model {model} lacks {len(lost)} parameters of its trunk, {lost[0]} first. Give a whole "
+            "pretrained model, a run's model/ for one."
+        )
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    return classifier
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    task: Task,
+    recipe: Recipe,
+    length: int,
+    device: torch.device,
+) -> Encoded:
+    """Tokenise examples, cut (the longer text first) and padded on the right to ``length`` tokens."""
+    tokenizer.padding_side = "right"
+    found = tokenizer(
+        *_texts(examples, recipe),
+        truncation="longest_first",
+        max_length=length,
+        padding="max_length",
+        return_tensors="pt",
+    )
+    if task.regression:
+        labels = torch.tensor([float(example.label) for example in examples])
+    else:
+        number = {label: n for n, label in enumerate(task.labels)}
+        labels = torch.tensor([number[str(example.label)] for example in examples])
+    types = found.get("token_type_ids")
+    return Encoded(
+        input_ids=found["input_ids"].to(device),
+        attention_mask=found["attention_mask"].to(device),
+        token_type_ids=None if types is None else types.to(device),
+        labels=labels.to(device),
+    )
+
+
+@torch.no_grad()
+def score(classifier: PreTrainedModel, data: Encoded, task: Task, recipe: Recipe) -> dict[str, float]:
+    """Predict all examples in eval mode, and compare."""
+    classifier.eval()
+    outputs = []
+    for index, weights in _batches(torch.arange(len(data)), 4 * recipe.batch_size):
+        logits = _logits(classifier, data, index, recipe)  # (B, labels)
+        outputs.append(logits[weights > 0])
+    logits = torch.cat(outputs)
+    if task.regression:
+        return regression_scores(data.labels.tolist(), logits.squeeze(-1).tolist())
+    predicted = [task.labels[number] for number in logits.argmax(dim=-1).tolist()]
+    return classification_scores([task.labels[number] for number in data.labels.tolist()], predicted)
+
+
+def _train_epoch(
+    classifier: PreTrainedModel,
+    data: Encoded,
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    order: torch.Generator,
+) -> float:
+    classifier.train()
+    total = torch.zeros((), device=data.labels.device)
+    for index, weights in _batches(torch.randperm(len(data), generator=order), recipe.batch_size):
+        logits = _logits(classifier, data, index, recipe)  # (B, labels)
+        weights = weights.to(logits.device)
+        labels = data.labels[index]
+        if labels.is_floating_point():
+            losses = F.mse_loss(logits.squeeze(-1), labels, reduction="none")
+        else:
+            losses = F.cross_entropy(logits, labels, reduction="none")
+        loss = (losses * weights).sum() / weights.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(classifier.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        schedule.step()
+        total += (losses.detach() * weights).sum()
+    return float(total) / len(data)
+
+
+def _logits(classifier: PreTrainedModel, data: Encoded, index: Tensor, recipe: Recipe) -> Tensor:
+    """Logits (B, labels) in fp32 of some examples."""
+    with torch.autocast(data.labels.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        logits: Tensor = classifier(**data.rows(index)).logits
+    return logits.float()
+
+
+def _batches(order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Index (size,) and weights (size,) of each batch; the last is filled up with rows of weight 0."""
+    for part in order.split(size):
+        fill = size - len(part)
+        weights = torch.cat([torch.ones(len(part)), torch.zeros(fill)])
+        yield torch.cat([part, part.new_zeros(fill)]), weights
+
+
+def _texts(examples: Sequence[Example], recipe: Recipe) -> tuple[list[str], ...]:
+    texts = [example.text for example in examples]
+    pairs = [example.text_pair for example in examples if example.text_pair is not None]
+    if not pairs:
+        return (texts,)
+    return (pairs, texts) if recipe.pair_first else (texts, pairs)
+
+
+def _length(
+    tokenizer: PreTrainedTokenizerBase, task: Task, recipe: Recipe, classifier: PreTrainedModel
+) -> int:
+    """Tokens that every example is padded to: as the task's longest; at most what recipe and model take."""
+    examples = (*task.train, *task.dev, *task.test)
+    longest = max(map(len, tokenizer(*_texts(examples, recipe), verbose=False)["input_ids"]))
+    return min(-(-longest // 8) * 8, recipe.max_length, _positions(classifier))
+
+
+def _positions(classifier: PreTrainedModel) -> int:
+    if isinstance(classifier, ExtendedPreTrainedModel):
+        return classifier.anatomy.max_positions
+    config = classifier.config
+    layout = LAYOUTS.get(config.model_type)
+    unused = config.pad_token_id + 1 if layout and layout.positions_after_padding else 0
+    return int(config.max_position_embeddings) - unused
+
+
+def _weights(classifier: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}

@@ -1,0 +1,126 @@
+"""What a model forgets over a sequence of domains: end tasks after every stage, and the forgetting rate."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dga_scale.endtasks.recipes import Recipe
+from dga_scale.endtasks.seeds import run_seeds, spread
+from dga_scale.endtasks.tasks import Task
+from dga_scale.engine.run_folder import write_text
+from dga_scale.errors import UserError
+
+_STAGE = re.compile(r"(\d+)-(.+)")
+
+
+def forgetting_rate(scores: Sequence[Sequence[float]]) -> float:
+    """Mean loss of score on earlier domains at the end of a sequence: mean over k < T of A[k][k] - A[T][k].
+
+    Source: DAS, section 4 (Liu et al., 2020). Negative: later domains helped earlier ones.
+
+    Args:
+        scores: A[i][k], score on domain k after training on domain i; row i needs entries up to k = i.
+
+    """
+    last = len(scores) - 1
+    assert last > 0, "one domain can't be forgotten yet"
+    return math.fsum(scores[k][k] - scores[last][k] for k in range(last)) / last
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished run in a sequence of domains."""
+
+    domain: str
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+
+def find_stages(run: Path) -> list[Stage]:
+    """List the stages of a sequence in ``run``: 1-restaurant, 2-acl, ... in their order.
+
+    Raises:
+        UserError: no such folder, no stages in it, fewer than two of them finished, or a gap.
+
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder. Give the --output_dir of a run over several domains.")
+    found: dict[int, Stage] = {}
+    for folder in sorted(run.iterdir()):
+        if folder.is_dir() and (match := _STAGE.fullmatch(folder.name)):
+            found[int(match[1])] = Stage(match[2], folder)
+    finished = []
+    for number in range(1, len(found) + 1):
+        if number not in found:
+            names = ", ".join(stage.folder.name for stage in found.values())
+            raise UserError(f"{run} lacks stage {number} of its sequence of domains: it holds {names}.")
+        if not found[number].model.is_dir():
+            break
+        finished.append(found[number])
+    if len(finished) < 2:
+        raise UserError(
+            f"{run} has {len(finished)} finished stages (folders such as 1-restaurant with a model/). "
+            "Forgetting needs two: give the folder of a run over several domains, or let it go on."
+        )
+    return finished
+
+
+def measure_forgetting(
+    run: Path, tasks: dict[str, tuple[Task, Recipe]], seeds: Sequence[int], *, jobs: int = 1
+) -> dict[str, Any]:
+    """Fine-tune each stage's model on the tasks of the domains seen so far; resumable.
+
+    Scores of single seeds lie in ``run/forgetting/STAGE/DOMAIN/``; the result is ``run/forgetting.json``.
+
+    Args:
+        run: folder of the sequence.
+        tasks: domain -> its task and recipe, for every finished stage; the score is the recipe's metric.
+        seeds: the same for every stage.
+        jobs: seeds at a time.
+
+    Returns:
+        ``domains``; ``metrics`` and ``tasks`` of each; ``scores``: A[i][k] over seeds (mean, std, by_seed),
+        row i up to k = i; ``forgetting_rate`` over seeds.
+
+    Raises:
+        UserError: as ``find_stages``; a finished stage without a task, a task without a stage.
+
+    """
+    stages = find_stages(run)
+    domains = [stage.domain for stage in stages]
+    for domain in domains:
+        if domain not in tasks:
+            raise UserError(f"stage {domain} of {run} has no task. Add --task {domain}=DIR.")
+    for domain in tasks:
+        if domain not in domains:
+            names = ", ".join(domains)
+            raise UserError(f"--task {domain}=...: {run} has no finished stage of that name ({names}).")
+    rows: list[list[dict[str, Any]]] = []
+    for number, stage in enumerate(stages, 1):
+        row = []
+        for domain in domains[:number]:
+            task, recipe = tasks[domain]
+            output = run / "forgetting" / stage.folder.name / domain
+            summary = run_seeds(str(stage.model), task, recipe, seeds, output, jobs=jobs)
+            row.append(summary["scores"][recipe.metric])
+        rows.append(row)
+    rates = {
+        seed: forgetting_rate([[score["by_seed"][str(seed)] for score in row] for row in rows])
+        for seed in seeds
+    }
+    result = {
+        "domains": domains,
+        "tasks": [tasks[domain][0].name for domain in domains],
+        "metrics": [tasks[domain][1].metric for domain in domains],
+        "scores": rows,
+        "forgetting_rate": spread(rates),
+    }
+    write_text(run / "forgetting.json", json.dumps(result, indent=2) + "\n")
+    return result

@@ -1,0 +1,74 @@
+"""How each end task is fine-tuned: the papers' settings by the name of the task's folder."""
+
+from dataclasses import dataclass
+
+from dga_scale.endtasks.metrics import CLASSIFICATION, REGRESSION
+from dga_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a fine-tuning. The defaults are DGA's (its released code); early stopping is ours."""
+
+    epochs: int = 5
+    batch_size: int = 16
+    learning_rate: float = 3e-5
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.1
+    """Share of the steps in which the learning rate rises, then it falls linearly to 0: without, small tasks
+    fail by chance (Mosbach et al., arXiv 2006.04884)."""
+    max_length: int = 164
+    patience: int = 3
+    """Epochs without a better score on dev after which training stops; the best epoch is taken."""
+    metric: str = "macro_f1"
+    """The score that is reported first, and that chooses the epoch on dev."""
+    pair_first: bool = False
+    """Read text_pair before text: in aspect sentiment the aspect comes first."""
+    precision: str = "bf16"
+    """"bf16": autocast; "fp32"."""
+
+    def check(self, *, regression: bool) -> None:
+        """Refuse numbers that can't be meant.
+
+        Raises:
+            UserError: which, and its range; a metric that the kind of task does not have.
+
+        """
+        metrics = REGRESSION if regression else CLASSIFICATION
+        if self.metric not in metrics:
+            kind = "a regression" if regression else "a classification"
+            raise UserError(f"--metric {self.metric}: the task is {kind}, choose of {', '.join(metrics)}.")
+        for name in ("epochs", "batch_size", "patience"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        if self.max_length < 8:
+            raise UserError(f"--max_length {self.max_length}: must be at least 8.")
+        if not self.learning_rate > 0:
+            raise UserError(f"--learning_rate {self.learning_rate:g}: must be above 0.")
+        if self.weight_decay < 0:
+            raise UserError(f"--weight_decay {self.weight_decay:g}: must be 0 or more.")
+
+
+RECIPES = {
+    "asc_restaurant": Recipe(epochs=5, pair_first=True),
+    "asc_phone": Recipe(epochs=15, pair_first=True),
+    "asc_camera": Recipe(epochs=15, pair_first=True),
+    "aclarc_citation_intent": Recipe(epochs=10),
+    "scierc_relation": Recipe(epochs=5),
+    "chemprot": Recipe(epochs=10, metric="micro_f1"),
+    "cola": Recipe(metric="matthews"),
+    "stsb": Recipe(metric="pearson"),
+    "sst2": Recipe(epochs=3, metric="accuracy"),
+    "rte": Recipe(epochs=10, metric="accuracy"),
+    "mrpc": Recipe(metric="accuracy"),
+    "trec": Recipe(metric="accuracy"),
+}
+"""The first six are DGA's; GLUE's metrics are its own."""
+
+
+def recipe_for(task: str, *, regression: bool) -> Recipe:
+    """Find the recipe of a task by its name or the beginning of it (``asc_phone_dga_split``)."""
+    for name in sorted(RECIPES, key=len, reverse=True):
+        if task == name or task.startswith(f"{name}_"):
+            return RECIPES[name]
+    return Recipe(metric="pearson" if regression else "macro_f1")

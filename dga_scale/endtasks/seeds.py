@@ -1,0 +1,135 @@
+"""A task fine-tuned with several seeds: one file a seed, written at once, so that a stopped run goes on."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from dga_scale.corpus.shards import file_sha256
+from dga_scale.endtasks.recipes import Recipe
+from dga_scale.endtasks.tasks import Task
+from dga_scale.engine.run_folder import write_text
+from dga_scale.errors import UserError
+from dga_scale.monitoring.quiet import quiet_libraries
+
+
+def run_seeds(
+    model: str, task: Task, recipe: Recipe, seeds: Sequence[int], output: Path, *, jobs: int = 1
+) -> dict[str, Any]:
+    """Fine-tune once for each seed, ``jobs`` at a time; seeds whose file is in ``output`` are not run again.
+
+    Returns:
+        the content of ``output/summary.json``: of each score its mean, standard deviation (of a sample; None
+        for one seed) and values by seed.
+
+    Raises:
+        UserError: ``output`` holds seeds of another model, task or recipe; or as ``finetune``.
+
+    """
+    settings = dataclasses.asdict(recipe)
+    identity = {
+        "model": model_fingerprint(model),
+        "task": task.fingerprint,
+        "recipe": settings,
+    }
+    left = [seed for seed in seeds if not _finished(_file(output, seed), identity)]
+    output.mkdir(parents=True, exist_ok=True)
+    if jobs == 1 or len(left) < 2:
+        for seed in left:
+            _run(model, task, recipe, seed, output, identity)
+    else:
+        context = multiprocessing.get_context("spawn")  # a forked process can't use CUDA
+        with ProcessPoolExecutor(min(jobs, len(left)), context, _start_worker, (jobs,)) as pool:
+            waiting = [pool.submit(_run, model, task, recipe, seed, output, identity) for seed in left]
+            for done in as_completed(waiting):
+                done.result()
+    results = {seed: _read(_file(output, seed)) for seed in seeds}
+    summary = {
+        "model": model,
+        "task": task.name,
+        "scored_on": task.scored_on,
+        "metric": recipe.metric,
+        "scores": {
+            name: spread({seed: result["scores"][name] for seed, result in results.items()})
+            for name in results[seeds[0]]["scores"]
+        },
+        "recipe": settings,
+    }
+    write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def spread(values: dict[int, float]) -> dict[str, Any]:
+    """Mean and standard deviation (of a sample; None for one value) of scores by seed."""
+    numbers = list(values.values())
+    return {
+        "mean": statistics.fmean(numbers),
+        "std": statistics.stdev(numbers) if len(numbers) > 1 else None,
+        "by_seed": {str(seed): value for seed, value in values.items()},
+    }
+
+
+def model_fingerprint(model: str) -> str:
+    """Identify a model: sha256 of a folder's config and weights, or the name of a hub model."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    files = [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]
+    return " ".join(file_sha256(file)[:16] for file in files if file.is_file())
+
+
+def _start_worker(jobs: int) -> None:
+    import torch
+
+    quiet_libraries()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
+
+
+def _run(model: str, task: Task, recipe: Recipe, seed: int, output: Path, identity: dict[str, Any]) -> None:
+    from dga_scale.endtasks.finetune import finetune  # transformers' import takes seconds
+
+    def tell(epoch: int, loss: float, score: float | None) -> None:
+        dev = "" if score is None else f", dev {recipe.metric} {score:.4f}"
+        print(f"{task.name} seed {seed} epoch {epoch}/{recipe.epochs}: loss {loss:.4f}{dev}", flush=True)
+
+    result = finetune(model, task, recipe, seed, on_epoch=tell)
+    content = {
+        "model": model,
+        "task": task.name,
+        "seed": seed,
+        "scored_on": task.scored_on,
+        "examples": {"train": len(task.train), "dev": len(task.dev), "test": len(task.test)},
+        **result,
+        "identity": identity,
+    }
+    write_text(_file(output, seed), json.dumps(content, indent=2) + "\n")
+
+
+def _file(output: Path, seed: int) -> Path:
+    return output / f"seed-{seed}.json"
+
+
+def _finished(file: Path, identity: dict[str, Any]) -> bool:
+    if not file.exists():
+        return False
+    former = _read(file)["identity"]
+    changed = [name for name in identity if former[name] != identity[name]]
+    if changed:
+        raise UserError(
+            f"{file} was made with another {' and '.join(changed)}. Give another --output_dir, or remove it."
+        )
+    return True
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content["identity"], content["scores"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged. Remove it, and run the same command again.") from None
+    return content

@@ -1,0 +1,193 @@
+"""End tasks on disk: a folder of train.jsonl, dev.jsonl and test.jsonl, read and checked.
+
+A line is ``{"text": ..., "text_pair": ..., "label": ...}``; ``text_pair`` in all lines or in none. Labels are
+names of classes (strings or whole numbers), or numbers with a decimal point: then the task is a regression.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dga_scale.errors import UserError
+
+SUBSET_SEED = 20_230_118
+"""Draws the examples of a smaller training set: the same for every model and seed."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text or pair of texts."""
+
+    text: str
+    text_pair: str | None
+    label: str | float
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's examples."""
+
+    name: str
+    path: Path
+    labels: tuple[str, ...]
+    """Classes in sorted order; empty for a regression."""
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    """Chooses the epoch; empty where there is none to spare: the last epoch is taken."""
+    test: tuple[Example, ...]
+    scored_on: str
+    """The file that ``test`` was read from: "dev" where a task has no test.jsonl (GLUE's are not public)."""
+    fingerprint: str
+    """sha256 over the files and how many of the training examples are used."""
+
+    @property
+    def regression(self) -> bool:
+        return not self.labels
+
+    def with_train_examples(self, count: int | None) -> "Task":
+        """Keep ``count`` training examples (None: all), at least one of every class.
+
+        Raises:
+            UserError: fewer than there are classes.
+
+        """
+        if count is None or count >= len(self.train):
+            return self
+        if count < max(1, len(self.labels)):
+            raise UserError(
+                f"--max_train_examples {count}: task {self.name} has {len(self.labels)} classes. Keep at "
+                "least one example of each."
+            )
+        order = np.random.default_rng(SUBSET_SEED).permutation(len(self.train)).tolist()
+        first_of_class: dict[str | float, int] = {}
+        if not self.regression:
+            for index in order:
+                first_of_class.setdefault(self.train[index].label, index)
+        kept = list(dict.fromkeys([*first_of_class.values(), *order]))[:count]
+        chosen = tuple(self.train[index] for index in sorted(kept))
+        fingerprint = hashlib.sha256(f"{self.fingerprint} {count}".encode()).hexdigest()
+        return replace(self, train=chosen, fingerprint=fingerprint)
+
+
+def load_task(folder: str | Path) -> Task:
+    """Read and check a task's folder; dev.jsonl or test.jsonl may be missing, not both.
+
+    Raises:
+        UserError: no such folder, a missing or empty split, a line that is no example (file and line), one
+            class only, or labels in dev or test that train lacks.
+
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"--task {path}: no such folder. Give one with train.jsonl and test.jsonl.")
+    present = [name for name in ("train", "dev", "test") if (path / f"{name}.jsonl").is_file()]
+    if "train" not in present or len(present) == 1:
+        missing = "train.jsonl" if "train" not in present else "test.jsonl and no dev.jsonl"
+        raise UserError(f"--task {path} holds no {missing}. Write one example a line, as JSON.")
+    splits = {name: _read(path / f"{name}.jsonl") for name in present}
+    _check_pairs(path, splits)
+    labels = _labels(path, splits)
+    digest = hashlib.sha256()
+    for name in present:
+        digest.update(name.encode() + (path / f"{name}.jsonl").read_bytes())
+    scored_on = "test" if "test" in present else "dev"
+    return Task(
+        name=path.resolve().name,
+        path=path,
+        labels=labels,
+        train=splits["train"],
+        dev=splits["dev"] if scored_on == "test" and "dev" in present else (),
+        test=splits[scored_on],
+        scored_on=scored_on,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _read(file: Path) -> tuple[Example, ...]:
+    examples = []
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                examples.append(_example(line, f"{file}:{number}"))
+    if not examples:
+        raise UserError(f"{file} holds no examples. Fill it, or remove a dev.jsonl that is not used.")
+    return tuple(examples)
+
+
+def _example(line: str, place: str) -> Example:
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place} is not JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("text"), str):
+        raise UserError(f'{place} has no "text". Write {{"text": "...", "label": "..."}}.')
+    pair = content.get("text_pair")
+    if pair is not None and not isinstance(pair, str):
+        raise UserError(f'{place}: "text_pair" is {json.dumps(pair)}, not a text.')
+    return Example(content["text"], pair, _label(content.get("label"), place))
+
+
+def _label(label: Any, place: str) -> str | float:
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise UserError(f'{place}: "label" is {json.dumps(label)}, neither a class name nor a number.')
+    return label if isinstance(label, float) else str(label)
+
+
+def _check_pairs(path: Path, splits: dict[str, tuple[Example, ...]]) -> None:
+    examples = [example for split in splits.values() for example in split]
+    with_pair = sum(example.text_pair is not None for example in examples)
+    if with_pair not in (0, len(examples)):
+        raise UserError(
+            f'--task {path}: {with_pair} of {len(examples)} examples have a "text_pair". All need one, or '
+            "none."
+        )
+
+
+def _labels(path: Path, splits: dict[str, tuple[Example, ...]]) -> tuple[str, ...]:
+    """Classes of the training examples, sorted; none for a regression."""
+    numbers = sum(isinstance(example.label, float) for split in splits.values() for example in split)
+    if numbers:
+        if numbers != (total := sum(map(len, splits.values()))):
+            raise UserError(
+                f"--task {path}: {numbers} of {total} labels are decimal numbers, the others class names. A "
+                "regression needs a decimal number (3.0, not 3) in every line."
+            )
+        if len({example.label for example in splits["train"]}) == 1:
+            raise UserError(
+                f"--task {path}: all training examples have one label. There is nothing to learn."
+            )
+        return ()
+    classes = Counter(str(example.label) for example in splits["train"])
+    if len(classes) == 1:
+        raise UserError(
+            f"--task {path}: all training examples are of the class {next(iter(classes))!r}. There is "
+            "nothing to learn."
+        )
+    for name, split in splits.items():
+        unseen = Counter(str(example.label) for example in split if str(example.label) not in classes)
+        if unseen:
+            line = _line_of(path / f"{name}.jsonl", next(iter(unseen)))
+            counts = ", ".join(f"{label!r} ({count})" for label, count in unseen.items())
+            raise UserError(
+                f"{path / name}.jsonl:{line} has a label that train.jsonl lacks: {counts}. No model can "
+                "predict it: split the data so that train has every class, or remove these lines."
+            )
+    return tuple(sorted(classes))
+
+
+def _line_of(file: Path, label: str) -> int:
+    with open(file, encoding="utf-8") as lines:
+        return next(
+            n for n, line in enumerate(lines, 1) if line.strip() and str(json.loads(line)["label"]) == label
+        )
+
+
+def majority_share(examples: Sequence[Example]) -> float:
+    """Share of the most frequent label: what a model that learnt nothing scores in accuracy."""
+    return Counter(example.label for example in examples).most_common(1)[0][1] / len(examples)

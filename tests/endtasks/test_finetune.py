@@ -1,0 +1,180 @@
+"""Fine-tuning: a tiny model learns a tiny task, and does so again the same way."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForMaskedLM, PreTrainedModel
+
+from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.extended import extend, register_extension
+from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.endtasks.finetune import encode, finetune, load_classifier, score
+from dga_scale.endtasks.metrics import classification_scores, regression_scores
+from dga_scale.endtasks.recipes import Recipe
+from dga_scale.endtasks.tasks import Example, Task, load_task
+from dga_scale.errors import UserError
+from tests.backbone.tiny import TINY
+from tests.corpus.tiny import byte_bpe
+from tests.endtasks.tiny import tiny_model, write_split, write_task
+
+QUICK = Recipe(epochs=8, learning_rate=5e-3, metric="accuracy")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_model(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return load_task(write_task(tmp_path_factory.mktemp("tasks") / "words"))
+
+
+def test_a_separable_task_is_learnt_and_the_seed_decides_all(model: str, task: Task):
+    first, again, other = (finetune(model, task, QUICK, seed) for seed in (1, 1, 2))
+    assert first["scores"]["accuracy"] > 0.9
+    assert first["epoch"] == QUICK.epochs
+    assert first["dev_scores"] == []
+    losses = []
+    for result in (first, again, other):
+        result.pop("seconds")
+    assert first == again
+    finetune(model, task, QUICK, 2, on_epoch=lambda epoch, loss, dev: losses.append(loss))
+    assert len(losses) == QUICK.epochs
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_dev_chooses_the_epoch_and_stops(model: str, task: Task):
+    """A learning rate of next to nothing: no epoch beats the first, so training ends ``patience`` later."""
+    with_dev = dataclasses.replace(task, dev=task.test[:8])
+    still = dataclasses.replace(QUICK, learning_rate=1e-12, epochs=9, patience=2)
+    result = finetune(model, with_dev, still, 1)
+    assert (result["epoch"], len(result["dev_scores"])) == (1, 3)
+    learning = finetune(model, with_dev, QUICK, 1)
+    assert learning["dev_scores"][learning["epoch"] - 1] == max(learning["dev_scores"])
+
+
+def test_the_weights_of_the_chosen_epoch_are_scored(model: str, task: Task, monkeypatch: pytest.MonkeyPatch):
+    """Dev is made to say that the first epoch was best: its weights, not the last ones, predict test."""
+    seen = []
+    told = iter([0.9, 0.1, 0.1])
+
+    def watched(classifier, data, task, recipe):
+        weights = next(classifier.parameters()).detach().clone()
+        seen.append(weights)
+        return {"accuracy": next(told, 0.5)}
+
+    monkeypatch.setattr("dga_scale.endtasks.finetune.score", watched)
+    recipe = dataclasses.replace(QUICK, epochs=3)
+    finetune(model, dataclasses.replace(task, dev=task.test[:8]), recipe, 1)
+    assert len(seen) == 4  # three times dev, once test
+    assert torch.equal(seen[3], seen[0])
+    assert not torch.equal(seen[2], seen[0])
+
+
+def test_padding_and_the_filled_up_batch_change_no_score(model: str, task: Task):
+    """Against the model called on one text at a time, unpadded."""
+    tokenizer = load_tokenizer(model)
+    fp32 = dataclasses.replace(QUICK, precision="fp32", batch_size=5)
+    torch.manual_seed(0)
+    classifier = load_classifier(model, task, tokenizer).eval()
+    data = encode(tokenizer, task.test, task, fp32, 16, CPU)
+    assert data.input_ids.shape == (24, 16)
+    predicted = []
+    for example in task.test:
+        with torch.no_grad():
+            logits = classifier(**tokenizer(example.text, return_tensors="pt")).logits
+        predicted.append(task.labels[int(logits.argmax())])
+    expected = classification_scores([str(e.label) for e in task.test], predicted)
+    assert score(classifier, data, task, fp32) == expected
+
+
+def test_regression_learns_how_many_words_are_of_one_kind(model: str, tmp_path: Path):
+    lines = [
+        {"text": " ".join(["parser"] * n + ["river"] * (6 - n)), "label": n / 2}
+        for n in (0, 1, 2, 3, 4, 5, 6)
+    ]
+    write_split(tmp_path / "train.jsonl", lines * 6)
+    write_split(tmp_path / "test.jsonl", lines)
+    recipe = dataclasses.replace(QUICK, metric="pearson", epochs=10)
+    result = finetune(model, load_task(tmp_path), recipe, 1)
+    assert result["scores"]["pearson"] > 0.9
+
+
+def test_the_aspect_comes_first_where_the_recipe_says_so(model: str, task: Task):
+    tokenizer = load_tokenizer(model)
+    example = Example("the river road", "water", "town")
+    for pair_first, expected in ((False, "the river road [SEP] water"), (True, "water [SEP] the river road")):
+        recipe = dataclasses.replace(QUICK, pair_first=pair_first)
+        data = encode(tokenizer, [example], task, recipe, 12, CPU)
+        assert tokenizer.decode(data.input_ids[0]).startswith(f"[CLS] {expected} [SEP] [PAD]")
+
+
+def test_a_causal_model_without_padding_token(task: Task, tmp_path: Path):
+    folder = byte_bpe(tmp_path / "gpt")
+    TINY["llama"].model(vocab_size=len(load_tokenizer(folder))).save_pretrained(folder)
+    result = finetune(str(folder), task, dataclasses.replace(QUICK, epochs=1), 1)
+    assert 0 <= result["scores"]["accuracy"] <= 1
+    assert result["sequence_length"] <= 34
+
+
+def test_long_texts_are_cut_to_what_the_model_takes(task: Task, tmp_path: Path):
+    model = str(tiny_model(tmp_path))
+    long = dataclasses.replace(task, train=(Example("river " * 200, None, "town"), *task.train))
+    result = finetune(model, long, dataclasses.replace(QUICK, epochs=1), 1)
+    assert result["sequence_length"] == 64  # its positions
+    result = finetune(model, long, dataclasses.replace(QUICK, epochs=1, max_length=20), 1)
+    assert result["sequence_length"] == 20
+
+
+def test_extended_models_are_fine_tuned_with_what_was_added(task: Task, tmp_path: Path):
+    """A model that is no plain class of transformers comes back with its extension's weights, and trains."""
+
+    def add_layer(base: PreTrainedModel, anatomy: Anatomy, settings: dict[str, Any]) -> None:
+        projection = base.get_submodule(anatomy.ffn_outputs[0])
+        projection.extra = nn.Linear(anatomy.hidden_size, settings["width"], dtype=base.dtype)
+        projection.register_forward_hook(lambda module, _, out: out + 0.1 * module.extra(out))
+
+    register_extension("layer of a test", add_layer)
+    plain = tiny_model(tmp_path)
+    model = extend(AutoModelForMaskedLM.from_pretrained(plain), "layer of a test", {"width": 32})
+    model.save_pretrained(tmp_path / "extended")
+    tokenizer = load_tokenizer(plain)
+    tokenizer.save_pretrained(tmp_path / "extended")
+    classifier = load_classifier(str(tmp_path / "extended"), task, tokenizer)
+    name = "base.bert.encoder.layer.0.output.dense.extra.weight"
+    assert torch.equal(classifier.get_parameter(name), model.get_parameter(name))
+    result = finetune(str(tmp_path / "extended"), task, QUICK, 1)
+    assert result["scores"]["accuracy"] > 0.9
+
+
+def test_models_that_can_not_be_read_are_refused(model: str, task: Task, tmp_path: Path):
+    tokenizer = load_tokenizer(model)
+    with pytest.raises(UserError, match="no such folder"):
+        load_classifier(str(tmp_path / "nowhere"), task, tokenizer)
+    folder = tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["bert.encoder.layer.1.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 parameters of its trunk, bert.encoder.layer.1.output"):
+        load_classifier(str(folder), task, tokenizer)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="its weights can't be read"):
+        load_classifier(str(folder), task, tokenizer)
+
+
+def test_scores_by_hand():
+    """Counted on paper: a has precision 2/3 and recall 1, b 1 and 1/2, c is never predicted."""
+    truth = ["a", "a", "b", "b", "c"]
+    scores = classification_scores(truth, ["a", "a", "b", "a", "b"])
+    assert scores["accuracy"] == scores["micro_f1"] == pytest.approx(3 / 5)
+    assert scores["macro_f1"] == pytest.approx((4 / 5 + 1 / 2 + 0) / 3)
+    assert classification_scores(["x", "y"], ["y", "x"])["matthews"] == pytest.approx(-1)
+    assert regression_scores([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx({"pearson": 1, "spearman": 1})
+    assert regression_scores([1.0, 2.0], [5.0, 5.0]) == {"pearson": 0.0, "spearman": 0.0}
