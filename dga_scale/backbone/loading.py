@@ -147,6 +147,12 @@ def load_model(
     return LoadedModel(model, tokenizer, anatomy, published, tuple(new))
 
 
+def has_dropout(config: PretrainedConfig) -> bool:
+    """Whether two passes of the model in train mode differ."""
+    config = _of_base(config)
+    return any(getattr(config, name) > 0 for name in _dropout_settings(config))
+
+
 def set_dropout(config: PretrainedConfig, probability: float) -> None:
     """Set every dropout probability that the trunk reads, whatever the architecture calls it.
 
@@ -156,21 +162,28 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
     """
     if not 0 <= probability < 1:
         raise UserError(f"dropout {probability}: must be from 0 to below 1")
-    if isinstance(config, ExtendedConfig) and config.base is not None:
-        config = config.base
-    names = [
-        name
-        for name, value in config.to_dict().items()
-        if ("dropout" in name or name.endswith("_pdrop"))
-        and isinstance(value, (int, float))
-        and not name.startswith(_END_TASK_DROPOUT)
-    ]
+    config = _of_base(config)
+    names = _dropout_settings(config)
     if not names:
         raise UserError(
             f"{config.model_type} models have no dropout setting, so dropout can't be {probability}"
         )
     for name in names:
         setattr(config, name, probability)
+
+
+def _of_base(config: PretrainedConfig) -> PretrainedConfig:
+    return config.base if isinstance(config, ExtendedConfig) and config.base is not None else config
+
+
+def _dropout_settings(config: PretrainedConfig) -> list[str]:
+    return [
+        name
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or name.endswith("_pdrop"))
+        and isinstance(value, (int, float))
+        and not name.startswith(_END_TASK_DROPOUT)
+    ]
 
 
 def _check_tokenizer(found: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -22,6 +22,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from dga_scale.backbone.lora import save_lora_config
 from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, commit, newest_complete, prune
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.run_folder import write_text
@@ -178,6 +179,7 @@ def _write_plain_files(
     config = config or lm.config
     config.architectures = [type(lm).__name__]
     config.save_pretrained(folder / MODEL)
+    save_lora_config(lm, folder / MODEL)
     if getattr(lm, "generation_config", None) is not None and lm.can_generate():
         lm.generation_config.save_pretrained(folder / MODEL)
     tokenizer.save_pretrained(folder / MODEL)

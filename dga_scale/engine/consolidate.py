@@ -2,21 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from dga_scale.backbone.extended import model_class
+from dga_scale.backbone.lora import FOLDER, WEIGHTS, LoraWeights
 from dga_scale.backbone.tied import tied_names
 from dga_scale.engine.checkpoint import MODEL
 from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, newest_verified, verified
 from dga_scale.engine.cluster import single_process
 from dga_scale.engine.model_card import model_card
 from dga_scale.engine.run_folder import write_text
-from dga_scale.engine.tensor_files import Entry, PieceReader, write_model_files
+from dga_scale.engine.tensor_files import Entry, PieceReader, write_model_files, write_safetensors
 from dga_scale.errors import UserError
 
+WEIGHT = "weight:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,17 +73,27 @@ def _write_weights(folder: Path, reader: PieceReader, dtype: str) -> None:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
     write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
-    def entry(name: str, parameter: bool) -> Entry:
-        key = f"weight:{name}"
-        kept = (
-            DTYPES[dtype] if parameter else torch.float32
-        )  # what a module counts or averages is not rounded
-        return Entry(name, kept, reader.stored[key].shape, lambda: reader.full(key))
+    names = [key.removeprefix(WEIGHT) for key in reader.stored if key.startswith(WEIGHT)]
+    lora = LoraWeights.described_in(folder)
+    stored = lora.plain_names(names) if lora else {name: name for name in names}
 
-    write_model_files(folder, [entry(*tensor) for tensor in _tensors(folder, reader)])
+    def read(name: str) -> Tensor:
+        return reader.full(f"{WEIGHT}{name}")
+
+    def entry(name: str, source: str, parameter: bool) -> Entry:
+        # What a module counts or averages is not rounded.
+        kept = DTYPES[dtype] if parameter else torch.float32
+        shape = reader.stored[f"{WEIGHT}{source}"].shape
+        return Entry(name, kept, shape, lambda: lora.merged(source, read) if lora else read(source))
+
+    tensors = _tensors(folder, stored)
+    write_model_files(folder, [entry(name, stored[name], parameter) for name, parameter in tensors])
+    if lora:
+        own = [entry(name, source, True) for name, source in lora.adapter_names(names).items()]
+        write_safetensors(folder / FOLDER / WEIGHTS, own, {"format": "pt"})
 
 
-def _tensors(folder: Path, reader: PieceReader) -> list[tuple[str, bool]]:
+def _tensors(folder: Path, stored: Collection[str]) -> list[tuple[str, bool]]:
     """List the model's tensors in its order, and whether each is a parameter; tied weights come once."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -88,7 +102,7 @@ def _tensors(folder: Path, reader: PieceReader) -> list[tuple[str, bool]]:
     buffers = {name for name, _ in model.named_buffers()}
     tensors = []
     for group in tied_names(model):
-        kept = next((name for name in group if f"weight:{name}" in reader.stored), None)
+        kept = next((name for name in group if name in stored), None)
         assert kept is not None, f"the checkpoint holds no {group[0]}"
         tensors.append((kept, kept not in buffers))
     return tensors
