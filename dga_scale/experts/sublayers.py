@@ -51,8 +51,9 @@ def block_of(anatomy: Anatomy, layer: int) -> str:
 
 
 def _unknown(anatomy: Anatomy, layer: int) -> UserError:
+    one, other = anatomy.attention_outputs[layer], anatomy.ffn_outputs[layer]
     return UserError(
         f"the attention and FFN sublayers of layer {layer} can't be told apart in this "
-        f"{anatomy.architecture} model: {anatomy.attention_outputs[layer]} and {anatomy.ffn_outputs[layer]} are no two children of "
-        "one numbered block; experts need a model of an architecture that the README lists"
+        f"{anatomy.architecture} model: {one} and {other} are no two children of one numbered block; experts "
+        "need a model of an architecture that the README lists"
     )
