@@ -4,14 +4,15 @@ Flags win over the YAML file. ``TrainConfig.explicit`` holds the names that the 
 the DeepSpeed JSON is refused only where it contradicts something the user said, never a default.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -19,204 +20,292 @@ from transformers import HfArgumentParser
 from dga_scale.errors import UserError
 
 
-def _setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    metadata: dict[str, Any] = {"help": help}
+def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of a settings class, with what ``--help`` says of it."""
+    metadata: dict[str, Any] = {"help": help.replace("%", "%%")}  # argparse fills % in
     if choices:
         metadata["choices"] = list(choices)
     return field(default=default, metadata=metadata)
+
+
+class Rule(NamedTuple):
+    """What a number must be: a test, and the words for it."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
+AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
+ABOVE_0 = Rule(lambda value: value > 0, "above 0")
+SHARE = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
+BELOW_1 = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
+INSIDE_0_1 = Rule(lambda value: 0 < value < 1, "between 0 and 1")
+
+Rules = Mapping[str, Rule]
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """The language model."""
 
-    model: str | None = _setting(
+    model: str | None = setting(
         None,
         "Folder or hub name of the pretrained model. Default: the demo's small BERT, made on first use.",
     )
-    head_warmup_steps: int = _setting(
+    head_warmup_steps: int = setting(
         0,
         "Steps that train only the LM head, before anything else, where the checkpoint has none "
         "(a sentence encoder, for example). 0: such a checkpoint is refused.",
     )
-    head_warmup_learning_rate: float = _setting(1e-3, "Peak learning rate of the head warm-up.")
-    dropout: float | None = _setting(
+    head_warmup_learning_rate: float = setting(1e-3, "Peak learning rate of the head warm-up.")
+    dropout: float | None = setting(
         None,
         "Overrides every dropout probability of the model. Needed by DGA where the model's own is 0 "
         "(ModernBERT, Llama): proxy KL and the contrast compare two dropout draws. Default: the model's own.",
     )
-    attn_implementation: str | None = _setting(
+    attn_implementation: str | None = setting(
         None,
         "Attention kernel as transformers names it (sdpa, flash_attention_2, eager). Default: its choice.",
     )
-    gradient_checkpointing: bool = _setting(
+    gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, about a third more compute."
     )
+    split_views: bool = setting(
+        False,
+        "One trunk pass for each reading of a batch that the method needs, instead of one for all: less "
+        "memory, the same numbers without dropout.",
+    )
+
+    rules: ClassVar[Rules] = {
+        "head_warmup_steps": AT_LEAST_0,
+        "head_warmup_learning_rate": ABOVE_0,
+        "dropout": BELOW_1,
+    }
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """The text. Corpora are folders written by tools/shard_corpus.py."""
 
-    corpus: str | None = _setting(None, "Folder of the domain corpus to train on. Default: the demo's.")
-    eval_corpus: str | None = _setting(
+    corpus: list[str] | None = setting(
+        None,
+        "Folder of the domain corpus to train on. Several: one after the other, each from the weights that "
+        "the last left, with its own optimizer and schedule (a DAS sequence). Default: the demo's.",
+    )
+    mix: list[str] | None = setting(
+        None,
+        "Corpora mixed into every batch, as FOLDER:SHARE, the share counted in tokens "
+        "(general/:0.05 replays a twentieth of general text). The domain corpus gets the rest.",
+    )
+    eval_corpus: str | None = setting(
         None, "Folder of held-out domain text. Default: the corpus's own held-out part (--validation_share)."
     )
-    general_eval_corpus: str | None = _setting(
+    general_eval_corpus: str | None = setting(
         None, "Folder of held-out general text: what the model should not forget. Default: not measured."
     )
-    mlm_probability: float = _setting(
+    also_evaluate: list[str] | None = setting(
+        None, "Further held-out corpora, as NAME=FOLDER; their losses are logged under the name."
+    )
+    mlm_probability: float = setting(
         0.15, "Share of a row's tokens that are masked; exactly round(p * tokens). Source: BERT, DGA."
     )
-    mask_replace_prob: float = _setting(0.8, "Share of the masked positions that become the mask token.")
-    random_replace_prob: float = _setting(0.1, "Share of the masked positions that become a random token.")
-    max_eval_samples: int = _setting(2000, "Rows of each evaluation corpus that are scored (the first ones).")
-    prefetch_steps: int = _setting(4, "Global batches prepared ahead in the background.")
+    mask_replace_prob: float = setting(0.8, "Share of the masked positions that become the mask token.")
+    random_replace_prob: float = setting(0.1, "Share of the masked positions that become a random token.")
+    max_eval_samples: int = setting(2000, "Rows of each evaluation corpus that are scored (the first ones).")
+    prefetch_steps: int = setting(4, "Global batches prepared ahead in the background.")
+
+    rules: ClassVar[Rules] = {
+        "mlm_probability": INSIDE_0_1,
+        "mask_replace_prob": SHARE,
+        "random_replace_prob": SHARE,
+        "max_eval_samples": AT_LEAST_1,
+        "prefetch_steps": AT_LEAST_1,
+    }
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What is learnt, and what is protected."""
+    """What is learnt and what is protected; each method of ``objectives`` adds its own settings to these."""
 
-    method: str = _setting(
-        "dga", "dga: MLM + contrast with soft-masked attention heads; mlm: plain MLM.", ("dga", "mlm")
-    )
-    soft_mask: str = _setting(
-        "gradient",
-        "Where 1 - importance is applied. gradient: the papers' formula, which Adam largely undoes; "
-        "update: on the step the optimizer makes, which does what the papers say; none. Source: DGA.",
-        ("gradient", "update", "none"),
-    )
-    contrastive_weight: float = _setting(1.0, "Lambda, the weight of the contrastive loss. Source: DGA.")
-    temperature: float = _setting(0.05, "Temperature of the contrastive loss. Source: DGA.")
-    split_views: bool = _setting(
-        False, "One trunk pass a view instead of one for all: less memory, the same numbers without dropout."
-    )
-    importance_samples: int = _setting(
-        10_000,
-        "Rows on which importance is measured before training (all of a smaller corpus). Source: DGA.",
-    )
-    importance_distribution: str = _setting(
-        "vocabulary",
-        "What the proxy KL compares: softmax over the vocabulary at sampled positions, over the hidden axis, "
-        "or over positions (the released code).",
-        ("vocabulary", "hidden", "sequence"),
-    )
-    importance_squash: str = _setting(
-        "clip",
-        "How negative values of tanh(z-score) become a protection: clip to 0, abs (the released code), "
-        "or minmax within the layer.",
-        ("clip", "abs", "minmax"),
-    )
-    kv_protection: str = _setting(
-        "min",
-        "Protection of a key/value head that query heads share: of the least, most or mean protected.",
-        ("min", "max", "mean"),
-    )
+    rules: ClassVar[Rules] = {}
 
 
 @dataclass(frozen=True)
 class OptimizationSettings:
     """AdamW, its schedule and the batch. Names as in transformers' TrainingArguments."""
 
-    max_steps: int = _setting(2500, "Optimizer steps. Source: DGA (640,000 sequences at 256).")
-    global_batch_size: int = _setting(256, "Rows in one optimizer step, over all ranks. Source: DGA.")
-    per_device_train_batch_size: int | None = _setting(
+    max_steps: int = setting(2500, "Optimizer steps. Source: DGA (640,000 sequences at 256).")
+    global_batch_size: int = setting(256, "Rows in one optimizer step, over all ranks. Source: DGA.")
+    per_device_train_batch_size: int | None = setting(
         None, "Rows in one forward pass of one rank. Default: the global batch over ranks and accumulation."
     )
-    gradient_accumulation_steps: int | None = _setting(
+    gradient_accumulation_steps: int | None = setting(
         None,
         "Forward passes in one optimizer step. Default: what the two batch sizes give, 1 without the second.",
     )
-    learning_rate: float = _setting(1e-4, "Peak learning rate. Source: DGA's released code.")
-    lr_scheduler_type: str = _setting(
+    learning_rate: float = setting(1e-4, "Peak learning rate. Source: DGA's released code.")
+    lr_scheduler_type: str = setting(
         "linear",
         "Decay after warm-up: linear or cosine to min_lr_ratio, constant, or warmup_stable_decay "
         "(constant, then 1 - sqrt over the last decay_ratio).",
         ("linear", "cosine", "constant", "warmup_stable_decay"),
     )
-    warmup_ratio: float = _setting(0.1, "Share of the steps in which the learning rate rises. Source: DGA.")
-    decay_ratio: float = _setting(0.2, "Share of the steps in which warmup_stable_decay decays.")
-    min_lr_ratio: float = _setting(0.0, "Learning rate at the end over the peak.")
-    weight_decay: float = _setting(0.0, "AdamW's weight decay. Source: DGA's released code.")
-    adam_beta1: float = _setting(0.9, "AdamW's beta1.")
-    adam_beta2: float = _setting(0.999, "AdamW's beta2.")
-    adam_epsilon: float = _setting(1e-6, "AdamW's epsilon. Source: DGA's released code.")
-    max_grad_norm: float = _setting(1.0, "Gradient norm above which gradients are scaled down; 0: off.")
-    bf16: bool = _setting(
+    warmup_ratio: float = setting(0.1, "Share of the steps in which the learning rate rises. Source: DGA.")
+    decay_ratio: float = setting(0.2, "Share of the steps in which warmup_stable_decay decays.")
+    min_lr_ratio: float = setting(0.0, "Learning rate at the end over the peak.")
+    weight_decay: float = setting(0.0, "AdamW's weight decay. Source: DGA's released code.")
+    adam_beta1: float = setting(0.9, "AdamW's beta1.")
+    adam_beta2: float = setting(0.999, "AdamW's beta2.")
+    adam_epsilon: float = setting(1e-6, "AdamW's epsilon. Source: DGA's released code.")
+    layer_lr_decay: float = setting(
+        1.0,
+        "Learning rate of a layer over that of the layer above it; the LM head has the full rate. 1: off. "
+        "Source: ELECTRA.",
+    )
+    freeze_layers: int = setting(0, "Lowest layers that are not trained.")
+    freeze_embeddings: bool = setting(False, "Do not train the embeddings (nor an LM head tied to them).")
+    max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are scaled down; 0: off.")
+    bf16: bool = setting(
         True, "bfloat16 weights in the passes, float32 in the optimizer. False: all float32."
     )
-    fp16: bool = _setting(False, "float16 with loss scaling instead of bf16 (ZeRO 1 to 3, on a GPU).")
-    max_bad_steps: int = _setting(
+    fp16: bool = setting(False, "float16 with loss scaling instead of bf16 (ZeRO 1 to 3, on a GPU).")
+    max_bad_steps: int = setting(
         10, "Steps in a row refused for a NaN or infinity after which the run stops."
     )
+
+    rules: ClassVar[Rules] = {
+        "max_steps": AT_LEAST_1,
+        "global_batch_size": AT_LEAST_1,
+        "per_device_train_batch_size": AT_LEAST_1,
+        "gradient_accumulation_steps": AT_LEAST_1,
+        "learning_rate": ABOVE_0,
+        "warmup_ratio": SHARE,
+        "decay_ratio": SHARE,
+        "min_lr_ratio": SHARE,
+        "weight_decay": AT_LEAST_0,
+        "adam_beta1": BELOW_1,
+        "adam_beta2": BELOW_1,
+        "adam_epsilon": ABOVE_0,
+        "layer_lr_decay": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        "freeze_layers": AT_LEAST_0,
+        "max_grad_norm": AT_LEAST_0,
+        "max_bad_steps": AT_LEAST_1,
+    }
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """Where a run lies, what it says and when it saves."""
 
-    ds_config: str | None = _setting(None, "DeepSpeed's JSON, for example ds_configs/zero2.json. Needed.")
-    output_dir: str | None = _setting(None, "The run's folder. Default: runs/METHOD-CORPUS.")
-    resume: str = _setting(
+    ds_config: str | None = setting(None, "DeepSpeed's JSON, for example ds_configs/zero2.json. Needed.")
+    output_dir: str | None = setting(None, "The run's folder. Default: runs/METHOD-CORPUS.")
+    resume: str = setting(
         "auto",
         "auto: go on from the newest complete checkpoint of output_dir; never: refuse a folder with one; "
         "or the path of a checkpoint.",
     )
-    seed: int = _setting(42, "Seed of the order, the masks and dropout.")
-    logging_steps: int = _setting(1, "Steps between log lines and TensorBoard points.")
-    protection_steps: int = _setting(
+    seed: int = setting(42, "Seed of the order, the masks and dropout.")
+    logging_steps: int = setting(1, "Steps between log lines and TensorBoard points.")
+    protection_steps: int = setting(
         50, "Steps between records of effective protection: how far each head moved against 1 - importance."
     )
-    eval_steps: int = _setting(
+    eval_steps: int = setting(
         500, "Steps between evaluations; also before the first and after the last step."
     )
-    save_steps: int = _setting(500, "Steps between checkpoints; also after the last step.")
-    save_total_limit: int = _setting(2, "Checkpoints kept; older ones are removed. 0: all.")
-    dry_run: bool = _setting(
+    save_steps: int = setting(500, "Steps between checkpoints; also after the last step.")
+    save_total_limit: int = setting(2, "Checkpoints kept; older ones are removed. 0: all.")
+    dry_run: bool = setting(
         False, "Build everything, run one step of the real shapes, print what it needs, and stop."
     )
     # deepspeed's launcher passes it to every program; the environment says the same, so nothing reads it.
-    local_rank: int = _setting(-1, "Set by the deepspeed launcher; ignored, the environment says it too.")
+    local_rank: int = setting(-1, "Set by the deepspeed launcher; ignored, the environment says it too.")
+
+    rules: ClassVar[Rules] = {
+        "logging_steps": AT_LEAST_1,
+        "protection_steps": AT_LEAST_1,
+        "eval_steps": AT_LEAST_1,
+        "save_steps": AT_LEAST_1,
+        "save_total_limit": AT_LEAST_0,
+    }
+
+
+GROUPS = ("model", "data", "method", "optimization", "run")
+"""The settings of a run, by their names in ``TrainConfig``."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. ``explicit``: the names that came from a flag or the YAML file."""
+    """All settings of a run.
+
+    Attributes:
+        method_name: what ``--method`` says.
+        method: that method's own settings, of a subclass of ``MethodSettings``.
+        explicit: the names that came from a flag or the YAML file.
+
+    """
 
     model: ModelSettings
     data: DataSettings
-    method: MethodSettings
+    method_name: str
+    method: Any
     optimization: OptimizationSettings
     run: RunSettings
     explicit: frozenset[str] = frozenset()
 
     def as_dict(self) -> dict[str, Any]:
         """One flat dictionary, as in the YAML file; without what a launcher sets."""
-        groups = (self.model, self.data, self.method, self.optimization, self.run)
-        flat = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+        flat: dict[str, Any] = {}
+        for name in GROUPS:
+            if name == "method":
+                flat["method"] = self.method_name
+            flat |= dataclasses.asdict(getattr(self, name))
         del flat["local_rank"]
         return flat
 
     def replace(self, **values: Any) -> "TrainConfig":
         """A copy with settings changed by their flat names."""
-        groups: dict[str, Any] = {"explicit": self.explicit}
-        for group_name in ("model", "data", "method", "optimization", "run"):
+        groups: dict[str, Any] = {}
+        for group_name in GROUPS:
             group = getattr(self, group_name)
             own = {f.name: values.pop(f.name) for f in fields(group) if f.name in values}
             groups[group_name] = dataclasses.replace(group, **own)
         assert not values, f"unknown settings {sorted(values)}"
-        return TrainConfig(**groups)
+        return dataclasses.replace(self, **groups)
 
 
-GROUPS: tuple[Any, ...] = (ModelSettings, DataSettings, MethodSettings, OptimizationSettings, RunSettings)
-SETTING_NAMES = tuple(f.name for group in GROUPS for f in fields(group))
+class MethodEntry(NamedTuple):
+    """A method as the command line knows it."""
+
+    summary: str
+    settings: type[MethodSettings]
+
+
+Methods = Mapping[str, MethodEntry]
+"""By the name that ``--method`` takes."""
+
+DEFAULT_METHOD = "dga"
+
+
+def _names(settings: type[Any]) -> list[str]:
+    return [f.name for f in fields(settings)]
+
+
+def known_settings(methods: Methods) -> dict[str, bool]:
+    """Every setting there is, of all methods, and whether it takes a list."""
+    groups: list[type[Any]] = [ModelSettings, DataSettings, OptimizationSettings, RunSettings]
+    groups += [entry.settings for entry in methods.values()]
+    return {"method": False} | {f.name: "list" in str(f.type) for group in groups for f in fields(group)}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean X?`` where a known name is near, else an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {match[0]}?" if match else ""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after each setting; the list of methods as it stands."""
 
 
 class _Parser(HfArgumentParser):
@@ -226,44 +315,81 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message}. See --help.")
 
 
-def build_parser(prog: str = "dga-train") -> HfArgumentParser:
-    """The parser of all settings, with a section in ``--help`` for each group."""
+def build_parser(methods: Methods, method: str, prog: str = "dga-train") -> HfArgumentParser:
+    """The parser of all settings of a run with one method, with a section in ``--help`` for each group."""
+    settings = methods[method].settings
+    groups: list[Any] = [ModelSettings, DataSettings, settings, OptimizationSettings, RunSettings]
     parser = _Parser(
-        list(GROUPS),
+        groups,
         prog=prog,
+        usage=f"{prog} --ds_config FILE.json --model MODEL --corpus FOLDER [--method NAME] [settings]",
         description="Adapt a pretrained language model to a domain and keep what it knows.",
+        epilog=_other_methods(methods, method),
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="Settings as YAML, by the names below. Flags win."
     )
+    parser.add_argument(
+        "--method", default=DEFAULT_METHOD, choices=list(methods), help="What is learnt; see below."
+    )
     return parser
 
 
-def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+def _other_methods(methods: Methods, chosen: str) -> str:
+    """What ``--help`` says below the settings: each method, and its own settings under its name."""
+    parts = []
+    for name, entry in methods.items():
+        settings: Any = entry.settings
+        own = _Parser([settings], usage=argparse.SUPPRESS, add_help=False).format_help()
+        head = f"--method {name}{' (chosen)' if name == chosen else ''}: {entry.summary}"
+        lines = own.splitlines()[1:] if name != chosen else ["  its settings are among those above"]
+        parts.append("\n".join([head, *(line for line in lines if line.strip())]))
+    return "methods:\n\n" + "\n\n".join(parts)
+
+
+def parse_config(methods: Methods, arguments: Sequence[str] | None = None) -> TrainConfig:
     """Settings from command-line arguments and the YAML file they name.
 
     Raises:
-        UserError: unknown name (with the nearest right one), a value of the wrong type or out of range,
-            a YAML file that is missing or not a mapping.
+        UserError: unknown name (with the nearest right one), a setting of another method, a value of the
+            wrong type or out of range, a YAML file that is missing or not a mapping.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    known = known_settings(methods)
     for argument in arguments:
         name = _name(argument)
-        if argument.startswith("--") and name not in {*SETTING_NAMES, "config", "help"}:
-            raise UserError(f"unknown setting --{name}.{nearest(name, SETTING_NAMES)} See --help.")
-    from_file = _yaml_arguments(_value_of("--config", arguments))
-    parser = build_parser()
-    model, data, method, optimization, run, _, unknown = parser.parse_args_into_dataclasses(
-        [*from_file, *arguments], look_for_args_file=False, return_remaining_strings=True
+        if argument.startswith("--") and name not in {*known, "config", "help"}:
+            raise UserError(f"unknown setting --{name}.{nearest(name, known)} See --help.")
+    from_file = _yaml_arguments(_value_of("config", arguments), known)
+    given = [*from_file, *arguments]
+    method = _value_of("method", arguments) or _value_of("method", from_file) or DEFAULT_METHOD
+    if method not in methods:
+        raise UserError(f"--method {method}: there is {', '.join(methods)}.{nearest(method, methods)}")
+    explicit = {_name(a) for a in given if a.startswith("--")}
+    _refuse_settings_of_others(methods, method, explicit)
+    parser = build_parser(methods, method)
+    model, data, own, optimization, run, _, unknown = parser.parse_args_into_dataclasses(
+        given, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         raise UserError(f"{unknown[0]!r} belongs to no setting. Write --name value. See --help.")
-    explicit = {_name(a) for a in [*from_file, *arguments] if a.startswith("--")}
-    settings = frozenset(explicit & set(SETTING_NAMES))
-    config = TrainConfig(model, data, method, optimization, run, settings)
+    chosen = frozenset(explicit & set(known))
+    config = TrainConfig(model, data, method, own, optimization, run, chosen)
     _check_values(config)
     return config
+
+
+def _refuse_settings_of_others(methods: Methods, method: str, explicit: Iterable[str]) -> None:
+    own = _names(methods[method].settings)
+    of_methods = {name for entry in methods.values() for name in _names(entry.settings)}
+    for name in sorted(set(explicit) & of_methods - set(own)):
+        owners = [other for other, entry in methods.items() if name in _names(entry.settings)]
+        raise UserError(
+            f"--{name} is a setting of --method {', '.join(owners)}; this run's is {method}, which does not "
+            f"read it. Leave it out, or choose another method."
+        )
 
 
 def _name(argument: str) -> str:
@@ -271,16 +397,18 @@ def _name(argument: str) -> str:
     return argument.split("=", 1)[0].removeprefix("--").replace("-", "_")
 
 
-def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    value = None
     for index, argument in enumerate(arguments):
-        if argument == flag and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(flag + "="):
-            return argument.split("=", 1)[1]
-    return None
+        if argument.startswith("--") and _name(argument) == name:
+            if "=" in argument:
+                value = argument.split("=", 1)[1]
+            elif index + 1 < len(arguments):
+                value = arguments[index + 1]
+    return value
 
 
-def _yaml_arguments(path: str | None) -> list[str]:
+def _yaml_arguments(path: str | None, known: Mapping[str, bool]) -> list[str]:
     """The YAML file's settings as command-line arguments, so that one parser converts and checks both."""
     if path is None:
         return []
@@ -294,13 +422,16 @@ def _yaml_arguments(path: str | None) -> list[str]:
         raise UserError(f"--config {path} holds no settings. Write one `name: value` a line.")
     arguments = []
     for name, value in content.items():
-        if name not in SETTING_NAMES:
-            raise UserError(f"{path}: unknown setting {name!r}.{nearest(str(name), SETTING_NAMES)}")
+        if name not in known:
+            raise UserError(f"{path}: unknown setting {name!r}.{nearest(str(name), known)}")
         if value is None:
             continue
-        if isinstance(value, dict | list):
+        if known[name] and isinstance(value, list) and not any(isinstance(v, dict | list) for v in value):
+            arguments += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict | list):
             raise UserError(f"{path}: {name} must be one value, not {json.dumps(value)}.")
-        arguments.append(f"--{name}={value}")
+        else:
+            arguments.append(f"--{name}={value}")
     return arguments
 
 
@@ -308,34 +439,13 @@ def _check_values(config: TrainConfig) -> None:
     """Ranges, before any long work starts."""
     flat = config.as_dict()
 
-    def refuse(name: str, rule: str) -> NoReturn:
-        raise UserError(f"--{name} {flat[name]}: must be {rule}.")
+    def refuse(name: str, words: str) -> NoReturn:
+        raise UserError(f"--{name} {flat[name]}: must be {words}.")
 
-    for name in ("max_steps", "global_batch_size", "importance_samples", "logging_steps", "eval_steps",
-                 "save_steps", "protection_steps", "prefetch_steps", "max_eval_samples", "max_bad_steps",
-                 "per_device_train_batch_size", "gradient_accumulation_steps"):  # fmt: skip
-        if flat[name] is not None and flat[name] < 1:
-            refuse(name, "at least 1")
-    for name in (
-        "head_warmup_steps",
-        "save_total_limit",
-        "weight_decay",
-        "contrastive_weight",
-        "max_grad_norm",
-    ):
-        if flat[name] < 0:
-            refuse(name, "0 or more")
-    for name in ("temperature", "adam_epsilon", "learning_rate", "head_warmup_learning_rate"):
-        if not flat[name] > 0:
-            refuse(name, "above 0")
-    for name in ("mask_replace_prob", "random_replace_prob", "warmup_ratio", "decay_ratio", "min_lr_ratio"):
-        if not 0 <= flat[name] <= 1:
-            refuse(name, "from 0 to 1")
-    for name in ("adam_beta1", "adam_beta2", "dropout"):
-        if flat[name] is not None and not 0 <= flat[name] < 1:
-            refuse(name, "from 0 to below 1")
-    if not 0 < flat["mlm_probability"] < 1:
-        refuse("mlm_probability", "between 0 and 1")
+    for group in GROUPS:
+        for name, rule in getattr(config, group).rules.items():
+            if flat[name] is not None and not rule.holds(flat[name]):
+                refuse(name, rule.words)
     if flat["mask_replace_prob"] + flat["random_replace_prob"] > 1:
         refuse("random_replace_prob", f"at most 1 - mask_replace_prob ({1 - flat['mask_replace_prob']:g})")
     if flat["warmup_ratio"] + flat["decay_ratio"] > 1 and flat["lr_scheduler_type"] == "warmup_stable_decay":

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dga_scale.config import SETTING_NAMES, build_parser, parse_config
+from dga_scale.config import MethodEntry, build_parser, known_settings
 from dga_scale.errors import UserError
+from dga_scale.objectives import METHODS, read_config
 
 CONTRACT = (
     "--ds_config", "--model", "--corpus", "--output_dir", "--method", "--soft_mask", "--max_steps",
@@ -18,14 +19,15 @@ CONTRACT = (
 
 
 def parse(text: str):
-    return parse_config(text.split())
+    return read_config(text.split())
 
 
 def test_every_promised_flag_is_in_help_with_its_default():
-    text = build_parser().format_help()
+    entries = {name: MethodEntry(method.summary, method.Settings) for name, method in METHODS.items()}
+    text = build_parser(entries, "dga").format_help()
     for flag in CONTRACT:
         assert flag in text
-    for name in SETTING_NAMES:
+    for name in known_settings(entries):
         assert f"--{name}" in text
     assert "(default: 0.05)" in text  # the temperature
     assert "which Adam largely undoes" in text
@@ -33,7 +35,7 @@ def test_every_promised_flag_is_in_help_with_its_default():
 
 def test_defaults_are_the_papers():
     config = parse("--ds_config x.json")
-    assert config.method.method == "dga"
+    assert config.method_name == "dga"
     assert config.method.soft_mask == "gradient"
     assert config.method.temperature == 0.05
     assert config.method.contrastive_weight == 1.0

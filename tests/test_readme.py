@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dga_scale.config import parse_config
+from dga_scale.objectives import read_config
 from tests.ranks import REPOSITORY, free_port
 from tests.small import DOMAIN, GENERAL, make_model, make_tokenizer, write_text
 
@@ -94,11 +94,11 @@ def test_every_path_that_the_readme_names_is_there():
 def test_recipes_hold_valid_settings_and_their_commands_real_flags(recipe: Path):
     text = recipe.read_text(encoding="utf-8")
     assert recipe.name in README
-    config = parse_config(["--config", str(recipe), "--ds_config", "x.json", "--corpus", "c"])
+    config = read_config(["--config", str(recipe), "--ds_config", "x.json", "--corpus", "c"])
     for name, value in yaml.safe_load(text).items():
         assert config.as_dict()[name] == value
     comment = " ".join(line.lstrip("# ").rstrip("\\ ") for line in text.splitlines() if line.startswith("#"))
     train = re.search(r"deepspeed launchers/dga_train\.py (.*)", comment)
     assert train
     assert f"--config launchers/recipes/{recipe.name}" in train.group(1)
-    parse_config(train.group(1).split())
+    read_config(train.group(1).split())

@@ -15,12 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
-from dga_scale.config import parse_config
 from dga_scale.engine.cluster import Cluster, join_cluster
 from dga_scale.engine.loop import train
 from dga_scale.engine.session import Session
 from dga_scale.engine.signals import EXIT_STOPPED
 from dga_scale.errors import UserError
+from dga_scale.objectives import read_config
 from dga_scale.preservation.importance import Importance
 from tests.ranks import REPOSITORY, RankError, run_ranks
 from tests.small import SmallWorld, make_world
@@ -53,11 +53,13 @@ def arguments(world: SmallWorld, run: Path, **settings: Any) -> list[str]:
         "bf16": "false",
         **settings,
     }
+    if settings.get("method", "dga") not in ("dga", "das"):
+        del values["importance_samples"]
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
 def run_training(flags: list[str]) -> int:
-    return train(parse_config(flags), join_cluster())
+    return train(read_config(flags), join_cluster())
 
 
 @contextlib.contextmanager
@@ -234,7 +236,7 @@ def test_importance_is_read_again_and_inspectable(finished: Path):
 
 def refusal(flags: list[str]) -> str:
     with pytest.raises(UserError) as caught:
-        train(parse_config(flags), single())
+        train(read_config(flags), single())
     return str(caught.value)
 
 

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from dga_scale.config import TrainConfig, parse_config
+from dga_scale.config import TrainConfig
 from dga_scale.engine.cluster import Cluster, join_cluster
 from dga_scale.errors import run_main
 from dga_scale.monitoring.quiet import quiet_libraries
+from dga_scale.objectives import read_config
 
 
 def train_command() -> NoReturn:
@@ -22,13 +23,14 @@ def consolidate_command() -> NoReturn:
 
 def _train() -> int:
     quiet_libraries()
-    config = parse_config()
+    config = read_config()
     cluster = join_cluster()
-    from dga_scale.engine.loop import train  # DeepSpeed's import takes seconds: after the flags are checked
+    # DeepSpeed's import takes seconds: after the flags are checked.
+    from dga_scale.engine.sequence import train_sequence
 
     if config.model.model is None:
         config = _with_demo(config, cluster)
-    return train(config, cluster)
+    return train_sequence(config, cluster)
 
 
 def _with_demo(config: TrainConfig, cluster: Cluster) -> TrainConfig:
@@ -42,7 +44,8 @@ def _with_demo(config: TrainConfig, cluster: Cluster) -> TrainConfig:
             flush=True,
         )
     settings = cluster.run_on_first(quickstart.defaults)
-    return config.replace(**{k: v for k, v in settings.items() if k not in config.explicit})
+    own = config.as_dict()  # another --method has no use for some of the demo's settings
+    return config.replace(**{k: v for k, v in settings.items() if k in own and k not in config.explicit})
 
 
 def _consolidate() -> int:

@@ -18,9 +18,10 @@ def dry_run(inputs: Inputs, cluster: Cluster) -> int:
     """Build everything, take one optimizer step, print what a run of these settings needs; exit code 0."""
     silent = RunLog(inputs.folder.path, rank=cluster.rank + 1, total_steps=1)
     session = Session(inputs, cluster, silent)
-    if session.needs_importance:
-        a = torch.full((session.anatomy.num_layers, session.anatomy.num_heads), 0.5)
-        session.set_protection({"heads": a})
+    anatomy = session.anatomy
+    shapes = {kind: (anatomy.num_layers, anatomy.units(kind)) for kind in session.method.kinds}
+    if shapes:
+        session.set_protection({kind: torch.full(shape, 0.5) for kind, shape in shapes.items()})
     with session.stream(0) as stream:
         batches = next(iter(stream))
         started = time.perf_counter()
@@ -41,7 +42,7 @@ def _print(
     rows = steps * resolved.global_batch_size
     views = ", ".join(
         f"{view.name} ({'masked' if view.masked else 'clean'} text{', gated' if view.gated else ''})"
-        for view in session.model.method.views()
+        for view in session.method.views()
     )
     batch = (
         f"{resolved.global_batch_size} rows = {resolved.micro_batch_size} x {resolved.accumulation_steps} "

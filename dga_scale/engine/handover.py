@@ -42,9 +42,10 @@ def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
     config = inputs.config
     return {
         "model": config.model.model,
-        "corpus": config.data.corpus,
-        "method": config.method.method,
-        "soft_mask": config.method.soft_mask if config.method.method == "dga" else "none",
+        "corpus": str(inputs.corpus.path),
+        "mix": config.data.mix or [],
+        "method": config.method_name,
+        "soft_mask": getattr(config.method, "soft_mask", "none"),
         "steps": config.optimization.max_steps,
         "tokens": _tokens(inputs),
         "world_size": cluster.world_size,
@@ -62,10 +63,9 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     table = Table(title=f"{summary['method']} on {summary['corpus']}, {summary['steps']} steps")
     for column in ("held-out text", "loss before", "loss after", "change"):
         table.add_column(column, justify="left" if column == "held-out text" else "right")
-    for name in ("domain", "general"):
-        if f"{name}_loss" in summary:
-            before, after = summary[f"{name}_loss"]["before"], summary[f"{name}_loss"]["after"]
-            table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+    for name in [key.removesuffix("_loss") for key in summary if key.endswith("_loss")]:
+        before, after = summary[f"{name}_loss"]["before"], summary[f"{name}_loss"]["after"]
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
     if table.row_count:
         console.print(table)
     for what, where in (

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from dga_scale.backbone.loading import load_model_config
 from dga_scale.config import TrainConfig
 from dga_scale.corpus.batches import MaskingPolicy
-from dga_scale.corpus.mixture import Mixture
+from dga_scale.corpus.mixture import Mixture, parse_mix
 from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.engine.cluster import Cluster
@@ -16,6 +16,7 @@ from dga_scale.engine.ds_config import ResolvedConfig, resolve_ds_config
 from dga_scale.engine.ds_keys import load_ds_config
 from dga_scale.engine.run_folder import RunFolder
 from dga_scale.errors import UserError
+from dga_scale.objectives import build_method
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,17 @@ class Inputs:
     corpus: Corpus
     mixture: Mixture
     """What is trained on: ``corpus``, and what is mixed into it."""
+    general: Corpus | None
+    """General text that the method reads besides, where it asks for some (``--general_corpus``)."""
     evaluations: dict[str, Corpus]
-    """"domain" and "general": held-out corpora, where there are such."""
+    """"domain", "general", and those of ``--also_evaluate``: held-out corpora, where there are such."""
     masking: MaskingPolicy | None
     """None for a causal model, which predicts every next token."""
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the mixture's corpora, as their losses are logged: "domain", then those of the folders."""
+        return ("domain", *(corpus.path.name for corpus in self.mixture.corpora[1:]))
 
 
 def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
@@ -43,9 +51,11 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     """
     assert config.model.model is not None, "the entry point fills the demo's in"
     assert config.data.corpus is not None
+    (path,) = config.data.corpus  # of several, engine.sequence makes a run each
     model_config = load_model_config(config.model.model)
     tokenizer = load_tokenizer(config.model.model)
-    corpus = _open(config.data.corpus, "--corpus", tokenizer)
+    build_method(config).check(config, model_config.causal)
+    corpus = open_corpus(path, "--corpus", tokenizer)
     raw = load_ds_config(config.run.ds_config or "")
     resolved = resolve_ds_config(
         raw,
@@ -57,15 +67,9 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     config = resolved.config
     folder = RunFolder(Path(config.run.output_dir or default_output_dir(config)))
     folder.check(config)
-    mixture = Mixture([corpus], [], config.run.seed)
+    mixture = _mixture(config, corpus, tokenizer)
     mixture.check_one_batch(resolved.global_batch_size)
-    evaluations = {}
-    held_out = config.data.eval_corpus or _held_out_part(corpus.path)
-    if held_out:
-        evaluations["domain"] = _open(held_out, "--eval_corpus", tokenizer)
-    if config.data.general_eval_corpus:
-        path = config.data.general_eval_corpus
-        evaluations["general"] = _open(path, "--general_eval_corpus", tokenizer)
+    general = getattr(config.method, "general_corpus", None)
     return Inputs(
         config=config,
         folder=folder,
@@ -73,7 +77,8 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
         tokenizer=tokenizer,
         corpus=corpus,
         mixture=mixture,
-        evaluations=evaluations,
+        general=open_corpus(general, "--general_corpus", tokenizer) if general else None,
+        evaluations=_evaluations(config, corpus, tokenizer),
         masking=None if model_config.causal else _masking(config, corpus),
     )
 
@@ -84,16 +89,45 @@ def verify_corpora(inputs: Inputs, cluster: Cluster) -> None:
     Raises:
         UserError: a shard that was changed.
     """
-    for corpus in (inputs.corpus, *inputs.evaluations.values()):
+    general = [inputs.general] if inputs.general else []
+    for corpus in (*inputs.mixture.corpora, *general, *inputs.evaluations.values()):
         corpus.verify(cluster.rank, cluster.world_size)
 
 
 def default_output_dir(config: TrainConfig) -> str:
-    """``runs/METHOD-CORPUS``."""
-    return f"runs/{config.method.method}-{Path(config.data.corpus or '').resolve().name}"
+    """``runs/METHOD-CORPUS``, with the names of all corpora of a sequence."""
+    names = [Path(path).resolve().name for path in config.data.corpus or ()]
+    return f"runs/{config.method_name}-{'-'.join(names)}"
 
 
-def _open(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+def _mixture(config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Mixture:
+    specs = [parse_mix(spec) for spec in config.data.mix or ()]
+    others = [open_corpus(str(path), "--mix", tokenizer) for path, _ in specs]
+    return Mixture([corpus, *others], [share for _, share in specs], config.run.seed)
+
+
+def _evaluations(
+    config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Corpus]:
+    found = {}
+    held_out = config.data.eval_corpus or held_out_part(corpus.path)
+    if held_out:
+        found["domain"] = open_corpus(held_out, "--eval_corpus", tokenizer)
+    if config.data.general_eval_corpus:
+        path = config.data.general_eval_corpus
+        found["general"] = open_corpus(path, "--general_eval_corpus", tokenizer)
+    for spec in config.data.also_evaluate or ():
+        name, equals, path = spec.partition("=")
+        if not (name and equals and path) or name in found:
+            raise UserError(
+                f"--also_evaluate {spec}: write NAME=FOLDER, each name once (not {', '.join(found)})."
+            )
+        found[name] = open_corpus(path, "--also_evaluate", tokenizer)
+    return found
+
+
+def open_corpus(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    """Open a corpus that a setting names, and check that it was made with the model's tokenizer."""
     try:
         corpus = Corpus.open(path)
         check_matches(corpus.manifest, tokenizer)
@@ -102,7 +136,8 @@ def _open(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> Corpus
     return corpus
 
 
-def _held_out_part(corpus: Path) -> str | None:
+def held_out_part(corpus: Path) -> str | None:
+    """The validation part that sharding left beside a corpus, if any."""
     path = corpus / VALIDATION
     return str(path) if path.is_dir() else None
 

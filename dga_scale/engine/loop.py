@@ -103,6 +103,7 @@ class _Run:
                 if stopping:
                     return False
                 started = time.perf_counter()
+        session.finish()
         return True
 
     def _between_steps(self, stopping: bool) -> None:
@@ -130,16 +131,20 @@ class _Run:
     def _log_protection(self) -> None:
         found = self.session.effective_protection()
         applied = self.session.applied_over_wanted()
-        if found is None:
-            return
-        steps = {} if applied is None else {"applied_over_wanted": applied.mean().item()}
-        protected = found.promised < 0.5
-        if protected.any():
-            steps |= {
-                "promised_of_protected": found.promised[protected].mean().item(),
-                "moved_of_protected": found.relative[protected].mean().item(),
-            }
-        self.log.protection(step=self.done, one_minus_a=found.promised, movement=found.relative, **steps)
+        for kind, units in found.items():
+            figures = {} if kind not in applied else {"applied_over_wanted": applied[kind].mean().item()}
+            protected = units.promised < 0.5
+            if protected.any():
+                figures |= {
+                    "promised_of_protected": units.promised[protected].mean().item(),
+                    "moved_of_protected": units.relative[protected].mean().item(),
+                }
+            if kind == "heads":
+                self.log.protection(
+                    step=self.done, one_minus_a=units.promised, movement=units.relative, **figures
+                )
+            else:  # thousands of units a layer: their figures, not a heatmap
+                self.log.event(f"protection/{kind}", step=self.done, **figures)
 
     def _count_refused(self) -> None:
         """Stop a run that has left the numbers for good."""
@@ -167,7 +172,7 @@ class _Run:
     def _rates(self, batches: StepBatches, seconds: float) -> dict[str, float]:
         flops = step_flops(
             self.session.anatomy,
-            views=len(self.session.model.method.views()),
+            views=len(self.session.method.views()),
             rows=self.inputs.resolved.global_batch_size,
             sequence_length=self.inputs.corpus.manifest.sequence_length,
             head_tokens=sum(batches.global_masked),

@@ -67,8 +67,9 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name in _PATHS:
         value = settings.get(name)
-        if value and (Path(value).exists() or not _HUB_NAME.fullmatch(value)):
-            settings[name] = Path(value).name  # where it lay on that machine is nobody's business
+        for given in value if isinstance(value, list) else [value]:
+            if given and (Path(given).exists() or not _HUB_NAME.fullmatch(given)):
+                settings[name] = Path(given).name  # where it lay on that machine is nobody's business
     return settings
 
 

@@ -14,7 +14,7 @@ MAY_CHANGE = frozenset(
     (
         "ds_config", "output_dir", "resume", "dry_run", "logging_steps", "protection_steps", "eval_steps",
         "save_steps", "save_total_limit", "prefetch_steps", "max_eval_samples", "eval_corpus",
-        "general_eval_corpus", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "general_eval_corpus", "also_evaluate", "per_device_train_batch_size", "gradient_accumulation_steps",
         "gradient_checkpointing", "split_views", "attn_implementation", "max_bad_steps",
     )
 )  # fmt: skip
@@ -39,6 +39,14 @@ class RunFolder:
     @property
     def importance(self) -> Path:
         return self.path / "importance.safetensors"
+
+    @property
+    def importance_after(self) -> Path:
+        return self.path / "importance-after.safetensors"
+
+    @property
+    def head(self) -> Path:
+        return self.path / "head.safetensors"
 
     @property
     def model(self) -> Path:

@@ -1,12 +1,22 @@
-"""What an objective says of itself; the training model does the rest."""
+"""What an objective says of itself; the training model and the session do the rest.
 
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+A method is one module of this package: its settings (a subclass of ``MethodSettings``) and a subclass of
+``Method`` that names itself. The registry in ``objectives`` finds it there.
+"""
 
-from torch import Tensor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
-from dga_scale.config import MethodSettings
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.config import MethodSettings, TrainConfig
 from dga_scale.objectives.views import ModelInputs, View
+from dga_scale.preservation.anchors import AnchorPlan
 
 LM_VIEW = View("mlm", masked=True)
 """The reading whose masked positions the LM loss is taken on; every objective has it."""
@@ -19,25 +29,134 @@ class Term(NamedTuple):
     weight: float
 
 
-class Method:
-    """An objective: the LM loss, and the terms that it adds on the views it asks for."""
+@dataclass(frozen=True)
+class Reading:
+    """What was computed of one micro-batch of B examples with T tokens.
 
-    needs_importance: ClassVar[bool] = False
-    """Whether importance is measured before training, and its protection set in the training model."""
+    Attributes:
+        inputs: the batch.
+        hidden: last hidden states (B, T, H), by name of view.
+        embeddings: the trunk's embedding output (B, T, H), of the views that asked for it.
+        trunk: of the model trained, without its LM head, for a reading of the method's own.
+        logits: of the model trained, (B, M, V) at positions (B, M) of hidden states (B, T, H).
+        lm_logits: those that the LM loss is taken on, at the batch's masked positions.
+        teacher: last hidden states (B, T, H) of the frozen starting model in eval mode, of the masked (True)
+            or the clean text (False); of some rows only where a second argument gives their indices. No
+            gradient. Under ZeRO-3 every rank has to call it, on a row at least.
+        teacher_logits: as ``logits``, with the frozen model's LM head.
+        masked: labels of the global batch, by source.
+        passes: ranks * micro-steps. A sum over this rank's positions, times ``passes`` over their number in
+            the global batch, has the global mean as its mean over ranks and micro-steps.
+
+    """
+
+    inputs: ModelInputs
+    hidden: Mapping[str, Tensor]
+    embeddings: Mapping[str, Tensor]
+    trunk: Any
+    logits: Callable[[Tensor, Tensor], Tensor]
+    lm_logits: Tensor
+    teacher: Callable[..., Tensor]
+    teacher_logits: Callable[[Tensor, Tensor], Tensor]
+    masked: Sequence[int]
+    passes: float
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a method can use before training starts, on every rank alike.
+
+    Attributes:
+        lm, anatomy: the model, with fp32 weights on the CPU, and whole if the method ``needs_whole_model``.
+        config: all settings.
+        folder: of the run; files written there by ``run_on_first`` are there when the run is resumed.
+        resuming: the run goes on from a checkpoint, which is loaded after this.
+        device: that the model will be trained on.
+        sample: this rank's batches of a fixed sample of so many rows of the training text; with a mix, of all
+            its corpora in their shares.
+        sum: adds a tensor up over ranks.
+        all_gather_object: one entry a rank, in their order; for what is small.
+        run_on_first: runs on rank 0 and gives its result, or its error, to all.
+        print: one line, on rank 0.
+
+    """
+
+    lm: PreTrainedModel
+    anatomy: Anatomy
+    config: TrainConfig
+    folder: Path
+    resuming: bool
+    device: torch.device
+    sample: Callable[[int], Iterator[ModelInputs]]
+    sum: Callable[[Tensor], Tensor]
+    all_gather_object: Callable[[Any], list[Any]]
+    run_on_first: Callable[[Callable[[], Any]], Any]
+    print: Callable[[str], None]
+
+
+class Method(nn.Module):
+    """An objective: the LM loss, and the terms that it adds on the views it asks for.
+
+    It is a module of the training model: parameters of its own are trained, saved and resumed with the
+    model's, and left out of the model handed back.
+    """
+
+    name: ClassVar[str]
+    """What ``--method`` takes."""
+    summary: ClassVar[str]
+    """One line for ``--help``."""
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    """Kinds of unit whose importance is measured and protected; none: no gates and no masks. A method with
+    kinds has settings that derive from ``protected.ProtectionSettings``."""
+    needs_teacher: ClassVar[bool] = False
+    """Whether ``Reading.teacher`` is used: a frozen copy of the starting model is kept."""
+    needs_whole_model: ClassVar[bool] = False
+    """Whether ``prepare`` runs the model: ZeRO-3 then spreads it over the ranks only afterwards."""
+    measures_after: ClassVar[bool] = False
+    """Whether the units' importance for the domain (by its LM loss) is measured and saved after training."""
+    needs_mix: ClassVar[bool] = False
+    """Whether ``--mix`` has to be given."""
 
     def __init__(self, settings: MethodSettings) -> None:
-        self.settings = settings
+        super().__init__()
+        self.settings: Any = settings
+
+    def check(self, config: TrainConfig, causal: bool) -> None:
+        """Refuse settings that don't go together, before any long work.
+
+        Raises:
+            UserError: which, why, and what to do.
+
+        """
+
+    def prepare(self, workplace: Workplace) -> PreTrainedModel | None:
+        """Change the model before the engine is built: add modules, freeze parameters (``requires_grad_``).
+
+        Returns:
+            another model to train in its place, or None.
+
+        """
+        return None
 
     def views(self) -> tuple[View, ...]:
         """Return the readings of each batch; ``LM_VIEW`` is one of them."""
         return (LM_VIEW,)
 
-    def terms(self, hidden: Mapping[str, Tensor], inputs: ModelInputs) -> dict[str, Term]:
-        """Return what is added to the LM loss, by the name it is logged under.
+    def token_weights(self, masked: Sequence[int]) -> tuple[float, ...]:
+        """Weight in the LM loss of one masked token of each source.
 
         Args:
-            hidden: last hidden states (B, T, H) by name of view.
-            inputs: the batch they come from.
+            masked: how many of them the global batch has, by source. By default all count alike.
 
         """
+        return tuple(1 / sum(masked) for _ in masked)
+
+    def anchor(self) -> AnchorPlan | None:
+        """Return how the weights are drawn back to those that training starts from; None: they are not."""
+        return None
+
+    def terms(self, reading: Reading) -> dict[str, Term]:
+        """Return what is added to the LM loss, by the name it is logged under."""
         return {}

@@ -5,3 +5,6 @@ from dga_scale.objectives.method import Method
 
 class MaskedLM(Method):
     """The LM loss alone, on the one view that every method has."""
+
+    name = "mlm"
+    summary = "plain masked (or causal) LM: DAPT, domain-adaptive pre-training"

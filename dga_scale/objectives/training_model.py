@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
 from dga_scale.corpus.batches import IGNORED
-from dga_scale.objectives.method import LM_VIEW, Method
+from dga_scale.objectives.method import LM_VIEW, Method, Reading
 from dga_scale.objectives.views import ModelInputs, run_views
 from dga_scale.preservation.importance import InputTensors
 
@@ -27,8 +28,8 @@ class TrainingModel(nn.Module):
     Args:
         lm: the language model.
         anatomy: its anatomy.
-        method: the objective.
-        kinds: of unit that can be gated and protected.
+        method: the objective; its kinds of unit can be gated and protected.
+        teacher: a frozen model of the same anatomy, for methods that learn from one; always in eval mode.
         split_views: one pass of the trunk for each view instead of one for all.
 
     """
@@ -39,17 +40,27 @@ class TrainingModel(nn.Module):
         anatomy: Anatomy,
         method: Method,
         *,
-        kinds: Sequence[str] = ("heads",),
+        teacher: PreTrainedModel | None = None,
         split_views: bool = False,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.anatomy = anatomy
         self.method = method
-        self.gates = Gates(lm, anatomy, kinds)
+        self.gates = Gates(lm, anatomy, method.kinds)
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
         self.split_views = split_views
         # No buffers: DeepSpeed would round them to bf16 with the model.
         self._protection: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> "TrainingModel":
+        """As ``nn.Module.train``; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def set_protection(self, protection: Mapping[str, Tensor]) -> None:
         """Set ``a`` (layers, units) by kind: the gates of the gated views from here on."""
@@ -70,7 +81,10 @@ class TrainingModel(nn.Module):
         attention_mask: Tensor,
         positions: Tensor,
         labels: Tensor,
-        mlm_scale: float = 1.0,
+        sources: Tensor | None = None,
+        *,
+        masked: Sequence[int] = (1,),
+        passes: float = 1.0,
         compute: Callable[[ModelInputs], Any] | None = None,
     ) -> Any:
         """Training loss of one micro-batch on this rank.
@@ -78,23 +92,26 @@ class TrainingModel(nn.Module):
         Args:
             input_ids, masked_ids, attention_mask: (B, T).
             positions, labels: (B, M), labels -100 where there is none.
-            mlm_scale: what the sum of cross-entropies is multiplied with. ranks * accumulation / (masked
-                tokens of the global batch) makes the mean over ranks and micro-steps, which DeepSpeed takes
-                of the gradients, that over all masked tokens of the global batch.
+            sources: (B,) corpus of each row; None: all of the first.
+            masked: labels of the global batch, by source.
+            passes: ranks * micro-steps of a global batch. DeepSpeed takes the mean of the gradients over
+                them; times this, a sum over this pass's positions counts towards one over the global batch.
             compute: run this on the inputs and return its result, instead of the loss.
 
         Returns:
-            the loss (scalar, fp32, with gradient), and its terms by name, detached and unweighted: "mlm"
-            (scaled) and those of the method. A term's mean over ranks and micro-steps is its value on the
-            global batch.
+            the loss (scalar, fp32, with gradient), and its terms by name, detached and unweighted: "mlm",
+            "mlm/SOURCE" where there are several, and those of the method. A term's mean over ranks and
+            micro-steps is its value on the global batch.
 
         """
-        inputs = ModelInputs(input_ids, masked_ids, attention_mask, positions, labels)
+        if sources is None:
+            sources = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        inputs = ModelInputs(input_ids, masked_ids, attention_mask, positions, labels, sources)
         if compute is not None:
             return compute(inputs)
         device = input_ids.device
         self._protection = {kind: a.to(device) for kind, a in self._protection.items()}  # moves once
-        hidden = run_views(
+        states = run_views(
             self.anatomy.trunk(self.lm),
             self.gates,
             self.method.views(),
@@ -102,35 +119,77 @@ class TrainingModel(nn.Module):
             self._protection,
             split=self.split_views,
         )
-        logits = self._logits(hidden[LM_VIEW.name], positions)
-        loss = _cross_entropy_sum(logits, labels) * mlm_scale
-        logged = {"mlm": loss.detach()}
-        for name, term in self.method.terms(hidden, inputs).items():
+        logits = self._logits(self.lm, states.hidden[LM_VIEW.name], positions)
+        loss, logged = self._lm_loss(logits, inputs, masked, passes)
+        reading = Reading(
+            inputs=inputs,
+            hidden=states.hidden,
+            embeddings=states.embeddings,
+            trunk=self.anatomy.trunk(self.lm),
+            logits=partial(self._logits, self.lm),
+            lm_logits=logits,
+            teacher=partial(self._teacher_hidden, inputs),
+            teacher_logits=self._teacher_logits,
+            masked=masked,
+            passes=passes,
+        )
+        for name, term in self.method.terms(reading).items():
             loss = loss + term.weight * term.value
             logged[name] = term.value.detach()
         return loss, logged
+
+    def _lm_loss(
+        self, logits: Tensor, inputs: ModelInputs, masked: Sequence[int], passes: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of logits (B, M, V), weighted by source as the method says; and what is logged."""
+        rows = _cross_entropies(logits, inputs.labels).sum(dim=1)  # (B,)
+        if len(masked) == 1:
+            loss = rows.sum() * (self.method.token_weights(masked)[0] * passes)
+            return loss, {"mlm": loss.detach()}
+        sums = rows.new_zeros(len(masked)).index_add(0, inputs.sources, rows)  # (sources,)
+        weights = [weight * passes for weight in self.method.token_weights(masked)]
+        loss = (sums * torch.tensor(weights, device=sums.device)).sum()
+        means = sums.detach() * torch.tensor([passes / max(1, n) for n in masked], device=sums.device)
+        return loss, {"mlm": loss.detach(), **{f"mlm/{k}": mean for k, mean in enumerate(means)}}
+
+    @torch.no_grad()
+    def _teacher_hidden(
+        self, inputs: ModelInputs, masked: bool, rows: Tensor | slice = slice(None)
+    ) -> Tensor:
+        assert self.teacher is not None, "the method did not say that it needs a teacher"
+        ids = inputs.masked_ids if masked else inputs.input_ids
+        trunk = self.anatomy.trunk(self.teacher)
+        return trunk(input_ids=ids[rows], attention_mask=inputs.attention_mask[rows]).last_hidden_state
+
+    @torch.no_grad()
+    def _teacher_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        assert self.teacher is not None, "the method did not say that it needs a teacher"
+        return self._logits(self.teacher, hidden, positions)
 
     def masked_sums(self, inputs: ModelInputs) -> Tensor:
         """Sum of cross-entropies, number of labels, and correct guesses of the masked text: (3,) fp64."""
         trunk = self.anatomy.trunk(self.lm)
         hidden = trunk(input_ids=inputs.masked_ids, attention_mask=inputs.attention_mask).last_hidden_state
-        logits, labels = self._logits(hidden, inputs.positions), inputs.labels.flatten()
+        logits = self._logits(self.lm, hidden, inputs.positions)
         sums = (
-            _cross_entropy_sum(logits, inputs.labels),
-            (labels != IGNORED).sum(),
-            (logits.argmax(dim=-1) == labels).sum(),
+            _cross_entropies(logits, inputs.labels).sum(),
+            (inputs.labels != IGNORED).sum(),
+            (logits.argmax(dim=-1) == inputs.labels).sum(),
         )
         return torch.stack([value.double() for value in sums])
 
-    def _logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Logits (B * M, V) at positions (B, M) of hidden states: only those rows go through the LM head."""
+    def _logits(self, lm: PreTrainedModel, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, M, V) at positions (B, M) of hidden states: only those go through the LM head."""
         states = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        return self.anatomy.lm_logits(self.lm, states.flatten(0, 1))
+        return self.anatomy.lm_logits(lm, states)
 
 
-def _cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of cross-entropies in fp32 of logits (N, V) at labels of N entries."""
-    return F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropies (B, M) in fp32 of logits (B, M, V) at labels (B, M), 0 where there is no label."""
+    flat = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view_as(labels)
 
 
 @torch.no_grad()

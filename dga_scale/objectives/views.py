@@ -18,6 +18,7 @@ class ModelInputs(NamedTuple):
     attention_mask: Tensor  # (B, T)
     positions: Tensor  # (B, M)
     labels: Tensor  # (B, M), -100 where there is none
+    sources: Tensor  # (B,) corpus of each row: 0 the domain's, 1, ... those mixed in
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,21 @@ class View:
         name: by which the objective finds its hidden states.
         masked: reads the masked ids instead of the clean ones.
         gated: the gates of the units are set to their protection, instead of 1.
+        embeddings: the objective wants the trunk's embedding output too.
 
     """
 
     name: str
     masked: bool = False
     gated: bool = False
+    embeddings: bool = False
+
+
+class States(NamedTuple):
+    """What the trunk makes of the views, by name of view."""
+
+    hidden: dict[str, Tensor]  # (B, T, H) last hidden states
+    embeddings: dict[str, Tensor]  # (B, T, H) embedding output, of the views that asked for it
 
 
 def run_views(
@@ -44,8 +54,8 @@ def run_views(
     protection: Mapping[str, Tensor],
     *,
     split: bool = False,
-) -> dict[str, Tensor]:
-    """Last hidden states (B, T, H) of each view.
+) -> States:
+    """States of each view.
 
     One pass holds all views stacked along the batch, so each draws its own dropout. ``split`` makes a pass
     for each, with activations of one view at a time in a pass; without dropout the numbers are the same.
@@ -61,15 +71,20 @@ def run_views(
     """
     groups = [[view] for view in views] if split else [list(views)]
     size = len(inputs.input_ids)
-    hidden: dict[str, Tensor] = {}
+    found = States({}, {})
     for group in groups:
         ids = torch.cat([inputs.masked_ids if view.masked else inputs.input_ids for view in group])
+        wants = {"output_hidden_states": True} if any(view.embeddings for view in group) else {}
         gates.set(_gate_rows(group, size, protection))
-        states = trunk(input_ids=ids, attention_mask=inputs.attention_mask.repeat(len(group), 1))
+        output = trunk(input_ids=ids, attention_mask=inputs.attention_mask.repeat(len(group), 1), **wants)
         gates.set(None)
-        for view, of_view in zip(group, states.last_hidden_state.split(size), strict=True):
-            hidden[view.name] = of_view
-    return hidden
+        for view, of_view in zip(group, output.last_hidden_state.split(size), strict=True):
+            found.hidden[view.name] = of_view
+        if wants:
+            for view, of_view in zip(group, output.hidden_states[0].split(size), strict=True):
+                if view.embeddings:
+                    found.embeddings[view.name] = of_view
+    return found
 
 
 def _gate_rows(

@@ -143,6 +143,44 @@ class Importance:
         return Importance(values, settings)
 
 
+def combined_protection(
+    importances: Sequence[Importance], anatomy: Anatomy, squash: str = "clip"
+) -> tuple[Importance, dict[str, Tensor]]:
+    """Protect each unit as the importance that needs it most does (DAS, arXiv 2302.03241).
+
+    Each importance is squashed on its own, and the largest protection of a unit counts.
+
+    Returns:
+        the units' importance relative to their layer's mean, the largest of all; and the protection ``a``
+        (layers, units) by kind.
+
+    Raises:
+        UserError: importances of units that the model does not have; and as ``Importance.protection``.
+
+    """
+    for importance in importances:
+        for kind, values in importance.values.items():
+            expected = (anatomy.num_layers, anatomy.units(kind))
+            if tuple(values.shape) != expected:
+                raise UserError(
+                    f"--prior_importance of {kind} has the shape {tuple(values.shape)}, the model has "
+                    f"{expected}: it was measured on another model; give the files of this one"
+                )
+    if len({frozenset(importance.values) for importance in importances}) > 1:
+        kinds = " and ".join(", ".join(sorted(importance.values)) for importance in importances)
+        raise UserError(
+            f"--prior_importance: files of unlike kinds of unit ({kinds}); give files of one method"
+        )
+    protections = [importance.protection(squash) for importance in importances]
+    relative = {
+        kind: torch.stack([i.values[kind] / i.values[kind].mean(dim=1, keepdim=True) for i in importances])
+        for kind in importances[0].values
+    }
+    largest = {kind: torch.stack([a[kind] for a in protections]).amax(dim=0) for kind in relative}
+    settings = {"combined": [importance.settings for importance in importances]}
+    return Importance({kind: values.amax(dim=0) for kind, values in relative.items()}, settings), largest
+
+
 def measure_importance(
     model: GatedModel,
     batches: Iterable[InputTensors],

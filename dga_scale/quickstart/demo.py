@@ -46,7 +46,8 @@ def _train(settings: dict[str, Any]) -> None:
     root = repository()
     run_command(
         *launcher, root / "launchers" / "dga_train.py", "--ds_config", root / "ds_configs" / "zero2.json",
-        *(part for name, value in settings.items() for part in (f"--{name}", value)),
+        *(part for name, value in settings.items()
+          for part in (f"--{name}", *(value if isinstance(value, list) else [value]))),
         environment=environment,
     )  # fmt: skip
 

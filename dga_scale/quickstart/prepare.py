@@ -54,7 +54,6 @@ BASE_SETTINGS = {
 """How a masked LM is made of the sentence encoder."""
 
 RUN_SETTINGS = {
-    "method": "dga",
     "soft_mask": "update",
     "max_steps": 80,
     "global_batch_size": 16,
@@ -87,7 +86,7 @@ def defaults(folder: Path = FOLDER) -> dict[str, Any]:
     corpora = folder / "corpora"
     return RUN_SETTINGS | {
         "model": str(folder / "base" / "model"),
-        "corpus": str(corpora / "domain"),
+        "corpus": [str(corpora / "domain")],
         "eval_corpus": str(corpora / "domain_heldout"),
         "general_eval_corpus": str(corpora / "general_heldout"),
         "output_dir": str(folder / "run"),

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from dga_scale.config import TrainConfig, parse_config
+from dga_scale.config import TrainConfig
 from dga_scale.engine import ds_config
 from dga_scale.engine.ds_config import ResolvedConfig, resolve_ds_config
 from dga_scale.engine.ds_keys import load_ds_config
 from dga_scale.errors import UserError
+from dga_scale.objectives import read_config
 from tests.engine.test_ds_keys import TRAINER_STAGE_3
 from tests.ranks import REPOSITORY
 
@@ -17,7 +18,7 @@ DATA = ["--model", "m", "--corpus", "c", "--ds_config", "ds.json"]
 
 
 def config_of(flags: str) -> TrainConfig:
-    return parse_config([*DATA, *flags.split()])
+    return read_config([*DATA, *flags.split()])
 
 
 def resolve(raw: dict[str, Any], flags: str = "", world_size: int = 2) -> ResolvedConfig:

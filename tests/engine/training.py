@@ -107,6 +107,7 @@ class Setup:
         config = TrainConfig(
             ModelSettings(),
             DataSettings(),
+            "mlm",
             MethodSettings(),
             optimization,
             RunSettings(ds_config="test.json"),

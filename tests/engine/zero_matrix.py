@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.config import MethodSettings
 from dga_scale.engine.deepspeed import build_engine, global_grad_norm, set_learning_rate
 from dga_scale.engine.optimizer_step import backward, wrap_optimizer_step
-from dga_scale.objectives import build_method
+from dga_scale.objectives.dga import DGA, DGASettings
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
 from tests.engine.training import Setup, full_weights
@@ -121,7 +120,7 @@ def run_cell(cell: Cell, from_zero_init: bool = False) -> Outcome:
     resolved = cell.setup.resolved(ranks)
     lm = _partitioned_lm(resolved.ds_config) if from_zero_init else toy_lm()
     anatomy = anatomy_of(lm)
-    model = TrainingModel(lm, anatomy, build_method(MethodSettings(method="dga"))).train()
+    model = TrainingModel(lm, anatomy, DGA(DGASettings())).train()
     if cell.checkpointing:
         model.enable_gradient_checkpointing()
     factors = mask_factors(anatomy, {"heads": protection()})
@@ -139,13 +138,13 @@ def run_cell(cell: Cell, from_zero_init: bool = False) -> Outcome:
     micro = resolved.micro_batch_size
     for step, learning_rate in enumerate(LEARNING_RATES):
         batch = toy_batch(ROWS, seed=step)
-        scale = ranks * cell.accumulation / int((batch.labels != -100).sum())
+        labels, passes = int((batch.labels != -100).sum()), ranks * cell.accumulation
         set_learning_rate(engine, learning_rate)
         total = torch.zeros(())
         for index in range(cell.accumulation):
             start = (index * ranks + rank) * micro
             own = rows_of(batch, slice(start, start + micro))
-            loss, _ = engine(*tensors_of(own), mlm_scale=scale)
+            loss, _ = engine(*tensors_of(own), masked=(labels,), passes=passes)
             total += loss.detach() / (ranks * cell.accumulation)
             backward(engine, loss)
             engine.step()

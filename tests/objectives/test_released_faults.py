@@ -167,7 +167,7 @@ def pooled_views(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         model.method.views(),
         inputs,
         {"heads": toy_protection()},
-    )
+    ).hidden
     return {name: mean_pool(states, batch.attention_mask) for name, states in hidden.items()}
 
 
@@ -257,7 +257,7 @@ def masked_gradients(micro_steps: int, faulty: bool = False) -> dict[str, Tensor
         GradientMask(model.lm.named_parameters(), model.anatomy).set(factors)
     size = ROWS // micro_steps
     for start in range(0, ROWS, size):
-        loss, _ = model(*tensors_of(rows_of(batch, slice(start, start + size))), mlm_scale=1 / 16)
+        loss, _ = model(*tensors_of(rows_of(batch, slice(start, start + size))), masked=(16,))
         loss.backward()
         if faulty:  # the released code: the accumulated gradient is masked after each backward pass
             for name, parameter in model.lm.named_parameters():

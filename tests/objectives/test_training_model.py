@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.config import MethodSettings
 from dga_scale.corpus.batches import IGNORED, Batch
-from dga_scale.objectives import METHODS, build_method
-from dga_scale.objectives.dga import DGA
+from dga_scale.objectives import METHODS
+from dga_scale.objectives.dga import DGA, DGASettings
 from dga_scale.objectives.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
 from tests.backbone.tiny import TINY
@@ -63,7 +63,7 @@ def trained_part(
     for step in range(accumulation):
         start = (step * ranks + rank) * micro
         own = rows_of(batch, slice(start, start + micro))
-        loss, terms = model(*tensors_of(own), mlm_scale=ranks * accumulation / labels_in(batch))
+        loss, terms = model(*tensors_of(own), masked=(labels_in(batch),), passes=ranks * accumulation)
         (loss / accumulation).backward()
         for name, term in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0.0) + term.item() / accumulation
@@ -115,7 +115,7 @@ def test_activation_checkpointing_repeats_gates_and_dropout() -> None:
         if checkpointing:
             model.enable_gradient_checkpointing()
         torch.manual_seed(1)
-        loss, _ = model(*tensors_of(toy_batch()), mlm_scale=0.1)
+        loss, _ = model(*tensors_of(toy_batch()), masked=(10,))
         model.gates.set(None)
         loss.backward()
         return loss.item(), gradients_of(model)
@@ -126,7 +126,7 @@ def test_activation_checkpointing_repeats_gates_and_dropout() -> None:
 
 
 def test_a_weight_of_zero_leaves_the_contrast_views_out() -> None:
-    assert [view.name for view in DGA(MethodSettings(contrastive_weight=0.0)).views()] == ["mlm"]
+    assert [view.name for view in DGA(DGASettings(contrastive_weight=0.0)).views()] == ["mlm"]
     model, plain = toy_model("dga", contrastive_weight=0.0), toy_model("mlm")
     loss, terms = model(*tensors_of(toy_batch()))
     assert terms.keys() == {"mlm"}
@@ -137,7 +137,7 @@ def test_temperature_and_weight_come_from_the_settings() -> None:
     lm = toy_lm()
 
     def loss_at(**values: float) -> tuple[float, dict[str, Tensor]]:
-        method = build_method(MethodSettings(method="dga", **values))
+        method = DGA(DGASettings(**values))
         model = TrainingModel(lm, anatomy_of(lm), method)
         model.set_protection({"heads": toy_protection()})
         loss, terms = model(*tensors_of(toy_batch()))
@@ -152,10 +152,14 @@ def test_temperature_and_weight_come_from_the_settings() -> None:
 
 
 def test_registry_names_the_methods_of_the_command_line() -> None:
-    assert {"mlm": MaskedLM, "dga": DGA} == METHODS
-    assert not MaskedLM.needs_importance
-    assert DGA.needs_importance
-    assert [view.name for view in DGA(MethodSettings()).views()] == ["mlm", "full", "full_plus", "general"]
+    assert METHODS["mlm"] is MaskedLM
+    assert METHODS["dga"] is DGA
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.summary
+    assert MaskedLM.kinds == ()
+    assert DGA.kinds == ("heads",)
+    assert [view.name for view in DGA(DGASettings()).views()] == ["mlm", "full", "full_plus", "general"]
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta-v3", "modernbert", "llama"])
@@ -163,7 +167,7 @@ def test_evaluation_scores_as_the_stock_model_does(name: str) -> None:
     """Sum of cross-entropies, labels and correct guesses from the stock model's full logits; eval mode."""
     lm = TINY[name].model()
     batch = toy_batch()
-    model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MethodSettings(method="mlm"))).train()
+    model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MethodSettings())).train()
     loss, count, correct = evaluate_sums(model, batch).tolist()
     assert model.training
     lm.eval()
@@ -211,6 +215,6 @@ def test_causal_models_train_on_the_next_token(name: str) -> None:
     lm = TINY[name].model()  # in eval mode: GPT-2 has dropout
     ids = torch.randint(3, 90, (4, 9))
     positions = torch.arange(8).expand(4, 8)
-    model = TrainingModel(lm, anatomy_of(lm), build_method(MethodSettings(method="mlm")))
-    loss, _ = model(ids, ids, torch.ones_like(ids), positions, ids[:, 1:], mlm_scale=1 / 32)
+    model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MethodSettings()))
+    loss, _ = model(ids, ids, torch.ones_like(ids), positions, ids[:, 1:], masked=(32,))
     assert loss.item() == pytest.approx(lm(input_ids=ids, labels=ids).loss.item(), rel=1e-5)

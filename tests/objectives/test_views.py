@@ -16,7 +16,7 @@ def test_each_view_is_a_forward_of_its_own(split: bool) -> None:
     model, batch, a = toy_model(), toy_batch(), toy_protection()
     inputs = ModelInputs(*tensors_of(batch))
     trunk = model.anatomy.trunk(model.lm)
-    hidden = run_views(trunk, model.gates, VIEWS, inputs, {"heads": a}, split=split)
+    hidden = run_views(trunk, model.gates, VIEWS, inputs, {"heads": a}, split=split).hidden
 
     stock = toy_lm()
     reference = Reference(stock, protection=a)
@@ -53,7 +53,7 @@ def test_views_draw_their_own_dropout() -> None:
             ModelInputs(*tensors_of(batch)),
             {},
             split=split,
-        )
+        ).hidden
         assert (hidden["full"] - hidden["full_plus"]).abs().max() > 1e-2
 
 

@@ -1,13 +1,15 @@
 """A tiny BERT and batches for it, the same on every rank from their seeds."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.config import MethodSettings
 from dga_scale.corpus.batches import IGNORED, Batch
-from dga_scale.objectives import build_method
+from dga_scale.objectives import METHODS
+from dga_scale.objectives.dga import DGASettings
 from dga_scale.objectives.training_model import TrainingModel
 
 VOCAB, LAYERS, HEADS, HIDDEN, INTERMEDIATE = 96, 2, 4, 32, 48
@@ -37,16 +39,15 @@ def toy_model(
     dropout: float = 0.0,
     seed: int = 0,
     *,
-    kinds: tuple[str, ...] = ("heads",),
     split_views: bool = False,
     contrastive_weight: float = 1.0,
 ) -> TrainingModel:
     """The training model of ``toy_lm``, without protection yet."""
     lm = toy_lm(dropout, seed)
-    settings = MethodSettings(method=method, contrastive_weight=contrastive_weight)
-    return TrainingModel(
-        lm, anatomy_of(lm), build_method(settings), kinds=kinds, split_views=split_views
-    ).train()
+    settings = METHODS[method].Settings()
+    if isinstance(settings, DGASettings):
+        settings = dataclasses.replace(settings, contrastive_weight=contrastive_weight)
+    return TrainingModel(lm, anatomy_of(lm), METHODS[method](settings), split_views=split_views).train()
 
 
 def toy_protection(seed: int = 0) -> Tensor:
@@ -82,4 +83,11 @@ def rows_of(batch: Batch, rows: slice | list[int]) -> Batch:
 
 def tensors_of(batch: Batch) -> tuple[Tensor, ...]:
     """What the training model is called with."""
-    return batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels
+    return (
+        batch.input_ids,
+        batch.masked_ids,
+        batch.attention_mask,
+        batch.positions,
+        batch.labels,
+        batch.sources,
+    )

@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import BertForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.config import MethodSettings
 from dga_scale.corpus.batches import IGNORED, Batch
 from dga_scale.errors import UserError
-from dga_scale.objectives import build_method
+from dga_scale.objectives.dga import DGA, DGASettings
 from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
 from dga_scale.preservation.importance import Importance, measure_importance
 from tests.backbone.tiny import TINY
@@ -26,7 +25,6 @@ from tests.objectives.toy import (
     INTERMEDIATE,
     LAYERS,
     rows_of,
-    tensors_of,
     toy_batch,
     toy_lm,
     toy_model,
@@ -85,7 +83,7 @@ def importance_one_by_one(batch: Batch) -> dict[str, Tensor]:
 def test_importance_is_the_mean_of_per_example_gate_gradients() -> None:
     """All three kinds of unit at once; examples of different lengths and numbers of labels."""
     batch = toy_batch()
-    measured = measure_importance(toy_model(kinds=KINDS), [batch], kinds=KINDS, loss="mlm")
+    measured = measure_importance(toy_model("das"), [batch], kinds=KINDS, loss="mlm")
     for kind, expected in importance_one_by_one(batch).items():
         torch.testing.assert_close(measured.values[kind], expected, rtol=1e-4, atol=1e-6)
 
@@ -241,7 +239,7 @@ def test_a_model_with_nan_weights_is_refused_naming_the_layer() -> None:
 
 def test_causal_models_and_fp16_are_measured() -> None:
     lm = TINY["llama"].model()
-    model = TrainingModel(lm, anatomy_of(lm), build_method(MethodSettings(method="mlm")))
+    model = TrainingModel(lm, anatomy_of(lm), DGA(DGASettings()))
     ids = torch.randint(3, 90, (4, 9))
     batch = Batch(
         ids,
@@ -297,9 +295,7 @@ def test_an_infinite_importance_is_refused_by_layer() -> None:
 
 def test_importance_is_saved_with_its_settings(tmp_path: Path) -> None:
     settings = {"model": "some/model", "corpus": "abc", "samples": 8}
-    measured = measure_importance(
-        toy_model(kinds=KINDS), [toy_batch()], kinds=KINDS, loss="mlm", settings=settings
-    )
+    measured = measure_importance(toy_model("das"), [toy_batch()], kinds=KINDS, loss="mlm", settings=settings)
     assert measured.settings == settings | {"loss": "mlm", "examples": 8, "kinds": list(KINDS)}
     path = tmp_path / "importance.safetensors"
     measured.save(path)

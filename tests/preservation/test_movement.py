@@ -121,7 +121,7 @@ def test_adam_undoes_a_gradient_mask_and_not_an_update_mask(soft_mask: str) -> N
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, eps=1e-6, weight_decay=0)
     for step in range(30):
         optimizer.zero_grad()
-        loss, _ = model(*tensors_of(toy_batch(8, seed=step)), mlm_scale=1 / 16)
+        loss, _ = model(*tensors_of(toy_batch(8, seed=step)), masked=(16,))
         loss.backward()
         update_mask.before_step(fragments)
         optimizer.step()

@@ -37,7 +37,7 @@ def measured_and_trained(stage: int) -> dict[str, Any]:
     """On each rank: importance and evaluation before and after two masked steps on its share of the rows."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     setup = Setup(stage=stage, clipping=0.0, epsilon=EPSILON)
-    model = toy_model("mlm")
+    model = toy_model("dga", contrastive_weight=0.0)
     mask = GradientMask(model.lm.named_parameters(), model.anatomy)
     engine = build_engine(model, setup.resolved(ranks))
     set_learning_rate(engine, LEARNING_RATE)
@@ -54,7 +54,7 @@ def measured_and_trained(stage: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {"before": state()}
     for step in range(2):
-        loss, _ = engine(*tensors_of(own(step)), mlm_scale=ranks / labels_of(step))
+        loss, _ = engine(*tensors_of(own(step)), masked=(labels_of(step),), passes=ranks)
         backward(engine, loss)
         engine.step()
     found["after"] = state()
@@ -70,7 +70,7 @@ def labels_of(step: int) -> int:
 
 def expected() -> dict[str, Any]:
     """The same in one process: the plain reference trains, importance and evaluation read its weights."""
-    model = toy_model("mlm")
+    model = toy_model("dga", contrastive_weight=0.0)
     start = {name: parameter.detach().clone() for name, parameter in model.lm.named_parameters()}
     reference = Reference(
         toy_model("mlm").lm,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dga_scale.config import SETTING_NAMES
 from dga_scale.errors import UserError
+from dga_scale.objectives import read_config
 from dga_scale.quickstart import demo, prepare
 from dga_scale.quickstart.text import docstrings
 from tests.ranks import REPOSITORY
@@ -31,7 +31,7 @@ def test_defaults_are_settings_of_a_run_and_nothing_is_done_twice(
 ) -> None:
     monkeypatch.setenv("PATH", "")  # nothing can be started
     settings = prepare.defaults(complete(tmp_path / "demo"))
-    assert set(settings) <= set(SETTING_NAMES)
+    assert set(settings) <= read_config(["--ds_config=x.json"]).as_dict().keys()
     assert settings["model"] == str(tmp_path / "demo" / "base" / "model")
     assert settings["corpus"] != settings["eval_corpus"] != settings["general_eval_corpus"]
     assert capsys.readouterr().out == ""

@@ -1,0 +1,141 @@
+"""Domain after domain: a chain of runs, each from the model that the last one left (DAS, arXiv 2302.03241).
+
+The folder of a sequence holds a whole run for each domain, ``1-restaurant/``, ``2-acl/``, ...: its own
+optimizer, schedule, checkpoints, model and importances. What is complete is not done again, and a run that
+was stopped goes on where it was.
+"""
+
+import gc
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dga_scale.backbone.loading import load_model_config
+from dga_scale.config import TrainConfig
+from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.engine.cluster import Cluster
+from dga_scale.engine.inputs import default_output_dir, held_out_part, open_corpus
+from dga_scale.engine.loop import train
+from dga_scale.engine.run_folder import RunFolder, write_text
+from dga_scale.errors import UserError
+from dga_scale.monitoring.report import write_report
+from dga_scale.objectives import METHODS
+
+
+def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
+    """Train on each ``--corpus`` in turn; with one, a plain run. The exit code is that of the last run.
+
+    Raises:
+        UserError: on every rank; also for a corpus that only a later domain needs, before any is trained.
+    """
+    paths = config.data.corpus or []
+    if len(paths) == 1:
+        return train(config, cluster)
+    root = Path(config.run.output_dir or default_output_dir(config))
+    names = cluster.run_on_all(lambda: _checked(config))
+    stages = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
+    for number, (stage, path) in enumerate(zip(stages, paths, strict=True)):
+        settings = _stage(config, stages[:number], path, stage)
+        if config.run.dry_run:
+            return train(settings, cluster)  # the others have the same shapes
+        if cluster.run_on_first(partial(_complete, stage, settings)):
+            continue
+        code = train(settings, cluster)
+        if code != 0:
+            return code
+        gc.collect()  # the engine holds itself in cycles: its memory is needed by the next
+        if cluster.device.type == "cuda":
+            torch.cuda.empty_cache()
+    cluster.run_on_first(lambda: _hand_over(root, stages, names))
+    return 0
+
+
+def _checked(config: TrainConfig) -> list[str]:
+    """Names of the domains, after a look at everything that only later domains would need."""
+    assert config.model.model is not None
+    paths = config.data.corpus or []
+    names = [Path(path).resolve().name for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"--corpus: two of the domains are called {name!r}; give each folder a name of its own"
+            )
+    if config.data.eval_corpus:
+        raise UserError(
+            f"--eval_corpus {config.data.eval_corpus} can't be that of {len(paths)} domains: leave it out, "
+            "each domain's own held-out part is used (tools/shard_corpus.py --validation_share)"
+        )
+    if config.run.resume not in ("auto", "never"):
+        raise UserError(
+            f"--resume {config.run.resume}: a sequence goes on from what its folder holds; leave it out"
+        )
+    load_model_config(config.model.model)
+    tokenizer = load_tokenizer(config.model.model)
+    for path in paths:
+        open_corpus(path, "--corpus", tokenizer)
+    return names
+
+
+def _stage(config: TrainConfig, earlier: list[Path], corpus: str, folder: Path) -> TrainConfig:
+    """Settings of one domain's run: from the last model, protected by what was important so far."""
+    corpora = config.data.corpus or []
+    seen = [f"{Path(path).resolve().name}={held_out_part(Path(path))}"
+            for path in corpora[: len(earlier)] if held_out_part(Path(path))]  # fmt: skip
+    values: dict[str, Any] = {
+        "corpus": [corpus],
+        "output_dir": str(folder),
+        "also_evaluate": [*(config.data.also_evaluate or []), *seen] or None,
+    }
+    if earlier:
+        values["model"] = str(RunFolder(earlier[-1]).model)
+        values["head_warmup_steps"] = 0
+        if METHODS[config.method_name].measures_after:
+            first = RunFolder(earlier[0]).importance  # of general knowledge
+            given = getattr(config.method, "prior_importance", None) or [str(first)]
+            values["prior_importance"] = [*given, *(str(RunFolder(run).importance_after) for run in earlier)]
+    return config.replace(**values)
+
+
+def _complete(stage: Path, settings: TrainConfig) -> bool:
+    """Whether a domain's run has ended; one with other settings is refused."""
+    folder = RunFolder(stage)
+    if not (folder.report.exists() and folder.model.exists()):
+        return False
+    folder.check(settings)
+    return True
+
+
+def _hand_over(root: Path, stages: list[Path], names: list[str]) -> None:
+    """Write ``sequence.json`` and one report of all runs, and print what each domain did to the others."""
+    summaries = [json.loads(RunFolder(stage).summary.read_text(encoding="utf-8")) for stage in stages]
+    losses: dict[str, list[float | None]] = {name: [] for name in names}
+    for number, summary in enumerate(summaries):
+        for place, name in enumerate(names):
+            key = "domain_loss" if place == number else f"{name}_loss"
+            losses[name].append(summary[key]["after"] if key in summary else None)
+    general = [summary.get("general_loss", {}).get("after") for summary in summaries]
+    before = summaries[0].get("general_loss", {}).get("before")
+    figures = {"domains": names, "losses": losses, "general": [before, *general]}
+    write_text(root / "sequence.json", json.dumps(figures, indent=2) + "\n")
+    write_report(stages, root / "report.html")
+    console = Console(highlight=False)
+    table = Table(title="held-out loss after each domain")
+    for column in ("after", *names, "general"):
+        table.add_column(column, justify="left" if column == "after" else "right")
+    for number, name in enumerate(names):
+        row = [losses[other][number] for other in names]
+        table.add_row(name, *(_figure(value) for value in (*row, general[number])))
+    console.print(table)
+    console.print(
+        f"{'models':>12}: {', '.join(str(RunFolder(stage).model) for stage in stages)}", soft_wrap=True
+    )
+    console.print(f"{'report':>12}: {root / 'report.html'}", soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,23 @@
+"""Batches on the device, and the seeds of what is drawn there."""
+
+import numpy as np
+import torch
+
+from dga_scale.corpus.batches import Batch
+from dga_scale.objectives.views import ModelInputs
+
+WARMUP_STREAM, IMPORTANCE_STREAM, PREPARE_STREAM = 1, 2, 3
+"""Beside the training steps (0), what else draws random numbers from the run's seed."""
+
+
+def to_device(batch: Batch, device: torch.device) -> ModelInputs:
+    """The tensors of a batch that the model reads, on its device; on CUDA copied without waiting."""
+    tensors = [getattr(batch, name) for name in ModelInputs._fields]
+    if device.type == "cuda":
+        tensors = [t.pin_memory() for t in tensors]
+    return ModelInputs(*(t.to(device, non_blocking=True) for t in tensors))
+
+
+def seed_everything(seed: int, stream: int, step: int, rank: int) -> None:
+    """Seed dropout of one step on one rank, so that a resumed run needs no saved random state."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, stream, step, rank)).generate_state(1, np.uint64)[0]))
