@@ -11,6 +11,7 @@ precision and costs no communication.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,22 @@ FragmentKey = tuple[str, int]
 def key_of(fragment: Fragment) -> FragmentKey:
     """Find a fragment again among those of later steps."""
     return fragment.name, fragment.start
+
+
+@dataclass(frozen=True)
+class AnchorPlan:
+    """What a method asks for.
+
+    Attributes:
+        weight: lambda.
+        fisher_samples: rows of general text that F is measured on; None: F = 1.
+        normalize: scale F to mean 1.
+
+    """
+
+    weight: float
+    fisher_samples: int | None = None
+    normalize: bool = True
 
 
 class Anchor:
@@ -75,14 +92,15 @@ class Anchor:
             reduce: sums over ranks.
 
         """
-        total = torch.zeros((), dtype=torch.float64)
+        device = fragments[0].values.device if fragments else torch.device("cpu")
+        total = torch.zeros((), dtype=torch.float64, device=device)  # read once, at the end
         for fragment in fragments:
             moved = self._moved(fragment)
             if moved is not None:
                 squares = moved.square_()
                 if self._fisher is not None:
                     squares *= self._fisher[key_of(fragment)]
-                total += squares.sum(dtype=torch.float64).cpu()
+                total += squares.sum(dtype=torch.float64).to(device)
         return self.weight / 2 * float(reduce(total)) / self._copies
 
     def bytes_per_rank(self) -> int:
