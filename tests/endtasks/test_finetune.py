@@ -37,17 +37,19 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 def test_a_separable_task_is_learnt_and_the_seed_decides_all(model: str, task: Task):
-    first, again, other = (finetune(model, task, QUICK, seed) for seed in (1, 1, 2))
-    assert first["scores"]["accuracy"] > 0.9
-    assert first["epoch"] == QUICK.epochs
-    assert first["dev_scores"] == []
-    losses = []
-    for result in (first, again, other):
-        result.pop("seconds")
-    assert first == again
-    finetune(model, task, QUICK, 2, on_epoch=lambda epoch, loss, dev: losses.append(loss))
-    assert len(losses) == QUICK.epochs
-    assert losses[-1] < 0.5 * losses[0]
+    losses: list[list[float]] = []
+    results = []
+    for seed in (1, 1, 2):
+        losses.append([])
+        results.append(
+            finetune(model, task, QUICK, seed, on_epoch=lambda _, loss, __: losses[-1].append(loss))
+        )
+        results[-1].pop("seconds")
+    assert results[0]["scores"]["accuracy"] > 0.9
+    assert (results[0]["epoch"], results[0]["dev_scores"]) == (QUICK.epochs, [])
+    assert results[0] == results[1]
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0][-1] < 0.5 * losses[0][0]
 
 
 def test_dev_chooses_the_epoch_and_stops(model: str, task: Task):
