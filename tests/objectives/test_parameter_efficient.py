@@ -1,0 +1,139 @@
+"""LoRA, adapters and soft prompts as methods: what trains; under ZeRO 2 and 3, resumed and handed back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed import DeepSpeedEngine
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, PreTrainedModel
+
+import dga_scale.backbone.extended  # noqa: F401  # what a user imports to load the models handed back
+from dga_scale.backbone.lora import FOLDER
+from dga_scale.corpus.batches import Batch
+from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dga_scale.engine.checkpoint_folder import newest_verified
+from dga_scale.engine.cluster import join_cluster
+from dga_scale.engine.consolidate import consolidate
+from dga_scale.engine.optimizer_step import backward
+from dga_scale.errors import UserError
+from tests.engine.training import Setup, full_weights, tiny_engine, tiny_tokenizer
+from tests.objectives.comparison import config_of, labels_in, loss_of, method_of, training_model, workplace_of
+from tests.objectives.toy import rows_of, tensors_of, toy_batch, toy_lm
+from tests.ranks import run_ranks
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_rank": 2},
+    "adapter": {"adapter_size": 6},
+    "prompt": {"prompt_tokens": 3},
+}
+OWN = {"lora": "lora_", "adapter": ".adapter.", "prompt": ".soft_prompt."}
+BATCH = toy_batch()
+
+
+def logits_of(lm: PreTrainedModel) -> Tensor:
+    training = lm.training
+    lm.eval()
+    with torch.no_grad():
+        logits = lm(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits
+    lm.train(training)
+    return logits
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_only_its_own_parameters_move(name: str) -> None:
+    """Not the LM head either, and its weights are the same whatever was drawn before."""
+    model = training_model(name, **SETTINGS[name])
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    torch.rand(5)
+    again = dict(training_model(name, **SETTINGS[name]).named_parameters())
+    assert all(torch.equal(again[n], value) for n, value in before.items())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(2):  # in the first step only what starts at 0 has a gradient
+        loss_of(model, BATCH)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if OWN[name] in n}
+
+
+def stepped(engine: DeepSpeedEngine, batch: Batch, steps: range) -> None:
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    size = len(batch.input_ids) // ranks
+    own = rows_of(batch, slice(rank * size, (rank + 1) * size))
+    for _ in steps:
+        loss, _ = engine(*tensors_of(own), masked=(labels_in(batch),), passes=ranks)
+        backward(engine, loss)
+        engine.step()
+
+
+def trained(
+    folder: Path, names: list[str], setup: Setup
+) -> dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Logits after two steps; after one, a resume and another; the weights that were trained."""
+    found = {}
+    for name in names:
+        engine = tiny_engine(setup, training_model(name, **SETTINGS[name]))
+        stepped(engine, BATCH, range(1))
+        save_checkpoint(engine, tiny_tokenizer(), folder / name, TrainerState(1), join_cluster())
+        stepped(engine, BATCH, range(1, 2))
+        save_checkpoint(engine, tiny_tokenizer(), folder / name / "ended", TrainerState(2), join_cluster())
+        logits, weights = logits_of(engine.module.lm), full_weights(engine)
+        engine.destroy()
+
+        engine = tiny_engine(setup, training_model(name, **SETTINGS[name]))
+        checkpoint = newest_verified(folder / name, join_cluster())
+        assert checkpoint is not None
+        load_checkpoint(engine, checkpoint, join_cluster())
+        stepped(engine, BATCH, range(1, 2))
+        found[name] = logits, logits_of(engine.module.lm), weights
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("setup", [Setup(2), Setup(3)], ids=str)
+def test_trained_on_ranks_resumed_and_handed_back(setup: Setup, tmp_path: Path) -> None:
+    by_rank = run_ranks(2, trained, tmp_path, list(SETTINGS), setup)
+    for name in SETTINGS:
+        logits, resumed, weights = by_rank[0][name]
+        assert torch.equal(resumed, logits), name
+        assert all(OWN[name] in parameter for parameter in weights), name
+        folder = consolidate(tmp_path / name / "ended", None, tmp_path / f"{name}-model")
+        model, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), (name, info)
+        torch.testing.assert_close(logits_of(model), logits, rtol=1e-4, atol=1e-5)
+        assert (logits - logits_of(toy_lm())).abs().max() > 1e-3, name
+        stored = load_file(folder / "model.safetensors")
+        plain = toy_lm().state_dict()
+        if name == "lora":
+            assert stored.keys() <= plain.keys()
+            adapted = PeftModel.from_pretrained(toy_lm(), folder / FOLDER)
+            torch.testing.assert_close(logits_of(adapted), logits, rtol=1e-4, atol=1e-5)
+        else:
+            frozen = {key: value for key, value in stored.items() if OWN[name] not in key}
+            assert len(stored) - len(frozen) == (16 if name == "adapter" else 1)
+            assert all(torch.equal(value, plain[key.removeprefix("base.")]) for key, value in frozen.items())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_freeze_what_is_frozen_are_refused(name: str) -> None:
+    method = method_of(name)
+    method.check(config_of(name), causal=False)
+    for setting, value in (("freeze_layers", 1), ("freeze_embeddings", True)):
+        with pytest.raises(UserError, match=f"--{setting}"):
+            method.check(config_of(name, **{setting: value}), causal=False)
+
+
+def test_lora_targets_and_what_its_config_says() -> None:
+    lm = toy_lm()
+    config = config_of("lora", lora_targets=["value", "down"], lora_rank=4, lora_alpha=6.0, lora_dropout=0.1)
+    method = method_of("lora", lora_targets=["value", "down"], lora_rank=4, lora_alpha=6.0, lora_dropout=0.1)
+    assert method.prepare(workplace_of(lm, config)) is None
+    layer = lm.bert.encoder.layer[1]
+    assert layer.attention.self.value.scaling == {"default": 1.5}
+    assert layer.output.dense.lora_dropout["default"].p == 0.1
+    assert isinstance(layer.attention.self.query, torch.nn.Linear)
