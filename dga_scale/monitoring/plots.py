@@ -165,6 +165,27 @@ def forgetting_figure(
     return figure
 
 
+def consistency_figure(groups: Mapping[str, tuple[Tensor, float]], *, theme: Theme = LIGHT) -> Figure:
+    """Gradient consistency: a histogram of the sequences of each group, and a line at the group's own.
+
+    Args:
+        groups: label -> (values of the sequences (n,), value of the group).
+    """
+    figure = _figure(_WIDTH, 3.1)
+    axes = figure.add_subplot()
+    lowest = min(-0.05, *(values.min().item() for values, _ in groups.values()))
+    bins = np.linspace(lowest, 1.0, 31)
+    for color, (label, (values, own)) in zip(_cycle(theme, len(groups)), groups.items(), strict=True):
+        weights = np.full(len(values), 1 / len(values))
+        axes.hist(values.tolist(), bins=bins.tolist(), weights=weights, color=color, alpha=0.45, label=label)
+        axes.axvline(own, color=color, linewidth=1.6, linestyle="--")
+    axes.set_xlabel("gradient consistency of a sequence (dashed: of the corpus)")
+    axes.set_ylabel("share of sequences")
+    _style(axes, theme)
+    _legend(axes, theme)
+    return figure
+
+
 def png_bytes(figure: Figure) -> bytes:
     """The figure as a PNG file with a transparent background, for a page of its theme's colours."""
     buffer = io.BytesIO()

@@ -1,0 +1,128 @@
+"""Gradient consistency: which text pulls a block the way most of it does, and which is the long tail.
+
+CSE (Dong et al., NeurIPS 2024): J holds the gradients of one block's parameters, a row a sequence, and
+``g(X) = u_max^T J`` with u_max the top eigenvector of ``J J^T`` (its entries' sum >= 0) is the direction that
+the sequences X share. ``GC(X') = cos(g(X), g(X'))``: near 1 for text that the block learns along with the
+rest, near 0 or below for text that it does not.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.errors import UserError
+from dga_scale.experts.sublayers import block_of
+
+_COLUMNS = 1 << 20
+"""Columns of J that are in fp64 at a time."""
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Of one group of sequences X' against all sequences X together.
+
+    Attributes:
+        rows: (n,) GC of each sequence alone: cosine of its gradient with g(X).
+        group: GC of the group, cos(g(X), g(X')).
+
+    """
+
+    rows: Tensor
+    group: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the JSON file holds."""
+        return {
+            "sequences": len(self.rows),
+            "group": self.group,
+            "mean": self.rows.mean().item(),
+            "median": self.rows.median().item(),
+            "share_below_0": (self.rows < 0).double().mean().item(),
+            "rows": self.rows.tolist(),
+        }
+
+
+def shared_direction(gradients: Tensor) -> Tensor:
+    """Compute g = u_max^T J of gradients J (n, parameters): (parameters,) in fp64."""
+    products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for part in gradients.split(_COLUMNS, dim=1):
+        products += part.double() @ part.double().T
+    _, vectors = torch.linalg.eigh(products)  # ascending
+    top = vectors[:, -1]
+    top = top if top.sum() >= 0 else -top
+    return torch.cat([top @ part.double() for part in gradients.split(_COLUMNS, dim=1)])
+
+
+def consistency(groups: Mapping[str, Tensor]) -> dict[str, Consistency]:
+    """Compare each group with all groups together.
+
+    Args:
+        groups: gradients (n, parameters) of the sequences of each.
+
+    """
+    everything = shared_direction(torch.cat(list(groups.values())))
+    return {
+        name: Consistency(
+            rows=torch.stack([F.cosine_similarity(row.double(), everything, dim=0) for row in gradients]),
+            group=F.cosine_similarity(shared_direction(gradients), everything, dim=0).item(),
+        )
+        for name, gradients in groups.items()
+    }
+
+
+def block_parameters(lm: PreTrainedModel, anatomy: Anatomy, layer: int) -> list[torch.nn.Parameter]:
+    """List the parameters of one block.
+
+    Raises:
+        UserError: the model has no such layer.
+
+    """
+    if not 0 <= layer < anatomy.num_layers:
+        raise UserError(f"--layer {layer}: the model's layers are 0 to {anatomy.num_layers - 1}")
+    return list(lm.get_submodule(block_of(anatomy, layer).removesuffix(".")).parameters())
+
+
+def sequence_gradients(
+    lm: PreTrainedModel,
+    parameters: Sequence[torch.nn.Parameter],
+    losses: Iterable[Callable[[], Tensor]],
+    count: int,
+) -> Tensor:
+    """Gradient of each sequence's loss, without dropout: (count, parameters) in fp32 on the CPU.
+
+    Args:
+        lm: the model.
+        parameters: of one block.
+        losses: a call for each sequence that gives its loss; ``count`` of them.
+        count: number of sequences.
+
+    Raises:
+        UserError: so many gradients don't fit into memory.
+
+    """
+    width = sum(parameter.numel() for parameter in parameters)
+    needed, free = 3 * 4 * count * width, psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"gradients of {count} sequences for {width:,} parameters need {needed / 2**30:.1f} GiB of "
+            f"memory, and {free / 2**30:.1f} GiB are free: lower --rows to {max(1, count * free // needed)}"
+        )
+    training = lm.training
+    lm.eval()
+    gradients = torch.empty(count, width)
+    for row, loss in enumerate(losses):
+        parts = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        flat = [
+            torch.zeros(parameter.numel()) if part is None else part.detach().float().cpu().flatten()
+            for part, parameter in zip(parts, parameters, strict=True)
+        ]
+        gradients[row] = torch.cat(flat)
+    lm.train(training)
+    return gradients
