@@ -1,0 +1,163 @@
+"""CSE: the LM loss on a model whose last layers have sparse experts (Dong et al., NeurIPS 2024)."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dga_scale.backbone.extended import ExtendedPreTrainedModel, Settings, extend
+from dga_scale.config import ABOVE_0, AT_LEAST_1, INSIDE_0_1, MethodSettings, Rules, TrainConfig, setting
+from dga_scale.errors import UserError
+from dga_scale.experts.clustering import Clusters, find_clusters
+from dga_scale.experts.extension import (
+    EXPERTS,
+    Place,
+    Sample,
+    add_experts,
+    collect_features,
+    places_of,
+    settings_of,
+)
+from dga_scale.objectives.method import Method, Workplace
+
+STRUCTURE = "experts.json"
+
+
+@dataclass(frozen=True)
+class CSESettings(MethodSettings):
+    """Which sublayers get experts, and how their clusters are found."""
+
+    cse_layers: int = setting(2, "Last layers whose sublayers get experts. Source: CSE.")
+    cse_experts: str = setting(
+        "both", "Sublayers that an expert copies. Source: CSE, both did best.", ("attention", "ffn", "both")
+    )
+    cse_samples: int = setting(10_000, "Rows of the training text, mix included, that are clustered.")
+    cse_alpha: float = setting(0.99, "Share of a centre that one sequence leaves in place.")
+    cse_projection: int = setting(64, "Width of the Gaussian projection in which sequences are compared.")
+    cse_eps: float | None = setting(None, "DBSCAN's eps. Default: the elbow of the k-distance curve.")
+    cse_min_samples: int | None = setting(None, "DBSCAN's min_samples. Default: max(5, 0.5% of the rows).")
+
+    rules: ClassVar[Rules] = {
+        "cse_layers": AT_LEAST_1,
+        "cse_samples": AT_LEAST_1,
+        "cse_alpha": INSIDE_0_1,
+        "cse_projection": AT_LEAST_1,
+        "cse_eps": ABOVE_0,
+        "cse_min_samples": AT_LEAST_1,
+    }
+
+
+class CSE(Method):
+    """The LM loss, on experts that are copies of the dense sublayers, one for each cluster of the text.
+
+    The sample is clustered when the run starts, with the masks that training has; a resumed run rebuilds the
+    same experts from ``experts.json``, and its checkpoint has their weights and centres. A model that has
+    experts already is trained on with those. The model handed back loads through the Auto classes once
+    ``dga_scale.backbone.extended`` is imported.
+    """
+
+    name = "cse"
+    summary = "MLM with experts for clusters of sequences in the last layers (Dong et al., 2024)"
+    Settings = CSESettings
+    needs_whole_model = True
+
+    def check(self, config: TrainConfig, causal: bool) -> None:
+        try:
+            import sklearn  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "--method cse clusters text with scikit-learn, which is not installed: "
+                'pip install "scikit-learn>=1.5,<2"'
+            ) from None
+
+    def prepare(self, workplace: Workplace) -> PreTrainedModel | None:
+        if isinstance(workplace.lm, ExtendedPreTrainedModel) and workplace.lm.config.extension == EXPERTS:
+            workplace.print("the model has experts already: they are trained on as they are")
+            return None
+        path = workplace.folder / STRUCTURE
+        if workplace.resuming:
+            return extend(workplace.lm, EXPERTS, workplace.run_on_first(lambda: _read(path)))
+        samples = self._samples(workplace)
+        clusters: dict[Place, Clusters] = workplace.run_on_first(lambda: self._clusters(samples))
+        for place, found in clusters.items():
+            workplace.print(
+                f"{place}: {len(found.centres)} experts for clusters of {found.sizes} sequences, "
+                f"{found.noise} of them noise (eps {found.eps:.4g}, min_samples {found.min_samples})"
+            )
+        structure = settings_of(clusters, alpha=self.settings.cse_alpha, width=self.settings.cse_projection)
+        if not workplace.config.run.dry_run:
+            workplace.run_on_first(lambda: _write(path, structure, clusters))
+        return add_experts(workplace.lm, clusters, samples, alpha=self.settings.cse_alpha)
+
+    def _samples(self, workplace: Workplace) -> dict[Place, Sample]:
+        """Collect features of the sample on all ranks, as every rank gets them."""
+        settings = self.settings
+        places = places_of(workplace.anatomy, settings.cse_layers, settings.cse_experts)
+        workplace.print(f"clustering {settings.cse_samples} rows of text for {len(places)} sublayers")
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for inputs in workplace.sample(settings.cse_samples):
+                yield inputs.masked_ids, inputs.attention_mask
+
+        workplace.lm.to(workplace.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+        own = collect_features(
+            workplace.lm,
+            workplace.anatomy,
+            places,
+            batches(),
+            width=settings.cse_projection,
+            seed=workplace.config.run.seed,
+        )
+        parts = workplace.all_gather_object({place: sample.features.numpy() for place, sample in own.items()})
+        return {
+            place: Sample(torch.cat([torch.from_numpy(part[place]) for part in parts]), sample.projection)
+            for place, sample in own.items()
+        }
+
+    def _clusters(self, samples: dict[Place, Sample]) -> dict[Place, Clusters]:
+        settings = self.settings
+        return {
+            place: find_clusters(
+                sample.features.numpy(),
+                settings.cse_eps,
+                settings.cse_min_samples,
+                what=f"the training text at {place}",
+            )
+            for place, sample in samples.items()
+        }
+
+
+def _read(path: Path) -> Settings:
+    try:
+        structure: Settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}, which says what experts the run has, can't be read ({error}): restore it, or start "
+            "anew in another --output_dir"
+        ) from error
+    return structure
+
+
+def _write(path: Path, structure: Settings, clusters: dict[Place, Clusters]) -> None:
+    """Write the experts' structure, and what they were made of for the reader; the file appears whole."""
+    found: list[dict[str, Any]] = [
+        {
+            "place": str(place),
+            "sizes": each.sizes,
+            "radii": each.radii.tolist(),
+            "noise": each.noise,
+            "eps": each.eps,
+            "min_samples": each.min_samples,
+        }
+        for place, each in clusters.items()
+    ]
+    temporary = path.with_suffix(".tmp")
+    text = json.dumps({"settings": structure, "clusters": found}, indent=2) + "\n"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
