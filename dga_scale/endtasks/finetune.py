@@ -208,7 +208,8 @@ def score(classifier: PreTrainedModel, data: Encoded, task: Task, recipe: Recipe
     """Predict all examples in eval mode, and compare."""
     classifier.eval()
     outputs = []
-    for index, weights in _batches(torch.arange(len(data)), 4 * recipe.batch_size):
+    every = torch.arange(len(data), device=data.labels.device)
+    for index, weights in _batches(every, 4 * recipe.batch_size):
         logits = _logits(classifier, data, index, recipe)  # (B, labels)
         outputs.append(logits[weights > 0])
     logits = torch.cat(outputs)
@@ -228,9 +229,10 @@ def _train_epoch(
 ) -> float:
     classifier.train()
     total = torch.zeros((), device=data.labels.device)
-    for index, weights in _batches(torch.randperm(len(data), generator=order), recipe.batch_size):
+    # Drawn on the CPU: the same order on any device.
+    shuffled = torch.randperm(len(data), generator=order).to(data.labels.device)
+    for index, weights in _batches(shuffled, recipe.batch_size):
         logits = _logits(classifier, data, index, recipe)  # (B, labels)
-        weights = weights.to(logits.device)
         labels = data.labels[index]
         if labels.is_floating_point():
             losses = F.mse_loss(logits.squeeze(-1), labels, reduction="none")
@@ -257,7 +259,7 @@ def _batches(order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Index (size,) and weights (size,) of each batch; the last is filled up with rows of weight 0."""
     for part in order.split(size):
         fill = size - len(part)
-        weights = torch.cat([torch.ones(len(part)), torch.zeros(fill)])
+        weights = (torch.arange(size, device=order.device) < len(part)).float()
         yield torch.cat([part, part.new_zeros(fill)]), weights
 
 

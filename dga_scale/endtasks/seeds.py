@@ -45,7 +45,10 @@ def run_seeds(
     else:
         context = multiprocessing.get_context("spawn")  # a forked process can't use CUDA
         with ProcessPoolExecutor(min(jobs, len(left)), context, _start_worker, (jobs,)) as pool:
-            waiting = [pool.submit(_run, model, task, recipe, seed, output, identity) for seed in left]
+            waiting = [
+                pool.submit(_run, model, task, recipe, seed, output, identity, slot)
+                for slot, seed in enumerate(left)
+            ]
             for done in as_completed(waiting):
                 done.result()
     results = {seed: _read(_file(output, seed)) for seed in seeds}
@@ -90,14 +93,27 @@ def _start_worker(jobs: int) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
 
 
-def _run(model: str, task: Task, recipe: Recipe, seed: int, output: Path, identity: dict[str, Any]) -> None:
+def _run(
+    model: str,
+    task: Task,
+    recipe: Recipe,
+    seed: int,
+    output: Path,
+    identity: dict[str, Any],
+    slot: int = 0,
+) -> None:
+    """Fine-tune with one seed and write its file; ``slot`` spreads parallel seeds over the GPUs."""
+    import torch
+
     from dga_scale.endtasks.finetune import finetune  # transformers' import takes seconds
 
     def tell(epoch: int, loss: float, score: float | None) -> None:
         dev = "" if score is None else f", dev {recipe.metric} {score:.4f}"
         print(f"{task.name} seed {seed} epoch {epoch}/{recipe.epochs}: loss {loss:.4f}{dev}", flush=True)
 
-    result = finetune(model, task, recipe, seed, on_epoch=tell)
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", slot % gpus) if gpus else torch.device("cpu")
+    result = finetune(model, task, recipe, seed, device=device, on_epoch=tell)
     content = {
         "model": model,
         "task": task.name,

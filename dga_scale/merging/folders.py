@@ -1,6 +1,7 @@
 """A model's folder read tensor by tensor: names, shapes and dtypes without the weights."""
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,12 @@ from dga_scale.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
           "BOOL": torch.bool}  # fmt: skip
-_OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))
-"""Of layer norms in checkpoints of the first BERTs, and what they are called today."""
+_RENAMED = (
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"),  # checkpoints of the first BERTs
+    (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    (r"^embed_out\.", "lm_head."),  # GPT-NeoX
+)
+"""Names in files, and what transformers calls them in the model."""
 _NEEDED_OF_THE_HUB = ["config.json", "model*.safetensors*", "*token*", "vocab*", "merges.txt", "*.model"]
 
 
@@ -74,8 +79,8 @@ class ModelFolder:
         found: dict[str, StoredTensor] = {}
         for file in sorted(self.path.glob("model*.safetensors")):
             for name, stored in self._tensors_of(file).items():
-                for old, new in _OLD_NAMES:
-                    name = name.removesuffix(old) + new if name.endswith(old) else name
+                for pattern, today in _RENAMED:
+                    name = re.sub(pattern, today, name)
                 found[name] = stored
         return found
 

@@ -19,7 +19,7 @@ from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.tasks import Example, Task, load_task
 from dga_scale.errors import UserError
 from tests.backbone.tiny import TINY
-from tests.corpus.tiny import byte_bpe
+from tests.corpus.tiny import byte_bpe, wordpiece
 from tests.endtasks.tiny import tiny_model, write_split, write_task
 
 QUICK = Recipe(epochs=8, learning_rate=5e-3, metric="accuracy")
@@ -116,6 +116,27 @@ def test_the_aspect_comes_first_where_the_recipe_says_so(model: str, task: Task)
         recipe = dataclasses.replace(QUICK, pair_first=pair_first)
         data = encode(tokenizer, [example], task, recipe, 12, CPU)
         assert tokenizer.decode(data.input_ids[0]).startswith(f"[CLS] {expected} [SEP] [PAD]")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_architecture_takes_a_classifier(name: str, task: Task, tmp_path: Path):
+    """Weights of the LM under a new head; what stands behind the padding changes nothing."""
+    folder = byte_bpe(tmp_path / "lm") if TINY[name].causal else wordpiece(tmp_path / "lm")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    lm = TINY[name].model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    lm.save_pretrained(folder)
+    classifier = load_classifier(str(folder), task, tokenizer).eval()
+    stored = dict(lm.base_model.named_parameters())
+    for parameter, values in classifier.base_model.named_parameters():
+        assert "pooler" in parameter or torch.equal(values, stored[parameter])
+    logits = []
+    for length in (16, 24):
+        data = encode(tokenizer, [Example("protein shard", None, "town")], task, QUICK, length, CPU)
+        with torch.no_grad():
+            logits.append(classifier(**data.rows(torch.tensor([0]))).logits)
+    assert logits[0].shape == (1, 2)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_causal_model_without_padding_token(task: Task, tmp_path: Path):

@@ -123,6 +123,18 @@ def test_several_models_are_averaged(pair: tuple[Path, Path], tokenizer: Path, t
         merge(pair[0], pair[1], other, method="slerp")
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_every_architecture_comes_back(name: str, tokenizer: Path, tmp_path: Path):
+    size = len(load_tokenizer(tokenizer))
+    models = [TINY[name].model(vocab_size=size) for _ in range(2)]
+    folders = [save(tmp_path / str(n), model, tokenizer) for n, model in enumerate(models)]
+    merge(*folders).write(MergeSettings("linear", 0.25), tmp_path / "merged")
+    merged, info = type(models[0]).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values())
+    for parameter, base, adapted in zip(merged.parameters(), *(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(parameter, 0.75 * base + 0.25 * adapted, rtol=0, atol=1e-6)
+
+
 def test_models_of_other_kinds_are_refused(pair: tuple[Path, Path], tokenizer: Path, tmp_path: Path):
     size = len(load_tokenizer(tokenizer))
     roberta = save(tmp_path / "roberta", TINY["roberta"].model(vocab_size=size), tokenizer)
