@@ -9,6 +9,7 @@ within about a row of share_k of all tokens (weighted fair queuing; Demers, Kesh
 and the merge of any stretch is one sort.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,12 @@ class Mixture:
                     f"corpus {corpus.path} has {len(corpus)} rows, fewer than {batch}. "
                     "Give more text, or a smaller global batch size" + (" or share" if source > 0 else "")
                 )
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of all rows: of one corpus its own hash."""
+        hashes = [corpus.content_hash for corpus in self.corpora]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     def _start(self) -> _Place:
         zeros = (0,) * len(self.corpora)

@@ -110,6 +110,7 @@ def test_a_mixture_of_one_is_the_corpus(corpora: list[Corpus], masking: MaskingP
     corpus = corpora[2]  # many epochs
     order = SampleOrder(len(corpus), SEED)
     mixture = Mixture([corpus], [], SEED)
+    assert mixture.content_hash == corpus.content_hash
     for start, stop in ((0, 5), (3, 40), (1000, 1010)):
         picks = mixture.picks(start, stop)
         assert picks.sources.tolist() == [0] * (stop - start)

@@ -1,0 +1,77 @@
+"""Methods that keep general knowledge by general text or by the starting weights, as whole runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dga_scale.engine.signals import EXIT_STOPPED
+from tests.ranks import RankError, run_ranks
+from tests.small import SmallWorld, make_world
+from tests.test_train import REPOSITORY, STEPS, arguments, run_training, run_until
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss/total" in line]
+
+
+def flags_of(world: SmallWorld, run: Path, method: str, **settings: Any) -> list[str]:
+    own = {
+        "l2": {"l2_weight": 50.0},
+        "ewc": {"ewc_weight": 50.0, "general_corpus": world.general_corpus, "fisher_samples": 20},
+        "rehearsal": {"mix": f"{world.general_corpus}:0.3", "rehearsal_weight": 0.5},
+        "kl": {"mix": f"{world.general_corpus}:0.3", "kl_mlm_weight": 0.5},
+    }[method]
+    return arguments(world, run, method=method, **own, **settings)
+
+
+@pytest.mark.parametrize(("method", "stage"), [("ewc", "zero2"), ("kl", "zero3")])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(
+    method: str, stage: str, world: SmallWorld, tmp_path: Path
+) -> None:
+    ds_config = REPOSITORY / "ds_configs" / f"{stage}.json"
+    whole, parts = (flags_of(world, tmp_path / n, method, ds_config=ds_config) for n in ("whole", "parts"))
+    assert run_ranks(2, run_training, whole) == [0, 0]
+    assert run_ranks(2, run_until, parts, 3, 1) == [EXIT_STOPPED] * 2
+    assert run_ranks(2, run_training, parts) == [0, 0]
+    one, other = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    steps = steps_of(tmp_path / "whole")
+    assert len(steps) == STEPS
+    if method in ("l2", "ewc"):
+        assert all(step["loss/anchor"] > 0 for step in steps)
+        moved = [step["loss/anchor"] for step in steps_of(tmp_path / "parts")]
+        assert moved == [step["loss/anchor"] for step in steps]
+    else:
+        assert all(step["loss/mlm/general_corpus"] > 0 for step in steps)
+
+
+def test_an_anchored_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: Path) -> None:
+    """Without dropout it computes the same, to the order of sums in fp32; the Fisher is read back."""
+    ds_config = REPOSITORY / "ds_configs" / "zero3.json"
+    whole, parts = (
+        flags_of(world, tmp_path / name, "ewc", ds_config=ds_config, dropout=0.0)
+        for name in ("whole", "parts")
+    )
+    assert run_ranks(2, run_training, whole) == [0, 0]
+    assert run_ranks(2, run_until, parts, 3, 1) == [EXIT_STOPPED] * 2
+    assert run_ranks(1, run_training, parts) == [0]
+    one, other = (steps_of(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("loss/total", "loss/anchor"):
+        assert [step[name] for step in other] == pytest.approx([step[name] for step in one], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["rehearsal", "kl"])
+def test_a_method_that_needs_a_mix_says_so(method: str, world: SmallWorld, tmp_path: Path) -> None:
+    flags = [flag for flag in flags_of(world, tmp_path, method) if not flag.startswith("--mix")]
+    with pytest.raises(RankError, match="--mix"):
+        run_ranks(1, run_training, flags)
