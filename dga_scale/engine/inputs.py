@@ -54,7 +54,13 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     (path,) = config.data.corpus  # of several, engine.sequence makes a run each
     model_config = load_model_config(config.model.model)
     tokenizer = load_tokenizer(config.model.model)
-    build_method(config).check(config, model_config.causal)
+    method = build_method(config)
+    if method.needs_mix and not config.data.mix:
+        raise UserError(
+            f"--method {config.method_name} reads general text beside the domain's: give it as "
+            "--mix FOLDER:SHARE, for example --mix corpora/general:0.05"
+        )
+    method.check(config, model_config.causal)
     corpus = open_corpus(path, "--corpus", tokenizer)
     raw = load_ds_config(config.run.ds_config or "")
     resolved = resolve_ds_config(
