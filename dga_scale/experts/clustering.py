@@ -9,6 +9,8 @@ from dga_scale.errors import UserError
 
 MAX_EXPERTS = 64
 MIN_SAMPLES, MIN_SAMPLES_SHARE = 5, 0.005
+_QUANTILES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+"""Of the k-distances, tried for eps after the elbow: at each, that share of the points lies in a cluster."""
 _RADIUS_FLOOR = 1e-3
 """Least radius over eps: a cluster of equal points would never take another point."""
 
@@ -49,17 +51,16 @@ def find_clusters(
 
     Args:
         points: fp32.
-        eps: DBSCAN's; None: the elbow of the k-distance curve.
+        eps: DBSCAN's; None: the elbow of the k-distance curve, or, where that joins everything, the largest
+            of the curve's 95% to 50% quantiles that leaves two clusters.
         min_samples: DBSCAN's; None: max(5, 0.5% of N).
         what: the points' name in messages.
 
     Raises:
-        UserError: fewer points than min_samples, less than two clusters, or more than ``MAX_EXPERTS``; it
+        UserError: too few points for min_samples, less than two clusters, or more than ``MAX_EXPERTS``; it
             says which eps would do, where one would.
 
     """
-    from sklearn.cluster import DBSCAN
-
     wanted = min_samples or max(MIN_SAMPLES, round(MIN_SAMPLES_SHARE * len(points)))
     if len(points) < 2 * wanted:
         raise UserError(
@@ -68,10 +69,16 @@ def find_clusters(
         )
     distances = k_distances(points, wanted)
     used = eps or elbow(distances)
-    labels = DBSCAN(eps=used, min_samples=wanted).fit_predict(points)
-    found = int(labels.max()) + 1
-    if not 2 <= found <= MAX_EXPERTS:
-        raise UserError(_advice(points, distances, what, found, used, wanted))
+    labels = _dbscan(points, used, wanted)
+    first = used, _count(labels)
+    lower = (float(np.quantile(distances, quantile)) for quantile in _QUANTILES)
+    candidates = [] if eps else [candidate for candidate in lower if 0 < candidate < used]
+    while not 2 <= _count(labels) <= MAX_EXPERTS:
+        if not candidates:
+            raise UserError(_advice(points, distances, what, *first, wanted, given=eps is not None))
+        used = candidates.pop(0)
+        labels = _dbscan(points, used, wanted)
+    found = _count(labels)
     members = [points[labels == label] for label in np.argsort(-np.bincount(labels[labels >= 0]))]
     centres = np.stack([each.mean(axis=0) for each in members])
     radii = np.array(
@@ -110,27 +117,43 @@ def elbow(ascending: NDArray[np.float64]) -> float:
     return float(ascending[below.argmax()])
 
 
-def _advice(
-    points: Array, distances: NDArray[np.float64], what: str, found: int, eps: float, min_samples: int
-) -> str:
-    """Say what to change, with the numbers of clusters that other values of eps give."""
+def _dbscan(points: Array, eps: float, min_samples: int) -> NDArray[np.int64]:
+    """Label points (N, d) by cluster; -1: noise."""
     from sklearn.cluster import DBSCAN
 
-    counts = {}
-    for quantile in (0.02, 0.1, 0.25, 0.5, 0.75, 0.95):
+    labels: NDArray[np.int64] = DBSCAN(eps=eps, min_samples=min_samples).fit_predict(points)
+    return labels
+
+
+def _count(labels: NDArray[np.int64]) -> int:
+    return int(labels.max()) + 1
+
+
+def _advice(
+    points: Array,
+    distances: NDArray[np.float64],
+    what: str,
+    eps: float,
+    found: int,
+    min_samples: int,
+    *,
+    given: bool,
+) -> str:
+    """Say what to change; where eps was given, with the numbers of clusters that other values give."""
+    useful = []
+    for quantile in _QUANTILES[::2] if given else ():
         candidate = float(f"{np.quantile(distances, quantile):.3g}")
-        if candidate > 0:
-            labels = DBSCAN(eps=candidate, min_samples=min_samples).fit_predict(points)
-            counts[candidate] = int(labels.max()) + 1
-    useful = [f"{e:g} ({n} clusters)" for e, n in counts.items() if 2 <= n <= MAX_EXPERTS]
+        count = _count(_dbscan(points, candidate, min_samples)) if candidate > 0 else 0
+        useful += [f"{candidate:g} ({count} clusters)"] * (2 <= count <= MAX_EXPERTS)
     clusters = "one cluster" if found == 1 else f"{found} clusters"
+    tried = "eps" if given else "the elbow, eps"
     advice = (
-        f"On this sample --cse_eps {' or '.join(useful)} would do."
+        f"--cse_eps {' or '.join(useful)} would do here."
         if useful
-        else "No other --cse_eps gives two with this --cse_min_samples: lower it, or train on text that has "
-        "parts, for example with --mix GENERAL:0.3."
+        else "Smaller ones do no better: lower --cse_min_samples, or train on text that has parts, for "
+        "example with --mix GENERAL:0.3."
     )
     return (
-        f"DBSCAN finds {clusters} in {len(points)} sequences of {what} (eps {eps:.4g}, min_samples "
+        f"DBSCAN finds {clusters} in {len(points)} sequences of {what} ({tried} {eps:.4g}, min_samples "
         f"{min_samples}); experts need from 2 to {MAX_EXPERTS}. {advice}"
     )

@@ -40,7 +40,11 @@ class CSESettings(MethodSettings):
     cse_samples: int = setting(10_000, "Rows of the training text, mix included, that are clustered.")
     cse_alpha: float = setting(0.99, "Share of a centre that one sequence leaves in place.")
     cse_projection: int = setting(64, "Width of the Gaussian projection in which sequences are compared.")
-    cse_eps: float | None = setting(None, "DBSCAN's eps. Default: the elbow of the k-distance curve.")
+    cse_eps: float | None = setting(
+        None,
+        "DBSCAN's eps, at all places. Default: for each the elbow of its k-distance curve, or where that "
+        "joins everything the largest of the curve's 95% to 50% quantiles that leaves two clusters.",
+    )
     cse_min_samples: int | None = setting(None, "DBSCAN's min_samples. Default: max(5, 0.5% of the rows).")
 
     rules: ClassVar[Rules] = {

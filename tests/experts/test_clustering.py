@@ -78,13 +78,32 @@ def test_equal_points_have_a_radius() -> None:
     assert found.sizes == [20, 20]
 
 
+def test_an_elbow_that_joins_everything_gives_way_to_quantiles() -> None:
+    """Heavy tails bend the curve late, at an eps that bridges the gap between two blobs."""
+    generator = np.random.default_rng(0)
+    truth = generator.permutation(np.repeat([0, 1], [300, 200]))
+    points = 0.6 * generator.standard_t(2.5, size=(500, 8))
+    points[:, 0] += 8 * truth
+    points = points.astype(np.float32)
+    distances = k_distances(points, 5)
+    with pytest.raises(UserError, match="one cluster"):
+        find_clusters(points, eps=elbow(distances))
+    found = find_clusters(points)
+    assert len(found.centres) == 2
+    assert (found.labels == truth).mean() > 0.98
+    assert found.eps in np.quantile(distances, [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5])
+    next_larger = distances[distances > found.eps][25]  # one quantile up
+    with pytest.raises(UserError, match="one cluster"):
+        find_clusters(points, eps=next_larger)
+
+
 def test_one_cluster_is_refused_with_what_would_do() -> None:
     points, _ = blobs((200, 100))
-    with pytest.raises(UserError, match=r"finds one cluster in 300 sequences of text .*--cse_eps .*\(2 clus"):
+    with pytest.raises(UserError, match=r"one cluster in 300 sequences of text .*--cse_eps .*\(2 clusters\)"):
         find_clusters(points, eps=100.0, what="text")
     alike, _ = blobs((300,))
-    with pytest.raises(UserError, match=r"finds one cluster .*lower it, or train on text that has parts"):
-        find_clusters(alike, min_samples=140)
+    with pytest.raises(UserError, match=r"finds one cluster .*lower --cse_min_samples, or train on text"):
+        find_clusters(alike, min_samples=100)
     with pytest.raises(UserError, match="finds 0 clusters"):
         find_clusters(points, eps=1e-4)
     with pytest.raises(UserError, match="8 sequences of the sample are too few"):
