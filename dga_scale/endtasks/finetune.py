@@ -23,6 +23,9 @@ from dga_scale.errors import UserError
 
 MAX_GRAD_NORM = 1.0
 
+LENGTH_STEP = 32
+"""A batch is cut to a multiple of this many tokens: few shapes, and little padding is computed."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -32,18 +35,21 @@ class Encoded:
     attention_mask: Tensor  # (N, T)
     token_type_ids: Tensor | None  # (N, T), of models that tell first text and second apart
     labels: Tensor  # (N,) class numbers, or fp32 values of a regression
+    lengths: Tensor  # (N,) real tokens; on the CPU
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """The model's inputs for some of the examples."""
+        """The model's inputs for the examples (B,) of a CPU index, cut behind the longest of them."""
+        width = -(-int(self.lengths[index].max()) // LENGTH_STEP) * LENGTH_STEP
+        index = index.to(self.labels.device)
         named = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "token_type_ids": self.token_type_ids,
         }
-        return {name: tensor[index] for name, tensor in named.items() if tensor is not None}
+        return {name: tensor[index, :width] for name, tensor in named.items() if tensor is not None}
 
 
 def finetune(
@@ -200,6 +206,7 @@ def encode(
         attention_mask=found["attention_mask"].to(device),
         token_type_ids=None if types is None else types.to(device),
         labels=labels.to(device),
+        lengths=found["attention_mask"].sum(dim=1),
     )
 
 
@@ -207,12 +214,11 @@ def encode(
 def score(classifier: PreTrainedModel, data: Encoded, task: Task, recipe: Recipe) -> dict[str, float]:
     """Predict all examples in eval mode, and compare."""
     classifier.eval()
-    outputs = []
-    every = torch.arange(len(data), device=data.labels.device)
-    for index, weights in _batches(every, 4 * recipe.batch_size):
-        logits = _logits(classifier, data, index, recipe)  # (B, labels)
-        outputs.append(logits[weights > 0])
-    logits = torch.cat(outputs)
+    by_length = data.lengths.argsort(stable=True)
+    sorted_logits = []
+    for index, weights in _batches(by_length, 4 * recipe.batch_size):
+        sorted_logits.append(_logits(classifier, data, index, recipe)[: int(weights.sum())])  # (B, labels)
+    logits = torch.cat(sorted_logits).cpu()[by_length.argsort()]  # (N, labels)
     if task.regression:
         return regression_scores(data.labels.tolist(), logits.squeeze(-1).tolist())
     predicted = [task.labels[number] for number in logits.argmax(dim=-1).tolist()]
@@ -229,11 +235,9 @@ def _train_epoch(
 ) -> float:
     classifier.train()
     total = torch.zeros((), device=data.labels.device)
-    # Drawn on the CPU: the same order on any device.
-    shuffled = torch.randperm(len(data), generator=order).to(data.labels.device)
-    for index, weights in _batches(shuffled, recipe.batch_size):
+    for index, weights in _batches(torch.randperm(len(data), generator=order), recipe.batch_size):
         logits = _logits(classifier, data, index, recipe)  # (B, labels)
-        labels = data.labels[index]
+        labels, weights = data.labels[index.to(logits.device)], weights.to(logits.device)
         if labels.is_floating_point():
             losses = F.mse_loss(logits.squeeze(-1), labels, reduction="none")
         else:
@@ -259,7 +263,7 @@ def _batches(order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Index (size,) and weights (size,) of each batch; the last is filled up with rows of weight 0."""
     for part in order.split(size):
         fill = size - len(part)
-        weights = (torch.arange(size, device=order.device) < len(part)).float()
+        weights = (torch.arange(size) < len(part)).float()
         yield torch.cat([part, part.new_zeros(fill)]), weights
 
 
