@@ -9,7 +9,7 @@ from dga_scale.errors import UserError
 
 MAX_EXPERTS = 64
 MIN_SAMPLES, MIN_SAMPLES_SHARE = 5, 0.005
-_QUANTILES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+_QUANTILES = tuple(percent / 100 for percent in range(95, 20, -5))
 """Of the k-distances, tried for eps after the elbow: at each, that share of the points lies in a cluster."""
 _RADIUS_FLOOR = 1e-3
 """Least radius over eps: a cluster of equal points would never take another point."""
@@ -52,7 +52,7 @@ def find_clusters(
     Args:
         points: fp32.
         eps: DBSCAN's; None: the elbow of the k-distance curve, or, where that joins everything, the largest
-            of the curve's 95% to 50% quantiles that leaves two clusters.
+            of the curve's 95% to 25% quantiles that leaves two clusters.
         min_samples: DBSCAN's; None: max(5, 0.5% of N).
         what: the points' name in messages.
 
@@ -141,7 +141,7 @@ def _advice(
 ) -> str:
     """Say what to change; where eps was given, with the numbers of clusters that other values give."""
     useful = []
-    for quantile in _QUANTILES[::2] if given else ():
+    for quantile in _QUANTILES[::3] if given else ():
         candidate = float(f"{np.quantile(distances, quantile):.3g}")
         count = _count(_dbscan(points, candidate, min_samples)) if candidate > 0 else 0
         useful += [f"{candidate:g} ({count} clusters)"] * (2 <= count <= MAX_EXPERTS)

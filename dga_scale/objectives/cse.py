@@ -43,7 +43,7 @@ class CSESettings(MethodSettings):
     cse_eps: float | None = setting(
         None,
         "DBSCAN's eps, at all places. Default: for each the elbow of its k-distance curve, or where that "
-        "joins everything the largest of the curve's 95% to 50% quantiles that leaves two clusters.",
+        "joins everything the largest of the curve's 95% to 25% quantiles that leaves two clusters.",
     )
     cse_min_samples: int | None = setting(None, "DBSCAN's min_samples. Default: max(5, 0.5% of the rows).")
 

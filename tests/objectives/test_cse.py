@@ -1,0 +1,86 @@
+"""CSE as whole runs on two ranks: experts found, trained, gone on with, and handed back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from dga_scale.backbone.extended import ExtendedForMaskedLM
+from dga_scale.engine.signals import EXIT_STOPPED
+from dga_scale.experts.extension import sparse_sublayers
+from tests.ranks import REPOSITORY, RankError, run_ranks
+from tests.small import SmallWorld, make_world
+from tests.test_train import STEPS, arguments, losses, run_and_listen, run_training, run_until
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def flags_of(world: SmallWorld, run: Path, stage: int = 2, **settings: Any) -> list[str]:
+    own = {
+        "ds_config": REPOSITORY / "ds_configs" / f"zero{stage}.json",
+        "mix": f"{world.general_corpus}:0.4",
+        "cse_samples": 192,
+        "cse_projection": 32,
+        "cse_alpha": 0.9,
+    }
+    return arguments(world, run, method="cse", **{**own, **settings})
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(stage: int, world: SmallWorld, tmp_path: Path) -> None:
+    whole, parts = (flags_of(world, tmp_path / name, stage) for name in ("whole", "parts"))
+    printed, _ = run_ranks(2, run_and_listen, whole)
+    assert "layer 1 ffn: " in printed
+    assert run_ranks(2, run_until, parts, 3, 1) == [EXIT_STOPPED] * 2
+    assert run_ranks(2, run_training, parts) == [0, 0]
+    one, other = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert len(losses(tmp_path / "whole")) == STEPS
+
+
+def test_what_is_handed_back(world: SmallWorld, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert run_ranks(2, run_training, flags_of(world, run)) == [0, 0]
+    structure = json.loads((run / "experts.json").read_text())
+    model = AutoModelForMaskedLM.from_pretrained(run / "model")
+    assert type(model) is ExtendedForMaskedLM
+    assert model.config.extension_settings == structure["settings"]
+    sublayers = sparse_sublayers(model)
+    assert [str(place) for place in sublayers] == [each["place"] for each in structure["clusters"]]
+    assert len(sublayers) == 4  # attention and FFN of the two last layers
+    for each, sublayer in zip(structure["clusters"], sublayers.values(), strict=True):
+        assert len(each["sizes"]) == len(sublayer.router.centres) >= 2
+        assert sum(each["sizes"]) == 192
+        first, second = (next(iter(sublayer.expert(i)[0].parameters())) for i in (0, 1))
+        assert not torch.equal(first, second), "experts have learnt apart"
+        assert sublayer.router.radii.tolist() == pytest.approx(each["radii"], rel=1e-6)
+    steps = losses(run)
+    assert steps[-1] < steps[0]
+    classifier = AutoModelForSequenceClassification.from_pretrained(run / "model", num_labels=2)
+    assert len(sparse_sublayers(classifier)) == 4
+    # The experts are gone on with by another run, here of another method and ZeRO-3.
+    again = tmp_path / "again"
+    ds_config = REPOSITORY / "ds_configs" / "zero3.json"
+    printed, _ = run_ranks(
+        2, run_and_listen, flags_of(world, again, model=run / "model", ds_config=ds_config, max_steps=2)
+    )
+    assert "experts already" in printed
+    assert AutoModelForMaskedLM.from_pretrained(again / "model").config.extension == "experts"
+
+
+def test_what_is_refused(world: SmallWorld, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"DBSCAN finds one cluster in 192 sequences of the training text"):
+        run_ranks(2, run_training, flags_of(world, tmp_path / "a", cse_eps=1000.0))
+    with pytest.raises(RankError, match=r"--cse_layers 3: the model has 2 layers"):
+        run_ranks(2, run_training, flags_of(world, tmp_path / "b", cse_layers=3))
+    with pytest.raises(RankError, match=r"--cse_alpha 1.0: must be between 0 and 1"):
+        run_ranks(2, run_training, flags_of(world, tmp_path / "c", cse_alpha=1.0))
