@@ -28,12 +28,13 @@ class DistillationToken(nn.Module):
     Args:
         width: of the embeddings.
         std: of its first, random values.
+        dtype: of the weight; ZeRO-3 in bf16 wants that of the model, which it has loaded in bf16.
 
     """
 
-    def __init__(self, width: int, std: float) -> None:
+    def __init__(self, width: int, std: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width).normal_(std=std))
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype).normal_(std=std))
 
     def forward(self, embeddings: Tensor, places: Tensor) -> Tensor:
         """Put the token at ``places`` (B,) of embeddings (B, T, width), over what is there."""
@@ -58,11 +59,10 @@ class AdaptedDeiT(Method):
     needs_teacher = True
 
     def prepare(self, workplace: Workplace) -> None:
-        embeddings: Any = workplace.lm.get_input_embeddings()
+        lm: Any = workplace.lm
+        width = lm.get_input_embeddings().embedding_dim
         with seeded(workplace.config.run.seed):
-            self.token = DistillationToken(
-                embeddings.embedding_dim, getattr(workplace.lm.config, "initializer_range", 0.02)
-            )
+            self.token = DistillationToken(width, getattr(lm.config, "initializer_range", 0.02), lm.dtype)
         self.max_positions = workplace.anatomy.max_positions
 
     def terms(self, reading: Reading) -> dict[str, Term]:
