@@ -26,7 +26,7 @@ from dga_scale.backbone.lora import save_lora_config
 from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, commit, newest_complete, prune
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.run_folder import write_text
-from dga_scale.engine.shards import frozen_parameters, local_shards, refresh_model_weights, shape_of
+from dga_scale.engine.shards import frozen_shares, local_shards, refresh_model_weights
 from dga_scale.engine.tensor_files import Entry, FileRecord, PieceReader, record_of, write_safetensors
 from dga_scale.errors import UserError
 
@@ -141,17 +141,8 @@ def _write_shard(path: Path, engine: DeepSpeedEngine, cluster: Cluster) -> FileR
             add(f"weight:{fragment.name}", *place, fragment.values[first:last])
             for kind in MOMENTS if moments else ():
                 add(f"{kind}:{fragment.name}", *place, moments[kind].view(-1)[offset + first : offset + last])
-    parameter: Any
-    for name, parameter in frozen_parameters(engine):
-        if hasattr(parameter, "ds_tensor"):
-            start = parameter.partition_numel() * cluster.rank
-            length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
-            values = parameter.ds_tensor.data.view(-1)[:length]
-        else:
-            start, last = _share(parameter.numel(), cluster)
-            values = parameter.data.view(-1)[start:last]
-        if values.numel():
-            add(f"weight:{name}", start, shape_of(parameter), values)
+    for name, start, shape, values in frozen_shares(engine):
+        add(f"weight:{name}", start, shape, values)
     lm = engine.module.lm
     if cluster.rank == 0:
         kept = lm.state_dict(keep_vars=True).keys()

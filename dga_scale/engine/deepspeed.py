@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from dga_scale.engine.ds_config import ResolvedConfig
 from dga_scale.engine.optimizer_step import close_gaps, local_fragments
-from dga_scale.engine.shards import LANGUAGE_MODEL_PREFIX, shape_of
+from dga_scale.engine.shards import LANGUAGE_MODEL_PREFIX, keep_frozen_weights, shape_of
 
 
 @contextlib.contextmanager
@@ -35,32 +35,26 @@ def partitioned_loading(resolved: ResolvedConfig) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
-def build_engine(model: nn.Module, resolved: ResolvedConfig) -> DeepSpeedEngine:
+def build_engine(
+    model: nn.Module, resolved: ResolvedConfig, lr_scales: Mapping[str, float] | None = None
+) -> DeepSpeedEngine:
     """Hand a model with fp32 weights on the CPU (or partitioned by ``zero.Init``) over to DeepSpeed.
 
     Hooks on parameters (the gradient mask) have to be registered before. AdamW decays matrices only, as
-    transformers' Trainer does: no biases, no norms. Its learning rate is 0 until ``set_learning_rate``.
+    transformers' Trainer does: no biases, no norms. Its learning rate is 0 until ``set_learning_rate``, which
+    multiplies it with ``lr_scales``, by name in the Hugging Face model; 1 for parameters not in there.
     """
     settings = resolved.config.optimization
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": trained, "weight_decay": 0.0}]
-    if settings.weight_decay > 0:
-        matrices = [p for p in trained if len(shape_of(p)) > 1]
-        vectors = [p for p in trained if len(shape_of(p)) <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        _groups(model, settings.weight_decay, lr_scales or {}),
         lr=0.0,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         fused=True,
     )
-    partitioned = any(hasattr(p, "ds_id") for p in trained)
     # References, not copies: DeepSpeed's cast to 16 bits would otherwise be the last of these numbers.
-    originals = {} if partitioned else {name: p.data for name, p in model.named_parameters()}
+    originals = {name: p.data for name, p in model.named_parameters() if not hasattr(p, "ds_id")}
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -75,7 +69,22 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig) -> DeepSpeedEngine:
     close_gaps(engine)
     if resolved.precision != "fp32":
         _restore_masters(engine, originals)
+        keep_frozen_weights(engine, originals)
     return engine
+
+
+def _groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: one for each learning rate and weight decay that there is."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if len(shape_of(parameter)) > 1 else 0.0
+            scale = lr_scales.get(name.removeprefix(LANGUAGE_MODEL_PREFIX), 1.0)
+            groups.setdefault((scale, decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (scale, decay), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
 
 
 @torch.no_grad()
@@ -91,7 +100,7 @@ def _restore_masters(engine: DeepSpeedEngine, originals: dict[str, torch.Tensor]
 def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
     """Set the learning rate of the next optimizer step."""
     for group in engine.basic_optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_scale"]
 
 
 def global_grad_norm(engine: DeepSpeedEngine) -> float:

@@ -95,6 +95,7 @@ class _Run:
                 if log.logs(self.done):
                     values: dict[str, Value] = {"step": self.done}
                     values |= {f"loss/{name}": value for name, value in terms.items()}
+                    values |= session.penalty()
                     values |= {"grad_norm": global_grad_norm(session.engine), "learning_rate": learning_rate}
                     values |= {"data_wait_seconds": wait, "memory_gib": self._memory()}
                     log.step(values | self._rates(batches, time.perf_counter() - started))

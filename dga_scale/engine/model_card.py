@@ -26,7 +26,8 @@ _NOT_SHOWN = (
 
 def model_card(run_dir: Path, step: int, model_config: Path) -> str:
     """Write the card of a run's model after ``step`` steps, from what the run recorded of itself."""
-    architecture = json.loads(model_config.read_text(encoding="utf-8"))["architectures"][0]
+    config = json.loads(model_config.read_text(encoding="utf-8"))
+    architecture = config["architectures"][0]
     causal = "CausalLM" in architecture or architecture.endswith("LMHeadModel")
     settings = _settings(run_dir)
     base, corpus = settings.get("model", "a pretrained model"), settings.get("corpus", "a domain corpus")
@@ -46,6 +47,7 @@ def model_card(run_dir: Path, step: int, model_config: Path) -> str:
         "## Use",
         "",
         "```python",
+        *(["import dga_scale.backbone.extended"] if config.get("model_type") == MODEL_TYPE else []),
         f"from transformers import {auto_class}, AutoTokenizer",
         "",
         f'model = {auto_class}.from_pretrained("FOLDER")',

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dga_scale.backbone.layers import learning_rate_scales
 from dga_scale.corpus.batches import BatchStream, EvalBatches, StepBatches
+from dga_scale.engine.anchoring import build_anchor
 from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from dga_scale.engine.checkpoint_folder import Checkpoint
 from dga_scale.engine.cluster import Cluster
@@ -61,9 +63,12 @@ class Session:
         self._movement: MovementTracker | None = None
         if self._soft_mask == "gradient":
             self._gradient_mask = GradientMask(start.lm.named_parameters(), self.anatomy, kinds)
-        self.engine = build_engine(self.model, inputs.resolved)
+        scales = learning_rate_scales(start.lm, self.anatomy, config.optimization.layer_lr_decay)
+        self.engine = build_engine(self.model, inputs.resolved, scales)
         if self._soft_mask != "none":
             self._movement = MovementTracker(self.anatomy, local_fragments(self.engine), kinds)
+        plan = self.method.anchor()
+        self._anchor = build_anchor(self.engine, plan, inputs, cluster, log) if plan else None
         self.protection: dict[str, Tensor] = {}
         if resume_from is not None:
             self._load(resume_from)
@@ -179,13 +184,19 @@ class Session:
             return {}
         return self._update_mask.applied_over_wanted(self.cluster.sum)
 
+    def penalty(self) -> dict[str, float]:
+        """The anchor's penalty on the weights as they are, which no loss contains; empty without one."""
+        if self._anchor is None:
+            return {}
+        return {"loss/anchor": self._anchor.penalty(local_fragments(self.engine), self.cluster.sum)}
+
     def save(self, step: int) -> Path:
         """Commit a checkpoint after ``step`` steps; every rank has to call it."""
         return save_checkpoint(
             self.engine,
             self.inputs.tokenizer,
             self.inputs.folder.path,
-            TrainerState(step=step, corpus_hash=self.inputs.corpus.content_hash),
+            TrainerState(step=step, corpus_hash=self.inputs.mixture.content_hash),
             self.cluster,
             self.config.run.save_total_limit,
             self._published_config,
@@ -193,7 +204,7 @@ class Session:
 
     def _load(self, resume_from: Checkpoint) -> None:
         state = load_checkpoint(self.engine, resume_from, self.cluster)
-        if state.corpus_hash != self.inputs.corpus.content_hash:
+        if state.corpus_hash != self.inputs.mixture.content_hash:
             raise UserError(
                 f"{resume_from.path} was trained on another corpus than {self.inputs.corpus.path} is now. "
                 "Restore the corpus, or start anew in another --output_dir."

@@ -114,11 +114,48 @@ def _partitioned(flat: Tensor, parameters: list[Any], names: Names) -> Shard:
     return Shard(flat, tuple(fragments), tuple(offsets))
 
 
-def frozen_parameters(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Name the parameters that no optimizer steps, as in the Hugging Face model."""
+@torch.no_grad()
+def keep_frozen_weights(engine: DeepSpeedEngine, originals: dict[str, Tensor]) -> None:
+    """Remember this rank's share of the language model's frozen weights before their rounding to 16 bits.
+
+    ``originals``: fp32 tensors by their names in the engine's module; empty where they were partitioned when
+    they were read (ZeRO-3), which rounds them.
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    engine.frozen_originals = {}
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            yield name.removeprefix(LANGUAGE_MODEL_PREFIX), parameter
+        if not parameter.requires_grad and name.startswith(LANGUAGE_MODEL_PREFIX) and name in originals:
+            flat = originals[name].reshape(-1)
+            start, stop = len(flat) * rank // ranks, len(flat) * (rank + 1) // ranks
+            engine.frozen_originals[name] = flat[start:stop].cpu().clone()
+
+
+def frozen_shares(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, tuple[int, ...], Tensor]]:
+    """Find this rank's share of each weight of the language model that no optimizer steps.
+
+    Yields:
+        its name in the Hugging Face model, where in the flattened weight the share starts, the full shape,
+        and the share (n,), n >= 1.
+
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    originals = getattr(engine, "frozen_originals", {})
+    parameter: Any
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad or not name.startswith(LANGUAGE_MODEL_PREFIX):
+            continue  # a teacher is not saved: it is read from where the run starts
+        if name in originals:
+            size = torch.Size(shape_of(parameter)).numel()
+            start, values = size * rank // ranks, originals[name]
+        elif hasattr(parameter, "ds_tensor"):
+            start = parameter.partition_numel() * rank
+            length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
+            values = parameter.ds_tensor.data.view(-1)[:length]
+        else:
+            start, stop = parameter.numel() * rank // ranks, parameter.numel() * (rank + 1) // ranks
+            values = parameter.data.view(-1)[start:stop]
+        if values.numel():
+            yield name.removeprefix(LANGUAGE_MODEL_PREFIX), start, shape_of(parameter), values
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy, anatomy_of
-from dga_scale.backbone.loading import LoadedModel, load_model
+from dga_scale.backbone.layers import freeze
+from dga_scale.backbone.loading import LoadedModel, load_model, load_model_config
 from dga_scale.backbone.warmup import load_head, save_head, warm_up_head
 from dga_scale.corpus.batches import BatchStream, mixed_batch
 from dga_scale.corpus.mixture import Mixture
@@ -59,6 +60,8 @@ def starting_model(
         partitioned = any(hasattr(p, "ds_id") for p in loaded.model.parameters())
         # A copy would be of the partitions only.
         teacher = _load(inputs, cluster, method, True).model if partitioned else copy.deepcopy(loaded.model)
+    optimization = inputs.config.optimization
+    freeze(loaded.model, loaded.anatomy, optimization.freeze_layers, optimization.freeze_embeddings)
     seed_everything(inputs.config.run.seed, PREPARE_STREAM, 0, 0)  # new parameters are equal on all ranks
     changed = method.prepare(_workplace(loaded, inputs, cluster, log, resuming))
     if changed is None:
@@ -68,8 +71,10 @@ def starting_model(
 
 def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> LoadedModel:
     settings = inputs.config.model
-    # Head warm-up, and methods that say so, run the model on its own: it has to be whole on each rank.
+    # Head warm-up, and methods that say so, run the model on its own: it has to be whole on each rank. So
+    # has one with an extension, which is built before its weights are there.
     whole = settings.head_warmup_steps > 0 or method.needs_whole_model
+    whole = whole or load_model_config(settings.model or "").extended
     with contextlib.nullcontext() if whole else partitioned_loading(inputs.resolved):
         return cluster.run_on_all(
             lambda: load_model(
