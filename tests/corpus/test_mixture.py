@@ -140,14 +140,14 @@ def test_all_world_sizes_see_the_same(world_size: int, corpora: list[Corpus], ma
 def test_a_step_follows_from_its_number_alone(
     corpora: list[Corpus], masking: MaskingPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares, last = [0.4, 0.1], 60
+    shares, last = [0.4, 0.1], 40
     whole = [
         joined(step.micro_batches) for step in stream(Mixture(corpora, shares, SEED), masking, stop=last)
     ]
-    for block in (1, 37, 1 << 16):
+    for block in (37, 1 << 16):
         monkeypatch.setattr("dga_scale.corpus.mixture._BLOCK", block)
-        resumed = stream(Mixture(corpora, shares, SEED), masking, start=41, stop=last)
-        for number, step in enumerate(resumed, 41):
+        resumed = stream(Mixture(corpora, shares, SEED), masking, start=31, stop=last)
+        for number, step in enumerate(resumed, 31):
             assert_same(joined(step.micro_batches), whole[number])
     back = Mixture(corpora, shares, SEED)
     back.picks(500, 600)
