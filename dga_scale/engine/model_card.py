@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 import dga_scale
+from dga_scale.backbone.extended import MODEL_TYPE
 from dga_scale.engine.run_folder import RunFolder
 from dga_scale.monitoring.metrics import LOG_FILE, read_log
 

@@ -54,3 +54,12 @@ def test_a_checkpoint_without_its_run(tmp_path: Path) -> None:
     card = model_card(tmp_path / "gone", 5, tmp_path / "config.json")
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-generation"
     assert "AutoModelForCausalLM" in card
+
+
+def test_a_class_of_ours_is_imported(tmp_path: Path) -> None:
+    config = {"architectures": ["ExtendedForCausalLM"], "model_type": "dga_extended"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    card = model_card(tmp_path / "gone", 5, tmp_path / "config.json")
+    assert "import dga_scale.backbone.extended\nfrom transformers import AutoModelForCausalLM" in card
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["RobertaForMaskedLM"]}))
+    assert "dga_scale.backbone" not in model_card(tmp_path / "gone", 5, tmp_path / "config.json")
