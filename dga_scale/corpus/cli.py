@@ -7,24 +7,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
+from dga_scale.arguments import Parser
 from dga_scale.corpus.packing import PACKINGS
 from dga_scale.corpus.sharding import DOCUMENT_MODES, ShardReport, shard_corpus
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.corpus.spool import ShardSettings
 from dga_scale.corpus.workers import under_mpi
-from dga_scale.errors import UserError, run_main
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors as ours: one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help")
+from dga_scale.errors import run_main
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every option with its default."""
-    parser = _Parser(
+    parser = Parser(
         description="Tokenise raw text into a corpus folder: Arrow shards and a manifest. A run that was "
         "interrupted goes on when the same command is given again; the result is the same, byte for byte, "
         "for any number of workers, mpirun ranks or parts.",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dga_scale.arguments import Parser
 from dga_scale.endtasks.metrics import CLASSIFICATION, REGRESSION
 from dga_scale.endtasks.recipes import Recipe, recipe_for
 from dga_scale.endtasks.tasks import Task, load_task, majority_share
@@ -15,13 +16,6 @@ from dga_scale.monitoring.quiet import quiet_libraries
 OVERRIDES = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_length", "patience", "metric",
              "precision")  # fmt: skip
 """Settings of a recipe that a flag of the same name changes."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors as ours: one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help")
 
 
 def finetune_command() -> NoReturn:
@@ -36,7 +30,7 @@ def forgetting_command() -> NoReturn:
 
 def finetune(arguments: Sequence[str] | None = None) -> int:
     """Fine-tune a model on an end task with several seeds, and print mean and standard deviation."""
-    parser = _Parser(
+    parser = Parser(
         prog="dga-finetune",
         description="Fine-tune a model on an end task with several seeds. Goes on where it was stopped.",
         allow_abbrev=False,
@@ -69,7 +63,7 @@ def finetune(arguments: Sequence[str] | None = None) -> int:
 
 def forgetting(arguments: Sequence[str] | None = None) -> int:
     """Measure the forgetting of a run over several domains; print the scores after every stage."""
-    parser = _Parser(
+    parser = Parser(
         prog="dga-forgetting",
         description="What a sequence of domains (RUN/1-restaurant, RUN/2-acl, ...) forgot: after every "
         "stage, the end tasks of the domains seen so far. Goes on where it was stopped.",

@@ -6,16 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dga_scale.arguments import Parser
 from dga_scale.errors import UserError, run_main
 from dga_scale.merging.formulas import METHODS, MergeSettings
 from dga_scale.monitoring.quiet import quiet_libraries
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors as ours: one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help")
 
 
 def merge_command() -> NoReturn:
@@ -25,7 +19,7 @@ def merge_command() -> NoReturn:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every option with its default."""
-    parser = _Parser(
+    parser = Parser(
         prog="dga-merge",
         description="Merge adapted models with the base that they were adapted from: often most of the "
         "domain's gain at a fraction of what it costs outside. --sweep shows which coefficient is worth it.",

@@ -237,6 +237,16 @@ def masked_loss(folder: Path, corpus: Path) -> float:
     return total / count
 
 
+def test_a_corpus_of_another_tokenizer_is_refused(world: SmallWorld, pair: tuple[Path, Path], tmp_path: Path):
+    arguments = ["--base", str(pair[0]), "--model", str(pair[1]), "--results", str(tmp_path / "results")]
+    corpora = ["--corpus", str(world.corpus), "--general_corpus", str(world.general_corpus)]
+    with pytest.raises(UserError, match=r"^--corpus corpus and model do not match"):
+        main([*arguments, *corpora, "--sweep", "0,1"])
+    with pytest.raises(UserError, match=r"^--general_corpus .*nowhere: no such folder"):
+        main(["--base", str(world.model), "--model", str(world.model), "--sweep", "0,1", *corpora[:3],
+              str(tmp_path / "nowhere")])  # fmt: skip
+
+
 def test_a_sweep_with_output_writes_each_model(world: SmallWorld, adapted: Path, tmp_path: Path):
     output = tmp_path / "models"
     main(["--base", str(world.model), "--model", str(adapted), "--output", str(output), "--sweep", "0.25,1",
