@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.extended import ExtendedPreTrainedModel
@@ -12,6 +13,8 @@ from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_chec
 from dga_scale.engine.checkpoint_folder import newest_complete
 from dga_scale.engine.cluster import join_cluster
 from dga_scale.engine.consolidate import consolidate
+from dga_scale.engine.deepspeed import partitioned_loading
+from dga_scale.errors import UserError
 from dga_scale.experts.extension import add_experts, collect_features, places_of, sparse_sublayers
 from tests.engine.training import (
     LEARNING_RATE,
@@ -121,8 +124,6 @@ def test_bf16_keeps_centres_in_fp32_and_the_model_comes_back(stage: int, tmp_pat
         assert not torch.equal(tensor, tensor.bfloat16().float())
         assert torch.equal(tensor, others[place])
         assert torch.equal(tensor, resumed[place])
-    from transformers import AutoModelForMaskedLM
-
     kept = consolidate(run, None, tmp_path / "model", dtype="bfloat16")
     model = AutoModelForMaskedLM.from_pretrained(kept)
     for sublayer in sparse_sublayers(model).values():
@@ -130,3 +131,16 @@ def test_bf16_keeps_centres_in_fp32_and_the_model_comes_back(stage: int, tmp_pat
         assert router.centres.dtype == torch.float32
         assert not torch.equal(router.centres, router.centres.bfloat16().float())
         assert router.projection.abs().sum() > 0
+
+
+def load_spread(folder: Path) -> str:
+    """Load an extended model as a plain one is loaded under ZeRO-3; what is said against it."""
+    with pytest.raises(UserError) as refused, partitioned_loading(Setup(3).resolved(2)):
+        AutoModelForMaskedLM.from_pretrained(folder)
+    return str(refused.value)
+
+
+def test_loading_spread_over_ranks_is_refused(tmp_path: Path) -> None:
+    model_with_experts().save_pretrained(tmp_path)
+    for said in run_ranks(2, load_spread, tmp_path):
+        assert "the extension 'experts' can't be loaded spread over the ranks of ZeRO-3" in said
