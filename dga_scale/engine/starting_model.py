@@ -66,7 +66,9 @@ def starting_model(
     changed = method.prepare(_workplace(loaded, inputs, cluster, log, resuming))
     if changed is None:
         return StartingModel(loaded.model, loaded.anatomy, loaded.config, teacher)
-    return StartingModel(changed, anatomy_of(changed), changed.config, teacher)
+    anatomy = anatomy_of(changed)
+    check_sequence_length(inputs.corpus.manifest, anatomy.max_positions)  # soft tokens take some positions
+    return StartingModel(changed, anatomy, changed.config, teacher)
 
 
 def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> LoadedModel:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dga_scale.config import AT_LEAST_0, MethodSettings, Rules, setting
-from dga_scale.objectives.added import seeded
 from dga_scale.objectives.method import Method, Reading, Term, Workplace
 from dga_scale.objectives.views import mean_pool
 
@@ -61,8 +60,7 @@ class AdaptedDeiT(Method):
     def prepare(self, workplace: Workplace) -> None:
         lm: Any = workplace.lm
         width = lm.get_input_embeddings().embedding_dim
-        with seeded(workplace.config.run.seed):
-            self.token = DistillationToken(width, getattr(lm.config, "initializer_range", 0.02), lm.dtype)
+        self.token = DistillationToken(width, getattr(lm.config, "initializer_range", 0.02), lm.dtype)
         self.max_positions = workplace.anatomy.max_positions
 
     def terms(self, reading: Reading) -> dict[str, Term]:

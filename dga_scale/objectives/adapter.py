@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.adapters import ADAPTER
 from dga_scale.backbone.extended import extend
 from dga_scale.config import AT_LEAST_1, MethodSettings, Rules, TrainConfig, setting
-from dga_scale.objectives.added import check_base_is_frozen, seeded, train_only
+from dga_scale.objectives.added import check_base_is_frozen, train_only
 from dga_scale.objectives.method import Method, Workplace
 
 
@@ -40,7 +40,6 @@ class Adapter(Method):
 
     def prepare(self, workplace: Workplace) -> PreTrainedModel:
         settings = {"size": self.settings.adapter_size, "activation": self.settings.adapter_activation}
-        with seeded(workplace.config.run.seed):
-            model = extend(workplace.lm, "adapter", settings)
+        model = extend(workplace.lm, "adapter", settings)
         train_only(model, ADAPTER)
         return model

@@ -1,21 +1,9 @@
 """What methods share that add modules to a model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import nn
 
 from dga_scale.config import TrainConfig
 from dga_scale.errors import UserError
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Within, new modules get the same weights on every rank and in every run; later draws don't change."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def train_only(model: nn.Module, part: str) -> None:

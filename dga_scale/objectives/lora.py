@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from dga_scale.backbone.lora import inject_lora
 from dga_scale.config import ABOVE_0, AT_LEAST_1, BELOW_1, MethodSettings, Rules, TrainConfig, setting
-from dga_scale.objectives.added import check_base_is_frozen, seeded
+from dga_scale.objectives.added import check_base_is_frozen
 from dga_scale.objectives.method import Method, Workplace
 
 
@@ -42,13 +42,12 @@ class LoRA(Method):
 
     def prepare(self, workplace: Workplace) -> None:
         settings = self.settings
-        with seeded(workplace.config.run.seed):
-            inject_lora(
-                workplace.lm,
-                workplace.anatomy,
-                roles=settings.lora_targets or ("query", "key", "value", "output"),
-                rank=settings.lora_rank,
-                alpha=settings.lora_alpha,
-                dropout=settings.lora_dropout,
-                base_name=workplace.config.model.model,
-            )
+        inject_lora(
+            workplace.lm,
+            workplace.anatomy,
+            roles=settings.lora_targets or ("query", "key", "value", "output"),
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            base_name=workplace.config.model.model,
+        )

@@ -134,6 +134,8 @@ class Method(nn.Module):
     def prepare(self, workplace: Workplace) -> PreTrainedModel | None:
         """Change the model before the engine is built: add modules, freeze parameters (``requires_grad_``).
 
+        Torch's generator is at the same state on all ranks, and depends on the run's seed alone.
+
         Returns:
             another model to train in its place, or None.
 

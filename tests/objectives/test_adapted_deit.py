@@ -43,20 +43,6 @@ def test_term_is_that_of_a_word_whose_embedding_is_the_token() -> None:
     assert gradients_of(model.lm).keys() == gradients_of(mlm.lm).keys()
 
 
-def test_the_token_is_the_same_on_every_rank_and_changes_no_other_draw() -> None:
-    """Whatever was drawn before, and whatever is drawn after."""
-    tokens = []
-    for seed in (3, 4):
-        lm, method = toy_lm(), method_of("adapted_deit")
-        torch.manual_seed(seed)
-        method.prepare(workplace_of(lm, config_of("adapted_deit")))
-        tokens.append(method.token.weight)
-    after = torch.rand(())
-    torch.manual_seed(4)
-    assert torch.equal(tokens[0], tokens[1])
-    assert torch.equal(after, torch.rand(()))
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_every_architecture_reads_a_text_with_the_token(name: str) -> None:
     """Its state is that of a word with its embedding; a text of full length gives up its last token."""

@@ -45,12 +45,9 @@ def logits_of(lm: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_only_its_own_parameters_move(name: str) -> None:
-    """Not the LM head either, and its weights are the same whatever was drawn before."""
+    """Not the LM head either."""
     model = training_model(name, **SETTINGS[name])
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    torch.rand(5)
-    again = dict(training_model(name, **SETTINGS[name]).named_parameters())
-    assert all(torch.equal(again[n], value) for n, value in before.items())
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     for _ in range(2):  # in the first step only what starts at 0 has a gradient
