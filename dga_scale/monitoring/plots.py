@@ -155,8 +155,9 @@ def forgetting_figure(
     for k, (color, domain) in enumerate(zip(_cycle(theme, len(domains)), domains, strict=True)):
         stages = range(k, len(domains))
         values = [scores[i][k] for i in stages]
-        style = "-" if k < len(theme.series) else "--"
-        axes.plot(stages, values, color=color, linewidth=1.6, linestyle=style, marker="o", label=domain)
+        # The first domain whose colour is used again gets another line and another mark.
+        style, marker = ("-", "o") if k < len(theme.series) else ("--", "s")
+        axes.plot(stages, values, color=color, linewidth=1.6, linestyle=style, marker=marker, label=domain)
     axes.set_xticks(range(len(domains)), list(domains))
     axes.set_xlabel("after training on")
     axes.set_ylabel("end-task score")
