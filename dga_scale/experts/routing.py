@@ -7,8 +7,9 @@ Collectives: with several ranks a training pass calls every expert on every rank
 row of the batch, whose output is dropped. The autograd graph, and with it the order in which gradients become
 ready, is then the same on all ranks, which DeepSpeed's reduction of gradients relies on (ZeRO-2 adds up
 buckets of gradients in the order they arrive), and no parameter is without a gradient on one rank. Under
-ZeRO-3, where a module's call gathers its parameters from all ranks, evaluation does the same. This costs at
-most one row an unused expert and pass.
+ZeRO-3, where a module's call gathers its parameters from all ranks, evaluation does the same; and one rank
+alone does so in training, since ZeRO-3 takes a parameter without a new gradient for one with its last. This
+costs at most one row an unused expert and pass.
 """
 
 import copy
@@ -200,10 +201,11 @@ class SparseSublayer(nn.Module):
 
     def _every_expert(self, states: Tensor) -> bool:
         """Whether experts without a sequence have to run too; see the module's text."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return False
         training = self.training and torch.is_grad_enabled()
-        return training or any(hasattr(parameter, "ds_id") for parameter in self.parameters())
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in self.parameters())
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return training and partitioned
+        return training or partitioned
 
 
 class Passes:
