@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy, anatomy_of
+from dga_scale.backbone.extended import ExtendedConfig
+from dga_scale.backbone.extended import ExtendedConfig
 from dga_scale.backbone.layers import freeze
 from dga_scale.backbone.loading import LoadedModel, load_model, load_model_config
 from dga_scale.backbone.warmup import load_head, save_head, warm_up_head
@@ -68,7 +70,14 @@ def starting_model(
         return StartingModel(loaded.model, loaded.anatomy, loaded.config, teacher)
     anatomy = anatomy_of(changed)
     check_sequence_length(inputs.corpus.manifest, anatomy.max_positions)  # soft tokens take some positions
-    return StartingModel(changed, anatomy, changed.config, teacher)
+    return StartingModel(changed, anatomy, _published(changed.config, loaded.config), teacher)
+
+
+def _published(changed: PretrainedConfig, before: PretrainedConfig) -> PretrainedConfig:
+    """What is saved with a model that its method changed: of the base, what was published."""
+    config = copy.deepcopy(changed)
+    config.base = before.base if isinstance(before, ExtendedConfig) else before
+    return config
 
 
 def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> LoadedModel:

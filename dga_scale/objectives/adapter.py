@@ -6,9 +6,8 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.adapters import ADAPTER
-from dga_scale.backbone.extended import extend
 from dga_scale.config import AT_LEAST_1, MethodSettings, Rules, TrainConfig, setting
-from dga_scale.objectives.added import check_base_is_frozen, train_only
+from dga_scale.objectives.added import check_base_is_frozen, extended, train_only
 from dga_scale.objectives.method import Method, Workplace
 
 
@@ -40,6 +39,6 @@ class Adapter(Method):
 
     def prepare(self, workplace: Workplace) -> PreTrainedModel:
         settings = {"size": self.settings.adapter_size, "activation": self.settings.adapter_activation}
-        model = extend(workplace.lm, "adapter", settings)
+        model = extended(workplace.lm, "adapter", settings)
         train_only(model, ADAPTER)
         return model

@@ -1,9 +1,29 @@
 """What methods share that add modules to a model."""
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from dga_scale.backbone.extended import ExtendedConfig, Settings, extend
 from dga_scale.config import TrainConfig
 from dga_scale.errors import UserError
+
+
+def extended(lm: PreTrainedModel, extension: str, settings: Settings) -> PreTrainedModel:
+    """Add an extension to a model; one that has it from an earlier run stays as it is.
+
+    Raises:
+        UserError: the model has another extension, or this one with other settings.
+
+    """
+    config = lm.config
+    if isinstance(config, ExtendedConfig) and config.extension == extension:
+        if config.extension_settings != settings:
+            raise UserError(
+                f"the model has the extension {extension!r} with the settings {config.extension_settings}, "
+                f"this run asks for {settings}: give the model's own, or start from one without"
+            )
+        return lm
+    return extend(lm, extension, settings)
 
 
 def train_only(model: nn.Module, part: str) -> None:

@@ -5,10 +5,9 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from dga_scale.backbone.extended import extend
 from dga_scale.backbone.prompt import PROMPT
 from dga_scale.config import AT_LEAST_1, MethodSettings, Rules, TrainConfig, setting
-from dga_scale.objectives.added import check_base_is_frozen, train_only
+from dga_scale.objectives.added import check_base_is_frozen, extended, train_only
 from dga_scale.objectives.method import Method, Workplace
 
 
@@ -38,6 +37,6 @@ class Prompt(Method):
         check_base_is_frozen(config)
 
     def prepare(self, workplace: Workplace) -> PreTrainedModel:
-        model = extend(workplace.lm, "prompt", {"tokens": self.settings.prompt_tokens})
+        model = extended(workplace.lm, "prompt", {"tokens": self.settings.prompt_tokens})
         train_only(model, PROMPT)
         return model

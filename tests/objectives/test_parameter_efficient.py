@@ -1,5 +1,7 @@
 """LoRA, adapters and soft prompts as methods: what trains; under ZeRO 2 and 3, resumed and handed back."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from dga_scale.errors import UserError
 from tests.engine.training import Setup, full_weights, tiny_engine, tiny_tokenizer
 from tests.objectives.comparison import config_of, labels_in, loss_of, method_of, training_model, workplace_of
 from tests.objectives.toy import rows_of, tensors_of, toy_batch, toy_lm
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
+from tests.small import make_world
+from tests.test_train import arguments, run_training
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 2},
@@ -114,6 +118,23 @@ def test_trained_on_ranks_resumed_and_handed_back(setup: Setup, tmp_path: Path) 
             frozen = {key: value for key, value in stored.items() if OWN[name] not in key}
             assert len(stored) - len(frozen) == (16 if name == "adapter" else 1)
             assert all(torch.equal(value, plain[key.removeprefix("base.")]) for key, value in frozen.items())
+
+
+def test_a_run_goes_on_with_the_adapters_of_an_earlier_one(tmp_path: Path) -> None:
+    """The model handed back says of its base what was published, not the dropout that the run set."""
+    world = make_world(tmp_path)
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = {"method": "adapter", "adapter_size": 6, "max_steps": 2, "dropout": 0.3}
+    assert run_ranks(2, run_training, arguments(world, first, **flags)) == [0, 0]
+    started = dataclasses.replace(world, model=first / "model")
+    assert run_ranks(2, run_training, arguments(started, second, **flags)) == [0, 0]
+    before, after = (load_file(run / "model" / "model.safetensors") for run in (first, second))
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if OWN["adapter"] in name}
+    config = json.loads((second / "model" / "config.json").read_text())
+    assert config["base"]["hidden_dropout_prob"] == 0.1
+    with pytest.raises(RankError, match="the model's own"):
+        run_ranks(2, run_training, arguments(started, tmp_path / "third", **flags | {"adapter_size": 7}))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
