@@ -11,7 +11,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy, anatomy_of
 from dga_scale.backbone.extended import ExtendedConfig
-from dga_scale.backbone.extended import ExtendedConfig
 from dga_scale.backbone.layers import freeze
 from dga_scale.backbone.loading import LoadedModel, load_model, load_model_config
 from dga_scale.backbone.warmup import load_head, save_head, warm_up_head

@@ -49,11 +49,12 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(stage: int, world: SmallWorld
 
 def test_what_is_handed_back(world: SmallWorld, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert run_ranks(2, run_training, flags_of(world, run)) == [0, 0]
+    assert run_ranks(2, run_training, flags_of(world, run, dropout=0.2)) == [0, 0]
     structure = json.loads((run / "experts.json").read_text())
     model = AutoModelForMaskedLM.from_pretrained(run / "model")
     assert type(model) is ExtendedForMaskedLM
     assert model.config.extension_settings == structure["settings"]
+    assert model.config.base.hidden_dropout_prob == 0.1, "the run's own override is not handed on"
     sublayers = sparse_sublayers(model)
     assert [str(place) for place in sublayers] == [each["place"] for each in structure["clusters"]]
     assert len(sublayers) == 4  # attention and FFN of the two last layers
