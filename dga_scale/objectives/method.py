@@ -38,12 +38,11 @@ class Reading:
         hidden: last hidden states (B, T, H), by name of view.
         embeddings: the trunk's embedding output (B, T, H), of the views that asked for it.
         trunk: of the model trained, without its LM head, for a reading of the method's own.
-        logits: of the model trained, (B, M, V) at positions (B, M) of hidden states (B, T, H).
-        lm_logits: those that the LM loss is taken on, at the batch's masked positions.
+        lm_logits: those that the LM loss is taken on, (B, M, V) at the batch's positions (B, M).
         teacher: last hidden states (B, T, H) of the frozen starting model in eval mode, of the masked (True)
             or the clean text (False); of some rows only where a second argument gives their indices. No
             gradient. Under ZeRO-3 every rank has to call it, on a row at least.
-        teacher_logits: as ``logits``, with the frozen model's LM head.
+        teacher_logits: the frozen model's, (B, M, V) at positions (B, M) of hidden states (B, T, H).
         masked: labels of the global batch, by source.
         passes: ranks * micro-steps. A sum over this rank's positions, times ``passes`` over their number in
             the global batch, has the global mean as its mean over ranks and micro-steps.
@@ -54,7 +53,6 @@ class Reading:
     hidden: Mapping[str, Tensor]
     embeddings: Mapping[str, Tensor]
     trunk: Any
-    logits: Callable[[Tensor, Tensor], Tensor]
     lm_logits: Tensor
     teacher: Callable[..., Tensor]
     teacher_logits: Callable[[Tensor, Tensor], Tensor]

@@ -126,7 +126,6 @@ class TrainingModel(nn.Module):
             hidden=states.hidden,
             embeddings=states.embeddings,
             trunk=self.anatomy.trunk(self.lm),
-            logits=partial(self._logits, self.lm),
             lm_logits=logits,
             teacher=partial(self._teacher_hidden, inputs),
             teacher_logits=self._teacher_logits,

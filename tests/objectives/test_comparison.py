@@ -5,13 +5,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.objectives.training_model import TrainingModel
+from tests.backbone.tiny import TINY
 from tests.objectives.comparison import (
     assert_same_gradients,
+    config_of,
     gradients_of,
     labels_in,
     loss_of,
+    method_of,
     training_model,
     wider,
+    workplace_of,
 )
 from tests.objectives.toy import rows_of, toy_batch
 from tests.ranks import run_ranks
@@ -76,6 +82,22 @@ def test_ranks_have_the_gradient_of_the_global_batch() -> None:
         assert sum(terms) / 2 == pytest.approx(expected_term, rel=1e-5), name
         for each in gradients:
             assert_same_gradients(each, expected)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_architecture_takes_every_loss(name: str) -> None:
+    """A finite loss with a gradient; masked and causal batches read alike here."""
+    for method in (*METHODS, "taco"):
+        lm = TINY[name].model(random_biases=False)
+        made = method_of(method)
+        if method != "simcse":
+            made.prepare(workplace_of(lm, config_of(method)))
+        teacher = TINY[name].model() if made.needs_teacher else None
+        model = TrainingModel(lm, anatomy_of(lm), made, teacher=teacher)
+        loss, terms = loss_of(model, toy_batch(4))
+        loss.backward()
+        assert terms[method].item() > 0, method
+        assert all(gradient.isfinite().all() for gradient in gradients_of(model).values()), method
 
 
 def test_a_weight_of_zero_leaves_the_lm_loss() -> None:
