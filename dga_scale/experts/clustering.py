@@ -150,8 +150,8 @@ def _advice(
     advice = (
         f"--cse_eps {' or '.join(useful)} would do here."
         if useful
-        else "Smaller ones do no better: lower --cse_min_samples, or train on text that has parts, for "
-        "example with --mix GENERAL:0.3."
+        else "Smaller ones do no better: lower --cse_min_samples, train on text that has parts (for example "
+        "with --mix GENERAL:0.3), or leave the sublayer out with --cse_experts or --cse_layers."
     )
     return (
         f"DBSCAN finds {clusters} in {len(points)} sequences of {what} ({tried} {eps:.4g}, min_samples "

@@ -35,7 +35,9 @@ def flags_of(world: SmallWorld, run: Path, stage: int = 2, **settings: Any) -> l
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(stage: int, world: SmallWorld, tmp_path: Path) -> None:
-    whole, parts = (flags_of(world, tmp_path / name, stage) for name in ("whole", "parts"))
+    whole = flags_of(world, tmp_path / "whole", stage)
+    # Blocks that are computed twice give the same numbers.
+    parts = flags_of(world, tmp_path / "parts", stage, gradient_checkpointing=stage == 3)
     printed, _ = run_ranks(2, run_and_listen, whole)
     assert "layer 1 ffn: " in printed
     assert run_ranks(2, run_until, parts, 3, 1) == [EXIT_STOPPED] * 2
