@@ -53,6 +53,9 @@ class ModelSettings:
         None,
         "Folder or hub name of the pretrained model. Default: the demo's small BERT, made on first use.",
     )
+    random_init: bool = setting(
+        False, "Start from random weights of the model's architecture: pretraining from scratch."
+    )
     head_warmup_steps: int = setting(
         0,
         "Steps that train only the LM head, before anything else, where the checkpoint has none "

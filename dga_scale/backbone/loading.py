@@ -102,6 +102,7 @@ def load_model(
     attn_implementation: str | None = None,
     dtype: torch.dtype = torch.float32,
     allow_new_head: bool = False,
+    random_init: bool = False,
 ) -> LoadedModel:
     """Load a masked or causal LM with its tokenizer; safetensors only, no code from the model's repository.
 
@@ -113,6 +114,7 @@ def load_model(
         attn_implementation: "sdpa", "eager", "flash_attention_2"...; None lets transformers choose.
         dtype: dtype of the parameters, whatever the checkpoint's.
         allow_new_head: accept a checkpoint whose LM head is missing, wholly or in part.
+        random_init: read no weights: draw them as the architecture does, from torch's seed.
 
     Raises:
         UserError: what ``load_model_config`` refuses; weights that are missing, damaged, pickled, of other
@@ -126,7 +128,12 @@ def load_model(
         set_dropout(found.config, dropout)
     tokenizer = load_tokenizer(name_or_path)
     _check_tokenizer(found, tokenizer)
-    model, missing = _load_weights(found, attn_implementation, dtype)
+    if random_init:
+        auto = AutoModelForCausalLM if found.causal else AutoModelForMaskedLM
+        model = auto.from_config(found.config, dtype=dtype, attn_implementation=attn_implementation)
+        missing: set[str] = set()
+    else:
+        model, missing = _load_weights(found, attn_implementation, dtype)
     anatomy = anatomy_of(model)
     # Aliases of tied parameters are listed too: a bias of the head under both its names.
     new = [name for name, _ in model.named_parameters() if name in missing]

@@ -5,6 +5,7 @@ optimizer, schedule, checkpoints, model and importances. What is complete is not
 was stopped goes on where it was.
 """
 
+import dataclasses
 import gc
 import json
 from functools import partial
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dga_scale.backbone.loading import load_model_config
-from dga_scale.config import TrainConfig
+from dga_scale.config import MethodSettings, TrainConfig
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.inputs import default_output_dir, held_out_part, open_corpus
@@ -28,22 +29,23 @@ from dga_scale.objectives import METHODS
 
 
 def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
-    """Train on each ``--corpus`` in turn; with one, a plain run. The exit code is that of the last run.
+    """Train on each ``--corpus`` in turn, from a dense model's warm-up where the method has one.
+
+    Returns:
+        the exit code of the last run: 0, or that of a run that was stopped.
 
     Raises:
         UserError: on every rank; also for a corpus that only a later domain needs, before any is trained.
     """
-    paths = config.data.corpus or []
-    if len(paths) == 1:
+    stages = cluster.run_on_all(lambda: _stages(config))
+    if len(stages) == 1:
         return train(config, cluster)
-    root = Path(config.run.output_dir or default_output_dir(config))
-    names = cluster.run_on_all(lambda: _checked(config))
-    stages = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
-    for number, (stage, path) in enumerate(zip(stages, paths, strict=True)):
-        settings = _stage(config, stages[:number], path, stage)
-        if config.run.dry_run:
-            return train(settings, cluster)  # the others have the same shapes
-        if cluster.run_on_first(partial(_complete, stage, settings)):
+    if config.run.dry_run:
+        return train(
+            stages[-1].replace(model=config.model.model, random_init=config.model.random_init), cluster
+        )
+    for settings in stages:
+        if cluster.run_on_first(partial(_complete, settings)):
             continue
         code = train(settings, cluster)
         if code != 0:
@@ -51,8 +53,37 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
         gc.collect()  # the engine holds itself in cycles: its memory is needed by the next
         if cluster.device.type == "cuda":
             torch.cuda.empty_cache()
-    cluster.run_on_first(lambda: _hand_over(root, stages, names))
+    if len(config.data.corpus or []) > 1:
+        cluster.run_on_first(lambda: _hand_over(config, stages))
     return 0
+
+
+def _stages(config: TrainConfig) -> list[TrainConfig]:
+    """Settings of the runs that a command asks for."""
+    root = Path(config.run.output_dir or default_output_dir(config))
+    warmup = getattr(config.method, "cse_warmup_steps", 0)
+    if len(config.data.corpus or []) > 1:
+        if warmup:
+            raise UserError(
+                f"--cse_warmup_steps {warmup} trains a dense model on one corpus, this run has several: train "
+                "it on the first with --method mlm, and give that run's model/ as --model"
+            )
+        names = _checked(config)
+        folders = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
+        return [_domain(config, folders, number) for number in range(len(names))]
+    if not warmup:
+        return [config]
+    dense = dataclasses.replace(config, method_name="mlm", method=MethodSettings()).replace(
+        output_dir=str(root / "1-dense"), max_steps=warmup, lr_scheduler_type="constant"
+    )
+    sparse = config.replace(
+        output_dir=str(root / "2-experts"),
+        model=str(RunFolder(root / "1-dense").model),
+        random_init=False,
+        head_warmup_steps=0,
+        cse_warmup_steps=0,
+    )
+    return [dense, sparse]
 
 
 def _checked(config: TrainConfig) -> list[str]:
@@ -81,19 +112,21 @@ def _checked(config: TrainConfig) -> list[str]:
     return names
 
 
-def _stage(config: TrainConfig, earlier: list[Path], corpus: str, folder: Path) -> TrainConfig:
+def _domain(config: TrainConfig, folders: list[Path], number: int) -> TrainConfig:
     """Settings of one domain's run: from the last model, protected by what was important so far."""
-    corpora = config.data.corpus or []
-    seen = [f"{Path(path).resolve().name}={held_out_part(Path(path))}"
-            for path in corpora[: len(earlier)] if held_out_part(Path(path))]  # fmt: skip
+    corpora, earlier = config.data.corpus or [], folders[:number]
+    seen = [
+        f"{Path(path).resolve().name}={held_out_part(Path(path))}"
+        for path in corpora[:number]
+        if held_out_part(Path(path))
+    ]
     values: dict[str, Any] = {
-        "corpus": [corpus],
-        "output_dir": str(folder),
+        "corpus": [corpora[number]],
+        "output_dir": str(folders[number]),
         "also_evaluate": [*(config.data.also_evaluate or []), *seen] or None,
     }
     if earlier:
-        values["model"] = str(RunFolder(earlier[-1]).model)
-        values["head_warmup_steps"] = 0
+        values |= {"model": str(RunFolder(earlier[-1]).model), "random_init": False, "head_warmup_steps": 0}
         if METHODS[config.method_name].measures_after:
             first = RunFolder(earlier[0]).importance  # of general knowledge
             given = getattr(config.method, "prior_importance", None) or [str(first)]
@@ -101,18 +134,20 @@ def _stage(config: TrainConfig, earlier: list[Path], corpus: str, folder: Path) 
     return config.replace(**values)
 
 
-def _complete(stage: Path, settings: TrainConfig) -> bool:
-    """Whether a domain's run has ended; one with other settings is refused."""
-    folder = RunFolder(stage)
+def _complete(settings: TrainConfig) -> bool:
+    """Whether a run has ended; one with other settings is refused."""
+    folder = RunFolder(Path(settings.run.output_dir or ""))
     if not (folder.report.exists() and folder.model.exists()):
         return False
     folder.check(settings)
     return True
 
 
-def _hand_over(root: Path, stages: list[Path], names: list[str]) -> None:
+def _hand_over(config: TrainConfig, stages: list[TrainConfig]) -> None:
     """Write ``sequence.json`` and one report of all runs, and print what each domain did to the others."""
-    summaries = [json.loads(RunFolder(stage).summary.read_text(encoding="utf-8")) for stage in stages]
+    folders = [RunFolder(Path(stage.run.output_dir or "")) for stage in stages]
+    root, names = folders[0].path.parent, [Path(path).resolve().name for path in config.data.corpus or []]
+    summaries = [json.loads(folder.summary.read_text(encoding="utf-8")) for folder in folders]
     losses: dict[str, list[float | None]] = {name: [] for name in names}
     for number, summary in enumerate(summaries):
         for place, name in enumerate(names):
@@ -122,7 +157,7 @@ def _hand_over(root: Path, stages: list[Path], names: list[str]) -> None:
     before = summaries[0].get("general_loss", {}).get("before")
     figures = {"domains": names, "losses": losses, "general": [before, *general]}
     write_text(root / "sequence.json", json.dumps(figures, indent=2) + "\n")
-    write_report(stages, root / "report.html")
+    write_report([folder.path for folder in folders], root / "report.html")
     console = Console(highlight=False)
     table = Table(title="held-out loss after each domain")
     for column in ("after", *names, "general"):
@@ -131,9 +166,7 @@ def _hand_over(root: Path, stages: list[Path], names: list[str]) -> None:
         row = [losses[other][number] for other in names]
         table.add_row(name, *(_figure(value) for value in (*row, general[number])))
     console.print(table)
-    console.print(
-        f"{'models':>12}: {', '.join(str(RunFolder(stage).model) for stage in stages)}", soft_wrap=True
-    )
+    console.print(f"{'models':>12}: {', '.join(str(folder.model) for folder in folders)}", soft_wrap=True)
     console.print(f"{'report':>12}: {root / 'report.html'}", soft_wrap=True)
 
 

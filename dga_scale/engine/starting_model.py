@@ -20,7 +20,7 @@ from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.deepspeed import partitioned_loading
 from dga_scale.engine.inputs import Inputs
-from dga_scale.engine.tensors import PREPARE_STREAM, WARMUP_STREAM, seed_everything, to_device
+from dga_scale.engine.tensors import INITIAL_STREAM, PREPARE_STREAM, WARMUP_STREAM, seed_everything, to_device
 from dga_scale.monitoring.metrics import RunLog
 from dga_scale.objectives.method import Method, Workplace
 from dga_scale.objectives.views import ModelInputs
@@ -85,6 +85,9 @@ def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> L
     # has one with an extension, which is built before its weights are there.
     whole = settings.head_warmup_steps > 0 or method.needs_whole_model
     whole = whole or load_model_config(settings.model or "").extended
+    seed_everything(
+        inputs.config.run.seed, INITIAL_STREAM, 0, 0
+    )  # for weights that are drawn: equal on all ranks
     with contextlib.nullcontext() if whole else partitioned_loading(inputs.resolved):
         return cluster.run_on_all(
             lambda: load_model(
@@ -92,6 +95,7 @@ def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> L
                 dropout=settings.dropout,
                 attn_implementation=settings.attn_implementation,
                 allow_new_head=settings.head_warmup_steps > 0 or resuming,
+                random_init=settings.random_init,
             )
         )
 

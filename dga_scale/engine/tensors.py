@@ -6,7 +6,7 @@ import torch
 from dga_scale.corpus.batches import Batch
 from dga_scale.objectives.views import ModelInputs
 
-WARMUP_STREAM, IMPORTANCE_STREAM, PREPARE_STREAM = 1, 2, 3
+WARMUP_STREAM, IMPORTANCE_STREAM, PREPARE_STREAM, INITIAL_STREAM = 1, 2, 3, 4
 """Beside the training steps (0), what else draws random numbers from the run's seed."""
 
 

@@ -12,7 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.extended import ExtendedPreTrainedModel, Settings, extend
-from dga_scale.config import ABOVE_0, AT_LEAST_1, INSIDE_0_1, MethodSettings, Rules, TrainConfig, setting
+from dga_scale.config import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    INSIDE_0_1,
+    MethodSettings,
+    Rules,
+    TrainConfig,
+    setting,
+)
 from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters, find_clusters
 from dga_scale.experts.extension import (
@@ -47,7 +56,14 @@ class CSESettings(MethodSettings):
     )
     cse_min_samples: int | None = setting(None, "DBSCAN's min_samples. Default: max(5, 0.5% of the rows).")
 
+    cse_warmup_steps: int = setting(
+        0,
+        "Steps that train the dense model first, as a run of its own, before its text is clustered: for "
+        "pretraining from scratch (random_init). Source: CSE, at most 1% of training.",
+    )
+
     rules: ClassVar[Rules] = {
+        "cse_warmup_steps": AT_LEAST_0,
         "cse_layers": AT_LEAST_1,
         "cse_samples": AT_LEAST_1,
         "cse_alpha": INSIDE_0_1,

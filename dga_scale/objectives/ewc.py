@@ -14,7 +14,7 @@ class EWCSettings(MethodSettings):
     """The pull, and what it is measured on."""
 
     ewc_weight: float = setting(
-        1.0,
+        0.1,
         "lambda of the penalty (lambda / 2) * sum of F * squared distance from the starting weights. It "
         "depends on the scale of F: see fisher_normalize.",
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -152,4 +153,30 @@ def test_a_missing_later_corpus_is_refused_before_the_first_is_trained(
 ) -> None:
     with pytest.raises(RankError, match="nowhere"):
         run_ranks(1, run_sequence, [*flags_of(world, tmp_path / "run"), str(tmp_path / "nowhere")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_experts_after_a_dense_warm_up_from_random_weights(world: SmallWorld, tmp_path: Path) -> None:
+    """Pretraining from scratch: a dense run first, whose model is clustered; the same command goes on."""
+    run = tmp_path / "run"
+    flags = arguments(
+        world, run, method="cse", random_init="true", cse_warmup_steps=2, cse_samples=64, cse_projection=8,
+        cse_layers=1, max_steps=4, mix=f"{world.general_corpus}:0.4", general_eval_corpus=None,
+    )  # fmt: skip
+    assert run_ranks(2, run_sequence, flags) == [0, 0]
+    log = [json.loads(line) for line in (run / "1-dense" / "log.jsonl").read_text().splitlines()]
+    first = next(record for record in log if record.get("event") == "evaluation")
+    vocabulary = json.loads((world.model / "config.json").read_text())["vocab_size"]
+    assert first["domain_loss"] == pytest.approx(math.log(vocabulary), rel=0.1)  # nothing is known yet
+    assert sum("loss/mlm" in record for record in log) == 2
+    dense = load_file(run / "1-dense" / "model" / "model.safetensors")
+    experts = load_file(run / "2-experts" / "model" / "model.safetensors")
+    assert len(experts) > len(dense)
+    finished = (run / "2-experts" / "report.html").stat().st_mtime_ns
+    assert run_ranks(2, run_sequence, flags) == [0, 0]
+    assert (run / "2-experts" / "report.html").stat().st_mtime_ns == finished
+
+
+def test_dry_run_of_a_sequence_writes_nothing(world: SmallWorld, tmp_path: Path) -> None:
+    assert run_ranks(2, run_sequence, flags_of(world, tmp_path / "run", dry_run="true")) == [0, 0]
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,199 @@
+"""All methods on one domain at equal tokens: domain and general loss over seeds, and what a step costs.
+
+    python benchmarks/methods.py losses DATA [--steps 40] [--seeds 42 43] [--methods mlm dga ...]
+    python benchmarks/methods.py costs DATA [--repetitions 3]
+    python benchmarks/methods.py sequence DATA [--domains restaurant acl pubmed] [--seeds 42]
+
+DATA is a folder with corpora/NAME.jsonl.gz, endtasks/ and models/minilm-l6-mlm. Text is sharded and every
+method trained on two ranks under ZeRO-2 by the program's own commands; what is finished is not run again.
+``costs`` runs short trainings of all methods in turn, each repeated, and compares medians with plain MLM's:
+leave the machine alone meanwhile. ``sequence`` trains DAS and plain MLM through the domains in turn, and
+fine-tunes on the domains' end tasks after each. Tables are appended to benchmarks/RESULTS.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from results import append_section
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "runs" / "methods"
+MIX = ("--mix", f"{WORK / 'general_wikipedia'}:0.05")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "mlm": ("--method", "mlm"),
+    "rehearsal 5%": ("--method", "rehearsal", *MIX),
+    "kl 5%": ("--method", "kl", *MIX),
+    "l2": ("--method", "l2", "--l2_weight", "0.1"),
+    "ewc": ("--method", "ewc", "--ewc_weight", "0.1", "--general_corpus", str(WORK / "general_wikipedia"),
+            "--fisher_samples", "200"),
+    "dga gradient": ("--method", "dga", "--soft_mask", "gradient", "--importance_samples", "512"),
+    "dga update": ("--method", "dga", "--soft_mask", "update", "--importance_samples", "512"),
+    "das update": ("--method", "das", "--soft_mask", "update", "--importance_samples", "512"),
+    "kd": ("--method", "kd"),
+    "adapted_deit": ("--method", "adapted_deit"),
+    "simcse": ("--method", "simcse"),
+    "tacl": ("--method", "tacl"),
+    "taco": ("--method", "taco"),
+    "infoword": ("--method", "infoword"),
+    "lora": ("--method", "lora", "--learning_rate", "1e-3"),
+    "adapter": ("--method", "adapter", "--learning_rate", "1e-3"),
+    "prompt": ("--method", "prompt", "--learning_rate", "1e-3"),
+    "cse 20%": ("--method", "cse", "--mix", f"{WORK / 'general_wikipedia'}:0.2", "--cse_samples", "1024"),
+    "freeze_layers 3": ("--method", "mlm", "--freeze_layers", "3"),
+}  # fmt: skip
+"""By the name in the tables: the flags. Parameter-efficient ones get the learning rate they are used at."""
+SHARED = ("--bf16", "true", "--save_total_limit", "1", "--max_eval_samples", "256")
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["losses", "costs", "sequence"])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--global_batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
+    parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--domains", nargs="+", default=["restaurant", "acl", "pubmed"])
+    arguments = parser.parse_args()
+    shard(arguments.data, ["acl", "general_wikipedia", "general_wikipedia_heldout"])
+    command = " ".join(["python", "benchmarks/methods.py", *sys.argv[1:]])
+    title, body = {"losses": losses, "costs": costs, "sequence": sequence}[arguments.what](arguments)
+    append_section(title, body, command)
+
+
+def shard(data: Path, names: list[str]) -> None:
+    """Make corpora of rows of 128 tokens; a fiftieth of each is held out."""
+    for name in names:
+        text = data / "corpora" / f"{name}.jsonl.gz"
+        share = 0 if "heldout" in name else 0.02
+        run("tools/shard_corpus.py", text, "--tokenizer", data / "models" / "minilm-l6-mlm", "--output",
+            WORK / name, "--sequence_length", 128, "--validation_share", share)  # fmt: skip
+
+
+def run(*command: Any) -> None:
+    """Run Python on ``command`` in the repository, one thread a rank."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=True)
+
+
+def train(arguments: argparse.Namespace, output: Path, corpora: list[str], steps: int, *flags: Any) -> Path:
+    """One run of the program on two ranks, unless it is finished; gives its folder."""
+    if not (output / "report.html").exists():
+        run("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "launchers/dga_train.py", "--ds_config",
+            "ds_configs/zero2.json", "--model", arguments.data / "models" / "minilm-l6-mlm", "--corpus",
+            *(WORK / name for name in corpora), "--general_eval_corpus", WORK / "general_wikipedia_heldout",
+            "--output_dir", output, "--max_steps", steps, "--global_batch_size", arguments.global_batch_size,
+            "--learning_rate", arguments.learning_rate, "--eval_steps", steps, "--save_steps", steps, *SHARED,
+            *flags)  # fmt: skip
+    return output
+
+
+def losses(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Held-out losses after each method, mean and spread over seeds."""
+    lines = ["| method | domain loss | change | general loss | change | seeds |", "|---|---|---|---|---|---|"]
+    for name in arguments.methods:
+        found: dict[str, list[tuple[float, float]]] = {"domain_loss": [], "general_loss": []}
+        for seed in arguments.seeds:
+            output = WORK / f"{name.replace(' ', '-')}-{arguments.steps}x{arguments.global_batch_size}-{seed}"
+            train(arguments, output, ["acl"], arguments.steps, *VARIANTS[name], "--seed", seed)
+            summary = json.loads((output / "summary.json").read_text())
+            for key, values in found.items():
+                values.append((summary[key]["before"], summary[key]["after"]))
+        cells = [name]
+        for values in found.values():
+            cells += [figure([after for _, after in values]), figure([b - a for a, b in values], "+")]
+        lines.append(f"| {' | '.join(cells)} | {len(arguments.seeds)} |")
+    before = " and ".join(f"{key.replace('_', ' ')} {values[0][0]:.3f}" for key, values in found.items())
+    tokens = arguments.steps * arguments.global_batch_size * 128
+    rates = f"Learning rate {arguments.learning_rate:g}; 1e-3 for lora, adapter and prompt."
+    return "All methods on ACL", f"{tokens:,} tokens each; before: {before}. {rates}\n\n" + "\n".join(lines)
+
+
+def figure(values: list[float], sign: str = "") -> str:
+    """Mean, and half the range over seeds."""
+    half = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.3f}{half}"
+
+
+def costs(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Time of a step and memory of a rank beside plain MLM's, medians over repetitions of short runs."""
+    steps, seconds, memory = 6, {}, {}
+    for repetition in range(arguments.repetitions):
+        for name in arguments.methods:
+            output = WORK / f"cost-{name.replace(' ', '-')}-{repetition}"
+            short = ["--max_eval_samples", 16]
+            if "--importance_samples" in VARIANTS[name]:
+                short += ["--importance_samples", 32]
+            train(arguments, output, ["acl"], steps, *VARIANTS[name], *short)
+            log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+            taken = [record for record in log if "step_seconds" in record][2:]
+            seconds.setdefault(name, []).append(statistics.median(r["step_seconds"] for r in taken))
+            memory.setdefault(name, []).append(max(r["memory_gib"][0] for r in taken))
+    lines = [
+        "| method | step, s | step / mlm's | memory of a rank, GiB | memory / mlm's |",
+        "|---|---|---|---|---|",
+    ]
+    for name in arguments.methods:
+        ratios = [a / b for a, b in zip(seconds[name], seconds["mlm"], strict=True)]
+        shares = [a / b for a, b in zip(memory[name], memory["mlm"], strict=True)]
+        lines.append(
+            f"| {name} | {statistics.median(seconds[name]):.2f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}) | {statistics.median(memory[name]):.2f} | "
+            f"{statistics.median(shares):.2f} |"
+        )
+    rows, times = arguments.global_batch_size, arguments.repetitions
+    body = f"{rows} rows of 128 tokens a step; {times} repetitions, all methods in turn."
+    return "What a step of each method costs", body + "\n\n" + "\n".join(lines)
+
+
+TASKS = {
+    "restaurant": "asc_restaurant",
+    "acl": "aclarc_citation_intent",
+    "pubmed": "chemprot",
+    "ai": "scierc_relation",
+    "phone": "asc_phone",
+    "camera": "asc_camera",
+}
+
+
+def sequence(arguments: argparse.Namespace) -> tuple[str, str]:
+    """DAS and plain MLM through several domains: held-out losses and end-task scores after each."""
+    shard(arguments.data, arguments.domains)
+    parts = []
+    for name, flags in {"das update": VARIANTS["das update"], "plain MLM": VARIANTS["mlm"]}.items():
+        for seed in arguments.seeds:
+            output = WORK / f"sequence-{name.replace(' ', '-')}-{arguments.steps}-{seed}"
+            train(arguments, output, arguments.domains, arguments.steps, *flags, "--seed", seed)
+            tasks = [
+                f"{domain}={arguments.data / 'endtasks' / TASKS[domain]}" for domain in arguments.domains
+            ]
+            run("tools/forgetting.py", output, "--task", *tasks, "--seeds", 2, "--max_train_examples", 400,
+                "--epochs", 3, "--learning_rate", "2e-4")  # fmt: skip
+            parts.append(sequence_table(name, seed, output))
+    return f"A sequence of domains: {', '.join(arguments.domains)}", "\n\n".join(parts)
+
+
+def sequence_table(name: str, seed: int, output: Path) -> str:
+    """Losses and scores after each domain."""
+    figures = json.loads((output / "sequence.json").read_text())
+    scores = json.loads((output / "forgetting.json").read_text())
+    domains = figures["domains"]
+    columns = ["after", *(f"loss {domain}" for domain in domains), "general loss"]
+    lines = [f"{name}, seed {seed}:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row, domain in enumerate(domains):
+        cells = [figures["losses"][other][row] for other in domains] + [figures["general"][row + 1]]
+        lines.append(f"| {domain} | {' | '.join('' if c is None else f'{c:.3f}' for c in cells)} |")
+    return "\n".join([*lines, "", f"End tasks: {json.dumps(scores)}"])
+
+
+if __name__ == "__main__":
+    main()
