@@ -65,8 +65,8 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
     if len(config.data.corpus or []) > 1:
         if warmup:
             raise UserError(
-                f"--cse_warmup_steps {warmup} trains a dense model on one corpus, this run has several: train "
-                "it on the first with --method mlm, and give that run's model/ as --model"
+                f"--cse_warmup_steps {warmup} trains a dense model on one corpus, this run has several: "
+                "train it on the first with --method mlm, and give that run's model/ as --model"
             )
         names = _checked(config)
         folders = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
