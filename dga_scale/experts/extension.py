@@ -161,6 +161,15 @@ def sparse_sublayers(model: ExtendedPreTrainedModel) -> dict[Place, SparseSublay
     return found
 
 
+def update_centres_every(model: ExtendedPreTrainedModel, passes: int) -> None:
+    """Let the centres move once in so many training passes: those of one optimizer step.
+
+    They then depend on the step's sequences alone, not on how those are cut into passes.
+    """
+    for sublayer in sparse_sublayers(model).values():
+        sublayer.passes.per_update = passes
+
+
 def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> None:
     """Add routers and copies of the dense sublayers; equal weights, centres still to be set or loaded."""
     if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):

@@ -139,7 +139,7 @@ class SparseSublayer(nn.Module):
         )
         self._names = tuple(names)
         self._dense = tuple(dense)  # a tuple: they stay children of the block alone
-        self._passes = passes
+        self.passes = passes
         self._rows: list[tuple[int, Tensor]] = []
         self._places = torch.empty(0)
         self.last: tuple[Tensor, Tensor] | None = None  # v' and expert of each sequence of the last pass
@@ -179,8 +179,8 @@ class SparseSublayer(nn.Module):
 
     def _route(self, states: Tensor) -> None:
         """Set which rows each expert runs, and where each row's output lies among the experts' outputs."""
-        if self._passes.inside:
-            features = self.router.features(states, self._passes.attention_mask)
+        if self.passes.inside:
+            features = self.router.features(states, self.passes.attention_mask)
             self.last = features, self.router.choose(features)
         # Outside, a checkpointed block runs again in the backward pass: it has to go the way it went.
         assert self.last is not None
@@ -211,13 +211,24 @@ class SparseSublayer(nn.Module):
 class Passes:
     """What the experts of one model have to know of the pass they are in. Hooks on the trunk keep it.
 
-    At the end of a training pass, the centres move by the sequences of all ranks.
+    At the end of a training pass, or of the last of several that make an optimizer step, the centres move by
+    the sequences of all ranks.
+
+    Attributes:
+        inside: whether the trunk is being called.
+        attention_mask: (B, T) of that call.
+        sublayers: those with experts.
+        per_update: training passes between two moves of the centres.
+
     """
 
     def __init__(self, trunk: nn.Module) -> None:
         self.inside = False
         self.attention_mask: Tensor | None = None
         self.sublayers: list[SparseSublayer] = []
+        self.per_update = 1
+        self._done = 0
+        self._totals = torch.zeros(())
         trunk.register_forward_pre_hook(self._begin, with_kwargs=True)
         trunk.register_forward_hook(self._end)
 
@@ -230,17 +241,22 @@ class Passes:
         self.inside = False
         self.attention_mask = None
         if trunk.training and torch.is_grad_enabled():
-            self._update_centres()
+            self._count()
 
-    def _update_centres(self) -> None:
+    def _count(self) -> None:
         totals = []
         for sublayer in self.sublayers:
             assert sublayer.last is not None
             totals.append(sublayer.router.totals(*sublayer.last))
-        summed = torch.cat(totals)  # (experts of all sublayers, 1 + d'): one message
+        every = torch.cat(totals)  # (experts of all sublayers, 1 + d'): one message
+        self._totals = every if self._done == 0 else self._totals + every
+        self._done += 1
+        if self._done < self.per_update:
+            return
+        self._done = 0
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(summed)
-        parts = summed.split([len(part) for part in totals])
+            dist.all_reduce(self._totals)
+        parts = self._totals.split([len(part) for part in totals])
         for sublayer, part in zip(self.sublayers, parts, strict=True):
             sublayer.router.update(part)
 

@@ -32,6 +32,7 @@ from dga_scale.experts.extension import (
     collect_features,
     places_of,
     settings_of,
+    update_centres_every,
 )
 from dga_scale.objectives.method import Method, Workplace
 
@@ -96,10 +97,16 @@ class CSE(Method):
                 'pip install "scikit-learn>=1.5,<2"'
             ) from None
 
-    def prepare(self, workplace: Workplace) -> PreTrainedModel | None:
+    def prepare(self, workplace: Workplace) -> PreTrainedModel:
+        model = self._with_experts(workplace)
+        # The step's passes, in settings that were completed before this.
+        update_centres_every(model, workplace.config.optimization.gradient_accumulation_steps or 1)
+        return model
+
+    def _with_experts(self, workplace: Workplace) -> ExtendedPreTrainedModel:
         if isinstance(workplace.lm, ExtendedPreTrainedModel) and workplace.lm.config.extension == EXPERTS:
             workplace.print("the model has experts already: they are trained on as they are")
-            return None
+            return workplace.lm
         path = workplace.folder / STRUCTURE
         if workplace.resuming:
             return extend(workplace.lm, EXPERTS, workplace.run_on_first(lambda: _read(path)))

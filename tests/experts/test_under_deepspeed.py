@@ -15,7 +15,13 @@ from dga_scale.engine.cluster import join_cluster
 from dga_scale.engine.consolidate import consolidate
 from dga_scale.engine.deepspeed import partitioned_loading
 from dga_scale.errors import UserError
-from dga_scale.experts.extension import add_experts, collect_features, places_of, sparse_sublayers
+from dga_scale.experts.extension import (
+    add_experts,
+    collect_features,
+    places_of,
+    sparse_sublayers,
+    update_centres_every,
+)
 from tests.engine.training import (
     LEARNING_RATE,
     MaskedLM,
@@ -35,7 +41,7 @@ EPSILON = 1e-3  # gradients that are 0 but for rounding (of biases of keys) stay
 Centres = dict[str, Tensor]
 
 
-def model_with_experts() -> ExtendedPreTrainedModel:
+def model_with_experts(passes: int = 1) -> ExtendedPreTrainedModel:
     """Experts around three sequences of the first batch, two of them rank 0's; weights set apart."""
     dense = tiny_bert().eval()
     anatomy = anatomy_of(dense)
@@ -43,7 +49,9 @@ def model_with_experts() -> ExtendedPreTrainedModel:
     ids, _ = global_batch(0)
     samples = collect_features(dense, anatomy, places, [(ids, torch.ones_like(ids))], width=6, seed=0)
     clusters = {place: clusters_around(samples[place].features, (0, 1, 7)) for place in places}
-    return add_experts(dense, clusters, samples, alpha=0.9).train()
+    model = add_experts(dense, clusters, samples, alpha=0.9).train()
+    update_centres_every(model, passes)
+    return model
 
 
 def centres_of(model: ExtendedPreTrainedModel) -> Centres:
@@ -53,7 +61,7 @@ def centres_of(model: ExtendedPreTrainedModel) -> Centres:
 def on_ranks(setup: Setup, folder: Path) -> tuple[dict[str, Tensor], Centres, list[bool], float, Centres]:
     """Train, save after half the steps, and go on from there in a new engine too."""
     cluster = join_cluster()
-    engine = tiny_engine(setup, MaskedLM(model_with_experts()))
+    engine = tiny_engine(setup, MaskedLM(model_with_experts(setup.accumulation)))
     idle = []
     for step in range(STEPS):
         if step == STEPS // 2:
@@ -63,7 +71,7 @@ def on_ranks(setup: Setup, folder: Path) -> tuple[dict[str, Tensor], Centres, li
         idle += [len(experts) < 3 for experts in used]
     weights, centres = full_weights(engine), centres_of(engine.module.lm)
     engine.destroy()
-    resumed = tiny_engine(setup, MaskedLM(model_with_experts()))
+    resumed = tiny_engine(setup, MaskedLM(model_with_experts(setup.accumulation)))
     checkpoint = newest_complete(folder)
     assert checkpoint is not None
     load_checkpoint(resumed, checkpoint, cluster)
@@ -98,11 +106,13 @@ def reference() -> tuple[dict[str, Tensor], Centres]:
     return in_one_process()
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 2), (2, 2), (3, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("stage", "ranks", "passes"), [(0, 2, 1), (1, 2, 1), (2, 2, 2), (3, 2, 1), (3, 2, 2), (3, 1, 1)]
+)
 def test_every_stage_trains_what_one_process_trains(
-    stage: int, ranks: int, reference: tuple[dict[str, Tensor], Centres], tmp_path: Path
+    stage: int, ranks: int, passes: int, reference: tuple[dict[str, Tensor], Centres], tmp_path: Path
 ) -> None:
-    results = run_ranks(ranks, on_ranks, Setup(stage, epsilon=EPSILON), tmp_path)
+    results = run_ranks(ranks, on_ranks, Setup(stage, accumulation=passes, epsilon=EPSILON), tmp_path)
     expected, expected_centres = reference
     weights, centres, _, _, resumed = results[0]
     assert any(any(idle) for _, _, idle, _, _ in results), "every rank used every expert: shows nothing"
