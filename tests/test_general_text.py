@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from dga_scale.engine.signals import EXIT_STOPPED
 from tests.ranks import RankError, run_ranks
 from tests.small import SmallWorld, make_world
-from tests.test_train import REPOSITORY, STEPS, arguments, run_training, run_until
+from tests.test_train import REPOSITORY, arguments, run_training, run_until
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +30,6 @@ def flags_of(world: SmallWorld, run: Path, method: str, **settings: Any) -> list
         "kl": {"mix": f"{world.general_corpus}:0.3", "kl_mlm_weight": 0.5},
     }[method]
     return arguments(world, run, method=method, **own, **settings)
-
-
-@pytest.mark.parametrize(("method", "stage"), [("ewc", "zero2"), ("kl", "zero3")])
-def test_a_run_that_is_stopped_goes_on_bit_for_bit(
-    method: str, stage: str, world: SmallWorld, tmp_path: Path
-) -> None:
-    ds_config = REPOSITORY / "ds_configs" / f"{stage}.json"
-    whole, parts = (flags_of(world, tmp_path / n, method, ds_config=ds_config) for n in ("whole", "parts"))
-    assert run_ranks(2, run_training, whole) == [0, 0]
-    assert run_ranks(2, run_until, parts, 3, 1) == [EXIT_STOPPED] * 2
-    assert run_ranks(2, run_training, parts) == [0, 0]
-    one, other = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("whole", "parts"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    steps = steps_of(tmp_path / "whole")
-    assert len(steps) == STEPS
-    if method in ("l2", "ewc"):
-        assert all(step["loss/anchor"] > 0 for step in steps)
-        moved = [step["loss/anchor"] for step in steps_of(tmp_path / "parts")]
-        assert moved == [step["loss/anchor"] for step in steps]
-    else:
-        assert all(step["loss/mlm/general_corpus"] > 0 for step in steps)
 
 
 def test_an_anchored_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.test_train import arguments, run_training
 STEPS = 20
 OWN: dict[str, dict[str, Any]] = {
     "das": {"soft_mask": "update"},
-    "dga": {"soft_mask": "update"},
+    "dga": {"soft_mask": "gradient"},
     "ewc": {"fisher_samples": 16, "ewc_weight": 5.0},
     "l2": {"l2_weight": 5.0},
     "prompt": {"prompt_tokens": 8},
@@ -84,6 +84,10 @@ def test_a_run_that_is_cut_goes_on_bit_for_bit(
 
     assert len(losses(whole)) == STEPS
     assert losses(parts) == losses(whole)
+    logged = {"l2": "loss/anchor", "ewc": "loss/anchor"}.get(method, "loss/mlm")
+    assert all(step[logged] > 0 for step in losses(whole))
+    if METHODS[method].needs_mix:
+        assert all(step["loss/mlm/general_corpus"] > 0 for step in losses(whole))
     one, other = (load_file(run / "model" / "model.safetensors") for run in (whole, parts))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -44,6 +44,10 @@ class Clusters:
         return np.bincount(self.labels, minlength=len(self.centres)).tolist()
 
 
+class NoClusters(UserError):
+    """The points are no two clusters, or too many."""
+
+
 def find_clusters(
     points: Array, eps: float | None = None, min_samples: int | None = None, *, what: str = "the sample"
 ) -> Clusters:
@@ -57,8 +61,9 @@ def find_clusters(
         what: the points' name in messages.
 
     Raises:
-        UserError: too few points for min_samples, less than two clusters, or more than ``MAX_EXPERTS``; it
-            says which eps would do, where one would.
+        UserError: too few points for min_samples.
+        NoClusters: less than two clusters, or more than ``MAX_EXPERTS``; it says which eps would do, where
+            one would.
 
     """
     wanted = min_samples or max(MIN_SAMPLES, round(MIN_SAMPLES_SHARE * len(points)))
@@ -75,7 +80,7 @@ def find_clusters(
     candidates = [] if eps else [candidate for candidate in lower if 0 < candidate < used]
     while not 2 <= _count(labels) <= MAX_EXPERTS:
         if not candidates:
-            raise UserError(_advice(points, distances, what, *first, wanted, given=eps is not None))
+            raise NoClusters(_advice(points, distances, what, *first, wanted, given=eps is not None))
         used = candidates.pop(0)
         labels = _dbscan(points, used, wanted)
     found = _count(labels)

@@ -23,7 +23,7 @@ from dga_scale.config import (
     setting,
 )
 from dga_scale.errors import UserError
-from dga_scale.experts.clustering import Clusters, find_clusters
+from dga_scale.experts.clustering import Clusters, NoClusters, find_clusters
 from dga_scale.experts.extension import (
     EXPERTS,
     Place,
@@ -111,7 +111,9 @@ class CSE(Method):
         if workplace.resuming:
             return extend(workplace.lm, EXPERTS, workplace.run_on_first(lambda: _read(path)))
         samples = self._samples(workplace)
-        clusters: dict[Place, Clusters] = workplace.run_on_first(lambda: self._clusters(samples))
+        clusters, left_dense = workplace.run_on_first(lambda: self._clusters(samples))
+        for reason in left_dense:
+            workplace.print(f"left without experts: {reason}")
         for place, found in clusters.items():
             workplace.print(
                 f"{place}: {len(found.centres)} experts for clusters of {found.sizes} sequences, "
@@ -147,17 +149,27 @@ class CSE(Method):
             for place, sample in own.items()
         }
 
-    def _clusters(self, samples: dict[Place, Sample]) -> dict[Place, Clusters]:
-        settings = self.settings
-        return {
-            place: find_clusters(
-                sample.features.numpy(),
-                settings.cse_eps,
-                settings.cse_min_samples,
-                what=f"the training text at {place}",
-            )
-            for place, sample in samples.items()
-        }
+    def _clusters(self, samples: dict[Place, Sample]) -> tuple[dict[Place, Clusters], list[str]]:
+        """Find each place's clusters; a sublayer where the text is in one piece stays dense, and says why.
+
+        Raises:
+            NoClusters: the text is in one piece everywhere.
+
+        """
+        settings, found, refused = self.settings, {}, []
+        for place, sample in samples.items():
+            try:
+                found[place] = find_clusters(
+                    sample.features.numpy(),
+                    settings.cse_eps,
+                    settings.cse_min_samples,
+                    what=f"the training text at {place}",
+                )
+            except NoClusters as error:
+                refused.append(error)
+        if not found:
+            raise refused[0]
+        return found, [str(error) for error in refused]
 
 
 def _read(path: Path) -> Settings:

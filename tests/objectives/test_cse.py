@@ -11,7 +11,9 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from dga_scale.backbone.extended import ExtendedForMaskedLM
 from dga_scale.engine.signals import EXIT_STOPPED
-from dga_scale.experts.extension import sparse_sublayers
+from dga_scale.experts.clustering import NoClusters
+from dga_scale.experts.extension import Place, Sample, sparse_sublayers
+from dga_scale.objectives.cse import CSE, CSESettings
 from tests.ranks import REPOSITORY, RankError, run_ranks
 from tests.small import SmallWorld, make_world
 from tests.test_train import STEPS, arguments, losses, run_and_listen, run_training, run_until
@@ -33,8 +35,8 @@ def flags_of(world: SmallWorld, run: Path, stage: int = 2, **settings: Any) -> l
     return arguments(world, run, method="cse", **{**own, **settings})
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_that_is_stopped_goes_on_bit_for_bit(stage: int, world: SmallWorld, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(world: SmallWorld, tmp_path: Path) -> None:
+    stage = 3
     whole = flags_of(world, tmp_path / "whole", stage)
     # Blocks that are computed twice give the same numbers.
     parts = flags_of(world, tmp_path / "parts", stage, gradient_checkpointing=stage == 3)
@@ -78,6 +80,22 @@ def test_what_is_handed_back(world: SmallWorld, tmp_path: Path) -> None:
     )
     assert "experts already" in printed
     assert AutoModelForMaskedLM.from_pretrained(again / "model").config.extension == "experts"
+
+
+def test_a_sublayer_whose_text_is_in_one_piece_stays_dense() -> None:
+    torch.manual_seed(0)
+    blob = 0.01 * torch.randn(60, 4)
+    parted = torch.cat([blob, blob + 5])
+    whole = Sample(torch.cat([blob, blob]), torch.eye(4))
+    method = CSE(CSESettings(cse_eps=1.0))
+    first, second = Place(0, "ffn"), Place(1, "ffn")
+    found, dense = method._clusters({first: Sample(parted, torch.eye(4)), second: whole})
+    assert list(found) == [first]
+    assert found[first].sizes == [60, 60]
+    assert len(dense) == 1
+    assert "layer 1 ffn" in dense[0]
+    with pytest.raises(NoClusters, match="layer 0 ffn"):
+        method._clusters({first: whole, second: whole})
 
 
 def test_what_is_refused(world: SmallWorld, tmp_path: Path) -> None:
