@@ -16,7 +16,7 @@ from dga_scale.engine.checkpoint import MODEL
 from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, newest_verified, verified
 from dga_scale.engine.cluster import single_process
 from dga_scale.engine.model_card import model_card
-from dga_scale.engine.run_folder import write_text
+from dga_scale.engine.run_folder import new_folder, write_text
 from dga_scale.engine.tensor_files import Entry, PieceReader, write_model_files, write_safetensors
 from dga_scale.errors import UserError
 
@@ -35,23 +35,10 @@ def consolidate(run_dir: Path, step: int | None, output: Path, dtype: str = "flo
         UserError: no such checkpoint, a damaged one (naming the file), ``output`` exists, the disk is full.
     """
     checkpoint = _chosen(run_dir, step)
-    if output.exists():
-        raise UserError(f"--output {output} exists already. Give a new folder, or remove it.")
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        shutil.copytree(checkpoint.path / MODEL, temporary)
-        with PieceReader(checkpoint.shards) as reader:
-            _write_weights(temporary, reader, dtype)
-        write_text(temporary / "README.md", model_card(run_dir, checkpoint.step, temporary / "config.json"))
-        temporary.rename(output)
-    except OSError as error:
-        raise UserError(
-            f"--output {output} could not be written: {error.strerror or error}. "
-            "Free disk space, or give another folder."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(output) as folder, PieceReader(checkpoint.shards) as reader:
+        shutil.copytree(checkpoint.path / MODEL, folder)
+        _write_weights(folder, reader, dtype)
+        write_text(folder / "README.md", model_card(run_dir, checkpoint.step, folder / "config.json"))
     return output
 
 

@@ -1,6 +1,7 @@
 """What a run starts from, checked before any long work: text, tokenizer, DeepSpeed's JSON, run folder."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,17 @@ class Inputs:
     @property
     def source_names(self) -> tuple[str, ...]:
         """Names of the mixture's corpora, as their losses are logged: "domain", then those of the folders."""
-        return ("domain", *(corpus.path.name for corpus in self.mixture.corpora[1:]))
+        names = ["domain"]
+        for number, corpus in enumerate(self.mixture.corpora[1:], 1):
+            name = corpus.path.name
+            names.append(f"{name}-{number}" if name in names else name)
+        return tuple(names)
+
+    @property
+    def content_hash(self) -> str:
+        """Of all text that the run learns from; a checkpoint of other text is not gone on with."""
+        hashes = [self.mixture.content_hash, *([self.general.content_hash] if self.general else [])]
+        return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
 
 
 def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:

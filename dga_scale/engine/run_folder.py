@@ -1,6 +1,9 @@
 """The folder of a run: what lies where, and whether it may be gone on with."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,29 @@ def write_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``output`` on leaving: that appears whole or not at all.
+
+    Raises:
+        UserError: ``output`` exists, or can't be written.
+    """
+    if output.exists():
+        raise UserError(f"--output {output} exists already. Give a new folder, or remove it.")
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        temporary.rename(output)
+    except OSError as error:
+        raise UserError(
+            f"--output {output} could not be written: {error.strerror or error}. "
+            "Free disk space, or give another folder."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _writable(path: Path) -> bool:

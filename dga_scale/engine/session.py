@@ -196,7 +196,7 @@ class Session:
             self.engine,
             self.inputs.tokenizer,
             self.inputs.folder.path,
-            TrainerState(step=step, corpus_hash=self.inputs.mixture.content_hash),
+            TrainerState(step=step, corpus_hash=self.inputs.content_hash),
             self.cluster,
             self.config.run.save_total_limit,
             self._published_config,
@@ -204,7 +204,7 @@ class Session:
 
     def _load(self, resume_from: Checkpoint) -> None:
         state = load_checkpoint(self.engine, resume_from, self.cluster)
-        if state.corpus_hash != self.inputs.mixture.content_hash:
+        if state.corpus_hash != self.inputs.content_hash:
             raise UserError(
                 f"{resume_from.path} was trained on another corpus than {self.inputs.corpus.path} is now. "
                 "Restore the corpus, or start anew in another --output_dir."

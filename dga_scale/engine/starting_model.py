@@ -85,9 +85,8 @@ def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> L
     # has one with an extension, which is built before its weights are there.
     whole = settings.head_warmup_steps > 0 or method.needs_whole_model
     whole = whole or load_model_config(settings.model or "").extended
-    seed_everything(
-        inputs.config.run.seed, INITIAL_STREAM, 0, 0
-    )  # for weights that are drawn: equal on all ranks
+    # For weights that are drawn: equal on all ranks.
+    seed_everything(inputs.config.run.seed, INITIAL_STREAM, 0, 0)
     with contextlib.nullcontext() if whole else partitioned_loading(inputs.resolved):
         return cluster.run_on_all(
             lambda: load_model(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import dga_scale
 from dga_scale.corpus.tokenizer import tokenizer_hash
-from dga_scale.engine.run_folder import write_text
+from dga_scale.engine.run_folder import new_folder, write_text
 from dga_scale.engine.tensor_files import Entry, write_model_files
 from dga_scale.errors import UserError
 from dga_scale.merging.folders import ModelFolder, StoredTensor
@@ -82,24 +82,12 @@ class Merge:
             UserError: ``output`` exists, or the disk is full.
 
         """
-        if output.exists():
-            raise UserError(f"--output {output} exists already. Give a new folder, or remove it.")
-        temporary = output.with_name(output.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+        with new_folder(output) as folder:
             # symlinks=False: the hub's cache holds links
-            shutil.copytree(self.models[0].path, temporary, ignore=shutil.ignore_patterns(*_NOT_COPIED))
-            write_model_files(temporary, [_entry(tensor, settings) for tensor in self.tensors])
-            self._write_config(temporary)
-            write_text(temporary / "README.md", self._card(settings))
-            temporary.rename(output)
-        except OSError as error:
-            raise UserError(
-                f"--output {output} could not be written: {error.strerror or error}. "
-                "Free disk space, or give another folder."
-            ) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(self.models[0].path, folder, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+            write_model_files(folder, [_entry(tensor, settings) for tensor in self.tensors])
+            self._write_config(folder)
+            write_text(folder / "README.md", self._card(settings))
 
     def _check_alike(self, model: ModelFolder) -> None:
         ours, theirs = (folder.settings.config.model_type for folder in (self.base, model))

@@ -156,20 +156,20 @@ class CSE(Method):
             NoClusters: the text is in one piece everywhere.
 
         """
-        settings, found, refused = self.settings, {}, []
-        for place, sample in samples.items():
-            try:
-                found[place] = find_clusters(
-                    sample.features.numpy(),
-                    settings.cse_eps,
-                    settings.cse_min_samples,
-                    what=f"the training text at {place}",
-                )
-            except NoClusters as error:
-                refused.append(error)
+        tried = {place: self._clusters_at(place, sample) for place, sample in samples.items()}
+        found = {place: clusters for place, clusters in tried.items() if isinstance(clusters, Clusters)}
+        refused = [error for error in tried.values() if isinstance(error, NoClusters)]
         if not found:
             raise refused[0]
         return found, [str(error) for error in refused]
+
+    def _clusters_at(self, place: Place, sample: Sample) -> Clusters | NoClusters:
+        settings, points = self.settings, sample.features.numpy()
+        what = f"the training text at {place}"
+        try:
+            return find_clusters(points, settings.cse_eps, settings.cse_min_samples, what=what)
+        except NoClusters as error:
+            return error
 
 
 def _read(path: Path) -> Settings:
