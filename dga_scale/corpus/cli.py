@@ -69,6 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep documents whose cleaned text repeats an earlier one",
     )
     add(
+        "--exclude",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="end-task files (JSON lines with text, perhaps text_pair): documents that share eight words in "
+        "a row with an example are dropped; says how many examples were found",
+    )
+    add(
         "--shard_size",
         type=float,
         default=defaults["shard_size"],
@@ -108,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse ``arguments`` (None: the command line), shard, print a summary."""
     options = vars(build_parser().parse_args(arguments))
     inputs, output = options.pop("inputs"), options.pop("output")
+    options["exclude"] = tuple(options.get("exclude", ()))
     run = {name: options.pop(name) for name in ("num_workers", "part", "part_patience")}
     report = shard_corpus(inputs, output, ShardSettings(**options), **run)
     if not (under_mpi() and report.index):
@@ -124,6 +133,11 @@ def summary(output: Path, report: ShardReport) -> str:
         f"  documents  {train.documents_read:,} read, {train.documents:,} to train on; dropped: {dropped}",
         f"  rows       {train.rows:,} of up to {train.sequence_length} tokens, {train.packing} packing",
         f"  tokens     {train.tokens:,} in {len(train.shards)} shards",
+    ]
+    lines += [
+        f"  excluded   {file['path']}: {file['found']:,} of {file['examples']:,} examples "
+        f"({file['found'] / max(1, file['examples']):.1%}) stood in the text"
+        for file in train.excluded
     ]
     if held_out is not None:
         lines.append(

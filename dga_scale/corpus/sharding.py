@@ -11,12 +11,13 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dga_scale.corpus.files import storage_errors, write_json
+from dga_scale.corpus.overlap import load_overlap
 from dga_scale.corpus.packing import (
     PACKINGS,
     Layout,
@@ -79,7 +80,7 @@ def shard_corpus(
     Args:
         inputs: Files, folders and globs.
         output: The corpus folder: new, empty, or of an earlier call with the same inputs and settings.
-        settings: What decides the bytes; ``tokenizer_hash`` is filled in here.
+        settings: What decides the bytes; ``tokenizer_hash`` and ``exclude_hash`` are filled in here.
         num_workers: Processes (of each rank or part).
         part: (i, N): do the i-th of N shares, counted from 0; for job arrays.
         part_patience: Seconds without any progress after which a part does the others' shares.
@@ -88,7 +89,7 @@ def shard_corpus(
         UserError: any input, setting or folder that can't be used, or a full disk.
     """
     started = time.monotonic()
-    for cached in (load_plan, load_units, load_tokenizer_file):
+    for cached in (load_plan, load_units, load_tokenizer_file, load_overlap):
         cached.cache_clear()  # another call may have used the same folder for another corpus
     _check_settings(settings, num_workers, part)
     work = Work(output / WORK_FOLDER)
@@ -159,6 +160,8 @@ def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished:
     """Decide the work and write it down, or check that it is the work that was begun here."""
     tokenizer = load_tokenizer(settings.tokenizer)
     settings = replace(settings, tokenizer_hash=tokenizer_hash(tokenizer))
+    if settings.exclude:
+        settings = replace(settings, exclude_hash=load_overlap(settings.exclude).content_hash)
     layout = Layout.of(tokenizer, settings.tokenizer, settings.packing, settings.sequence_length)
     if settings.sequence_length > tokenizer.model_max_length:
         print(
@@ -198,11 +201,12 @@ def _strangers(output: Path) -> list[str]:
 def _check_same(output: Path, state: str, plan: Plan, settings: dict, sources: Sequence[dict]) -> None:
     """Refuse to go on with other settings or inputs than the folder's."""
     ours = plan.to_json()
+    settings = {field.name: field.default for field in fields(ShardSettings)} | settings
     differences = [
-        f"{name} {settings.get(name)!r}, now {value!r}"
+        f"{name} {settings[name]!r}, now {value!r}"
         for name, value in ours["settings"].items()
-        # The same tokenizer may lie elsewhere now; its hash tells.
-        if settings.get(name) != value and name != "tokenizer"
+        # The same tokenizer and examples may lie elsewhere now; their hashes tell.
+        if settings[name] != value and name not in ("tokenizer", "exclude")
     ]
     contents = [
         [(source["bytes"], source["fingerprint"]) for source in side] for side in (sources, ours["sources"])
@@ -246,18 +250,25 @@ def _complete(work: Work, team: Team, finished: Path) -> int:
 def _gather_units(work: Work, plan: Plan) -> None:
     """Write the list of all units, in the order of the input."""
     report, units = PieceReport(), []
+    found: set[int] = set()
     for number in range(len(plan.pieces)):
         content = json.loads(work.piece(number).read_text(encoding="utf-8"))
         units += content["units"]
+        found.update(content["examples_found"])
         for name, value in content["report"].items():
             setattr(report, name, getattr(report, name) + value)
     if not units:
         raise UserError(
             f"no document with text in the inputs: {report.documents_read} read, {report.empty} of them "
-            f"empty, {report.control_only} of control characters only"
+            f"empty, {report.control_only} of control characters only, {report.excluded} excluded"
         )
+    overlap = load_overlap(plan.settings.exclude)
+    excluded = [
+        {**asdict(file), "found": count}
+        for file, count in zip(overlap.files, overlap.counts(found), strict=True)
+    ]
     with storage_errors(work.output):
-        write_json(work.report_file, asdict(report), work.scratch)
+        write_json(work.report_file, {**asdict(report), "excluded_files": excluded}, work.scratch)
         write_json(work.units_file, units, work.scratch)
 
 
@@ -301,6 +312,8 @@ def _assemble(work: Work, plan: Plan, units: Sequence[Unit], tasks: Sequence[Sha
         "control_only": report["control_only"],
         "duplicates": report["duplicates"] + sum(unit.documents for unit in units) - kept,
     }
+    if plan.settings.exclude:
+        dropped["excluded"] = report["excluded"]
     if not sum(shard.rows for shard in shards["train"]):
         raise UserError(
             f"nothing is left to train on: {report['documents_read']} documents read, dropped {dropped}, "
@@ -331,6 +344,7 @@ def _assemble(work: Work, plan: Plan, units: Sequence[Unit], tasks: Sequence[Sha
             settings=asdict(plan.settings),
             sources=tuple(asdict(source) for source in plan.sources),
             shards=records,
+            excluded=tuple(report["excluded_files"]),
         )
         with storage_errors(work.output):
             _write_manifest(work.shard_data(split, 0).parent, manifest, work.scratch)

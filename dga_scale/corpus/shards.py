@@ -72,12 +72,14 @@ class Manifest:
     documents_read: int
     """In all inputs, before anything was dropped or held out; the same number in both splits."""
     dropped: dict[str, int]
-    """Of ``documents_read``: "empty", "control_only", "duplicates"."""
+    """Of ``documents_read``: "empty", "control_only", "duplicates", and "excluded" where files were given."""
     settings: dict[str, Any]
     """Every setting that decides the shards' bytes."""
     sources: tuple[dict[str, Any], ...]
     """Path, bytes and fingerprint of each input file, in the order read."""
     shards: tuple[Shard, ...]
+    excluded: tuple[dict[str, Any], ...] = ()
+    """Files of examples that no document overlaps with: path, sha256, examples, and how many were found."""
 
     @property
     def content_length(self) -> int:
@@ -103,6 +105,7 @@ class Manifest:
                 "all_special_ids": tuple(content["all_special_ids"]),
                 "sources": tuple(content["sources"]),
                 "shards": tuple(Shard(**shard) for shard in content["shards"]),
+                "excluded": tuple(content.get("excluded", ())),
             }
         )
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from dga_scale.corpus.cleaning import clean
 from dga_scale.corpus.files import atomic_file, write_array, write_json
+from dga_scale.corpus.overlap import load_overlap
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.corpus.sources import Reading, Segment, Source, find_sources, read_segment, segments
 
@@ -46,6 +47,10 @@ class ShardSettings:
     """Megabytes of text in a shard."""
     seed: int = 0
     tokenizer_hash: str = ""
+    """Filled in by ``shard_corpus``."""
+    exclude: tuple[str, ...] = ()
+    """Files of end-task examples: documents that share eight words in a row with one are dropped."""
+    exclude_hash: str = ""
     """Filled in by ``shard_corpus``."""
 
     @property
@@ -91,7 +96,9 @@ class Plan:
     def from_json(cls, content: dict) -> "Plan":
         """The inverse of ``to_json``."""
         return cls(
-            ShardSettings(**content["settings"]),
+            ShardSettings(
+                **{**content["settings"], "exclude": tuple(content["settings"].get("exclude", ()))}
+            ),
             tuple(Source(**source) for source in content["sources"]),
             tuple(tuple(Segment(**segment) for segment in piece) for piece in content["pieces"]),
         )
@@ -167,6 +174,7 @@ class PieceReport:
     control_only: int = 0
     duplicates: int = 0
     """Within a unit; the others are found when all units are there."""
+    excluded: int = 0
 
 
 def document_hash(text: str, seed: int) -> bytes:
@@ -179,22 +187,34 @@ def read_piece(folder: Path, number: int) -> None:
     work = Work(folder)
     plan = load_plan(work.plan_file)
     report = PieceReport()
-    documents = _documents(plan, number, report)
+    found: set[int] = set()
+    documents = _documents(plan, number, report, found)
     units: list[Unit] = []
     while (first := next(documents, None)) is not None:
         name = f"{number:05d}-{len(units):04d}"
         units.append(_write_unit(work, name, chain([first], documents), plan.settings, report))
-    content = {"report": asdict(report), "units": [asdict(unit) for unit in units]}
+    content = {
+        "report": asdict(report),
+        "units": [asdict(unit) for unit in units],
+        "examples_found": sorted(found),
+    }
     write_json(work.piece(number), content, work.scratch)
 
 
-def _documents(plan: Plan, number: int, report: PieceReport) -> Iterator[str]:
-    """Cleaned documents of a piece; those without content are counted and left out."""
+def _documents(plan: Plan, number: int, report: PieceReport, found: set[int]) -> Iterator[str]:
+    """Cleaned documents of a piece; those without content or to be excluded are counted and left out.
+
+    Numbers of the excluded examples that stand in the documents are added to ``found``.
+    """
+    overlap = load_overlap(tuple(plan.settings.exclude)) if plan.settings.exclude else None
     for segment in plan.pieces[number]:
         for raw in read_segment(plan.sources[segment.source], segment, plan.settings.reading):
             report.documents_read += 1
             text = clean(raw)
-            if text:
+            if text and overlap is not None and len(examples := overlap.find(text)):
+                report.excluded += 1
+                found.update(examples.tolist())
+            elif text:
                 yield text
             elif raw.strip():
                 report.control_only += 1
