@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py losses DATA [--steps 40] [--seeds 42 43] [--methods mlm dga ...]
     python benchmarks/methods.py costs DATA [--repetitions 3]
-    python benchmarks/methods.py sequence DATA [--domains restaurant acl pubmed] [--seeds 42]
+    python benchmarks/methods.py sequence DATA [--domains restaurant acl camera] [--seeds 42]
 
 DATA is a folder with corpora/NAME.jsonl.gz, endtasks/ and models/minilm-l6-mlm. Text is sharded and every
 method trained on two ranks under ZeRO-2 by the program's own commands; what is finished is not run again.
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--domains", nargs="+", default=["restaurant", "acl", "pubmed"])
+    parser.add_argument("--domains", nargs="+", default=["restaurant", "acl", "camera"])
     arguments = parser.parse_args()
     shard(arguments.data, ["acl", "general_wikipedia", "general_wikipedia_heldout"])
     command = " ".join(["python", "benchmarks/methods.py", *sys.argv[1:]])
@@ -176,8 +176,8 @@ def sequence(arguments: argparse.Namespace) -> tuple[str, str]:
             tasks = [
                 f"{domain}={arguments.data / 'endtasks' / TASKS[domain]}" for domain in arguments.domains
             ]
-            run("tools/forgetting.py", output, "--task", *tasks, "--seeds", 2, "--max_train_examples", 400,
-                "--epochs", 3, "--learning_rate", "2e-4")  # fmt: skip
+            short = ["--seeds", 2, "--jobs", 2, "--max_train_examples", 300, "--epochs", 3]
+            run("tools/forgetting.py", output, "--task", *tasks, *short, "--learning_rate", "2e-4")
             parts.append(sequence_table(name, seed, output))
     return f"A sequence of domains: {', '.join(arguments.domains)}", "\n\n".join(parts)
 
