@@ -80,6 +80,7 @@ class ModelSettings:
         "memory, the same numbers without dropout.",
     )
 
+    _argument_group_name: ClassVar = "model"
     rules: ClassVar[Rules] = {
         "head_warmup_steps": AT_LEAST_0,
         "head_warmup_learning_rate": ABOVE_0,
@@ -118,6 +119,7 @@ class DataSettings:
     max_eval_samples: int = setting(2000, "Rows of each evaluation corpus that are scored (the first ones).")
     prefetch_steps: int = setting(4, "Global batches prepared ahead in the background.")
 
+    _argument_group_name: ClassVar = "data"
     rules: ClassVar[Rules] = {
         "mlm_probability": INSIDE_0_1,
         "mask_replace_prob": SHARE,
@@ -131,6 +133,7 @@ class DataSettings:
 class MethodSettings:
     """What is learnt and what is protected; each method of ``objectives`` adds its own settings to these."""
 
+    _argument_group_name: ClassVar = "the method's own settings"
     rules: ClassVar[Rules] = {}
 
 
@@ -177,6 +180,7 @@ class OptimizationSettings:
         10, "Steps in a row refused for a NaN or infinity after which the run stops."
     )
 
+    _argument_group_name: ClassVar = "optimization"
     rules: ClassVar[Rules] = {
         "max_steps": AT_LEAST_1,
         "global_batch_size": AT_LEAST_1,
@@ -224,6 +228,7 @@ class RunSettings:
     # deepspeed's launcher passes it to every program; the environment says the same, so nothing reads it.
     local_rank: int = setting(-1, "Set by the deepspeed launcher; ignored, the environment says it too.")
 
+    _argument_group_name: ClassVar = "run"
     rules: ClassVar[Rules] = {
         "logging_steps": AT_LEAST_1,
         "protection_steps": AT_LEAST_1,

@@ -1,7 +1,9 @@
 """The command line as a contract: names, YAML, defaults, and what is refused."""
 
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,22 @@ def test_every_promised_flag_is_in_help_with_its_default():
         assert f"--{name}" in text
     assert "(default: 0.05)" in text  # the temperature
     assert "which Adam largely undoes" in text
+
+
+def test_a_methods_settings_stand_under_its_name_only():
+    entries = {name: MethodEntry(method.summary, method.Settings) for name, method in METHODS.items()}
+    text = build_parser(entries, "ewc").format_help()
+    general, own, rest = re.split(r"the method's own settings:|\noptimization:", text)
+    methods = dict(re.findall(r"--method (\w+)[^:]*: .*\n((?:  .*\n?)*)", rest))
+    assert methods.keys() == METHODS.keys()
+    assert "--fisher_samples" in own
+    for name, method in METHODS.items():
+        for setting in fields(method.Settings):
+            assert f"--{setting.name} " not in general
+            assert (f"--{setting.name} " in methods[name]) == (name != "ewc")
+            assert (f"--{setting.name} " in own) == (
+                setting.name in entries["ewc"].settings.__dataclass_fields__
+            )
 
 
 def test_defaults_are_the_papers():
