@@ -8,14 +8,10 @@ from typing import Any, NoReturn
 
 from dga_scale.arguments import Parser
 from dga_scale.endtasks.metrics import CLASSIFICATION, REGRESSION
-from dga_scale.endtasks.recipes import Recipe, recipe_for
+from dga_scale.endtasks.recipes import OVERRIDES, Recipe, recipe_for
 from dga_scale.endtasks.tasks import Task, load_task, majority_share
 from dga_scale.errors import UserError, run_main
 from dga_scale.monitoring.quiet import quiet_libraries
-
-OVERRIDES = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_length", "patience", "metric",
-             "precision")  # fmt: skip
-"""Settings of a recipe that a flag of the same name changes."""
 
 
 def finetune_command() -> NoReturn:

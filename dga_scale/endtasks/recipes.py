@@ -41,6 +41,8 @@ class Recipe:
         for name in ("epochs", "batch_size", "patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        if self.precision not in ("bf16", "fp32"):
+            raise UserError(f"--precision {self.precision}: must be bf16 or fp32.")
         if self.max_length < 8:
             raise UserError(f"--max_length {self.max_length}: must be at least 8.")
         if not self.learning_rate > 0:
@@ -48,6 +50,10 @@ class Recipe:
         if self.weight_decay < 0:
             raise UserError(f"--weight_decay {self.weight_decay:g}: must be 0 or more.")
 
+
+OVERRIDES = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_length", "patience", "metric",
+             "precision")  # fmt: skip
+"""Settings of a recipe that a flag, or a line in a suite, of the same name changes."""
 
 RECIPES = {
     "asc_restaurant": Recipe(epochs=5, pair_first=True),

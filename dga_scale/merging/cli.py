@@ -100,8 +100,8 @@ def _sweep(merge: Any, settings: Sequence[MergeSettings], options: argparse.Name
     from dga_scale.monitoring.plots import save_png, trade_off_figure
 
     corpora = {
-        "domain": held_out(options.corpus, "--corpus", merge),
-        "general": held_out(options.general_corpus, "--general_corpus", merge),
+        "domain": held_out(options.corpus, "--corpus", merge.base.tokenizer),
+        "general": held_out(options.general_corpus, "--general_corpus", merge.base.tokenizer),
     }
     found = sweep(merge, settings, corpora, batch_size=options.batch_size, max_rows=options.max_eval_samples)
     points = []

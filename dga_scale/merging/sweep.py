@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from dga_scale.backbone.loading import load_model
 from dga_scale.corpus.batches import Batch, EvalBatches, MaskingPolicy
@@ -19,7 +21,7 @@ from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
 MASK_PROBABILITY = 0.15
 
 
-def held_out(path: str, setting: str, merge: Merge) -> Corpus:
+def held_out(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Open a corpus's held-out part, or the whole corpus where it has none.
 
     Raises:
@@ -29,7 +31,7 @@ def held_out(path: str, setting: str, merge: Merge) -> Corpus:
     folder = Path(path)
     try:
         corpus = Corpus.open(folder / VALIDATION if (folder / VALIDATION).is_dir() else folder)
-        check_matches(corpus.manifest, merge.base.tokenizer)
+        check_matches(corpus.manifest, tokenizer)
     except UserError as error:
         raise UserError(f"{setting} {error}") from None
     return corpus
@@ -42,18 +44,21 @@ def lm_figures(
 
     Rows and masks are those of a training run's evaluation with the same ``max_rows``.
     """
-    device = model.lm.device
     figures = {}
     for name, corpus in corpora.items():
-        masking = None if model.anatomy.causal else MaskingPolicy.for_corpus(corpus, MASK_PROBABILITY)
-        batches = EvalBatches(corpus, masking, batch_size=batch_size, rank=0, world_size=1, max_rows=max_rows)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
-        with torch.autocast(device.type, torch.bfloat16):
-            for batch in batches:
-                sums += evaluate_sums(model, _to(batch, device))
-        loss, count, correct = sums.tolist()
+        sums = batch_sums(model, corpus, batch_size=batch_size, max_rows=max_rows)
+        loss, count, correct = sums.sum(dim=0).tolist()
         figures[f"{name}_loss"], figures[f"{name}_accuracy"] = loss / count, correct / count
     return figures
+
+
+def batch_sums(model: TrainingModel, corpus: Corpus, *, batch_size: int, max_rows: int | None) -> Tensor:
+    """Of each batch the sum of losses, labels and correct guesses: (batches, 3) fp64, on the CPU."""
+    device = model.lm.device
+    masking = None if model.anatomy.causal else MaskingPolicy.for_corpus(corpus, MASK_PROBABILITY)
+    batches = EvalBatches(corpus, masking, batch_size=batch_size, rank=0, world_size=1, max_rows=max_rows)
+    with torch.autocast(device.type, torch.bfloat16):
+        return torch.stack([evaluate_sums(model, _to(batch, device)) for batch in batches]).cpu()
 
 
 def sweep(

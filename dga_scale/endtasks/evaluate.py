@@ -1,0 +1,323 @@
+"""Models against the base that they were adapted from: held-out loss, end tasks, and how sure it all is.
+
+What a difference is taken over:
+
+- one folder, loss: batches of held-out text, on which all models see the same masks;
+- one folder, end task: fine-tuning seeds, seed by seed with the base's;
+- several folders of one label (trained with several seeds): the folders, each with the mean of its
+  fine-tuning seeds, against the base's mean.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dga_scale.backbone.loading import load_model, load_model_config
+from dga_scale.corpus.overlap import Overlap, found_in_text
+from dga_scale.corpus.shards import Corpus, check_sequence_length, file_sha256
+from dga_scale.corpus.sources import Reading
+from dga_scale.corpus.tokenizer import load_tokenizer, tokenizer_hash
+from dga_scale.endtasks.recipes import Recipe
+from dga_scale.endtasks.seeds import model_fingerprint, run_seeds
+from dga_scale.endtasks.significance import (
+    Difference,
+    Interval,
+    difference,
+    interval,
+    ratio,
+    ratio_difference,
+)
+from dga_scale.endtasks.suite import Suite
+from dga_scale.endtasks.tasks import Task, majority_share
+from dga_scale.engine.run_folder import write_text
+from dga_scale.errors import UserError
+from dga_scale.merging.sweep import batch_sums, held_out
+from dga_scale.objectives.mlm import MaskedLM
+from dga_scale.objectives.training_model import TrainingModel
+
+BASE = "base"
+"""Label of the model that all are compared with."""
+
+_LABEL = re.compile(r"[\w.+-]+")
+
+Sums = dict[str, list[float]]
+"""Of each batch of a corpus: "loss" (summed over the labels), "labels", "correct"."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model; or several that differ by the seed they were trained with."""
+
+    label: str
+    folders: tuple[str, ...]
+
+    def output(self, root: Path, number: int) -> Path:
+        """Where results of one of its folders are kept."""
+        return root / self.label / ("" if len(self.folders) == 1 else str(number + 1))
+
+
+def parse_contenders(texts: Sequence[str]) -> list[Contender]:
+    """Read ``DIR`` or ``LABEL=DIR``; DIR alone is labelled by its name, of a run's model/ the run's.
+
+    Raises:
+        UserError: a label that can't be a file's name, "base", or given to two folders without being asked.
+
+    """
+    folders: dict[str, list[str]] = {}
+    asked: dict[str, bool] = {}
+    for text in texts:
+        label, equals, folder = text.partition("=")
+        named = bool(equals) and not Path(text).is_dir()
+        if not named:
+            path = Path(text).resolve()
+            label, folder = path.parent.name if path.name == "model" else path.name, text
+        if not _LABEL.fullmatch(label) or not folder or label == BASE:
+            raise UserError(
+                f"--model {text}: {label!r} can't be its label. Write LABEL=DIR, LABEL of letters, digits, "
+                f"- and _, other than {BASE!r}."
+            )
+        if label in folders and not (named and asked[label]):
+            raise UserError(
+                f"--model {text}: another model is labelled {label} too. Write LABEL=DIR: one label for "
+                "models that differ by their seed only, several for others."
+            )
+        folders.setdefault(label, []).append(folder)
+        asked[label] = named
+    return [Contender(label, tuple(paths)) for label, paths in folders.items()]
+
+
+def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: Path) -> dict[str, Any]:
+    """Score the base and all contenders on a suite; what is in ``output`` already is not computed again.
+
+    Returns:
+        the content of ``output/results.json``: ``models`` by label, the base first, with ``corpora``,
+        ``tasks``, ``domain_loss`` and ``general_loss``; ``overlap`` of the tasks; ``notes`` on them.
+
+    Raises:
+        UserError: a model, corpus or task that can't be read; corpora of another tokenizer than the base's;
+            nothing that a model can be compared by.
+
+    """
+    everyone = [Contender(BASE, (base,)), *contenders]
+    tasks = suite.load_tasks()
+    notes: list[str] = []
+    comparable = {c.label: _comparable(base, c, bool(tasks), suite, notes) for c in everyone}
+    tokenizer = load_tokenizer(base)
+    corpora = {
+        name: held_out(folder, f"{kind}_corpora:", tokenizer) for kind, name, folder in suite.corpora()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    sums: dict[str, list[dict[str, Sums]]] = {}
+    scores: dict[str, list[dict[str, dict[str, Any]]]] = {}
+    for contender in everyone:
+        sums[contender.label], scores[contender.label] = [], []
+        for number, folder in enumerate(contender.folders):
+            place = contender.output(output, number)
+            place.mkdir(parents=True, exist_ok=True)
+            if comparable[contender.label] and corpora:
+                sums[contender.label].append(_held_out_sums(folder, corpora, suite, place))
+            found = {}
+            for _, task, recipe in tasks:
+                seeds = range(1, suite.seeds + 1)
+                found[task.name] = run_seeds(folder, task, recipe, seeds, place / task.name, jobs=suite.jobs)
+            scores[contender.label].append(found)
+    models = {}
+    for contender in everyone:
+        label = contender.label
+        models[label] = {
+            "folders": list(contender.folders),
+            "corpora": {
+                name: {"kind": kind, **_loss(name, sums[label], sums[BASE][0])}
+                for kind, name, _ in suite.corpora()
+                if sums[label]
+            },
+            "tasks": {
+                task.name: {"kind": kind, **_score(task, recipe, scores[label], scores[BASE][0])}
+                for kind, task, recipe in tasks
+            },
+        }
+        for kind in ("domain", "general"):
+            names = [name for k, name, _ in suite.corpora() if k == kind]
+            if names and sums[label]:
+                values = [sum(_mean(each[name]) for name in names) / len(names) for each in sums[label]]
+                models[label][f"{kind}_loss"] = {**vars(interval(values)), "values": values}
+    notes += _notes_on_seeds(everyone, suite, tasks)
+    result = {
+        "format": 1,
+        "base": base,
+        "suite": dataclasses.asdict(suite),
+        "models": models,
+        "overlap": _overlap(suite, [task for _, task, _ in tasks], corpora),
+        "notes": notes,
+    }
+    write_text(output / "results.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _comparable(base: str, contender: Contender, tasks: bool, suite: Suite, notes: list[str]) -> bool:
+    """Whether losses per token of a contender mean the same as the base's.
+
+    Raises:
+        UserError: they do not, and there is nothing else to compare.
+
+    """
+    ours, theirs = load_model_config(base), [load_model_config(folder) for folder in contender.folders]
+    reason = ""
+    if any(
+        tokenizer_hash(load_tokenizer(f)) != tokenizer_hash(load_tokenizer(base)) for f in contender.folders
+    ):
+        reason = "has another tokenizer than the base: a token is another piece of text to it"
+    elif any(each.causal != ours.causal for each in theirs):
+        kinds = ("causal", "masked") if not ours.causal else ("masked", "causal")
+        reason = f"is a {kinds[0]} LM and the base a {kinds[1]} one: they predict other tokens"
+    if reason and next(suite.corpora(), None) is not None:
+        message = f"{contender.label} {reason}, so losses and perplexities can't be compared"
+        if not tasks:
+            raise UserError(
+                f"--model {contender.folders[0]}: {message}. Give the base that it was adapted from, or "
+                "end tasks in the suite."
+            )
+        notes.append(f"{message}; end tasks are.")
+    types = {each.config.model_type for each in theirs} - {ours.config.model_type}
+    if types:
+        notes.append(
+            f"{contender.label} is of another architecture ({', '.join(sorted(types))}) than the base "
+            f"({ours.config.model_type}): differences are not adaptation's alone."
+        )
+    return not reason
+
+
+def _held_out_sums(folder: str, corpora: Mapping[str, Corpus], suite: Suite, place: Path) -> dict[str, Sums]:
+    """Sums of each corpus by batch, from ``place/held_out.json`` where that was made of the same inputs."""
+    file = place / "held_out.json"
+    identity = {
+        "model": model_fingerprint(folder),
+        "corpora": {name: corpus.content_hash for name, corpus in corpora.items()},
+        "max_eval_rows": suite.max_eval_rows,
+        "batch_size": suite.batch_size,
+    }
+    if file.exists():
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["identity"] == identity:
+                return content["sums"]
+        except (ValueError, KeyError, TypeError):
+            print(f"{file} is damaged: its losses are computed again.")
+    loaded = load_model(folder)
+    for corpus in corpora.values():
+        check_sequence_length(corpus.manifest, loaded.anatomy.max_positions)
+    model = TrainingModel(loaded.model, loaded.anatomy, MaskedLM(MaskedLM.Settings()))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for name, corpus in corpora.items():
+        columns = batch_sums(
+            model, corpus, batch_size=suite.batch_size, max_rows=suite.max_eval_rows
+        ).T.tolist()
+        found[name] = dict(zip(("loss", "labels", "correct"), columns, strict=True))
+        print(f"{folder} on {name}: loss {_mean(found[name]):.4f}", flush=True)
+    write_text(file, json.dumps({"identity": identity, "sums": found}) + "\n")
+    return found
+
+
+def _mean(sums: Sums) -> float:
+    return math.fsum(sums["loss"]) / math.fsum(sums["labels"])
+
+
+def _loss(name: str, models: Sequence[Mapping[str, Sums]], base: Mapping[str, Sums]) -> dict[str, Any]:
+    """Loss of a contender on a corpus, and its difference to the base's."""
+    values = [_mean(each[name]) for each in models]
+    compared: Difference | None = None
+    if len(models) == 1:
+        own, ref = models[0][name], base[name]
+        estimate: Interval = ratio(own["loss"], own["labels"])
+        if models[0] is not base:
+            compared = ratio_difference(own["loss"], ref["loss"], ref["labels"])
+    else:
+        estimate, compared = interval(values), difference(values, [_mean(base[name])] * len(values))
+    accuracies = [math.fsum(each[name]["correct"]) / math.fsum(each[name]["labels"]) for each in models]
+    return {
+        "loss": vars(estimate),
+        "perplexity": math.exp(estimate.mean),
+        "accuracy": math.fsum(accuracies) / len(accuracies),
+        "values": values,
+        "over": "batches of text" if len(models) == 1 else "models",
+        "difference": None if compared is None else vars(compared),
+    }
+
+
+def _score(
+    task: Task,
+    recipe: Recipe,
+    models: Sequence[Mapping[str, dict[str, Any]]],
+    base: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Score of a contender on a task, and its difference to the base's."""
+    by_seed = [list(each[task.name]["scores"][recipe.metric]["by_seed"].values()) for each in models]
+    reference = list(base[task.name]["scores"][recipe.metric]["by_seed"].values())
+    if len(models) == 1:
+        values = by_seed[0]
+    else:
+        values = [math.fsum(seeds) / len(seeds) for seeds in by_seed]
+        reference = [math.fsum(reference) / len(reference)] * len(values)
+    return {
+        "metric": recipe.metric,
+        "score": vars(interval(values)),
+        "values": values,
+        "over": "seeds" if len(models) == 1 else "models",
+        "scored_on": task.scored_on,
+        "majority_share": None if task.regression else majority_share(task.test),
+        "difference": None if models[0] is base else vars(difference(values, reference)),
+    }
+
+
+def _notes_on_seeds(
+    everyone: Sequence[Contender], suite: Suite, tasks: Sequence[tuple[str, Task, Recipe]]
+) -> list[str]:
+    notes = []
+    if tasks and suite.seeds == 1:
+        notes.append("One fine-tuning seed: scores have no interval and differences no test.")
+    elif tasks and 2 / 2**suite.seeds > 0.05:
+        notes.append(f"With {suite.seeds} seeds the sign-flip test can't fall below {2 / 2**suite.seeds:g}.")
+    if next(suite.corpora(), None) and any(len(contender.folders) == 1 for contender in everyone[1:]):
+        notes.append(
+            "Losses of a label with one folder are tested over held-out text: another training seed might "
+            "give another model. Train several, and give them one label."
+        )
+    comparisons = (len(everyone) - 1) * (len(tasks) + len(list(suite.corpora())))
+    if comparisons > 1:
+        notes.append(
+            f"{comparisons} comparisons: of so many, {comparisons / 20:.1f} fall below p = 0.05 by chance."
+        )
+    from_dev = [task.name for _, task, _ in tasks if task.scored_on == "dev"]
+    if from_dev:
+        notes.append(f"Scored on dev.jsonl, there being no test.jsonl: {', '.join(from_dev)}.")
+    return notes
+
+
+def _overlap(suite: Suite, tasks: Sequence[Task], corpora: Mapping[str, Corpus]) -> dict[str, dict[str, Any]]:
+    """Of each task's scored examples, how many stand in the unlabelled text; None where it is not named."""
+    files = [str(task.path / f"{task.scored_on}.jsonl") for task in tasks]
+    found: Sequence[int | None] = [None] * len(files)
+    if suite.unlabelled_text and files:
+        overlap = Overlap(files)
+        found = found_in_text(overlap, suite.unlabelled_text, Reading(suite.text_field, whole_files=False))
+    return {
+        task.name: {
+            "file": file,
+            "examples": len(task.test),
+            "found": count,
+            "excluded_from": [
+                name
+                for name, corpus in corpora.items()
+                if file_sha256(Path(file)) in {each["sha256"] for each in corpus.manifest.excluded}
+            ],
+        }
+        for task, file, count in zip(tasks, files, found, strict=True)
+    }

@@ -1,0 +1,109 @@
+"""How sure a mean or a difference is: t intervals, paired t-test, exact sign-flip test."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+"""Confidence of every interval."""
+
+EXACT_UP_TO = 16
+"""Pairs of which all 2**n assignments of signs are tried; above, the t-test serves."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its confidence interval."""
+
+    mean: float
+    low: float | None
+    """None, as ``high``: there is one value only."""
+    high: float | None
+    count: int
+    """Values that it is the mean of."""
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A mean of differences of pairs, with the probability of one as large were there none."""
+
+    p_t: float | None
+    """Two-sided paired t-test; None for one pair, or where all differences are the same but not 0."""
+    p_sign_flip: float | None
+    """Exact two-sided permutation test; never below 2 / 2**count. None for one pair or more than 16."""
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and t interval of values."""
+    mean, error = _mean_and_error(values)
+    return _interval(mean, error, len(values))
+
+
+def difference(values: Sequence[float], base: Sequence[float]) -> Difference:
+    """Mean of ``values - base``, pair by pair, with both tests."""
+    differences = np.subtract(values, base)
+    mean, error = _mean_and_error(differences)
+    found = _interval(mean, error, len(differences))
+    return Difference(
+        **vars(found), p_t=_p(mean, error, len(differences)), p_sign_flip=sign_flip(differences)
+    )
+
+
+def ratio(sums: Sequence[float], counts: Sequence[float]) -> Interval:
+    """A mean per token over batches, sum(sums) / sum(counts), with its t interval over the batches.
+
+    The error is the ratio estimator's, sqrt(B / (B - 1) sum (s - r n)^2) / sum n (Cochran, Sampling
+    Techniques, 6.4); with as many tokens in each of the B batches, that of their means.
+    """
+    mean, error = _ratio_and_error(sums, counts)
+    return _interval(mean, error, len(sums))
+
+
+def ratio_difference(sums: Sequence[float], base: Sequence[float], counts: Sequence[float]) -> Difference:
+    """Two sums per token over the same batches: the difference, with a t-test over the batches."""
+    mean, error = _ratio_and_error(np.subtract(sums, base), counts)
+    return Difference(
+        **vars(_interval(mean, error, len(sums))), p_t=_p(mean, error, len(sums)), p_sign_flip=None
+    )
+
+
+def sign_flip(differences: Sequence[float] | np.ndarray) -> float | None:
+    """Share of the assignments of signs under which the sum is as far from 0 as it is; None as above."""
+    count = len(differences)
+    if not 2 <= count <= EXACT_UP_TO:
+        return None
+    signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)  # (2^n, n) of -1 and 1
+    sums = np.abs(signs @ np.asarray(differences, dtype=np.float64))
+    # Sums that are equal on paper differ by rounding, and the observed one (row 0) must count.
+    return float((sums >= sums[0] - 1e-9 * np.abs(differences).sum()).mean())
+
+
+def _mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and standard error; NaN for one value."""
+    if len(values) == 1:
+        return float(values[0]), math.nan
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def _ratio_and_error(sums: Sequence[float] | np.ndarray, counts: Sequence[float]) -> tuple[float, float]:
+    s, n = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    mean = s.sum() / n.sum()
+    if len(s) == 1:
+        return float(mean), math.nan
+    return float(mean), float(np.sqrt(len(s) / (len(s) - 1) * np.square(s - mean * n).sum()) / n.sum())
+
+
+def _interval(mean: float, error: float, count: int) -> Interval:
+    if math.isnan(error):
+        return Interval(mean, None, None, count)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def _p(mean: float, error: float, count: int) -> float | None:
+    if error <= 1e-12 * abs(mean):  # the same everywhere, up to rounding
+        return 1.0 if mean == 0 else None
+    return None if math.isnan(error) else float(2 * stats.t.sf(abs(mean) / error, count - 1))

@@ -1,0 +1,179 @@
+"""What a model is evaluated on: a YAML file of corpora, tasks and settings, read and checked.
+
+Paths in it are relative to the current folder, like those of every command.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dga_scale.config import nearest
+from dga_scale.corpus.shards import VALIDATION
+from dga_scale.endtasks.recipes import OVERRIDES, Recipe, recipe_for
+from dga_scale.endtasks.tasks import Task, load_task
+from dga_scale.errors import UserError
+
+CORPORA = ("domain_corpora", "general_corpora")
+TASKS = ("domain_tasks", "general_tasks")
+RECIPE_KEYS = (*OVERRIDES, "max_train_examples")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Held-out text and end tasks, and how they are scored. The names are the YAML's."""
+
+    domain_corpora: tuple[str, ...] = ()
+    """Corpus folders of the domain; their held-out part is scored."""
+    general_corpora: tuple[str, ...] = ()
+    domain_tasks: tuple[str, ...] = ()
+    """End-task folders."""
+    general_tasks: tuple[str, ...] = ()
+    unlabelled_text: tuple[str, ...] = ()
+    """Raw text that the models were trained on, as the sharder takes it: examples in it are counted."""
+    text_field: str = "text"
+    """Of the unlabelled text."""
+    seeds: int = 3
+    """Fine-tunings of each model on each task, with seeds 1 to N."""
+    jobs: int = 1
+    """Fine-tunings at a time."""
+    max_eval_rows: int = 2000
+    """Rows of each corpus, a fixed sample."""
+    batch_size: int = 16
+    """Rows of text in one pass."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of fine-tuning in place of each task's own, and max_train_examples."""
+
+    def corpora(self) -> Iterator[tuple[str, str, str]]:
+        """Kind ("domain" or "general"), name and folder of each corpus."""
+        for key in CORPORA:
+            for folder in getattr(self, key):
+                yield key.split("_")[0], corpus_name(folder), folder
+
+    def load_tasks(self) -> list[tuple[str, Task, Recipe]]:
+        """Kind, task and recipe of each end task.
+
+        Raises:
+            UserError: as ``load_task``, or a recipe that does not suit a task.
+
+        """
+        overrides = dict(self.recipe)
+        count = overrides.pop("max_train_examples", None)
+        found = []
+        for key in TASKS:
+            for folder in getattr(self, key):
+                task = load_task(folder).with_train_examples(count)
+                recipe = dataclasses.replace(recipe_for(task.name, regression=task.regression), **overrides)
+                recipe.check(regression=task.regression)
+                found.append((key.split("_")[0], task, recipe))
+        return found
+
+
+def corpus_name(folder: str) -> str:
+    """The folder's name; of a held-out part its corpus's."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == VALIDATION else path.name
+
+
+def load_suite(path: Path) -> Suite:
+    """Read a suite.
+
+    Raises:
+        UserError: no YAML there, an unknown key (with the nearest known one), a value of another kind, a
+            folder that does not exist or comes twice, nothing to evaluate; with the line.
+
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content, lines = yaml.safe_load(text), _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except OSError as error:
+        raise UserError(f"--suite {path}: {error.strerror}. Give the path of a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--suite {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--suite {path} names nothing to evaluate. Write `domain_corpora: [FOLDER]`, say.")
+    known = {f.name: f for f in dataclasses.fields(Suite)}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        place = f"{path}:{lines[key,]}"
+        if key not in known:
+            raise UserError(f"{place}: unknown key {key!r}.{nearest(str(key), known)}")
+        if value is None:
+            continue
+        if key == "recipe":
+            values[key] = _recipe(value, place)
+        elif str(known[key].type).startswith("tuple"):
+            folders = value if isinstance(value, list) else [value]
+            places = [f"{path}:{lines.get((key, number), lines[key,])}" for number in range(len(folders))]
+            values[key] = _folders(key, folders, places)
+        elif isinstance(value, bool) or not isinstance(value, type(known[key].default)):
+            kind = "a whole number" if known[key].default != "text" else "text"
+            raise UserError(f"{place}: {key} must be {kind}, not {json.dumps(value, default=str)}.")
+        elif isinstance(value, int) and value < 1:
+            raise UserError(f"{place}: {key} {value}: must be at least 1.")
+        else:
+            values[key] = value
+    suite = Suite(**values)
+    if not any(getattr(suite, key) for key in (*CORPORA, *TASKS)):
+        raise UserError(f"--suite {path} names nothing to evaluate: none of {', '.join((*CORPORA, *TASKS))}.")
+    _check_names(path, [corpus_name(folder) for _, _, folder in suite.corpora()])
+    _check_names(path, [Path(folder).resolve().name for key in TASKS for folder in getattr(suite, key)])
+    return suite
+
+
+def _folders(key: str, folders: list[Any], places: list[str]) -> tuple[str, ...]:
+    for place, folder in zip(places, folders, strict=True):
+        if not isinstance(folder, str):
+            raise UserError(f"{place}: {key} must be a list of paths, not {json.dumps(folder)}.")
+        if key in (*CORPORA, *TASKS) and not Path(folder).is_dir():
+            raise UserError(
+                f"{place}: {key}: {folder}: no such folder. Paths are relative to the current folder, "
+                f"{Path.cwd()}."
+            )
+    return tuple(folders)
+
+
+def _recipe(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: recipe must hold settings, such as `epochs: 3`, not {json.dumps(value)}.")
+    kinds: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
+    kinds["max_train_examples"] = int
+    found: dict[str, Any] = {}
+    for name, setting in value.items():
+        if name not in RECIPE_KEYS:
+            raise UserError(
+                f"{place}: recipe has an unknown setting {name!r}.{nearest(str(name), RECIPE_KEYS)}"
+            )
+        try:
+            found[name] = kinds[name](setting)  # YAML takes 3e-5 for a text
+        except (TypeError, ValueError):
+            found[name] = None
+        if found[name] is None or (kinds[name] is int and found[name] != setting):
+            words = {int: "a whole number", float: "a number", str: "text"}[kinds[name]]
+            raise UserError(
+                f"{place}: recipe: {name} must be {words}, not {json.dumps(setting, default=str)}."
+            )
+    return found
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--suite {path}: two folders are called {name}; results go by that name.")
+
+
+def _lines(node: yaml.Node | None) -> dict[tuple[Any, ...], int]:
+    """Line of each key and of each entry of its list: (key,) and (key, number)."""
+    lines: dict[tuple[Any, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = yaml.safe_load(key.value)
+            lines[name,] = key.start_mark.line + 1
+            if isinstance(value, yaml.SequenceNode):
+                for number, entry in enumerate(value.value):
+                    lines[name, number] = entry.start_mark.line + 1
+    return lines
