@@ -1,0 +1,70 @@
+"""The command ``dga-plan``; tools/plan.py calls the same function."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dga_scale.arguments import Parser
+from dga_scale.errors import UserError, run_main
+from dga_scale.monitoring.quiet import quiet_libraries
+
+
+def plan_command() -> NoReturn:
+    """Entry point of ``dga-plan``."""
+    run_main(main)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The plan's own options; all others are those of training."""
+    parser = Parser(
+        prog="dga-plan",
+        usage="dga-plan --model MODEL --gpus N --gpu h100 --ds_config FILE.json [settings of dga-train]",
+        description="What a run needs before it is paid for: memory of a rank, traffic and time of a step, "
+        "what does not fit, and what would. On paper: no weights are read, no GPU is needed.",
+        epilog="Every setting of dga-train is understood, --config FILE.yaml too: --method, "
+        "--global_batch_size, --max_steps, --bf16, --gradient_checkpointing, --split_views, ... --model is a "
+        "name, a folder or a config.json. No --corpus is needed.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--gpus", type=int, required=True, help="GPUs of the run, one rank on each")
+    add("--gpus_per_node", type=int, default=8, help="GPUs in one machine; default: 8")
+    add("--gpu", required=True, metavar="NAME|FILE.yaml", help="h100, h200, a100, a100-40gb, or a YAML file")
+    add("--sequence_length", type=int, help="tokens a row; default: 512, or what the model takes if less")
+    add("--scaling", action="store_true", help="also 1 to 1,024 GPUs with the configured rows a rank")
+    add("--json", action="store_true", help="print JSON, in bytes and seconds, instead of tables")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plan as ``arguments`` (None: the command line) say; exit code 1 if it does not fit as configured."""
+    quiet_libraries()
+    options, settings = build_parser().parse_known_args(arguments)
+    for name in ("gpus", "gpus_per_node"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
+    from dga_scale.planning.gpus import find_gpu
+
+    gpu = find_gpu(options.gpu)
+    from dga_scale.engine.ds_keys import load_ds_config  # the imports below take seconds
+    from dga_scale.objectives import read_config
+    from dga_scale.planning.plan import Cluster, make_planner
+    from dga_scale.planning.report import as_json, print_plan, print_scaling, scaling_as_json
+
+    # The corpus is not looked at, but training's parser wants one beside a model.
+    config = read_config(["--corpus", "any", *settings])
+    raw = load_ds_config(config.run.ds_config or "")
+    cluster = Cluster(options.gpus, options.gpus_per_node, gpu)
+    planner = make_planner(config, raw, cluster, options.sequence_length)
+    plan, recommended = planner.as_configured(), planner.recommended()
+    if options.json:
+        found = as_json(planner, plan, recommended)
+        if options.scaling:
+            found["scaling"] = scaling_as_json(planner)
+        print(json.dumps(found, indent=2))
+    else:
+        print_plan(planner, plan, recommended)
+        if options.scaling:
+            print_scaling(planner)
+    return 0 if plan.fits else 1

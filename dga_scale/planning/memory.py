@@ -1,0 +1,342 @@
+"""Bytes of one rank: weights, optimizer, gradients and buffers as DeepSpeed keeps them, and activations.
+
+The first follow the ZeRO paper (Rajbhandari et al., arXiv 1910.02054, section 3.1): in mixed precision with
+Adam, 2 bytes of weights, 2 of gradients and K = 12 of master and moments an entry; stage 1 spreads K, stage 2
+the gradients too, and stage 3 all three over the ranks. What DeepSpeed 0.19 keeps besides (padding,
+buckets, fp32 gradients of a step) was read in its source and is held against real engines in the tests.
+
+Activations follow Korthikanti et al. (arXiv 2205.05198, section 4.1), whose ``s b h (34 + 5 a s / h)`` bytes
+a layer lose the second part with fused attention kernels; here by the widths of each architecture.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dga_scale.engine.ds_config import ResolvedConfig
+from dga_scale.planning.models import PlannedModel
+
+GATHERED_KEYS = {"dga": 2, "das": 2, "simcse": 1, "infoword": 1}
+"""Pooled states (rows, hidden) that a method gathers from all ranks in each pass; others gather none."""
+
+VOCABULARY_DIVERGENCES = ("kd", "kl")
+"""Methods that compare the model's distribution over the vocabulary with a teacher's."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shapes of one pass of one rank.
+
+    Attributes:
+        rows: of the micro-batch, each read once in every view.
+        length: tokens a row.
+        labels: positions of a row that the LM head predicts.
+        views: readings of each row by the trunk.
+        stacked: views in one pass of the trunk: all, or 1 with split_views.
+
+    """
+
+    rows: int
+    length: int
+    labels: int
+    views: int
+    stacked: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the micro-batch, each row once."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The settings of DeepSpeed that decide what lies where, for a number of ranks."""
+
+    stage: int
+    ranks: int
+    weight_bytes: int
+    accumulation_bytes: int
+    communication_bytes: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    reduce_bucket: int
+    overlap: bool
+    all_reduce: bool
+    """ZeRO-1 and 2 all-reduce gradients, and each rank keeps its part (DeepSpeed's default)."""
+    live: int
+    prefetch: int
+    persistence: int
+    sub_group: int
+
+    @classmethod
+    def of(cls, resolved: ResolvedConfig, ranks: int) -> "Zero":
+        """Read a resolved configuration; keys left out have DeepSpeed's defaults."""
+        ds, zero = resolved.ds_config, resolved.ds_config["zero_optimization"]
+        size = {"fp32": 4, "bf16": 2, "fp16": 2}
+        weight = size[resolved.precision]
+
+        def width(name: Any, default: int) -> int:
+            return size.get(name, default)
+
+        overlap = zero.get("overlap_comm")
+        return cls(
+            stage=resolved.zero_stage,
+            ranks=ranks,
+            weight_bytes=weight,
+            accumulation_bytes=width((ds.get("data_types") or {}).get("grad_accum_dtype"), weight),
+            communication_bytes=width(ds.get("communication_data_type"), weight),
+            offload_optimizer=resolved.offload_optimizer,
+            offload_parameters=resolved.offload_parameters,
+            reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
+            overlap=resolved.zero_stage == 3 if overlap is None else bool(overlap),
+            all_reduce=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
+            live=int(zero.get("stage3_max_live_parameters", 1e9)),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+            sub_group=int(zero.get("sub_group_size", 1e9)),
+        )
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that a rank keeps from the first step to the last, wherever they lie.
+
+    Attributes:
+        weights: of the passes, in 16 bits or fp32; under ZeRO-3 this rank's shares.
+        persistent: parameters that ZeRO-3 keeps whole on each rank, as they are small.
+        masters: fp32 weights of the optimizer, where they are not the weights themselves.
+        moments: Adam's two, fp32.
+        gradients: what is kept of them between passes.
+
+    """
+
+    weights: int
+    persistent: int
+    masters: int
+    moments: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.persistent + self.masters + self.moments + self.gradients
+
+
+def share(model: PlannedModel, zero: Zero, groups: bool = True) -> int:
+    """Entries that one rank's optimizer steps, padding included.
+
+    ZeRO-1 and 2 flatten each of AdamW's groups and pad it to a multiple of twice the ranks; ZeRO-3 pads every
+    parameter to a multiple of the ranks.
+
+    Args:
+        model: its trained parameters.
+        zero: stage and ranks.
+        groups: matrices and the rest are groups apart (there is weight decay).
+
+    """
+    if zero.stage == 0:
+        return model.trained_parameters
+    if zero.stage == 3:
+        return sum(math.ceil(model.sizes[name] / zero.ranks) for name in model.trained)
+    parts = (model.decayed, model.trained - model.decayed) if groups else (model.trained,)
+    align = 2 * zero.ranks
+    return sum(math.ceil(sum(model.sizes[name] for name in part) / align) * 2 for part in parts)
+
+
+def states(model: PlannedModel, zero: Zero, groups: bool = True) -> States:
+    """Count what is kept: the table in the ZeRO paper, section 3.1 and figure 1, with DeepSpeed's padding."""
+    width, own = zero.weight_bytes, share(model, zero, groups)
+    trained = model.trained_parameters
+    sharded = zero.stage == 3
+    weights = model.parameters * width
+    persistent = 0
+    if sharded:
+        weights = sum(math.ceil(size / zero.ranks) for size in model.sizes.values()) * width
+        small = (size for size in model.sizes.values() if size <= zero.persistence)
+        persistent = sum(small) * width
+    elif zero.stage:
+        weights = own * zero.ranks * width + (model.parameters - trained) * width
+    mixed = width == 2
+    # In fp32 without ZeRO the optimizer steps the weights themselves; any stage of ZeRO copies them.
+    masters = 4 * own if mixed or zero.stage else 0
+    if zero.stage >= 2:
+        gradients = own * zero.accumulation_bytes
+    elif zero.stage == 1 and mixed and zero.accumulation_bytes == 4:
+        gradients = own * zero.ranks * 4  # BF16_Optimizer: an fp32 gradient of the whole model
+    else:
+        gradients = trained * width
+    return States(weights, persistent, masters, 8 * own, gradients)
+
+
+def extras(model: PlannedModel, zero: Zero, soft_mask: str) -> dict[str, int]:
+    """Bytes that the method keeps on a rank besides: by name; none where it needs nothing.
+
+    A teacher is a second model in the weights' precision, spread like the weights in ZeRO-3. Anchors keep the
+    starting weights, EWC the Fisher too, in fp32 beside the entries that the rank steps. Soft-masks remember
+    where the units' own rows started.
+    """
+    found = {}
+    if model.method.needs_teacher:
+        found["teacher"] = model.parameters * zero.weight_bytes // (zero.ranks if zero.stage == 3 else 1)
+    plan = model.method.anchor()
+    if plan is not None:
+        found["anchor"] = (4 if plan.fisher_samples is None else 8) * share(model, zero)
+    if soft_mask != "none" and model.owned:
+        found["movement"] = 4 * model.owned // (zero.ranks if zero.stage else 1)
+    return found
+
+
+def layer_activations(model: PlannedModel, width: int) -> int:
+    """Bytes a token that one block keeps for its backward pass.
+
+    h, a, k, f: hidden size, width of the heads, of keys and values, and of the FFN; w bytes an entry::
+
+        attention       w h (its input) + w (a + 2 k) (queries, keys, values) + w a (its output)
+                        + 4 bytes a head (log-sum of the softmax; the square of scores is never kept)
+                        + w (a + k) where rotated queries and keys stand beside one fused projection, which
+                        the values keep alive
+        FFN             w h (its input) + 2 w f, or 4 w f where a gate multiplies it
+        norms           w h each, two of them; computed in float32 outside a fused kernel 4 h + w h
+        dropout         h bytes of mask each, two of them
+
+    With a = k = h, f = 4 h, w = 2 and dropout this is Korthikanti's 34 h, without 5 a s.
+    """
+    anatomy = model.anatomy
+    h, a, f, k = (
+        anatomy.hidden_size,
+        anatomy.num_heads * anatomy.head_dim,
+        anatomy.intermediate_size,
+        model.kv_size,
+    )
+    attention = width * h + width * (2 * a + 2 * k) + 4 * anatomy.num_heads
+    if model.fused_rotary:
+        attention += width * (a + k)
+    ffn = width * h + (4 if model.gated else 2) * width * f
+    norms = 2 * ((4 + width) * h if model.fp32_norms else width * h)
+    return attention + ffn + norms + (2 * h if model.dropout else 0)
+
+
+def activations(model: PlannedModel, batch: Batch, width: int, checkpointing: bool) -> int:
+    """Bytes that the trunk keeps between forward and backward pass of a micro-batch, and its working memory.
+
+    All views wait for the backward pass, in one pass of the trunk or in several: ``split_views`` makes what
+    is recomputed or worked on at once smaller, not what is kept. With checkpointing a block keeps its input,
+    and one block at a time has the rest, for the views of one pass.
+    """
+    tokens, h = batch.tokens * batch.views, model.anatomy.hidden_size
+    per_layer = layer_activations(model, width)
+    # Embeddings keep a norm's input and a dropout mask; the last block leaves the hidden states.
+    edges = tokens * (3 * width * h + h)
+    working = batch.tokens * batch.stacked * per_layer  # the gradients of about one block's activations
+    kept = model.trained_layers * tokens * (width * h if checkpointing else per_layer)
+    return edges + kept + working * (2 if checkpointing else 1)
+
+
+def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
+    """Bytes of the LM head and the loss at their fullest, for the masked positions only.
+
+    A position has logits over V tokens (w), their log-softmax in fp32 and its gradient (4 + 4), and the
+    gradient of the logits (w). A teacher's are another w + 4, with two log-softmaxes and their divergence in
+    fp32 (3 x 4). Before that, the head keeps four states of the hidden size.
+    """
+    positions = batch.rows * batch.labels
+    widths = 2 * width + 8
+    if model.method.name in VOCABULARY_DIVERGENCES:
+        widths += 16 + width
+    return positions * (model.anatomy.vocab_size * widths + 4 * width * model.anatomy.hidden_size)
+
+
+def gathered_keys(model: PlannedModel, batch: Batch, ranks: int) -> int:
+    """Bytes of a contrast's keys of all ranks, fp32: as received, stacked, their gradient and its sum."""
+    return 4 * gather_bytes(model, batch, ranks)
+
+
+def gather_bytes(model: PlannedModel, batch: Batch, ranks: int) -> int:
+    """Bytes of all ranks' pooled states that a contrast's all-gather brings together in one pass."""
+    sides = GATHERED_KEYS.get(model.method.name, 0)
+    if batch.views == 1 or ranks == 1:
+        return 0
+    return sides * ranks * batch.rows * model.anatomy.hidden_size * 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they are for: ``device`` on the GPU, ``host`` beside it in offload."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """On the GPU, at the fullest moment."""
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        """In the host's memory."""
+        return sum(self.host.values())
+
+
+def memory(
+    model: PlannedModel,
+    zero: Zero,
+    batch: Batch,
+    *,
+    checkpointing: bool,
+    soft_mask: str = "none",
+    groups: bool = True,
+) -> Memory:
+    """Add up a rank's memory at its fullest moment: in the backward pass, or in the optimizer's step."""
+    kept, own, width = states(model, zero, groups), share(model, zero, groups), zero.weight_bytes
+    device = {
+        "weights": kept.weights + kept.persistent,
+        "master weights": kept.masters,
+        "moments": kept.moments,
+        "gradients": kept.gradients,
+    }
+    host = {}
+    if zero.offload_optimizer:
+        host = {"master weights": device.pop("master weights"), "moments": device.pop("moments")}
+        host["gradients"] = 4 * own
+        device["gradients"] = 2 * model.largest * width if zero.stage >= 2 else kept.gradients
+    if zero.offload_parameters:
+        host["weights"], device["weights"] = kept.weights, kept.persistent
+    device |= extras(model, zero, soft_mask)
+    passes = {
+        "buckets": _buckets(model, zero),
+        "gathered weights": _gathered(model, zero),
+        "activations": activations(model, batch, width, checkpointing),
+        "logits": vocabulary(model, batch, width),
+        "keys of the contrast": gathered_keys(model, batch, zero.ranks),
+    }
+    step = {"fp32 gradients of the step": _step(model, zero, own)}
+    if soft_mask == "update":
+        step["masked weights of the step"] = 8 * model.masked // (zero.ranks if zero.stage else 1)
+    fullest = max(passes, step, key=lambda part: sum(part.values()))
+    device |= {name: size for name, size in fullest.items() if size}
+    return Memory(device, host)
+
+
+def _buckets(model: PlannedModel, zero: Zero) -> int:
+    """Bytes of the buckets that gradients are reduced in, and of one in flight in another precision."""
+    if zero.stage == 0:
+        # DeepSpeed's own, flattened, and cast as a whole where it travels in another precision.
+        cast = zero.communication_bytes if zero.communication_bytes != zero.weight_bytes else 0
+        return min(500_000_000, model.trained_parameters) * (zero.weight_bytes + cast) * (zero.ranks > 1)
+    staged = zero.reduce_bucket * zero.weight_bytes * (2 if zero.overlap and zero.stage < 3 else 1)
+    return staged + min(zero.reduce_bucket, model.trained_parameters) * zero.communication_bytes
+
+
+def _gathered(model: PlannedModel, zero: Zero) -> int:
+    """Bytes of what ZeRO-3 has gathered at once: at most max_live_parameters, or the largest one."""
+    if zero.stage < 3:
+        return 0
+    large = sum(size for size in model.sizes.values() if size > zero.persistence)
+    return min(large, max(zero.live, model.largest)) * zero.weight_bytes
+
+
+def _step(model: PlannedModel, zero: Zero, own: int) -> int:
+    """Bytes of gradients cast to fp32 for the optimizer, which ZeRO-3 does by sub-group."""
+    if zero.offload_optimizer or (zero.weight_bytes == 4 and zero.stage == 0):
+        return 0
+    return 4 * (min(zero.sub_group, own) if zero.stage == 3 else own)

@@ -1,0 +1,254 @@
+"""The model of a plan: its real class on the meta device, from a preset, a folder, a config or the hub."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
+
+from dga_scale.backbone.anatomy import Anatomy, Slab, anatomy_of, check_known
+from dga_scale.backbone.extended import is_masked
+from dga_scale.backbone.layers import EMBEDDINGS, freeze, parameter_layers
+from dga_scale.backbone.loading import has_dropout, load_model_config, set_dropout
+from dga_scale.backbone.prompt import PROMPT
+from dga_scale.config import TrainConfig, nearest
+from dga_scale.errors import UserError
+from dga_scale.objectives import build_method
+from dga_scale.objectives.method import Method, Workplace
+
+_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}
+_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_XL = {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 10240}
+_XXL = {"hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 32, "intermediate_size": 16384}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "bert-base-uncased": {"model_type": "bert", "vocab_size": 30522, **_BASE},
+    "roberta-base": {"model_type": "roberta", "vocab_size": 50265, **_ROBERTA, **_BASE},
+    "roberta-large": {"model_type": "roberta", "vocab_size": 50265, **_ROBERTA, **_LARGE},
+    "xlm-roberta-base": {"model_type": "xlm-roberta", "vocab_size": 250002, **_ROBERTA, **_BASE},
+    "xlm-roberta-large": {"model_type": "xlm-roberta", "vocab_size": 250002, **_ROBERTA, **_LARGE},
+    "xlm-roberta-xl": {"model_type": "xlm-roberta-xl", "vocab_size": 250880, **_ROBERTA, **_XL},
+    "xlm-roberta-xxl": {"model_type": "xlm-roberta-xl", "vocab_size": 250880, **_ROBERTA, **_XXL},
+    "modernbert-base": {"model_type": "modernbert"},  # transformers' defaults are its sizes
+    "modernbert-large": {
+        "model_type": "modernbert",
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "intermediate_size": 2624,
+    },
+    "llama-70b": {  # Llama 3
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "max_position_embeddings": 8192,
+    },
+}
+"""What stands in the published config.json of models often planned for, since the hub may be out of reach."""
+
+_OWN_ROLES = {"heads": "query", "intermediate": "up", "neurons": "down"}
+"""Whose rows belong to a unit alone, so that its movement is measured on them."""
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What a plan has to know of a model, counted on its real modules.
+
+    Attributes:
+        name: as given.
+        anatomy: sizes, and what a pass computes.
+        method: of the run.
+        sizes: entries of each parameter, by name; tied ones once.
+        trained: names of those that the optimizer steps.
+        decayed: of those, the matrices: AdamW keeps them in a group of their own if there is weight decay.
+        layer_sizes: entries of the parameters of the blocks, one figure a block.
+        trained_layers: blocks from the lowest that a gradient reaches to the top: they keep activations.
+        kv_size: width of keys, and of values, in a layer.
+        fused_rotary: queries and keys from one projection with the values are rotated.
+        gated: the FFN multiplies its up projection by an activated gate.
+        fp32_norms: the norms compute in float32 outside a fused kernel (RMSNorm).
+        dropout: whether states are dropped out in a block.
+        owned: entries of rows that units have to themselves; ``masked``: entries of all that masks touch.
+
+    """
+
+    name: str
+    anatomy: Anatomy
+    method: Method
+    sizes: Mapping[str, int]
+    trained: frozenset[str]
+    decayed: frozenset[str]
+    layer_sizes: tuple[int, ...]
+    trained_layers: int
+    kv_size: int
+    fused_rotary: bool
+    gated: bool
+    fp32_norms: bool
+    dropout: bool
+    owned: int
+    masked: int
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all parameters."""
+        return sum(self.sizes.values())
+
+    @property
+    def trained_parameters(self) -> int:
+        """Entries of those that the optimizer steps."""
+        return sum(self.sizes[name] for name in self.trained)
+
+    @property
+    def largest(self) -> int:
+        """Entries of the largest parameter."""
+        return max(self.sizes.values())
+
+
+def find_config(name: str) -> PretrainedConfig:
+    """Read the config of a model: a CONFIG.json, a folder, a preset, or a name on the hub, in this order.
+
+    Raises:
+        UserError: no such file, an unreadable config, an unknown architecture, or a name that is neither a
+            preset nor to be had from the hub.
+
+    """
+    path = Path(name)
+    if path.suffix == ".json":
+        return _from_file(path)
+    preset = PRESETS.get(name.rsplit("/", 1)[-1].lower())
+    if preset and not path.is_dir():
+        values = dict(preset)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    try:
+        return load_model_config(name).config
+    except UserError as error:
+        hint = nearest(name, PRESETS)
+        raise UserError(
+            f"{error}. Sizes known without the hub: {', '.join(PRESETS)}.{hint} A config.json is enough too"
+        ) from None
+
+
+def _from_file(path: Path) -> PretrainedConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model_type = values.pop("model_type")
+        check_known(model_type)
+        return AutoConfig.for_model(model_type, **values)
+    except OSError as error:
+        raise UserError(f"--model {path}: {error.strerror}. Give the config.json of a model") from None
+    except (KeyError, AttributeError):
+        raise UserError(f"--model {path}: no model_type in it. Give the config.json of a model") from None
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model {path} is no config of a model: {reason}") from None
+
+
+def build_model(config: TrainConfig) -> PlannedModel:
+    """Build a run's model without its weights, changed and frozen as the run would.
+
+    Raises:
+        UserError: as ``find_config``; a method whose model depends on the training text.
+
+    """
+    name = config.model.model or ""
+    sizes = find_config(name)
+    check_known(sizes.model_type)
+    if config.model.dropout is not None:
+        set_dropout(sizes, config.model.dropout)
+    auto = AutoModelForMaskedLM if is_masked(sizes) else AutoModelForCausalLM
+    method = build_method(config)
+    if method.needs_whole_model:
+        raise UserError(
+            f"--method {method.name}: how large its model becomes depends on the text. Plan --method mlm for "
+            "the dense model, and measure with dga-train --dry_run true"
+        )
+    with torch.device("meta"):
+        model = auto.from_config(sizes, attn_implementation="sdpa")
+        anatomy = anatomy_of(model)
+        freeze(model, anatomy, config.optimization.freeze_layers, config.optimization.freeze_embeddings)
+        method.check(config, anatomy.causal)
+        changed = method.prepare(_workplace(model, anatomy, config))
+    if changed is not None:
+        model, anatomy = changed, anatomy_of(changed)
+    return _describe(name, model, anatomy, method)
+
+
+def _workplace(model: Any, anatomy: Anatomy, config: TrainConfig) -> Workplace:
+    """What methods that add modules look at; nothing in it computes."""
+
+    def nothing(*_: Any) -> Any:
+        raise AssertionError("a plan computes nothing")
+
+    return Workplace(
+        lm=model,
+        anatomy=anatomy,
+        config=config,
+        folder=Path(),
+        resuming=False,
+        device=torch.device("meta"),
+        sample=nothing,
+        sum=nothing,
+        all_gather_object=nothing,
+        run_on_first=nothing,
+        print=nothing,
+    )
+
+
+def _describe(name: str, model: Any, anatomy: Anatomy, method: Method) -> PlannedModel:
+    parameters = dict(model.named_parameters())
+    sizes = {key: parameter.numel() for key, parameter in parameters.items()}
+    trained = frozenset(key for key, parameter in parameters.items() if parameter.requires_grad)
+    blocks = [_block_of(output, layer) for layer, output in enumerate(anatomy.attention_outputs)]
+    first = model.get_submodule(blocks[0])
+    masked = [slab for slab in anatomy.slabs if slab.kind in method.kinds]
+    own = [slab for slab in masked if slab.role == _OWN_ROLES[slab.kind]]
+
+    def entries(slab: Slab) -> int:
+        """Of the lines that belong to units: a fused projection has others too."""
+        return int((slab.owners >= 0).any(dim=1).sum()) * sizes[slab.parameter] // len(slab.owners)
+
+    keys = next(slab for slab in anatomy.slabs if slab.role == "key")
+    queries = {slab.parameter for slab in anatomy.slabs if slab.role == "query"}
+    depths = parameter_layers(model, anatomy)
+    # Soft tokens stand below all blocks, in a module of their own.
+    lowest = [EMBEDDINGS if PROMPT in key.split(".") else depths[key] for key in trained]
+    return PlannedModel(
+        name=name,
+        anatomy=anatomy,
+        method=method,
+        sizes=sizes,
+        trained=trained,
+        decayed=frozenset(key for key in trained if parameters[key].dim() > 1),
+        layer_sizes=tuple(
+            sum(size for key, size in sizes.items() if key.startswith(f"{block}.")) for block in blocks
+        ),
+        trained_layers=anatomy.num_layers + 1 - max(1, min(lowest)),
+        kv_size=int((keys.owners >= 0).any(dim=1).sum()),
+        fused_rotary=keys.parameter in queries and any("Rotary" in type(m).__name__ for m in model.modules()),
+        gated=_is_gated(anatomy),
+        fp32_norms=any("RMSNorm" in type(module).__name__ for module in first.modules()),
+        dropout=has_dropout(model.config),
+        owned=sum(map(entries, own)),
+        masked=sum(map(entries, masked)),
+    )
+
+
+def _block_of(module: str, layer: int) -> str:
+    """Name of the block that a module of layer ``layer`` is in: up to and with its number."""
+    parts = module.split(".")
+    return ".".join(parts[: parts.index(str(layer)) + 1])
+
+
+def _is_gated(anatomy: Anatomy) -> bool:
+    """Whether a gate goes up beside the units, in a projection of its own or stacked on theirs."""
+    ups = (slab for slab in anatomy.slabs if slab.layer == 0 and slab.role == "up")
+    rows = sum(len(slab.owners) for slab in ups if slab.parameter.endswith(".weight"))
+    return rows >= 2 * anatomy.intermediate_size

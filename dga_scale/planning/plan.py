@@ -1,0 +1,256 @@
+"""A plan of a run: what a rank needs and does, whether it fits, and what would fit best."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dga_scale.config import TrainConfig
+from dga_scale.engine.ds_config import ResolvedConfig, resolve_ds_config
+from dga_scale.errors import UserError
+from dga_scale.planning.cost import Time, Traffic, forward_backward_flops, time, traffic
+from dga_scale.planning.gpus import Gpu
+from dga_scale.planning.memory import Batch, Memory, Zero, memory
+from dga_scale.planning.models import PlannedModel, build_model
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines of a plan: GPUs in all and in one of them, and what each can do."""
+
+    gpus: int
+    per_node: int
+    gpu: Gpu
+
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU that a run can fill."""
+        return (self.gpu.memory_gib - self.gpu.reserved_gib) * GIB
+
+    @property
+    def host_room(self) -> float:
+        """Bytes of the host's memory for each GPU."""
+        return self.gpu.host_memory_gib * GIB
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What can be chosen freely for a given run: it changes memory and speed, not what is learnt.
+
+    The micro-batch of a contrast is an exception: its negatives are the rows of one pass on all ranks.
+    """
+
+    stage: int
+    micro_batch: int
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run, worked out."""
+
+    choice: Choice
+    accumulation: int
+    zero: Zero
+    batch: Batch
+    memory: Memory
+    traffic: Traffic
+    time: Time
+    mfu: float
+    fits: bool
+    """On the GPU and, with offload, in the host's memory."""
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Works plans out for one model, cluster and set of settings.
+
+    Attributes:
+        model: of the run.
+        config: its settings.
+        raw: DeepSpeed's JSON as read.
+        cluster: the machines.
+        length: tokens a row.
+
+    """
+
+    model: PlannedModel
+    config: TrainConfig
+    raw: Mapping[str, Any]
+    cluster: Cluster
+    length: int
+
+    def resolved(self, gpus: int | None = None, **settings: Any) -> ResolvedConfig:
+        """The configuration of DeepSpeed on so many GPUs, with settings changed by their names."""
+        config, raw = self.config, dict(self.raw)
+        stage = settings.pop("stage", None)
+        if stage is not None:
+            raw["zero_optimization"] = _with_stage(raw.get("zero_optimization") or {}, stage)
+        if settings:
+            for key in _BATCH_KEYS:
+                raw[key] = "auto"
+            config = dataclasses.replace(config.replace(**settings), explicit=config.explicit | set(settings))
+        return resolve_ds_config(
+            raw,
+            config,
+            world_size=gpus or self.cluster.gpus,
+            hidden_size=self.model.anatomy.hidden_size,
+            device=torch.device("meta"),
+        )
+
+    def as_configured(self) -> Plan:
+        """The plan of the settings as they are.
+
+        Raises:
+            UserError: they contradict each other, or the batch does not divide.
+
+        """
+        resolved = self.resolved()
+        choice = Choice(
+            resolved.zero_stage, resolved.micro_batch_size, self.config.model.gradient_checkpointing
+        )
+        return self.work_out(resolved, choice.checkpointing, self.cluster.gpus)
+
+    def work_out(self, resolved: ResolvedConfig, checkpointing: bool, gpus: int) -> Plan:
+        """Memory, traffic and time of a resolved configuration."""
+        model, cluster = self.model, self.cluster
+        zero = Zero.of(resolved, gpus)
+        views = len(model.method.views())
+        batch = Batch(
+            rows=resolved.micro_batch_size,
+            length=self.length,
+            labels=self.length - 1 if model.anatomy.causal
+            else max(1, round(self.config.data.mlm_probability * self.length)),
+            views=views,
+            stacked=1 if self.config.model.split_views else views,
+        )  # fmt: skip
+        need = memory(
+            model,
+            zero,
+            batch,
+            checkpointing=checkpointing,
+            soft_mask=getattr(self.config.method, "soft_mask", "none"),
+            groups=self.config.optimization.weight_decay > 0,
+        )
+        passes = resolved.accumulation_steps
+        seconds = time(
+            model,
+            zero,
+            batch,
+            cluster.gpu,
+            passes=passes,
+            ranks_per_node=cluster.per_node,
+            checkpointing=checkpointing,
+        )
+        counted, _ = forward_backward_flops(
+            model, batch, passes=passes, ranks=gpus, checkpointing=checkpointing
+        )
+        peak = cluster.gpu.fp32_tflops if zero.weight_bytes == 4 else cluster.gpu.bf16_tflops
+        return Plan(
+            choice=Choice(zero.stage, batch.rows, checkpointing),
+            accumulation=passes,
+            zero=zero,
+            batch=batch,
+            memory=need,
+            traffic=traffic(model, zero, batch, passes=passes),
+            time=seconds,
+            mfu=counted / (seconds.step * gpus * peak * 1e12),
+            fits=need.total <= cluster.room and need.host_total <= cluster.host_room,
+        )
+
+    def of(self, choice: Choice, total: int, gpus: int) -> Plan:
+        """The plan of a choice, for a global batch of ``total`` rows on so many GPUs."""
+        resolved = self.resolved(
+            gpus,
+            stage=choice.stage,
+            global_batch_size=total,
+            per_device_train_batch_size=choice.micro_batch,
+            gradient_accumulation_steps=total // (gpus * choice.micro_batch),
+        )
+        return self.work_out(resolved, choice.checkpointing, gpus)
+
+    def recommended(self) -> Plan | None:
+        """The largest micro-batch that fits, under the fastest stage that it fits, recomputing if it must.
+
+        Stages within 1% of the fastest are alike: of those the configured one, else the lowest, is taken.
+        Offload stays as the JSON has it. None: nothing fits, not even one row under ZeRO-3.
+        """
+        resolved = self.resolved()
+        total, stages = resolved.global_batch_size, self._stages()
+        for checkpointing in sorted({self.config.model.gradient_checkpointing, True}):
+            for micro in _divisors(total // self.cluster.gpus):
+                plans = [self.of(Choice(s, micro, checkpointing), total, self.cluster.gpus) for s in stages]
+                fitting = [plan for plan in plans if plan.fits]
+                if fitting:
+                    limit = 1.01 * min(plan.time.step for plan in fitting)
+                    alike = [plan for plan in fitting if plan.time.step <= limit]
+                    return min(alike, key=lambda p: (p.choice.stage != resolved.zero_stage, p.choice.stage))
+        return None
+
+    def _stages(self) -> Sequence[int]:
+        """Stages that can run with the JSON's offload and the precision."""
+        resolved = self.resolved()
+        if resolved.offload_parameters:
+            return (3,)
+        return (1, 2, 3) if resolved.offload_optimizer or resolved.precision == "fp16" else (0, 1, 2, 3)
+
+    def smallest(self) -> Plan:
+        """The plan that needs least memory: one row, ZeRO-3, everything recomputed."""
+        return self.of(Choice(3, 1, True), self.resolved().global_batch_size, self.cluster.gpus)
+
+    def scaling(self) -> Iterator[tuple[int, list[Plan]]]:
+        """Weak scaling: the configured rows a rank on 1, 2, 4, ... 1,024 GPUs, under each stage."""
+        resolved = self.resolved()
+        rows, passes = resolved.micro_batch_size, resolved.accumulation_steps
+        checkpointing = self.config.model.gradient_checkpointing
+        for gpus in (2**power for power in range(11)):
+            plans = [
+                self.of(Choice(stage, rows, checkpointing), rows * passes * gpus, gpus)
+                for stage in self._stages()
+            ]
+            yield gpus, plans
+
+
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_SIZED_BY_MODEL = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+
+
+def _with_stage(zero: Mapping[str, Any], stage: int) -> dict[str, Any]:
+    """The section for another stage: what ``ds_configs/`` has for it, and offload as it was."""
+    if zero.get("stage", 0) == stage:
+        return dict(zero)
+    kept = {key: value for key, value in zero.items() if key == "offload_optimizer"}
+    if stage in (1, 2):
+        kept |= {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+    elif stage == 3:
+        kept |= dict.fromkeys(_SIZED_BY_MODEL, "auto")
+    return kept | {"stage": stage, "overlap_comm": stage >= 2}
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors, the largest first."""
+    return [candidate for candidate in range(number, 0, -1) if number % candidate == 0]
+
+
+def make_planner(
+    config: TrainConfig, raw: Mapping[str, Any], cluster: Cluster, length: int | None
+) -> Planner:
+    """Build the model and check the length of rows against its positions.
+
+    Raises:
+        UserError: as ``build_model``; rows longer than the model takes.
+
+    """
+    model = build_model(config)
+    longest = model.anatomy.max_positions
+    if length is None:
+        length = min(512, longest)
+    if not 2 <= length <= longest:
+        raise UserError(
+            f"--sequence_length {length}: {model.name} takes 2 to {longest} tokens. Choose one of those"
+        )
+    return Planner(model, config, raw, cluster, length)

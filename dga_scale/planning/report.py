@@ -1,0 +1,200 @@
+"""A plan for people (tables) and for programs (JSON)."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from dga_scale.planning.plan import GIB, Plan, Planner
+
+DAY = 86400
+
+
+def as_json(planner: Planner, plan: Plan, recommended: Plan | None) -> dict[str, Any]:
+    """Everything that was worked out, in bytes and seconds."""
+    cluster = planner.cluster
+    return {
+        "model": planner.model.name,
+        "parameters": planner.model.parameters,
+        "trained_parameters": planner.model.trained_parameters,
+        "gpus": cluster.gpus,
+        "gpus_per_node": cluster.per_node,
+        "gpu": dataclasses.asdict(cluster.gpu),
+        "sequence_length": planner.length,
+        "max_steps": planner.config.optimization.max_steps,
+        "room_bytes": round(cluster.room),
+        "planned": _plan_as_json(planner, plan),
+        "recommended": None if recommended is None else _plan_as_json(planner, recommended),
+    }
+
+
+def _plan_as_json(planner: Planner, plan: Plan) -> dict[str, Any]:
+    steps = planner.config.optimization.max_steps
+    return {
+        **dataclasses.asdict(plan.choice),
+        "accumulation": plan.accumulation,
+        "fits": plan.fits,
+        "device_bytes": plan.memory.device,
+        "host_bytes": plan.memory.host,
+        "traffic_bytes": dataclasses.asdict(plan.traffic),
+        "seconds": {**dataclasses.asdict(plan.time), "step": plan.time.step, "run": steps * plan.time.step},
+        "mfu": plan.mfu,
+        "tokens_per_step": _tokens(plan),
+    }
+
+
+def scaling_as_json(planner: Planner) -> list[dict[str, Any]]:
+    """Weak scaling: one entry for each number of GPUs and stage."""
+    return [
+        {"gpus": gpus, **_plan_as_json(planner, plan)} for gpus, plans in planner.scaling() for plan in plans
+    ]
+
+
+def _tokens(plan: Plan) -> int:
+    return plan.batch.tokens * plan.accumulation * plan.zero.ranks
+
+
+def print_plan(planner: Planner, plan: Plan, recommended: Plan | None) -> None:
+    """Memory and time of the plan and of the recommendation side by side, and what does not fit."""
+    columns = {"as configured": plan}
+    if recommended is not None and recommended.choice != plan.choice:
+        columns["recommended"] = recommended
+    console = Console(highlight=False)
+    console.print(Group(_overview(planner, columns), _memory(planner, columns)))
+    for line in _verdict(planner, plan, recommended):
+        console.print(line, soft_wrap=True)
+
+
+def _overview(planner: Planner, columns: dict[str, Plan]) -> Table:
+    model, gpu = planner.model, planner.cluster.gpu
+    table = Table(title=f"{model.name}: {model.parameters / 1e6:,.1f} M parameters, "
+                  f"{planner.cluster.gpus} GPUs, --method {model.method.name}")  # fmt: skip
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    steps = planner.config.optimization.max_steps
+    rows: dict[str, list[str]] = {
+        "ZeRO stage": [str(p.choice.stage) for p in columns.values()],
+        "recomputed (--gradient_checkpointing)": [
+            "yes" if p.choice.checkpointing else "no" for p in columns.values()
+        ],
+        "rows: micro-batch x passes x GPUs": [
+            f"{p.batch.rows} x {p.accumulation} x {p.zero.ranks}" for p in columns.values()
+        ],
+        f"traffic a step and rank, {planner.length} tokens a row": [
+            _size(p.traffic.total) for p in columns.values()
+        ],
+        "  of it the contrast's keys": [_size(p.traffic.contrast) for p in columns.values()],
+        f"step (matrix products at {gpu.mfu:.0%} of the peak)": [
+            _duration(p.time.step) for p in columns.values()
+        ],
+        "  forward and backward": [_duration(p.time.passes) for p in columns.values()],
+        "  optimizer": [_duration(p.time.optimizer) for p in columns.values()],
+        "  waiting for communication": [_duration(p.time.exposed) for p in columns.values()],
+        "  to and from the host": [_duration(p.time.host) for p in columns.values()],
+        "MFU of the step": [f"{p.mfu:.1%}" for p in columns.values()],
+        "tokens/s": [f"{_tokens(p) / p.time.step:,.0f}" for p in columns.values()],
+        f"{steps:,} steps": [_duration(steps * p.time.step) for p in columns.values()],
+        "  tokens": [f"{steps * _tokens(p):,}" for p in columns.values()],
+        "  GPU-hours": [
+            f"{steps * p.time.step * planner.cluster.gpus / 3600:,.1f}" for p in columns.values()
+        ],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def _memory(planner: Planner, columns: dict[str, Plan]) -> Table:
+    table = Table(title="memory of a rank at its fullest")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for where in ("device", "host"):
+        parts = [getattr(plan.memory, where) for plan in columns.values()]
+        for name in dict.fromkeys(name for part in parts for name in part):
+            label = name if where == "device" else f"host: {name}"
+            table.add_row(label, *(_size(part.get(name, 0)) for part in parts))
+    table.add_section()
+    table.add_row("all", *(_size(plan.memory.total) for plan in columns.values()))
+    table.add_row("room on the GPU", *(_size(planner.cluster.room) for _ in columns))
+    table.add_row("", *("fits" if plan.fits else "does not fit" for plan in columns.values()))
+    return table
+
+
+def _verdict(planner: Planner, plan: Plan, recommended: Plan | None) -> Iterable[str]:
+    cluster = planner.cluster
+    if not plan.fits:
+        over = plan.memory.total - cluster.room
+        if over > 0:
+            largest = max(plan.memory.device, key=lambda name: plan.memory.device[name])
+            yield f"As configured it does not fit: {_size(over)} too much on a GPU, most of it {largest}."
+        if plan.memory.host_total > cluster.host_room:
+            yield (
+                f"The host has {_size(cluster.host_room)} for each GPU, offload takes "
+                f"{_size(plan.memory.host_total)}."
+            )
+    if recommended is None:
+        least = planner.smallest().memory.total
+        yield (
+            f"Nothing fits: a row under ZeRO-3, all recomputed, takes {_size(least)} of "
+            f"{_size(cluster.room)}. More GPUs, shorter rows, or offload (ds_configs/zero3_offload.json) help."
+        )
+    elif recommended.choice != plan.choice:
+        choice = recommended.choice
+        yield (
+            f"Recommended: a ZeRO-{choice.stage} JSON (ds_configs/zero{choice.stage}.json), "
+            f"--per_device_train_batch_size {choice.micro_batch} "
+            f"--gradient_accumulation_steps {recommended.accumulation}"
+            + (" --gradient_checkpointing true" if choice.checkpointing else "")
+        )
+    if recommended is not None and plan.traffic.contrast and recommended.batch.rows != plan.batch.rows:
+        yield "A contrast's negatives are the rows of a pass on all ranks: another micro-batch changes them."
+    yield "Not in it: evaluation, checkpoints, measuring importance, reading the model."
+
+
+def print_scaling(planner: Planner) -> None:
+    """How much of a step is waited for communication, by GPUs and stage, and the contrast's part."""
+    table = Table(title="weak scaling on paper: share of a step spent waiting for communication")
+    table.add_column("GPUs", justify="right")
+    columns_made, matters = False, None
+    for gpus, plans in planner.scaling():
+        if not columns_made:
+            for plan in plans:
+                table.add_column(f"ZeRO-{plan.choice.stage}", justify="right")
+            table.add_column("contrast's keys a pass", justify="right")
+            table.add_column("their share of a step", justify="right")
+            columns_made = True
+        last = plans[-1]
+        # The lowest stage waits least for the rest, so there the contrast weighs most.
+        share = plans[0].time.contrast / plans[0].time.step
+        if matters is None and share > MATTERS:
+            matters = gpus
+        keys = last.traffic.contrast / last.accumulation
+        shares = (f"{plan.time.communication_share:.1%}" for plan in plans)
+        table.add_row(f"{gpus:,}", *shares, _size(keys), f"{share:.2%}")
+    console = Console(highlight=False)
+    console.print(table)
+    if last.traffic.contrast:
+        where = f"from {matters:,} GPUs on" if matters else "nowhere up to 1,024 GPUs"
+        console.print(f"The contrast's gathers take more than {MATTERS:.0%} of a step {where}.")
+
+
+MATTERS = 0.01
+"""Share of a step from which the contrast's gathers are said to matter."""
+
+
+def _size(number: float) -> str:
+    for unit, size in (("GiB", GIB), ("MiB", 2**20)):
+        if number >= size:
+            return f"{number / size:,.2f} {unit}"
+    return f"{number / 1024:,.1f} KiB" if number else "-"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", DAY), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"

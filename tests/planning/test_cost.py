@@ -1,0 +1,105 @@
+"""Traffic and time against closed forms worked out by hand, FLOPs against PyTorch's counter."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.planning.cost import bus_bandwidth, forward_backward_flops, time, traffic
+from dga_scale.planning.gpus import GPUS
+from dga_scale.planning.memory import Batch, gather_bytes, share
+from dga_scale.planning.models import PlannedModel
+from tests.engine.training import tiny_bert
+from tests.planning.test_memory import plan_of, zero
+
+BATCH = Batch(rows=8, length=128, labels=19, views=4, stacked=4)
+
+
+@pytest.fixture(scope="module")
+def dga() -> PlannedModel:
+    return plan_of("roberta-base", "--method", "dga")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_volumes_are_those_of_the_zero_paper(dga: PlannedModel, ranks: int) -> None:
+    """Section 7 of arXiv 1910.02054, with everything in 16 bits and gradients reduce-scattered: 2P, 2P, 3P."""
+    p, part = 2 * dga.parameters, (ranks - 1) / ranks
+    for stage, factor in {0: 2, 1: 2, 2: 2, 3: 3}.items():
+        settings = zero(stage, ranks, communication_bytes=2, all_reduce=False)
+        found = traffic(dga, settings, BATCH, passes=1)
+        assert found.total - found.contrast == pytest.approx(factor * p * part)
+
+
+def test_what_deepspeed_does_differently(dga: PlannedModel) -> None:
+    p = dga.parameters
+    found = traffic(dga, zero(2, 8), BATCH, passes=3)
+    assert found.gradients == pytest.approx(3 * 2 * 4 * p * 7 / 8)  # each pass, all-reduced, in fp32
+    assert found.updated_weights == pytest.approx(2 * p * 7 / 8)
+    assert traffic(dga, zero(1, 8), BATCH, passes=3).gradients == pytest.approx(2 * 4 * p * 7 / 8)
+    split = dataclasses.replace(BATCH, stacked=1)
+    gathered = traffic(dga, zero(3, 8), split, passes=3).gathered_weights
+    assert gathered == pytest.approx(3 * (4 + 1) * 2 * p * 7 / 8)  # a forward pass for each view
+
+
+def test_keys_of_the_contrast(dga: PlannedModel) -> None:
+    """Received from the other ranks, two sides in fp32, and their gradients sent back, in each pass."""
+    for ranks in (2, 1024):
+        found = traffic(dga, zero(2, ranks), BATCH, passes=2).contrast
+        assert found == pytest.approx(2 * 2 * (ranks - 1) * 2 * 8 * 768 * 4)
+    assert traffic(dga, zero(2, 1), BATCH, passes=2).contrast == gather_bytes(dga, BATCH, 1) == 0
+
+
+def test_rings_share_the_network_cards_of_a_node() -> None:
+    gpu = dataclasses.replace(GPUS["h100"], link_efficiency=1.0)
+    assert bus_bandwidth(gpu, 8, 8) == 450e9
+    assert bus_bandwidth(gpu, 16, 8) == 400e9
+    assert bus_bandwidth(gpu, 16, 1) == 50e9
+
+
+def test_time_by_hand(dga: PlannedModel) -> None:
+    """Nothing hidden: products, 30 bytes an entry of AdamW's, and the bytes on the bus."""
+    gpu = dataclasses.replace(GPUS["h100"], mfu=0.5, overlap=0.0, latency_us=1e-9)
+    settings = zero(2, 16, overlap=True)
+    found = time(dga, settings, BATCH, gpu, passes=2, ranks_per_node=8, checkpointing=False)
+    flops, _ = forward_backward_flops(dga, BATCH, passes=2, ranks=16, checkpointing=False)
+    sent = traffic(dga, settings, BATCH, passes=2).total / (0.8 * 400e9)
+    assert found.passes == pytest.approx(flops / 16 / (989e12 * 0.5))
+    assert found.optimizer == pytest.approx(share(dga, settings) * 30 / 3350e9)
+    assert found.exposed == pytest.approx(sent)
+    assert found.step == pytest.approx(found.passes + found.optimizer + sent)
+    assert 0 < found.communication_share < 1
+
+
+def test_overlap_hides_no_more_than_there_is(dga: PlannedModel) -> None:
+    def of(**changes: float) -> float:
+        gpu = dataclasses.replace(GPUS["h100"], **changes)
+        settings = zero(2, 64, overlap=True)
+        return time(dga, settings, BATCH, gpu, passes=1, ranks_per_node=8, checkpointing=False).exposed
+
+    after = traffic(dga, zero(2, 64), BATCH, passes=1)
+    cannot_hide = (after.updated_weights + after.contrast) / (0.8 * 400e9)
+    assert of(overlap=1.0, mfu=1e-4, latency_us=1e-9) == pytest.approx(cannot_hide)  # slow passes hide all
+    assert of(overlap=0.5) > of(overlap=1.0) > cannot_hide
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_flops_are_those_that_pytorch_counts(views: int, tmp_path: Path) -> None:
+    """Forward and backward pass of a model of 2 layers, the head on 5 labels of 3 rows of one view only."""
+    bert = tiny_bert()
+    bert.config.to_json_file(tmp_path / "config.json", use_diff=False)
+    model = plan_of(str(tmp_path / "config.json"))
+    anatomy, rows, length, labels = anatomy_of(bert), 3, 16, 5
+    ids = torch.randint(5, 120, (rows * views, length))
+    batch = Batch(rows=rows, length=length, labels=labels, views=views, stacked=views)
+    counted, computed = forward_backward_flops(model, batch, passes=2, ranks=4, checkpointing=False)
+    assert counted == computed
+    with FlopCounterMode(display=False) as counter:
+        hidden = bert.bert(input_ids=ids).last_hidden_state
+        anatomy.lm_logits(bert, hidden[:rows, :labels].flatten(0, 1)).sum().backward()
+    assert counted == pytest.approx(8 * counter.get_total_flops(), rel=1e-9)
+    _, recomputed = forward_backward_flops(model, batch, passes=2, ranks=4, checkpointing=True)
+    trunk = anatomy.forward_flops(rows * views * length, length, 0)
+    assert recomputed == pytest.approx(counted + 8 * trunk)

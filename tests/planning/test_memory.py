@@ -1,0 +1,210 @@
+"""Bytes of a rank against the ZeRO paper's formulas, real DeepSpeed engines, and what autograd saves."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from dga_scale.engine.shards import local_shards
+from dga_scale.objectives import read_config
+from dga_scale.planning.memory import (
+    Batch,
+    Zero,
+    activations,
+    extras,
+    gather_bytes,
+    layer_activations,
+    memory,
+    share,
+    states,
+)
+from dga_scale.planning.models import PlannedModel, build_model
+from tests.engine.training import MaskedLM, Setup, tiny_bert, tiny_engine, train_step
+from tests.ranks import run_ranks
+
+ZERO2 = str(Path(__file__).parents[2] / "ds_configs" / "zero2.json")
+
+
+def plan_of(model: str, *settings: str) -> PlannedModel:
+    arguments = ["--corpus", "any", "--ds_config", ZERO2, "--method", "mlm", *settings]
+    return build_model(read_config(["--model", model, *arguments]))
+
+
+def zero(stage: int, ranks: int, **changes: Any) -> Zero:
+    values: dict[str, Any] = {
+        "weight_bytes": 2, "accumulation_bytes": 2, "communication_bytes": 4, "offload_optimizer": False,
+        "offload_parameters": False, "reduce_bucket": 1000, "overlap": False, "all_reduce": True,
+        "live": 10**9, "prefetch": 1000, "persistence": 0, "sub_group": 10**9,
+    }  # fmt: skip
+    return Zero(stage=stage, ranks=ranks, **(values | changes))
+
+
+@pytest.fixture(scope="module")
+def roberta() -> PlannedModel:
+    return plan_of("roberta-base")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_states_are_those_of_the_zero_paper(roberta: PlannedModel, ranks: int) -> None:
+    p = roberta.parameters
+    expected = {  # arXiv 1910.02054, figure 1, K = 12
+        0: (2 + 2 + 12) * p,
+        1: 4 * p + 12 * p / ranks,
+        2: 2 * p + (2 + 12) * p / ranks,
+        3: (2 + 2 + 12) * p / ranks,
+    }
+    for stage, size in expected.items():
+        found = states(roberta, zero(stage, ranks)).total
+        assert size <= found <= size * 1.0001, stage  # DeepSpeed's padding
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of the storages behind tensors, each once, by address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def measured(setup: Setup) -> dict[str, int]:
+    """Bytes that a rank of a real engine holds after a step."""
+    engine = tiny_engine(setup, MaskedLM(tiny_bert()))
+    train_step(engine, 0)
+    parameters: list[Any] = list(engine.module.parameters())
+    sharded = setup.stage == 3
+    weights = storages(p.ds_tensor if sharded else p for p in parameters)
+    whole = storages(p for p in parameters if p.data.numel() == p.ds_numel) if sharded else {}
+    stepped = [shard.stepped for shard in local_shards(engine)]
+    moments = [engine.basic_optimizer.state[t][key] for t in stepped for key in ("exp_avg", "exp_avg_sq")]
+    masters = {at: size for at, size in storages(stepped).items() if at not in weights}
+    flat = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    flats = [flat] if flat is not None else getattr(engine.optimizer, "fp32_groups_gradients_flat", [])
+    return {
+        "weights": sum(weights.values()),
+        "persistent": sum(size for at, size in whole.items() if at not in weights),
+        "masters": sum(masters.values()),
+        "moments": sum(storages(moments).values()),
+        "gradients": sum(storages(flats).values()),
+    }
+
+
+def measure_all(setups: list[Setup]) -> list[dict[str, int]]:
+    return [measured(setup) for setup in setups]
+
+
+def test_states_are_those_of_real_engines(tmp_path: Path) -> None:
+    bert = tiny_bert()
+    bert.config.to_json_file(tmp_path / "config.json", use_diff=False)
+    model = plan_of(str(tmp_path / "config.json"))
+    assert model.parameters == bert.num_parameters()
+    setups = [Setup(stage=stage, precision=kind) for stage in range(4) for kind in ("fp32", "bf16")]
+    setups += [Setup(stage=stage, precision="bf16", accumulation=2) for stage in (1, 3)]
+    setups += [Setup(stage=2, precision="bf16", weight_decay=0.1)]
+    setups += [Setup(stage=3, precision="bf16", persistence=2000)]
+    for rank in run_ranks(2, measure_all, setups):
+        for setup, found in zip(setups, rank, strict=True):
+            expected = dataclasses.asdict(
+                states(model, Zero.of(setup.resolved(2), 2), groups=setup.weight_decay > 0)
+            )
+            if not found["gradients"]:  # they live in parameters and lists, and are gone after the step
+                expected["gradients"] = 0
+            for part, size in found.items():
+                assert size == pytest.approx(expected[part], rel=0.002), (str(setup), part)
+
+
+@pytest.mark.parametrize("precision", [2, 4])
+@pytest.mark.parametrize("method", ["mlm", "kd", "ewc"])
+def test_a_higher_stage_takes_less(precision: int, method: str) -> None:
+    model = plan_of("xlm-roberta-xl", "--method", method, *(["--general_corpus", "x"] * (method == "ewc")))
+    batch = Batch(rows=1, length=64, labels=10, views=1, stacked=1)
+    sizes = [
+        memory(
+            model,
+            zero(stage, 64, weight_bytes=precision, accumulation_bytes=precision, reduce_bucket=10**6),
+            batch,
+            checkpointing=False,
+        ).total
+        for stage in range(4)
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_more_rows_and_views_take_more_and_recomputing_less(roberta: PlannedModel) -> None:
+    small = Batch(rows=4, length=128, labels=19, views=4, stacked=4)
+    kept = activations(roberta, small, 2, checkpointing=False)
+    assert activations(roberta, dataclasses.replace(small, rows=8), 2, False) == 2 * kept
+    assert activations(roberta, dataclasses.replace(small, views=1, stacked=1), 2, False) * 4 == kept
+    recomputed = activations(roberta, small, 2, checkpointing=True)
+    split = activations(roberta, dataclasses.replace(small, stacked=1), 2, checkpointing=True)
+    assert split < recomputed < kept
+
+
+def test_offload_moves_the_optimizer_to_the_host(roberta: PlannedModel) -> None:
+    batch = Batch(rows=1, length=64, labels=10, views=1, stacked=1)
+    here = memory(roberta, zero(2, 4), batch, checkpointing=False)
+    there = memory(roberta, zero(2, 4, offload_optimizer=True), batch, checkpointing=False)
+    own = share(roberta, zero(2, 4))
+    assert there.host == {"master weights": 4 * own, "moments": 8 * own, "gradients": 4 * own}
+    assert there.total < here.total
+    assert not here.host
+
+
+def test_extras() -> None:
+    """By hand: a teacher's copy, anchors of 4 and 8 bytes an entry, query rows where masks are."""
+    p, two = 124_697_433, zero(2, 2)
+    assert extras(plan_of("roberta-base", "--method", "kd"), two, "none") == {"teacher": 2 * p}
+    anchor = extras(plan_of("roberta-base", "--method", "l2"), two, "none")["anchor"]
+    assert anchor == pytest.approx(4 * p / 2, rel=1e-5)
+    fisher = plan_of("roberta-base", "--method", "ewc", "--general_corpus", "x")
+    assert extras(fisher, two, "none")["anchor"] == 2 * anchor
+    masked = extras(plan_of("roberta-base", "--method", "dga"), two, "update")
+    assert masked == {"movement": 4 * 12 * (768 + 1) * 768 // 2}
+
+
+def test_a_contrast_gathers_both_sides_of_all_ranks() -> None:
+    batch = Batch(rows=32, length=128, labels=19, views=4, stacked=4)
+    assert gather_bytes(plan_of("roberta-base", "--method", "dga"), batch, 16) == 2 * 16 * 32 * 768 * 4
+    assert gather_bytes(plan_of("roberta-base"), batch, 16) == 0
+
+
+def test_korthikanti() -> None:
+    """34 s b h bytes a layer where the FFN is four times the hidden size, without the square of scores."""
+    assert layer_activations(plan_of("roberta-base"), 2) == 34 * 768 + 4 * 12
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 160, "vocab_size": 100}
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+KINDS: dict[str, dict[str, Any]] = {
+    "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **SMALL},
+    "modernbert": {**dict.fromkeys(SPECIAL, 0), **SMALL},
+    "llama": {"num_key_value_heads": 2, **SMALL},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_keeps_what_autograd_saves(kind: str, tmp_path: Path) -> None:
+    """What one more block adds to the storages that the backward pass keeps, in bf16."""
+
+    def saved(layers: int) -> int:
+        config = AutoConfig.for_model(kind, num_hidden_layers=layers, **KINDS[kind])
+        auto = AutoModelForCausalLM if kind == "llama" else AutoModelForMaskedLM
+        model = auto.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).train()
+        own = storages(model.parameters()) | storages(model.buffers())
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        ids = torch.randint(5, 100, (2, 32))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model.base_model(input_ids=ids).last_hidden_state
+        assert output.requires_grad
+        return sum(size for at, size in storages(kept.values()).items() if at not in own)
+
+    one_more = (saved(4) - saved(2)) / 2
+    AutoConfig.for_model(kind, num_hidden_layers=2, **KINDS[kind]).to_json_file(tmp_path / "config.json")
+    planned = plan_of(str(tmp_path / "config.json"))
+    assert 2 * 32 * layer_activations(planned, 2) == pytest.approx(one_more, rel=0.05)
