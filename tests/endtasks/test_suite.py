@@ -1,0 +1,85 @@
+"""Suites read from YAML; mistakes name the line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dga_scale.endtasks.suite import Suite, load_suite
+from dga_scale.errors import UserError
+from tests.endtasks.tiny import write_task
+from tests.ranks import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("corpora/acl/validation", "corpora/wiki", "other/wiki"):
+        (tmp_path / name).mkdir(parents=True)
+    write_task(tmp_path / "tasks" / "aclarc_citation_intent")
+    monkeypatch.chdir(tmp_path)
+
+
+def read(text: str) -> Suite:
+    Path("suite.yaml").write_text(text)
+    return load_suite(Path("suite.yaml"))
+
+
+def test_values_and_defaults():
+    suite = read(
+        "domain_corpora: corpora/acl/validation\ngeneral_corpora:\n  - corpora/wiki\nseeds: 4\njobs:\n"
+        "domain_tasks: [tasks/aclarc_citation_intent]\n"
+        "recipe: {learning_rate: 3e-5, max_train_examples: 10}\n"
+    )
+    assert list(suite.corpora()) == [
+        ("domain", "acl", "corpora/acl/validation"),
+        ("general", "wiki", "corpora/wiki"),
+    ]
+    assert (suite.seeds, suite.jobs, suite.max_eval_rows) == (4, 1, 2000)
+    ((kind, task, recipe),) = suite.load_tasks()
+    assert (kind, task.name, len(task.train)) == ("domain", "aclarc_citation_intent", 10)
+    assert (recipe.learning_rate, recipe.epochs) == (3e-5, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", r"suite\.yaml is not YAML"),
+        ("- a\n", r"names nothing to evaluate\. Write"),
+        ("seeds: 3\n", r"names nothing to evaluate: none of domain_corpora"),
+        ("seeds: 3\n\ndomain_corpus: x\n", r"suite\.yaml:3: unknown key 'domain_corpus'. Did you mean"),
+        ("general_corpora:\n- corpora/wiki\n- wik\n", r"suite\.yaml:3: general_corpora: wik: no such"),
+        ("domain_tasks: 3\n", r"suite\.yaml:1: domain_tasks must be a list of paths, not 3"),
+        ("seeds: 0\n", r":1: seeds 0: must be at least 1"),
+        ("seeds: true\n", r":1: seeds must be a whole number, not true"),
+        ("text_field: 3\n", r":1: text_field must be text, not 3"),
+        ("recipe: 3\n", r":1: recipe must hold settings"),
+        ("seeds: 1\nrecipe: {epoch: 3}\n", r":2: recipe has an unknown setting 'epoch'. Did you mean epochs"),
+        ("recipe: {epochs: 2.5}\n", r":1: recipe: epochs must be a whole number, not 2.5"),
+        ("recipe: {learning_rate: fast}\n", r":1: recipe: learning_rate must be a number, not \"fast\""),
+        ("general_corpora: [corpora/wiki, other/wiki]\n", r"two folders are called wiki"),
+    ],
+)  # fmt: skip
+def test_mistakes_name_the_line(text: str, message: str):
+    with pytest.raises(UserError, match=message):
+        read(text)
+
+
+def test_no_such_file():
+    with pytest.raises(UserError, match=r"--suite none\.yaml: No such file"):
+        load_suite(Path("none.yaml"))
+
+
+def test_a_recipe_that_can_not_be_meant():
+    suite = read("domain_tasks: tasks/aclarc_citation_intent\nrecipe: {precision: fp8}\n")
+    with pytest.raises(UserError, match="--precision fp8: must be bf16 or fp32"):
+        suite.load_tasks()
+
+
+def test_the_suites_that_come_along_are_read(tmp_path: Path):
+    files = list((REPOSITORY / "launchers" / "suites").glob("*.yaml"))
+    assert files
+    for file in files:
+        for key, value in yaml.safe_load(file.read_text()).items():
+            for folder in value if key.endswith(("corpora", "tasks")) else ():
+                (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        assert load_suite(file).seeds >= 3
