@@ -72,6 +72,7 @@ class _Run:
         self.settings = inputs.config.run
         self.total = inputs.config.optimization.max_steps
         self.bad_steps = 0
+        self.figures: dict[str, float] = {}
         log.settings(inputs.config.as_dict())
         self.session = Session(inputs, cluster, log, resume_from)
         dtype = torch.float32 if inputs.resolved.precision == "fp32" else torch.bfloat16
@@ -105,6 +106,7 @@ class _Run:
                     return False
                 started = time.perf_counter()
         session.finish()
+        log.outcome(self.inputs.config.as_dict(), self.figures)
         return True
 
     def _between_steps(self, stopping: bool) -> None:
@@ -123,7 +125,7 @@ class _Run:
         self.log.event("checkpoint", step=self.done, seconds=time.perf_counter() - started, path=str(path))
 
     def _evaluate(self) -> None:
-        figures = self.session.evaluate()
+        figures = self.figures = self.session.evaluate()
         if figures:
             self.log.event("evaluation", step=self.done, **figures)
             losses = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items() if "loss" in name]

@@ -18,8 +18,11 @@ def _report() -> None:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Folder of a run (--output_dir).")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="Default: report.html.")
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="Folder for the figures as PNG files. Default: none."
+    )
     arguments = parser.parse_args()
     from dga_scale.monitoring.report import write_report
 
-    write_report(arguments.runs, arguments.output)
+    write_report(arguments.runs, arguments.output, arguments.figures)
     print(f"report: {arguments.output}")

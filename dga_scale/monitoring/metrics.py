@@ -159,6 +159,13 @@ class RunLog:
             rows = "".join(f"| {name} | `{value}` |\n" for name, value in settings.items())
             self._board.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", self.completed_steps)
 
+    def outcome(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        """What the run came to, beside its settings, for TensorBoard's HParams page."""
+        if self.active and figures:
+            plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+            metrics = {f"outcome/{name}": value for name, value in figures.items()}
+            self._board.add_hparams(plain, metrics, run_name=".", global_step=self.total_steps)
+
     def importance(self, importance: Mapping[str, Tensor], protection: Mapping[str, Tensor]) -> None:
         """Importance and protection of each kind of unit, as heatmaps and as the histogram of the soft-mask.
 

@@ -2,8 +2,9 @@
 
 import base64
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,14 +15,8 @@ from matplotlib.figure import Figure
 import dga_scale
 from dga_scale.errors import UserError
 from dga_scale.monitoring import plots
-from dga_scale.monitoring.run_data import (
-    Change,
-    RunData,
-    comparison,
-    load_run,
-    protection_verdict,
-    verdict,
-)
+from dga_scale.monitoring.groups import Group, comparison, grouped
+from dga_scale.monitoring.run_data import Change, RunData, load_run, protection_verdict, verdict
 
 Draw = Callable[[plots.Theme], Figure]
 """Draws a figure for a light or a dark page."""
@@ -62,8 +57,16 @@ code { font: .9em ui-monospace, SFMono-Regular, Menlo, monospace; }
 """
 
 
-def write_report(runs: Sequence[str | Path], output: str | Path) -> None:
+_LIGHT_FIGURE = re.compile(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">')
+
+
+def write_report(runs: Sequence[str | Path], output: str | Path, figures: Path | None = None) -> None:
     """Write the page about ``runs`` (run folders), side by side where there are several.
+
+    Args:
+        runs: folders.
+        output: the page.
+        figures: a folder that gets the page's figures, numbered, as PNG files.
 
     Raises:
         UserError: a folder is no run folder, a file in it is damaged, or ``output`` can't be written.
@@ -71,6 +74,11 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> None:
     page = render([load_run(Path(run)) for run in runs])
     try:
         Path(output).write_text(page, encoding="utf-8")
+        if figures is not None:
+            figures.mkdir(parents=True, exist_ok=True)
+            for number, (data, caption) in enumerate(_LIGHT_FIGURE.findall(page), 1):
+                name = re.sub(r"[^a-z0-9]+", "-", unescape(caption).lower())[:60].strip("-")
+                (figures / f"{number:02d}-{name}.png").write_bytes(base64.b64decode(data))
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}. Give a file in a folder you own.") from None
 
@@ -106,14 +114,15 @@ def _one_line(run: RunData) -> str:
     tokens = f", {run.summary['tokens']:,} tokens" if "tokens" in run.summary else ""
     total = s.get("max_steps")
     state = f"{total} steps" if run.last_step == total else f"step {run.last_step} of {total}, not finished"
-    return f"{run.name}: {s.get('model')} adapted to {s.get('corpus')} by {run.label}; {state}{tokens}."
+    return f"{run.name}: {s.get('model')} adapted to {run.corpora} by {run.label}; {state}{tokens}."
 
 
 def _outcome(runs: Sequence[RunData]) -> str:
-    said = [compared] if (compared := comparison(runs)) else []
+    groups = grouped(runs)
+    said = [compared] if (compared := comparison(groups)) else []
     said += [verdict(run) if len(runs) == 1 else f"{run.name}: {verdict(run)}" for run in runs]
-    if any(run.change("domain") for run in runs):
-        said.append("One seed a run: differences of a few hundredths can be chance.")
+    if any(len(group.runs) == 1 for group in groups):
+        said.append("One seed a method: differences of a few hundredths can be chance.")
     rows = []
     for text in ("domain", "general"):
         measured = [(run, change) for run in runs if (change := run.change(text))]
@@ -122,7 +131,29 @@ def _outcome(runs: Sequence[RunData]) -> str:
         rows += [_change_row(run.name if len(runs) > 1 else text, change) for run, change in measured]
     paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in said)
     head = ("held-out text", "before", "after", "change")
-    return f'<div class="verdict">\n{paragraphs}</div>\n{_table(head, rows)}'
+    compared = _methods(groups) if len(groups) > 1 else ""
+    return f'<div class="verdict">\n{paragraphs}</div>\n{compared}{_table(head, rows)}'
+
+
+def _methods(groups: Sequence[Group]) -> str:
+    """Each method once: what it learnt and what it kept, over its seeds."""
+    rows = []
+    for group in groups:
+        cells = [str(group.after(text)) for text in ("domain", "general")]
+        changes = [f"{group.change(text).mean:+.3f}" for text in ("domain", "general")]
+        values = (cells[0], changes[0], cells[1], changes[1], str(len(group.runs)))
+        rows.append(f"<tr><td>{escape(group.label)}</td>{_cells(values)}</tr>")
+    head = ("method", "domain loss", "change", "general loss", "change", "seeds")
+    before = [(run.change("domain"), run.change("general")) for group in groups for run in group.runs]
+    start = {(d.before, g.before) for d, g in before if d and g}
+    points = {
+        group.label: ((d.mean, d.deviation), (g.mean, g.deviation))
+        for group in groups
+        for d, g in [(group.after("domain"), group.after("general"))]
+    }
+    caption = "what was learnt against what was kept: left is better in the domain, low outside it"
+    picture = _figures([(caption, lambda theme: plots.methods_figure(points, sorted(start), theme=theme))])
+    return _table(head, rows) + picture
 
 
 def _change_row(name: str, change: Change) -> str:
@@ -175,11 +206,17 @@ def _importance(runs: Sequence[RunData]) -> str:
     figures = []
     for run in runs:
         for kind, values in run.importance.items():
+            if kind != "heads":
+                continue  # thousands of units a layer: nothing to be seen
             a = run.protection[kind]
-            for what, matrix, limits in (
+            shown: list[tuple[str, torch.Tensor, tuple[float, float] | None]] = [
                 ("importance for general knowledge", values, None),
                 ("protection a (the soft-mask is 1 - a)", a, (0.0, 1.0)),
-            ):
+            ]
+            if kind in run.importance_after:
+                after = run.importance_after[kind]
+                shown.append(("importance for the domain, after training", after, None))
+            for what, matrix, limits in shown:
                 caption = f"{run.name}: {what}, {kind}" if len(runs) > 1 else f"{what}, {kind}"
                 figures.append((caption, _heatmap(matrix, kind, limits)))
     return _figures(figures)

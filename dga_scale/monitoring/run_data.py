@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -52,12 +51,23 @@ class RunData:
     importance: dict[str, Tensor]
     """kind -> (layers, units); empty for a method without importance."""
     protection: dict[str, Tensor]
+    importance_after: dict[str, Tensor]
+    """The same for the domain, after training; empty for a method that does not measure it."""
 
     @property
     def label(self) -> str:
         """Method and soft-mask: ``dga, update``."""
         method = str(self.settings.get("method", "?"))
-        return f"{method}, {self.settings.get('soft_mask')}" if method == "dga" else method
+        mask = self.settings.get("soft_mask", "none")
+        return method if mask == "none" else f"{method}, {mask}"
+
+    @property
+    def corpora(self) -> str:
+        """What it was trained on, as a reader would name it."""
+        value = self.settings.get("corpus")
+        names = [str(each) for each in (value if isinstance(value, list) else [value])]
+        mix = self.settings.get("mix") or []
+        return " and ".join(names) + (f" (mixed with {', '.join(mix)})" if mix else "")
 
     @property
     def last_step(self) -> int:
@@ -115,6 +125,7 @@ def load_run(folder: Path) -> RunData:
         measured = Importance.load(folder / "importance.safetensors")
         importance = measured.values
         protection = measured.protection(settings["importance_squash"])
+    after = folder / "importance-after.safetensors"
     return RunData(
         name=folder.resolve().name,
         settings=settings,
@@ -124,6 +135,7 @@ def load_run(folder: Path) -> RunData:
         events=[r for r in records if "event" in r],
         importance=importance,
         protection=protection,
+        importance_after=Importance.load(after).values if after.is_file() else {},
     )
 
 
@@ -168,37 +180,6 @@ def _moved(change: Change) -> str:
     word = "fell" if change.difference < 0 else "rose"
     size = f"{abs(change.difference):.3f} ({abs(change.relative):.1%})"
     return f"{word} by {size}, from {change.before:.3f} to {change.after:.3f}"
-
-
-def comparison(runs: Sequence[RunData]) -> str | None:
-    """Several runs against each other, and whether DGA paid off; None where there is nothing to compare."""
-    measured = [(r, d, g) for r in runs if (d := r.change("domain")) and (g := r.change("general"))]
-    if len(measured) < 2:
-        return None
-    best_domain = min(measured, key=lambda m: m[1].after)
-    best_general = min(measured, key=lambda m: m[2].after)
-    sentences = [
-        f"Best in the domain: {best_domain[0].name} ({best_domain[1].after:.3f}).",
-        f"Best on general text: {best_general[0].name} ({best_general[2].after:.3f}).",
-    ]
-    if len({m[0].summary.get("tokens") for m in measured}) > 1:
-        sentences.append("The runs saw different numbers of tokens, so this is no fair comparison.")
-        return " ".join(sentences)
-    baselines = [m for m in measured if m[0].settings.get("method") == "mlm"]
-    for run, domain, general in measured:
-        for baseline, base_domain, base_general in baselines:
-            if run.settings.get("method") != "dga":
-                continue
-            keeps, learns = general.after < base_general.after, domain.after < base_domain.after
-            if keeps and learns:
-                said = "beats plain MLM on both"
-            elif keeps or learns:
-                gain, loss = ("general text", "the domain") if keeps else ("the domain", "general text")
-                said = f"is better than plain MLM on {gain} and not on {loss}"
-            else:
-                said = "does not beat plain MLM at equal tokens, neither in the domain nor on general text"
-            sentences.append(f"{run.name} {said} ({baseline.name}).")
-    return " ".join(sentences)
 
 
 def protection_verdict(run: RunData) -> str | None:

@@ -4,8 +4,11 @@ import base64
 import io
 import json
 import math
+import re
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,10 @@ from PIL import Image
 
 from dga_scale.errors import UserError
 from dga_scale.monitoring.environment import describe_environment, write_environment
+from dga_scale.monitoring.groups import comparison, grouped
 from dga_scale.monitoring.metrics import RunLog
 from dga_scale.monitoring.report import write_report
-from dga_scale.monitoring.run_data import comparison, load_run, protection_verdict, verdict
+from dga_scale.monitoring.run_data import load_run, protection_verdict, verdict
 from dga_scale.preservation.importance import Importance
 
 VOID = {"meta", "source", "img", "br"}
@@ -168,14 +172,14 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert ["setting", "plain", "mine"] in page.rows
     assert ["method", "mlm", "dga"] in page.rows
     assert ["learning_rate", "", "0.5"] in page.rows
-    assert "mine is better than plain MLM on general text and not on the domain (plain)" in page.text
+    assert "dga, gradient is better than plain MLM on general text and not on the domain." in page.text
     page.pictures()
 
 
 @pytest.mark.parametrize(
     ("dga", "said"),
     [
-        ({"domain": (4.0, 3.0), "general": (3.5, 3.4)}, "mine beats plain MLM on both"),
+        ({"domain": (4.0, 3.0), "general": (3.5, 3.4)}, "dga, gradient beats plain MLM on both"),
         ({"domain": (4.0, 2.5), "general": (3.5, 3.9)}, "better than plain MLM on the domain and not"),
         ({"domain": (4.0, 3.2), "general": (3.5, 3.7)}, "does not beat plain MLM at equal tokens"),
     ],
@@ -188,12 +192,82 @@ def test_comparison_says_so_when_dga_does_not_pay(
         load_run(make_run(tmp_path / "plain", method="mlm", losses=plain)),
         load_run(make_run(tmp_path / "mine", losses=dga)),
     ]
-    assert said in (comparison(runs) or "")
+    assert said in (comparison(grouped(runs)) or "")
 
 
 def test_comparison_at_unequal_tokens_is_called_unfair(tmp_path: Path) -> None:
-    runs = [load_run(make_run(tmp_path / str(tokens), tokens=tokens)) for tokens in (10, 20)]
-    assert "no fair comparison" in (comparison(runs) or "")
+    runs = [load_run(make_run(tmp_path / str(n), tokens=n, max_steps=n)) for n in (10, 20)]
+    assert "no fair comparison" in (comparison(grouped(runs)) or "")
+
+
+def test_seeds_of_a_method_are_taken_together(tmp_path: Path) -> None:
+    runs = []
+    for seed, after in enumerate((3.0, 3.2, 3.1)):
+        losses = {"domain": (4.0, after), "general": (3.5, 3.6)}
+        runs.append(make_run(tmp_path / f"mine-{seed}", losses=losses, seed=seed))
+        plain = {"domain": (4.0, after - 0.05), "general": (3.5, 3.7)}
+        runs.append(
+            make_run(tmp_path / f"plain-{seed}", method="mlm", soft_mask="none", losses=plain, seed=seed)
+        )
+    runs.append(make_run(tmp_path / "mixed", method="mlm", soft_mask="none", mix=["text/general:0.05"]))
+    groups = grouped([load_run(run) for run in runs])
+    assert [group.label for group in groups] == ["dga, gradient", "mlm", "mlm, mix general:0.05"]
+    assert [len(group.runs) for group in groups] == [3, 3, 1]
+    assert str(groups[0].after("domain")) == "3.100 ± 0.100"  # sample standard deviation of 3.0, 3.2, 3.1
+    page = page_of(tmp_path, *runs)
+    assert ["dga, gradient", "3.100 ± 0.100", "-0.900", "3.600 ± 0.000", "+0.100", "3"] in page.rows
+    assert "dga, gradient is better than plain MLM on general text and not on the domain" in page.text
+    assert "mlm, mix general:0.05 does not beat" not in page.text  # it kept more
+    page.pictures()
+
+
+def test_figures_as_files(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_report([run], tmp_path / "report.html", tmp_path / "figures")
+    files = sorted((tmp_path / "figures").iterdir())
+    assert files[0].name == "01-training-loss.png"
+    assert len(files) == (tmp_path / "report.html").read_text().count("<img ")
+    for file in files:
+        Image.open(file).load()
+
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := which(name))), None
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "light"), (1200, "dark")])
+def test_a_browser_shows_it(width: int, scheme: str, tmp_path: Path) -> None:
+    """Opened without a network: nothing on the console, figures drawn, no wider than the window."""
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", method="mlm", soft_mask="none")
+    write_report([run, other], tmp_path / "report.html")
+    assert BROWSER is not None
+    # A page around it, which says what a reader can't: how wide it became, and how many pictures decoded.
+    probe = tmp_path / "probe.html"
+    script = (
+        "<script>addEventListener('load', () => { const p = document.createElement('p'); p.id = 'probe';"
+        "p.textContent = [document.documentElement.scrollWidth <= innerWidth,"
+        "[...document.images].every(i => i.complete && i.naturalWidth > 0), document.images.length,"
+        "getComputedStyle(document.body).backgroundColor].join('|'); document.body.append(p); });</script>"
+    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    probe.write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+        "--virtual-time-budget=5000", "--dump-dom",
+        *(["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []), probe.as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<p id="probe">(.*?)</p>', shown.stdout)
+    assert found is not None, shown.stderr[-2000:]
+    fits, drawn, images, background = found[1].split("|")
+    assert (fits, drawn) == ("true", "true")
+    assert int(images) == page.count("<img ")
+    assert background == ("rgb(15, 20, 25)" if scheme == "dark" else "rgb(255, 255, 255)")
+    assert "CONSOLE" not in shown.stderr
 
 
 @pytest.mark.parametrize(
