@@ -47,7 +47,7 @@ class Traffic:
         return self.gradients + self.updated_weights + self.gathered_weights + self.contrast
 
 
-def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int, checkpointing: bool) -> Traffic:
+def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int) -> Traffic:
     """Count what a rank sends in a step of ``passes`` micro-batches.
 
     ZeRO-3 gathers the weights for the forward pass (of each view, with split views), for the backward pass,

@@ -140,7 +140,8 @@ def _verdict(planner: Planner, plan: Plan, recommended: Plan | None) -> Iterable
         least = planner.smallest().memory.total
         yield (
             f"Nothing fits: a row under ZeRO-3, all recomputed, takes {_size(least)} of "
-            f"{_size(cluster.room)}. More GPUs, shorter rows, or offload (ds_configs/zero3_offload.json) help."
+            f"{_size(cluster.room)}. "
+            "Offload (ds_configs/zero3_offload.json), shorter rows or larger GPUs help."
         )
     elif recommended.choice != plan.choice:
         choice = recommended.choice
