@@ -26,7 +26,7 @@ GIVEN = ["--ds_config", "d.json", "--model", "m", "--corpus", "c"]
                 "--fisher_samples",
                 "9",
             ],
-            AnchorPlan(1.0, 9, False),
+            AnchorPlan(0.1, 9, False),
         ),
     ],
 )
