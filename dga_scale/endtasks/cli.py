@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dga_scale.arguments import Parser
+from dga_scale.endtasks.datasets_tasks import exported
 from dga_scale.endtasks.metrics import CLASSIFICATION, REGRESSION
 from dga_scale.endtasks.recipes import OVERRIDES, Recipe, recipe_for
-from dga_scale.endtasks.tasks import Task, load_task, majority_share
+from dga_scale.endtasks.tasks import Task, class_shares, load_task, majority_share, split_folder
 from dga_scale.errors import UserError, run_main
 from dga_scale.monitoring.quiet import quiet_libraries
 
@@ -37,7 +38,14 @@ def finetune(arguments: Sequence[str] | None = None) -> int:
         "--task",
         required=True,
         metavar="DIR",
-        help="folder with train.jsonl, test.jsonl and perhaps dev.jsonl",
+        help="folder with train.jsonl, test.jsonl and perhaps dev.jsonl; or a folder or name (NAME:CONFIG) "
+        "that `datasets` reads, which is written out to OUTPUT_DIR/task first",
+    )
+    add(
+        "--split",
+        choices=("official", "dga"),
+        help="of a task with two folders, TASK and TASK_dga_split (the papers' partition): which; default: "
+        "the folder as given",
     )
     add(
         "--output_dir", required=True, type=Path, metavar="DIR", help="seed-1.json, ..., summary.json go here"
@@ -45,7 +53,8 @@ def finetune(arguments: Sequence[str] | None = None) -> int:
     _add_shared(parser)
     options = parser.parse_args(arguments)
     quiet_libraries()
-    task, recipe = _task(options.task, options)
+    folder = options.task if options.split is None else split_folder(options.task, options.split)
+    task, recipe = _task(exported(folder, options.output_dir / "task"), options)
     print(_describe(task, recipe))
     from dga_scale.endtasks.seeds import run_seeds
 
@@ -142,9 +151,14 @@ def _describe(task: Task, recipe: Recipe) -> str:
     majority = (
         "" if task.regression else f"; always the largest class: accuracy {majority_share(task.test):.3f}"
     )
+    balance = ""
+    if not task.regression:
+        shares = class_shares(task.train)
+        (largest, most), (smallest, least) = shares[0], shares[-1]
+        balance = f"classes of train: {largest} {most:.1%} the largest, {smallest} {least:.1%} the smallest\n"
     return (
         f"{task.name}: {kind}, {len(task.train):,} train, {len(task.dev):,} dev, {len(task.test):,} scored "
-        f"({task.scored_on}.jsonl){majority}\n"
+        f"({task.scored_on}.jsonl){majority}\n{balance}"
         f"{recipe.epochs} epochs of {recipe.batch_size}, learning rate {recipe.learning_rate:g}; {stop}"
     )
 

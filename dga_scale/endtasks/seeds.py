@@ -12,7 +12,7 @@ from typing import Any
 
 from dga_scale.corpus.shards import file_sha256
 from dga_scale.endtasks.recipes import Recipe
-from dga_scale.endtasks.tasks import Task
+from dga_scale.endtasks.tasks import Task, majority_share
 from dga_scale.engine.run_folder import write_text
 from dga_scale.errors import UserError
 from dga_scale.monitoring.quiet import quiet_libraries
@@ -57,6 +57,7 @@ def run_seeds(
         "task": task.name,
         "scored_on": task.scored_on,
         "metric": recipe.metric,
+        "majority_share": None if task.regression else majority_share(task.test),
         "scores": {
             name: spread({seed: result["scores"][name] for seed, result in results.items()})
             for name in results[seeds[0]]["scores"]

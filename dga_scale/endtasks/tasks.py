@@ -75,6 +75,27 @@ class Task:
         return replace(self, train=chosen, fingerprint=fingerprint)
 
 
+DGA_SPLIT = "_dga_split"
+"""Ends the name of a task's folder that holds the papers' partition of its examples."""
+
+
+def split_folder(folder: str, split: str) -> str:
+    """The folder beside it with the same task's "official" or "dga" split.
+
+    Raises:
+        UserError: there is none.
+
+    """
+    path = Path(folder)
+    stem = path.name.removesuffix(DGA_SPLIT)
+    chosen = path.with_name(stem + (DGA_SPLIT if split == "dga" else ""))
+    if not chosen.is_dir():
+        raise UserError(
+            f"--split {split}: there is no folder {chosen}. Leave --split out to take {folder} as it is."
+        )
+    return str(chosen)
+
+
 def load_task(folder: str | Path) -> Task:
     """Read and check a task's folder; dev.jsonl or test.jsonl may be missing, not both.
 
@@ -188,6 +209,12 @@ def _line_of(file: Path, label: str) -> int:
         )
 
 
+def class_shares(examples: Sequence[Example]) -> list[tuple[str | float, float]]:
+    """Labels with their share of the examples, the most frequent first."""
+    counts = Counter(example.label for example in examples).most_common()
+    return [(label, count / len(examples)) for label, count in counts]
+
+
 def majority_share(examples: Sequence[Example]) -> float:
     """Share of the most frequent label: what a model that learnt nothing scores in accuracy."""
-    return Counter(example.label for example in examples).most_common(1)[0][1] / len(examples)
+    return class_shares(examples)[0][1]

@@ -163,7 +163,7 @@ def comparison_figure(
             markersize=7, capsize=3, linestyle="none", label=label,
         )  # fmt: skip
     for line, values in ((axes.axvline, points[0][1]), (axes.axhline, points[0][2])):
-        line(float(np.mean(values)), color=theme.faint, linewidth=1.0, linestyle="--", zorder=0)
+        line(float(np.mean(values)), color=theme.text, alpha=0.5, linewidth=1.0, linestyle="--", zorder=0)
     axes.margins(0.12)
     axes.set_xlabel("domain loss (less: more was learnt)")
     axes.set_ylabel("general loss (less: more was kept)")
