@@ -183,16 +183,23 @@ def sequence(arguments: argparse.Namespace) -> tuple[str, str]:
 
 
 def sequence_table(name: str, seed: int, output: Path) -> str:
-    """Losses and scores after each domain."""
+    """Losses and end-task scores after each domain, and the forgetting rate."""
     figures = json.loads((output / "sequence.json").read_text())
     scores = json.loads((output / "forgetting.json").read_text())
     domains = figures["domains"]
-    columns = ["after", *(f"loss {domain}" for domain in domains), "general loss"]
+    names = [f"{domain} ({metric})" for domain, metric in zip(domains, scores["metrics"], strict=True)]
+    columns = ["after", *(f"loss {domain}" for domain in domains), "general loss", *names]
     lines = [f"{name}, seed {seed}:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row, domain in enumerate(domains):
-        cells = [figures["losses"][other][row] for other in domains] + [figures["general"][row + 1]]
-        lines.append(f"| {domain} | {' | '.join('' if c is None else f'{c:.3f}' for c in cells)} |")
-    return "\n".join([*lines, "", f"End tasks: {json.dumps(scores)}"])
+        losses = [figures["losses"][other][row] for other in domains] + [figures["general"][row + 1]]
+        cells = ["" if loss is None else f"{loss:.3f}" for loss in losses]
+        cells += [f"{100 * score['mean']:.1f}" for score in scores["scores"][row]]
+        cells += [""] * (len(columns) - 1 - len(cells))
+        lines.append(f"| {domain} | {' | '.join(cells)} |")
+    rate = scores["forgetting_rate"]
+    return "\n".join(
+        [*lines, "", f"Forgetting rate: {100 * rate['mean']:+.1f} points over {len(rate['by_seed'])} seeds."]
+    )
 
 
 if __name__ == "__main__":
