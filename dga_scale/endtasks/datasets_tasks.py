@@ -42,12 +42,15 @@ def exported(task: str, root: Path) -> str:
     path = Path(task)
     ours = any((path / f"{name}.jsonl").is_file() for name in SPLITS)
     looks_like_path = path.is_absolute() or task.startswith(".") or task.count("/") > 1
+    looks_like_path |= path.parent != Path() and path.parent.is_dir()  # endtasks/typo
     if ours or (looks_like_path and not path.is_dir()):
         return task  # in the second case to be refused as a folder that does not exist
     name, _, config = (task, "", "") if path.is_dir() else task.partition(":")
     folder = root / (config or Path(name).resolve().name)
     if (folder / "train.jsonl").is_file():
         return str(folder)
+    if not path.is_dir():
+        print(f"--task {task} is no folder here: looking for a dataset of that name on the hub", flush=True)
     found = _load(name, config)
     splits = {ours: next((found[n] for n in theirs if n in found), None) for ours, theirs in SPLITS.items()}
     if splits["train"] is None:

@@ -55,10 +55,13 @@ def test_a_saved_dataset_becomes_a_folder_of_ours(tmp_path: Path):
     assert (Path(folder) / "train.jsonl").stat().st_mtime_ns == written
 
 
-def test_a_folder_of_ours_is_taken_as_it_is(tmp_path: Path):
+def test_a_folder_of_ours_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     task = str(write_task(tmp_path / "task"))
     assert exported(task, tmp_path / "out") == task
     assert exported(str(tmp_path / "nowhere"), tmp_path / "out") == str(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "endtasks").mkdir()
+    assert exported("endtasks/typo", tmp_path / "out") == "endtasks/typo"
     assert not (tmp_path / "out").exists()
 
 
