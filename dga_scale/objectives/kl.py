@@ -47,6 +47,7 @@ class KL(Method):
 
     def terms(self, reading: Reading) -> dict[str, Term]:
         inputs, temperature = reading.inputs, self.settings.kl_temperature
+        # Waits for the device, which costs less than the teacher on rows that don't count.
         rows = (inputs.sources > 0).nonzero().flatten()  # (G,)
         has_general = len(rows) > 0
         if not has_general:

@@ -145,10 +145,11 @@ class TrainingModel(nn.Module):
         if len(masked) == 1:
             loss = rows.sum() * (self.method.token_weights(masked)[0] * passes)
             return loss, {"mlm": loss.detach()}
-        sums = rows.new_zeros(len(masked)).index_add(0, inputs.sources, rows)  # (sources,)
-        weights = [weight * passes for weight in self.method.token_weights(masked)]
-        loss = (sums * torch.tensor(weights, device=sums.device)).sum()
-        means = sums.detach() * torch.tensor([passes / max(1, n) for n in masked], device=sums.device)
+        sums = rows.new_zeros(len(masked)).index_add(0, inputs.sources, rows).unbind()  # a scalar a source
+        # Products with numbers, not with a tensor made of them: nothing is copied to the device.
+        weights = self.method.token_weights(masked)
+        loss = torch.stack([of * (weight * passes) for of, weight in zip(sums, weights, strict=True)]).sum()
+        means = [of.detach() * (passes / max(1, n)) for of, n in zip(sums, masked, strict=True)]
         return loss, {"mlm": loss.detach(), **{f"mlm/{k}": mean for k, mean in enumerate(means)}}
 
     @torch.no_grad()
