@@ -48,9 +48,13 @@ def test_sign_flips_against_a_loop():
 
 @pytest.mark.parametrize("count", [2, 3, 5, 16])
 def test_all_of_one_sign_is_as_sure_as_it_gets(count: int):
-    """0.1 is no sum of powers of two: equal sums that differ by rounding still count as equal."""
     assert sign_flip([0.1] * count) == 2 / 2**count
     assert sign_flip([0.1, -0.1] * (count // 2)) == 1.0
+
+
+def test_sums_that_are_equal_but_for_rounding_count_as_equal():
+    """0.3 - 0.9 + 0.6 + 0.1 - 0.2 = -0.1, the least there is: no assignment is nearer to 0."""
+    assert sign_flip([0.3, -0.9, 0.6, 0.1, -0.2]) == 1.0
 
 
 def test_what_has_no_answer():
