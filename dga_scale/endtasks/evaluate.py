@@ -113,6 +113,7 @@ def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: P
     corpora = {
         name: held_out(folder, f"{kind}_corpora:", tokenizer) for kind, name, folder in suite.corpora()
     }
+    overlap = _overlap(suite, [task for _, task, _ in tasks], corpora)
     output.mkdir(parents=True, exist_ok=True)
     sums: dict[str, list[dict[str, Sums]]] = {}
     scores: dict[str, list[dict[str, dict[str, Any]]]] = {}
@@ -154,7 +155,7 @@ def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: P
         "base": base,
         "suite": dataclasses.asdict(suite),
         "models": models,
-        "overlap": _overlap(suite, [task for _, task, _ in tasks], corpora),
+        "overlap": overlap,
         "notes": notes,
     }
     write_text(output / "results.json", json.dumps(result, indent=2) + "\n")

@@ -175,10 +175,13 @@ def test_overlap_with_the_unlabelled_text(world: Path, tmp_path: Path, capsys: p
     long = [{"text": " ".join(f"{word}{n}" for word in DOMAIN[:10]), "label": "town"} for n in range(2)]
     write_split(task / "test.jsonl", [*examples(22, 2), *long])
     text = [example["text"] for example in long]
-    (tmp_path / "text.txt").write_text(f"{text[0]}\nelse\nwell {text[1]} indeed\n")
     changes = {"domain_corpora": [], "general_corpora": [], "general_tasks": [], "seeds": 1}
     model = str(world / "run-1" / "model")
     changes |= {"domain_tasks": [str(task)], "unlabelled_text": [str(tmp_path / "text.txt")]}
+    with pytest.raises(UserError, match=r"input .*text\.txt: no such file"):
+        run(world, tmp_path / "out", [model], **changes)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "text.txt").write_text(f"{text[0]}\nelse\nwell {text[1]} indeed\n")
     result = run(world, tmp_path / "out", [model], **changes)
     assert result["overlap"]["leaky"]["found"] == 2
     printed = capsys.readouterr().out
