@@ -217,19 +217,22 @@ def layer_activations(model: PlannedModel, width: int) -> int:
 
 
 def activations(model: PlannedModel, batch: Batch, width: int, checkpointing: bool) -> int:
-    """Bytes that the trunk keeps between forward and backward pass of a micro-batch, and its working memory.
+    """Bytes that the trunk keeps between forward and backward pass of a micro-batch.
 
     All views wait for the backward pass, in one pass of the trunk or in several: ``split_views`` makes what
-    is recomputed or worked on at once smaller, not what is kept. With checkpointing a block keeps its input,
-    and one block at a time has the rest, for the views of one pass.
+    is recomputed and worked on at once smaller, not what is kept. With checkpointing a block keeps its input.
     """
     tokens, h = batch.tokens * batch.views, model.anatomy.hidden_size
-    per_layer = layer_activations(model, width)
+    per_block = width * h if checkpointing else layer_activations(model, width)
     # Embeddings keep a norm's input and a dropout mask; the last block leaves the hidden states.
-    edges = tokens * (3 * width * h + h)
-    working = batch.tokens * batch.stacked * per_layer  # the gradients of about one block's activations
-    kept = model.trained_layers * tokens * (width * h if checkpointing else per_layer)
-    return edges + kept + working * (2 if checkpointing else 1)
+    edges = 3 * width * h + (h if model.dropout else 0)
+    return tokens * (edges + model.trained_layers * per_block)
+
+
+def working_memory(model: PlannedModel, batch: Batch, width: int, checkpointing: bool) -> int:
+    """Bytes for the backward pass of a block of one pass: gradients of its activations; those recomputed."""
+    size = batch.tokens * batch.stacked * layer_activations(model, width)
+    return 2 * size if checkpointing else size
 
 
 def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
@@ -283,51 +286,73 @@ def memory(
     batch: Batch,
     *,
     checkpointing: bool,
+    passes: int = 1,
     soft_mask: str = "none",
     groups: bool = True,
 ) -> Memory:
-    """Add up a rank's memory at its fullest moment: in the backward pass, or in the optimizer's step."""
+    """Add up a rank's memory at its fullest moment.
+
+    That is at the logits (all activations, no gradients yet, unless earlier passes or a buffer hold them); in
+    the backward pass of the last block (the largest gradient too, tied embeddings', and the buckets, which
+    the first gradient calls for); at the end of the backward pass (all gradients, some on their way to other
+    ranks); or in the optimizer's step (gradients once more in fp32).
+    """
     kept, own, width = states(model, zero, groups), share(model, zero, groups), zero.weight_bytes
-    device = {
+    always = {
         "weights": kept.weights + kept.persistent,
         "master weights": kept.masters,
         "moments": kept.moments,
-        "gradients": kept.gradients,
     }
-    host = {}
+    host, gradients = {}, kept.gradients
     if zero.offload_optimizer:
-        host = {"master weights": device.pop("master weights"), "moments": device.pop("moments")}
+        host = {name: always.pop(name) for name in ("master weights", "moments")}
         host["gradients"] = 4 * own
-        device["gradients"] = 2 * model.largest * width if zero.stage >= 2 else kept.gradients
+        gradients = 2 * model.largest * width if zero.stage >= 2 else gradients
     if zero.offload_parameters:
-        host["weights"], device["weights"] = kept.weights, kept.persistent
-    device |= extras(model, zero, soft_mask)
-    passes = {
-        "buckets": _buckets(model, zero),
-        "gathered weights": _gathered(model, zero),
+        host["weights"], always["weights"] = kept.weights, kept.persistent
+    always |= extras(model, zero, soft_mask)
+    buffered = zero.stage == 3 or (zero.stage == 1 and width < zero.accumulation_bytes)
+    staged, cast = _buckets(model, zero)
+    held = {
+        "gradients": gradients if buffered or passes > 1 else 0,
+        "gathered weights": gathered_weights(model, zero),
         "activations": activations(model, batch, width, checkpointing),
-        "logits": vocabulary(model, batch, width),
         "keys of the contrast": gathered_keys(model, batch, zero.ranks),
     }
-    step = {"fp32 gradients of the step": _step(model, zero, own)}
+    head = {**held, "logits": vocabulary(model, batch, width)}
+    blocks = {
+        **held,
+        "gradients": held["gradients"] + width * model.largest,
+        "buckets": staged if zero.stage else 0,
+        "work on a block": working_memory(model, batch, width, checkpointing),
+    }
+    on_their_way = width * min(zero.reduce_bucket, model.trained_parameters) if zero.stage >= 2 else 0
+    ends = {
+        "gradients": gradients + on_their_way,
+        "buckets": staged + cast,
+        "gathered weights": held["gathered weights"],
+    }
+    step = {"gradients": gradients, "fp32 gradients of the step": _step(zero, own)}
     if soft_mask == "update":
         step["masked weights of the step"] = 8 * model.masked // (zero.ranks if zero.stage else 1)
-    fullest = max(passes, step, key=lambda part: sum(part.values()))
-    device |= {name: size for name, size in fullest.items() if size}
-    return Memory(device, host)
+    fullest = max(head, blocks, ends, step, key=lambda part: sum(part.values()))
+    return Memory({name: size for name, size in {**always, **fullest}.items() if size}, host)
 
 
-def _buckets(model: PlannedModel, zero: Zero) -> int:
-    """Bytes of the buckets that gradients are reduced in, and of one in flight in another precision."""
-    if zero.stage == 0:
-        # DeepSpeed's own, flattened, and cast as a whole where it travels in another precision.
-        cast = zero.communication_bytes if zero.communication_bytes != zero.weight_bytes else 0
-        return min(500_000_000, model.trained_parameters) * (zero.weight_bytes + cast) * (zero.ranks > 1)
-    staged = zero.reduce_bucket * zero.weight_bytes * (2 if zero.overlap and zero.stage < 3 else 1)
-    return staged + min(zero.reduce_bucket, model.trained_parameters) * zero.communication_bytes
+def _buckets(model: PlannedModel, zero: Zero) -> tuple[int, int]:
+    """Bytes of the buckets that gradients are reduced in, and of one cast to the precision it travels in."""
+    if zero.stage == 0:  # DeepSpeed's own, filled after the backward pass
+        entries, copies = min(500_000_000, model.trained_parameters), 1
+        staged = entries
+    else:
+        entries = min(zero.reduce_bucket, model.trained_parameters) * (zero.ranks > 1)
+        copies = 2 if zero.overlap and zero.stage < 3 else 1
+        staged = zero.reduce_bucket
+    cast = entries * zero.communication_bytes if zero.communication_bytes != zero.weight_bytes else 0
+    return staged * zero.weight_bytes * copies, cast
 
 
-def _gathered(model: PlannedModel, zero: Zero) -> int:
+def gathered_weights(model: PlannedModel, zero: Zero) -> int:
     """Bytes of what ZeRO-3 has gathered at once: at most max_live_parameters, or the largest one."""
     if zero.stage < 3:
         return 0
@@ -335,8 +360,10 @@ def _gathered(model: PlannedModel, zero: Zero) -> int:
     return min(large, max(zero.live, model.largest)) * zero.weight_bytes
 
 
-def _step(model: PlannedModel, zero: Zero, own: int) -> int:
-    """Bytes of gradients cast to fp32 for the optimizer, which ZeRO-3 does by sub-group."""
+def _step(zero: Zero, own: int) -> int:
+    """Bytes of gradients ready for the optimizer: fp32, by sub-group in ZeRO-3, flat first in 1 and 2."""
     if zero.offload_optimizer or (zero.weight_bytes == 4 and zero.stage == 0):
         return 0
-    return 4 * (min(zero.sub_group, own) if zero.stage == 3 else own)
+    if zero.stage == 3:
+        return 4 * min(zero.sub_group, own)
+    return own * (4 + (zero.accumulation_bytes if zero.stage else 0))

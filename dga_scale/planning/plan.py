@@ -133,6 +133,7 @@ class Planner:
             zero,
             batch,
             checkpointing=checkpointing,
+            passes=resolved.accumulation_steps,
             soft_mask=getattr(self.config.method, "soft_mask", "none"),
             groups=self.config.optimization.weight_decay > 0,
         )
