@@ -20,6 +20,7 @@ from dga_scale.endtasks import evaluate as module
 from dga_scale.endtasks.evaluate import parse_contenders
 from dga_scale.endtasks.evaluate_cli import main
 from dga_scale.errors import UserError
+from dga_scale.monitoring.plots import comparison_figure
 from tests.endtasks.tiny import examples, tiny_model, write_split, write_task
 from tests.small import DOMAIN, GENERAL, write_text
 
@@ -239,6 +240,17 @@ def test_a_causal_model_and_a_masked_base(world: Path, tmp_path: Path):
         UserError, match="causal is a causal LM and the base a masked one: they predict other"
     ):
         run(world, tmp_path / "out", [str(tmp_path / "causal")], domain_tasks=[], general_tasks=[])
+
+
+def test_the_figure_has_a_point_for_each_label_and_bars_for_its_seeds():
+    figure = comparison_figure([("base", [4.0], [3.0]), ("mlm", [3.0, 3.2], [3.5, 3.1])])
+    base, mlm = figure.axes[0].containers
+    assert [base[0].get_xydata().tolist(), mlm[0].get_xydata().tolist()] == [[[4.0, 3.0]], [[3.1, 3.3]]]
+    assert (base.has_xerr, base.has_yerr) == (False, False)
+    (horizontal,), (vertical,) = (bars.get_segments() for bars in mlm[2])
+    spread = math.sqrt(0.02), math.sqrt(0.08)  # standard deviations of two values: |a - b| / sqrt(2)
+    assert horizontal[:, 0] == pytest.approx([3.1 - spread[0], 3.1 + spread[0]])
+    assert vertical[:, 1] == pytest.approx([3.3 - spread[1], 3.3 + spread[1]])
 
 
 def test_labels(tmp_path: Path):
