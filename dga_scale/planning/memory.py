@@ -310,7 +310,10 @@ def memory(
         gradients = 2 * model.largest * width if zero.stage >= 2 else gradients
     if zero.offload_parameters:
         host["weights"], always["weights"] = kept.weights, kept.persistent
-    always |= extras(model, zero, soft_mask)
+    for name, size in extras(model, zero, soft_mask).items():
+        # A teacher lies where the weights do, the others beside what the optimizer steps.
+        offloaded = zero.offload_parameters if name == "teacher" else zero.offload_optimizer
+        (host if offloaded else always)[name] = size
     buffered = zero.stage == 3 or (zero.stage == 1 and width < zero.accumulation_bytes)
     staged, cast = _buckets(model, zero)
     held = {
@@ -333,7 +336,7 @@ def memory(
         "gathered weights": held["gathered weights"],
     }
     step = {"gradients": gradients, "fp32 gradients of the step": _step(zero, own)}
-    if soft_mask == "update":
+    if soft_mask == "update" and not zero.offload_optimizer:
         step["masked weights of the step"] = 8 * model.masked // (zero.ranks if zero.stage else 1)
     fullest = max(head, blocks, ends, step, key=lambda part: sum(part.values()))
     return Memory({name: size for name, size in {**always, **fullest}.items() if size}, host)

@@ -145,8 +145,9 @@ def _verdict(planner: Planner, plan: Plan, recommended: Plan | None) -> Iterable
         )
     elif recommended.choice != plan.choice:
         choice = recommended.choice
+        offload = "_offload" if recommended.zero.offload_parameters else ""
         yield (
-            f"Recommended: a ZeRO-{choice.stage} JSON (ds_configs/zero{choice.stage}.json), "
+            f"Recommended: a ZeRO-{choice.stage} JSON (ds_configs/zero{choice.stage}{offload}.json), "
             f"--per_device_train_batch_size {choice.micro_batch} "
             f"--gradient_accumulation_steps {recommended.accumulation}"
             + (" --gradient_checkpointing true" if choice.checkpointing else "")

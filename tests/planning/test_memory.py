@@ -129,6 +129,9 @@ def test_offload_moves_the_optimizer_to_the_host(roberta: PlannedModel) -> None:
     assert there.host == {"master weights": 4 * own, "moments": 8 * own, "gradients": 4 * own}
     assert there.total < here.total
     assert not here.host
+    anchored = memory(plan_of("roberta-base", "--method", "l2"), zero(2, 4, offload_optimizer=True), batch,
+                      checkpointing=False)  # fmt: skip
+    assert anchored.host["anchor"] == 4 * own
 
 
 def test_extras() -> None:

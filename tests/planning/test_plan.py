@@ -1,5 +1,6 @@
 """The command as a user runs it: what fits, what is recommended, weak scaling, and mistakes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,20 @@ def test_offload_keeps_to_its_stages() -> None:
     best = planner("xlm-roberta-xl", 8, config="zero3_offload").recommended()
     assert best is not None
     assert best.choice.stage == 3
-    assert set(best.memory.host) == {"weights", "master weights", "moments", "gradients"}
+    assert set(best.memory.host) == {"weights", "master weights", "moments", "gradients", "movement"}
+
+
+def test_recomputing_is_recommended_where_fewer_passes_pay_for_it() -> None:
+    """70 B parameters over a network card each, in each pass: 16 rows at once beat 16 passes of one."""
+    settings = ("--method", "dga", "--global_batch_size", "512")
+    plans = planner("llama-70b", 8, *settings, config="zero3_offload")
+    plans = dataclasses.replace(plans, cluster=Cluster(8, 1, GPUS["h100"]))
+    best = plans.recommended()
+    assert best is not None
+    assert best.choice.checkpointing
+    kept = plans.of(dataclasses.replace(best.choice, micro_batch=1, checkpointing=False), 512, 8)
+    assert kept.fits
+    assert best.time.step < kept.time.step
 
 
 def test_weak_scaling(capsys: pytest.CaptureFixture[str]) -> None:
