@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import mean, stdev
 
-from dga_scale.monitoring.run_data import RunData
+from dga_scale.monitoring.run_data import Change, RunData
 
 _NOT_COMPARED = frozenset(
     (
@@ -46,13 +46,21 @@ class Group:
     label: str
     runs: tuple[RunData, ...]
 
+    def changes(self) -> list[tuple[Change, Change]]:
+        """Domain and general losses of each run."""
+        found = [(run.change("domain"), run.change("general")) for run in self.runs]
+        return [(domain, general) for domain, general in found if domain and general]
+
     def after(self, text: str) -> Figure:
         """Loss on held-out ``"domain"`` or ``"general"`` text at the end."""
-        return Figure.of([change.after for run in self.runs if (change := run.change(text))])
+        return Figure.of([change.after for change in self._of(text)])
 
     def change(self, text: str) -> Figure:
         """How that loss changed."""
-        return Figure.of([change.difference for run in self.runs if (change := run.change(text))])
+        return Figure.of([change.difference for change in self._of(text)])
+
+    def _of(self, text: str) -> list[Change]:
+        return [domain if text == "domain" else general for domain, general in self.changes()]
 
     @property
     def tokens(self) -> int | None:

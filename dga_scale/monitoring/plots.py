@@ -172,45 +172,6 @@ def comparison_figure(
     return figure
 
 
-Spread = tuple[float, float | None]
-"""A mean over seeds and its standard deviation, None for one seed."""
-
-
-def methods_figure(
-    methods: Mapping[str, tuple[Spread, Spread]],
-    start: Sequence[tuple[float, float]] = (),
-    *,
-    theme: Theme = LIGHT,
-) -> Figure:
-    """General loss against domain loss, a point with error bars for each method.
-
-    Args:
-        methods: label -> (domain loss, general loss).
-        start: (domain loss, general loss) of the models before training.
-    """
-    figure = _figure(_WIDTH, 4.2)
-    axes = figure.add_subplot()
-    for number, (color, (label, (x, y))) in enumerate(
-        zip(_cycle(theme, len(methods)), methods.items(), strict=True)
-    ):
-        # Colours come again after a few: another mark tells them apart.
-        mark = "osD^vP"[number // len(theme.series) % 6]
-        axes.errorbar(
-            x[0], y[0], xerr=x[1] or 0.0, yerr=y[1] or 0.0, color=color, marker=mark, markersize=6, capsize=3,
-            linestyle="none", label=label,
-        )  # fmt: skip
-    for domain, general in start:
-        axes.plot(
-            domain, general, marker="*", markersize=11, color=theme.text, linestyle="none", label="before"
-        )
-    axes.margins(0.12)
-    axes.set_xlabel("domain loss (less: more was learnt)")
-    axes.set_ylabel("general loss (less: more was kept)")
-    _style(axes, theme)
-    _legend(axes, theme)
-    return figure
-
-
 def forgetting_figure(
     domains: Sequence[str], scores: Sequence[Sequence[float]], *, theme: Theme = LIGHT
 ) -> Figure:

@@ -144,15 +144,14 @@ def _methods(groups: Sequence[Group]) -> str:
         values = (cells[0], changes[0], cells[1], changes[1], str(len(group.runs)))
         rows.append(f"<tr><td>{escape(group.label)}</td>{_cells(values)}</tr>")
     head = ("method", "domain loss", "change", "general loss", "change", "seeds")
-    before = [(run.change("domain"), run.change("general")) for group in groups for run in group.runs]
-    start = {(d.before, g.before) for d, g in before if d and g}
-    points = {
-        group.label: ((d.mean, d.deviation), (g.mean, g.deviation))
+    before = [(d.before, g.before) for group in groups for d, g in group.changes()]
+    # Runs of one base start from the same losses, measured again by each.
+    points = [("before", [before[0][0]], [before[0][1]])] + [
+        (group.label, [d.after for d, _ in group.changes()], [g.after for _, g in group.changes()])
         for group in groups
-        for d, g in [(group.after("domain"), group.after("general"))]
-    }
+    ]
     caption = "what was learnt against what was kept: left is better in the domain, low outside it"
-    picture = _figures([(caption, lambda theme: plots.methods_figure(points, sorted(start), theme=theme))])
+    picture = _figures([(caption, lambda theme: plots.comparison_figure(points, theme=theme))])
     return _table(head, rows) + picture
 
 
