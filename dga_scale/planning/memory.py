@@ -329,11 +329,12 @@ def memory(
         "buckets": staged if zero.stage else 0,
         "work on a block": working_memory(model, batch, width, checkpointing),
     }
-    on_their_way = width * min(zero.reduce_bucket, model.trained_parameters) if zero.stage >= 2 else 0
+    on_their_way = width * _reduced_at_once(model, zero) if zero.stage >= 2 else 0
     ends = {
         "gradients": gradients + on_their_way,
         "buckets": staged + cast,
-        "gathered weights": held["gathered weights"],
+        # ZeRO-3 lets go of each block on its way back; the embeddings' gradient is the last.
+        "gathered weights": min(held["gathered weights"], width * model.largest),
     }
     step = {"gradients": gradients, "fp32 gradients of the step": _step(zero, own)}
     if soft_mask == "update" and not zero.offload_optimizer:
@@ -342,22 +343,33 @@ def memory(
     return Memory({name: size for name, size in {**always, **fullest}.items() if size}, host)
 
 
+def _reduced_at_once(model: PlannedModel, zero: Zero) -> int:
+    """Entries of gradients reduced in one call: a bucket, or a parameter that is larger than one."""
+    return min(max(zero.reduce_bucket, model.largest), model.trained_parameters)
+
+
 def _buckets(model: PlannedModel, zero: Zero) -> tuple[int, int]:
-    """Bytes of the buckets that gradients are reduced in, and of one cast to the precision it travels in."""
+    """Bytes of the buckets that gradients wait in, and of the copies made to reduce one.
+
+    One copy in the precision that it travels in, if that is another; ZeRO-3 lays it out by rank in one more.
+    """
+    cast = zero.communication_bytes if zero.communication_bytes != zero.weight_bytes else 0
     if zero.stage == 0:  # DeepSpeed's own, filled after the backward pass
-        entries, copies = min(500_000_000, model.trained_parameters), 1
-        staged = entries
-    else:
-        entries = min(zero.reduce_bucket, model.trained_parameters) * (zero.ranks > 1)
-        copies = 2 if zero.overlap and zero.stage < 3 else 1
-        staged = zero.reduce_bucket
-    cast = entries * zero.communication_bytes if zero.communication_bytes != zero.weight_bytes else 0
-    return staged * zero.weight_bytes * copies, cast
+        entries = min(500_000_000, model.trained_parameters)
+        return entries * zero.weight_bytes, entries * cast
+    copies = 2 if zero.overlap and zero.stage < 3 else 1
+    if zero.stage == 3:
+        cast += zero.communication_bytes
+    moved = _reduced_at_once(model, zero) * (zero.ranks > 1)
+    return zero.reduce_bucket * zero.weight_bytes * copies, moved * cast
 
 
 def gathered_weights(model: PlannedModel, zero: Zero) -> int:
-    """Bytes of what ZeRO-3 has gathered at once: at most max_live_parameters, or the largest one."""
-    if zero.stage < 3:
+    """Bytes of what ZeRO-3 has gathered at once: at most max_live_parameters, or the largest one.
+
+    One rank has all it needs, unless it has to come from the host.
+    """
+    if zero.stage < 3 or (zero.ranks == 1 and not zero.offload_parameters):
         return 0
     large = sum(size for size in model.sizes.values() if size > zero.persistence)
     return min(large, max(zero.live, model.largest)) * zero.weight_bytes

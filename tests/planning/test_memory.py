@@ -121,6 +121,20 @@ def test_more_rows_and_views_take_more_and_recomputing_less(roberta: PlannedMode
     assert 4 * working_memory(roberta, split, 2, True) == working_memory(roberta, small, 2, True)
 
 
+def test_reducing_the_embeddings_is_the_fullest_moment_of_a_large_vocabulary() -> None:
+    """ZeRO-3: weights, gradient, and the gradient twice in what it travels in, of the largest parameter."""
+    model = plan_of("xlm-roberta-base")
+    batch = Batch(rows=1, length=16, labels=2, views=1, stacked=1)
+    for travels, copies in ((4, 2), (2, 1)):
+        settings = zero(3, 64, communication_bytes=travels)
+        found = memory(model, settings, batch, checkpointing=False)
+        largest = 250002 * 768
+        besides = found.total - states(model, settings).total
+        assert besides == largest * (2 + 2 + copies * travels) + 1000 * 2
+    alone = memory(model, zero(3, 1), batch, checkpointing=False)
+    assert "gathered weights" not in alone.device
+
+
 def test_offload_moves_the_optimizer_to_the_host(roberta: PlannedModel) -> None:
     batch = Batch(rows=1, length=64, labels=10, views=1, stacked=1)
     here = memory(roberta, zero(2, 4), batch, checkpointing=False)
