@@ -221,12 +221,24 @@ def activations(model: PlannedModel, batch: Batch, width: int, checkpointing: bo
 
     All views wait for the backward pass, in one pass of the trunk or in several: ``split_views`` makes what
     is recomputed and worked on at once smaller, not what is kept. With checkpointing a block keeps its input.
+    A pass with a gated view keeps the heads' outputs before and after the gates.
     """
     tokens, h = batch.tokens * batch.views, model.anatomy.hidden_size
-    per_block = width * h if checkpointing else layer_activations(model, width)
+    per_block = width * h if checkpointing else layer_activations(model, width) + _gated(model, batch, width)
     # Embeddings keep a norm's input and a dropout mask; the last block leaves the hidden states.
     edges = 3 * width * h + (h if model.dropout else 0)
     return tokens * (edges + model.trained_layers * per_block)
+
+
+def _gated(model: PlannedModel, batch: Batch, width: int) -> int:
+    """Bytes a token and block that gates add, the mean over all views.
+
+    Attention keeps its output for its own backward pass, beside the gated one. What gates of FFN units and
+    neurons multiply is kept by nobody.
+    """
+    gated = sum(view.gated for view in model.method.views()) if "heads" in model.method.kinds else 0
+    share_of_views = (gated > 0) if batch.stacked > 1 else gated / batch.views
+    return int(width * share_of_views * model.anatomy.num_heads * model.anatomy.head_dim)
 
 
 def working_memory(model: PlannedModel, batch: Batch, width: int, checkpointing: bool) -> int:

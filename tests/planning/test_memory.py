@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from dga_scale.objectives import read_config
+from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.objectives import build_method, read_config
+from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.planning.memory import (
     Batch,
     Zero,
@@ -119,6 +121,36 @@ def test_more_rows_and_views_take_more_and_recomputing_less(roberta: PlannedMode
     split = dataclasses.replace(small, stacked=1)
     assert activations(roberta, split, 2, checkpointing=False) == kept
     assert 4 * working_memory(roberta, split, 2, True) == working_memory(roberta, small, 2, True)
+
+
+@pytest.mark.parametrize("method", ["dga", "das"])
+@pytest.mark.parametrize("split", [False, True])
+def test_gates_of_heads_keep_both_sides_of_their_product(method: str, split: bool, tmp_path: Path) -> None:
+    """What one more block adds in the program's own training model, all four views, in bf16."""
+    given = ["--model", str(tmp_path / "config.json"), "--corpus", "any", "--ds_config", ZERO2]
+    config = read_config([*given, "--method", method])
+
+    def saved(layers: int) -> int:
+        sizes = {**KINDS["roberta"], "num_hidden_layers": layers}
+        lm = AutoModelForMaskedLM.from_config(AutoConfig.for_model("roberta", **sizes), dtype=torch.bfloat16)
+        anatomy = anatomy_of(lm)
+        model = TrainingModel(lm, anatomy, build_method(config), split_views=split).train()
+        model.set_protection(
+            {kind: torch.full((layers, anatomy.units(kind)), 0.5) for kind in model.method.kinds}
+        )
+        ids = torch.randint(5, 100, (2, 32))
+        positions = torch.arange(4).expand(2, -1)
+        inputs = (ids, ids, torch.ones_like(ids), positions, ids.gather(1, positions))
+        return saved_bytes(model, lambda: model(*inputs)[0])[1]
+
+    one_more = (saved(4) - saved(2)) / 2
+    sizes = AutoConfig.for_model("roberta", num_hidden_layers=2, **KINDS["roberta"])
+    sizes.to_json_file(tmp_path / "config.json")
+    planned = build_model(config)
+    batch = Batch(rows=2, length=32, labels=4, views=4, stacked=1 if split else 4)
+    deeper = dataclasses.replace(planned, trained_layers=3)
+    added = activations(deeper, batch, 2, False) - activations(planned, batch, 2, False)
+    assert added == pytest.approx(one_more, rel=0.05)
 
 
 def test_reducing_the_embeddings_is_the_fullest_moment_of_a_large_vocabulary() -> None:
