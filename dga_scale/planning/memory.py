@@ -64,7 +64,6 @@ class Zero:
     all_reduce: bool
     """ZeRO-1 and 2 all-reduce gradients, and each rank keeps its part (DeepSpeed's default)."""
     live: int
-    prefetch: int
     persistence: int
     sub_group: int
 
@@ -91,7 +90,6 @@ class Zero:
             overlap=resolved.zero_stage == 3 if overlap is None else bool(overlap),
             all_reduce=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
             live=int(zero.get("stage3_max_live_parameters", 1e9)),
-            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             sub_group=int(zero.get("sub_group_size", 1e9)),
         )

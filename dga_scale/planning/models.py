@@ -69,7 +69,6 @@ class PlannedModel:
         sizes: entries of each parameter, by name; tied ones once.
         trained: names of those that the optimizer steps.
         decayed: of those, the matrices: AdamW keeps them in a group of their own if there is weight decay.
-        layer_sizes: entries of the parameters of the blocks, one figure a block.
         trained_layers: blocks from the lowest that a gradient reaches to the top: they keep activations.
         kv_size: width of keys, and of values, in a layer.
         fused_rotary: queries and keys from one projection with the values are rotated.
@@ -86,7 +85,6 @@ class PlannedModel:
     sizes: Mapping[str, int]
     trained: frozenset[str]
     decayed: frozenset[str]
-    layer_sizes: tuple[int, ...]
     trained_layers: int
     kv_size: int
     fused_rotary: bool
@@ -206,8 +204,7 @@ def _describe(name: str, model: Any, anatomy: Anatomy, method: Method) -> Planne
     parameters = dict(model.named_parameters())
     sizes = {key: parameter.numel() for key, parameter in parameters.items()}
     trained = frozenset(key for key, parameter in parameters.items() if parameter.requires_grad)
-    blocks = [_block_of(output, layer) for layer, output in enumerate(anatomy.attention_outputs)]
-    first = model.get_submodule(blocks[0])
+    first = model.get_submodule(_block_of(anatomy.attention_outputs[0], 0))
     masked = [slab for slab in anatomy.slabs if slab.kind in method.kinds]
     own = [slab for slab in masked if slab.role == _OWN_ROLES[slab.kind]]
 
@@ -227,9 +224,6 @@ def _describe(name: str, model: Any, anatomy: Anatomy, method: Method) -> Planne
         sizes=sizes,
         trained=trained,
         decayed=frozenset(key for key in trained if parameters[key].dim() > 1),
-        layer_sizes=tuple(
-            sum(size for key, size in sizes.items() if key.startswith(f"{block}.")) for block in blocks
-        ),
         trained_layers=anatomy.num_layers + 1 - max(1, min(lowest)),
         kv_size=int((keys.owners >= 0).any(dim=1).sum()),
         fused_rotary=keys.parameter in queries and any("Rotary" in type(m).__name__ for m in model.modules()),

@@ -40,7 +40,7 @@ def zero(stage: int, ranks: int, **changes: Any) -> Zero:
     values: dict[str, Any] = {
         "weight_bytes": 2, "accumulation_bytes": 2, "communication_bytes": 4, "offload_optimizer": False,
         "offload_parameters": False, "reduce_bucket": 1000, "overlap": False, "all_reduce": True,
-        "live": 10**9, "prefetch": 1000, "persistence": 0, "sub_group": 10**9,
+        "live": 10**9, "persistence": 0, "sub_group": 10**9,
     }  # fmt: skip
     return Zero(stage=stage, ranks=ranks, **(values | changes))
 

@@ -45,7 +45,7 @@ def test_parameters_of_presets(name: str) -> None:
     model = plan_of(name)
     assert model.parameters == EXPECTED[name]
     assert model.trained_parameters == model.parameters
-    assert len(model.layer_sizes) == model.trained_layers == model.anatomy.num_layers
+    assert model.trained_layers == model.anatomy.num_layers
 
 
 def test_the_closed_form_of_a_decoder() -> None:
