@@ -1,14 +1,13 @@
 """All methods on one domain at equal tokens: domain and general loss over seeds, and what a step costs.
 
     python benchmarks/methods.py losses DATA [--steps 40] [--seeds 42 43] [--methods mlm dga ...]
-    python benchmarks/methods.py costs DATA [--repetitions 3]
     python benchmarks/methods.py sequence DATA [--domains restaurant acl camera] [--seeds 42]
 
 DATA is a folder with corpora/NAME.jsonl.gz, endtasks/ and models/minilm-l6-mlm. Text is sharded and every
 method trained on two ranks under ZeRO-2 by the program's own commands; what is finished is not run again.
-``costs`` runs short trainings of all methods in turn, each repeated, and compares medians with plain MLM's:
-leave the machine alone meanwhile. ``sequence`` trains DAS and plain MLM through the domains in turn, and
-fine-tunes on the domains' end tasks after each. Tables are appended to benchmarks/RESULTS.md.
+Times of steps are those of the last seed's runs: leave the machine alone meanwhile. ``sequence`` trains DAS and
+plain MLM through the domains in turn, and fine-tunes on the domains' end tasks after each. Tables are appended
+to benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -54,19 +53,18 @@ SHARED = ("--bf16", "true", "--save_total_limit", "1", "--max_eval_samples", "25
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["losses", "costs", "sequence"])
+    parser.add_argument("what", choices=["losses", "sequence"])
     parser.add_argument("data", type=Path)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--global_batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--domains", nargs="+", default=["restaurant", "acl", "camera"])
     arguments = parser.parse_args()
     shard(arguments.data, ["acl", "general_wikipedia", "general_wikipedia_heldout"])
     command = " ".join(["python", "benchmarks/methods.py", *sys.argv[1:]])
-    title, body = {"losses": losses, "costs": costs, "sequence": sequence}[arguments.what](arguments)
+    title, body = {"losses": losses, "sequence": sequence}[arguments.what](arguments)
     append_section(title, body, command)
 
 
@@ -98,8 +96,11 @@ def train(arguments: argparse.Namespace, output: Path, corpora: list[str], steps
 
 
 def losses(arguments: argparse.Namespace) -> tuple[str, str]:
-    """Held-out losses after each method, mean and spread over seeds."""
-    lines = ["| method | domain loss | change | general loss | change | seeds |", "|---|---|---|---|---|---|"]
+    """Held-out losses after each method, mean and spread over seeds; time and memory of the last seed."""
+    columns = ["method", "domain loss", "change", "general loss", "change", "seeds", "step, s"]
+    columns += ["step / mlm's", "memory of a rank, GiB", "memory / mlm's"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    plain: tuple[float, float] | None = None
     for name in arguments.methods:
         found: dict[str, list[tuple[float, float]]] = {"domain_loss": [], "general_loss": []}
         for seed in arguments.seeds:
@@ -111,48 +112,28 @@ def losses(arguments: argparse.Namespace) -> tuple[str, str]:
         cells = [name]
         for values in found.values():
             cells += [figure([after for _, after in values]), figure([b - a for a, b in values], "+")]
-        lines.append(f"| {' | '.join(cells)} | {len(arguments.seeds)} |")
+        seconds, memory = cost(output)
+        plain = plain or (seconds, memory)
+        cells += [str(len(arguments.seeds)), f"{seconds:.2f}", f"{seconds / plain[0]:.2f}", f"{memory:.2f}",
+                  f"{memory / plain[1]:.2f}"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     before = " and ".join(f"{key.replace('_', ' ')} {values[0][0]:.3f}" for key, values in found.items())
     tokens = arguments.steps * arguments.global_batch_size * 128
     rates = f"Learning rate {arguments.learning_rate:g}; 1e-3 for lora, adapter and prompt."
     return "All methods on ACL", f"{tokens:,} tokens each; before: {before}. {rates}\n\n" + "\n".join(lines)
 
 
+def cost(run_folder: Path) -> tuple[float, float]:
+    """Median seconds of a step after the first three, and the most memory of rank 0 in GiB."""
+    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    steps = [record for record in log if "step_seconds" in record][3:]
+    return statistics.median(r["step_seconds"] for r in steps), max(r["memory_gib"][0] for r in steps)
+
+
 def figure(values: list[float], sign: str = "") -> str:
     """Mean, and half the range over seeds."""
     half = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.3f}{half}"
-
-
-def costs(arguments: argparse.Namespace) -> tuple[str, str]:
-    """Time of a step and memory of a rank beside plain MLM's, medians over repetitions of short runs."""
-    steps, seconds, memory = 6, {}, {}
-    for repetition in range(arguments.repetitions):
-        for name in arguments.methods:
-            output = WORK / f"cost-{name.replace(' ', '-')}-{repetition}"
-            short = ["--max_eval_samples", 16]
-            if "--importance_samples" in VARIANTS[name]:
-                short += ["--importance_samples", 32]
-            train(arguments, output, ["acl"], steps, *VARIANTS[name], *short)
-            log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-            taken = [record for record in log if "step_seconds" in record][2:]
-            seconds.setdefault(name, []).append(statistics.median(r["step_seconds"] for r in taken))
-            memory.setdefault(name, []).append(max(r["memory_gib"][0] for r in taken))
-    lines = [
-        "| method | step, s | step / mlm's | memory of a rank, GiB | memory / mlm's |",
-        "|---|---|---|---|---|",
-    ]
-    for name in arguments.methods:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["mlm"], strict=True)]
-        shares = [a / b for a, b in zip(memory[name], memory["mlm"], strict=True)]
-        lines.append(
-            f"| {name} | {statistics.median(seconds[name]):.2f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) | {statistics.median(memory[name]):.2f} | "
-            f"{statistics.median(shares):.2f} |"
-        )
-    rows, times = arguments.global_batch_size, arguments.repetitions
-    body = f"{rows} rows of 128 tokens a step; {times} repetitions, all methods in turn."
-    return "What a step of each method costs", body + "\n\n" + "\n".join(lines)
 
 
 TASKS = {
