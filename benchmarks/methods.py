@@ -5,9 +5,9 @@
 
 DATA is a folder with corpora/NAME.jsonl.gz, endtasks/ and models/minilm-l6-mlm. Text is sharded and every
 method trained on two ranks under ZeRO-2 by the program's own commands; what is finished is not run again.
-Times of steps are those of the last seed's runs: leave the machine alone meanwhile. ``sequence`` trains DAS and
-plain MLM through the domains in turn, and fine-tunes on the domains' end tasks after each. Tables are appended
-to benchmarks/RESULTS.md.
+Times of steps are those of the last seed's runs: leave the machine alone meanwhile. ``sequence`` trains DAS
+and plain MLM through the domains in turn, and fine-tunes on the domains' end tasks after each. Tables are
+appended to benchmarks/RESULTS.md.
 """
 
 import argparse
