@@ -220,3 +220,19 @@ def mask_of(name: str, weight: Tensor, scale: Tensor) -> Tensor:
             width = weight.shape[1] // heads
             mask[:, head * width : (head + 1) * width] = scale[layer, head]
     return mask
+
+
+def per_example_fisher(lm: nn.Module, batch: GlobalBatch) -> dict[str, Tensor]:
+    """Mean over examples of the squared gradient of each one's own masked-LM loss, unpadded; eval mode."""
+    lm.eval()
+    squares = {name: torch.zeros_like(p) for name, p in lm.named_parameters()}
+    for row, length in enumerate(batch.attention_mask.sum(dim=1).tolist()):
+        lm.zero_grad()
+        labels = batch.labels[row][batch.labels[row] != -100]
+        positions = batch.positions[row][: len(labels)]
+        logits = lm(input_ids=batch.masked_ids[row : row + 1, :length]).logits[0, positions]
+        F.cross_entropy(logits, labels).backward()
+        for name, parameter in lm.named_parameters():
+            if parameter.grad is not None:
+                squares[name] += parameter.grad**2 / len(batch.labels)
+    return squares

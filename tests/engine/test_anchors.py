@@ -34,6 +34,7 @@ from tests.engine.training import (
 )
 from tests.objectives.toy import rows_of, toy_batch
 from tests.ranks import run_ranks
+from tests.reference import per_example_fisher
 
 STEPS = 4
 WEIGHT = 100.0
@@ -189,19 +190,7 @@ def whole(values: dict[FragmentKey, Tensor], fragments: Sequence[Fragment]) -> d
 
 
 def expected_fisher(batch: Batch) -> dict[str, Tensor]:
-    """Each example on its own, unpadded, through the stock model."""
-    lm = tiny_bert().eval()
-    squares = {name: torch.zeros_like(p) for name, p in lm.named_parameters()}
-    for row, length in enumerate(batch.attention_mask.sum(dim=1).tolist()):
-        lm.zero_grad()
-        labels = batch.labels[row][batch.labels[row] != -100]
-        positions = batch.positions[row][: len(labels)]
-        logits = lm(input_ids=batch.masked_ids[row : row + 1, :length]).logits[0, positions]
-        F.cross_entropy(logits, labels).backward()
-        for name, parameter in lm.named_parameters():
-            if parameter.grad is not None:
-                squares[name] += parameter.grad**2 / len(batch.labels)
-    return squares
+    return per_example_fisher(tiny_bert(), batch)
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(1, 8), (2, 4), (2, 1)])

@@ -140,3 +140,11 @@ def wider(batch: Batch, columns: int) -> Batch:
         masked_ids=padded(batch.masked_ids, PAD),
         attention_mask=padded(batch.attention_mask, 0),
     )
+
+
+def assert_gradients_of_mlm_and(term: torch.nn.Module, trained: torch.nn.Module, batch: Batch) -> None:
+    """The gradients of ``trained`` are those of plain MLM and of ``term``'s own backward pass added up."""
+    mlm = training_model("mlm")
+    loss_of(mlm, batch)[0].backward()
+    plain, added = gradients_of(mlm.lm), gradients_of(term)
+    assert_same_gradients(gradients_of(trained), {name: plain[name] + added.get(name, 0) for name in plain})

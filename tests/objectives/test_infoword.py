@@ -10,9 +10,8 @@ from dga_scale.errors import UserError
 from dga_scale.objectives.infoword import pool_masked_words
 from dga_scale.objectives.views import ModelInputs
 from tests.objectives.comparison import (
-    assert_same_gradients,
+    assert_gradients_of_mlm_and,
     config_of,
-    gradients_of,
     info_nce,
     loss_of,
     masked_places,
@@ -36,12 +35,7 @@ def test_term_and_gradient_are_the_references(temperature: float) -> None:
     loss, terms = loss_of(model, batch)
     assert terms["infoword"].item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
-    mlm = training_model("mlm")
-    loss_of(mlm, batch)[0].backward()
-    plain, contrasted = gradients_of(mlm.lm), gradients_of(lm)
-    assert_same_gradients(
-        gradients_of(model.lm), {name: plain[name] + contrasted.get(name, 0) for name in plain}
-    )
+    assert_gradients_of_mlm_and(lm, model.lm, batch)
 
 
 def test_sentences_that_are_alike_give_log_of_their_number() -> None:

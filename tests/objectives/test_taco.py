@@ -10,9 +10,8 @@ from dga_scale.errors import UserError
 from dga_scale.objectives import taco
 from dga_scale.objectives.taco import near_tokens, tokens_of_others
 from tests.objectives.comparison import (
-    assert_same_gradients,
+    assert_gradients_of_mlm_and,
     config_of,
-    gradients_of,
     loss_of,
     method_of,
     training_model,
@@ -62,12 +61,7 @@ def test_term_and_gradient_are_the_references(monkeypatch: pytest.MonkeyPatch) -
     expected.backward()
     assert terms["taco"].item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
-    mlm = training_model("mlm")
-    loss_of(mlm, batch)[0].backward()
-    plain, contrasted = gradients_of(mlm.lm), gradients_of(lm)
-    assert_same_gradients(
-        gradients_of(model.lm), {name: plain[name] + contrasted.get(name, 0) for name in plain}
-    )
+    assert_gradients_of_mlm_and(lm, model.lm, batch)
 
 
 def test_positives_are_other_tokens_within_the_window() -> None:

@@ -17,6 +17,7 @@ from dga_scale.preservation.anchors import key_of
 from dga_scale.preservation.fisher import Fisher, measure_fisher
 from dga_scale.preservation.fragments import Fragment
 from tests.objectives.toy import rows_of, toy_batch, toy_lm
+from tests.reference import per_example_fisher
 
 ROWS = 6
 NAMES = "input_ids", "masked_ids", "attention_mask", "positions", "labels"
@@ -43,19 +44,7 @@ def by_name(fisher: Fisher) -> dict[str, Tensor]:
 
 
 def expected_fisher(batch: Batch) -> dict[str, Tensor]:
-    """Each example on its own, unpadded, through the stock model."""
-    lm = toy_lm().eval()
-    squares = {name: torch.zeros(p.numel()) for name, p in lm.named_parameters()}
-    for row, length in enumerate(batch.attention_mask.sum(dim=1).tolist()):
-        lm.zero_grad()
-        labels = batch.labels[row][batch.labels[row] != -100]
-        positions = batch.positions[row][: len(labels)]
-        logits = lm(input_ids=batch.masked_ids[row : row + 1, :length]).logits[0, positions]
-        F.cross_entropy(logits, labels).backward()
-        for name, parameter in lm.named_parameters():
-            if parameter.grad is not None:
-                squares[name] += parameter.grad.flatten() ** 2 / len(batch.labels)
-    return squares
+    return {name: f.flatten() for name, f in per_example_fisher(toy_lm(), batch).items()}
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
