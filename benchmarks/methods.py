@@ -149,17 +149,18 @@ TASKS = {
 def sequence(arguments: argparse.Namespace) -> tuple[str, str]:
     """DAS and plain MLM through several domains: held-out losses and end-task scores after each."""
     shard(arguments.data, arguments.domains)
-    parts = []
+    runs = {}
     for name, flags in {"das update": VARIANTS["das update"], "plain MLM": VARIANTS["mlm"]}.items():
         for seed in arguments.seeds:
             output = WORK / f"sequence-{name.replace(' ', '-')}-{arguments.steps}-{seed}"
-            train(arguments, output, arguments.domains, arguments.steps, *flags, "--seed", seed)
-            tasks = [
-                f"{domain}={arguments.data / 'endtasks' / TASKS[domain]}" for domain in arguments.domains
-            ]
-            short = ["--seeds", 2, "--jobs", 2, "--max_train_examples", 300, "--epochs", 3]
-            run("tools/forgetting.py", output, "--task", *tasks, *short, "--learning_rate", "2e-4")
-            parts.append(sequence_table(name, seed, output))
+            runs[name, seed] = train(
+                arguments, output, arguments.domains, arguments.steps, *flags, "--seed", seed
+            )
+    tasks = [f"{domain}={arguments.data / 'endtasks' / TASKS[domain]}" for domain in arguments.domains]
+    short = ["--seeds", 2, "--jobs", 2, "--max_train_examples", 200, "--epochs", 3, "--learning_rate", "2e-4"]
+    for output in runs.values():
+        run("tools/forgetting.py", output, "--task", *tasks, *short)
+    parts = [sequence_table(name, seed, output) for (name, seed), output in runs.items()]
     return f"A sequence of domains: {', '.join(arguments.domains)}", "\n\n".join(parts)
 
 
