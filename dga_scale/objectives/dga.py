@@ -35,6 +35,7 @@ class DGA(Method):
     name = "dga"
     summary = "MLM + contrast of full with general knowledge, soft-masked attention heads (Ke et al., 2022)"
     Settings = DGASettings
+    gathered_keys = 2
     kinds: ClassVar[tuple[str, ...]] = ("heads",)
 
     def views(self) -> tuple[View, ...]:

@@ -38,6 +38,7 @@ class InfoWord(Method):
     name = "infoword"
     summary = "MLM + contrast of the masked sentence with its masked words (Kong et al., 2020)"
     Settings = InfoWordSettings
+    gathered_keys = 1
 
     def check(self, config: TrainConfig, causal: bool) -> None:
         if causal:

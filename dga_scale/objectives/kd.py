@@ -31,6 +31,7 @@ class KD(Method):
     name = "kd"
     summary = "MLM + distillation of the starting model's token distributions (DGA's baseline)"
     Settings = KDSettings
+    compares_vocabulary = True
     needs_teacher = True
 
     def terms(self, reading: Reading) -> dict[str, Term]:

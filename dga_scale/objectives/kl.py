@@ -39,6 +39,7 @@ class KL(Method):
     name = "kl"
     summary = "MLM + KL to the starting model's predictions on general text (--mix)"
     Settings = KLSettings
+    compares_vocabulary = True
     needs_mix = True
     needs_teacher = True
 

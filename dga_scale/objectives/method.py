@@ -116,6 +116,10 @@ class Method(nn.Module):
     """Whether the units' importance for the domain (by its LM loss) is measured and saved after training."""
     needs_mix: ClassVar[bool] = False
     """Whether ``--mix`` has to be given."""
+    gathered_keys: ClassVar[int] = 0
+    """Pooled states (rows, hidden) that a contrast gathers from all ranks in each pass; for planning."""
+    compares_vocabulary: ClassVar[bool] = False
+    """Whether the distribution over the vocabulary is compared with the teacher's; for planning."""
 
     def __init__(self, settings: MethodSettings) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class SimCSE(Method):
     name = "simcse"
     summary = "MLM + contrast of two dropout draws of a sentence with all others (Gao et al., 2021)"
     Settings = SimCSESettings
+    gathered_keys = 1
 
     def prepare(self, workplace: Workplace) -> PreTrainedModel | None:
         """Refuse a model without dropout.

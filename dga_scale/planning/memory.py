@@ -16,12 +16,6 @@ from typing import Any
 from dga_scale.engine.ds_config import ResolvedConfig
 from dga_scale.planning.models import PlannedModel
 
-GATHERED_KEYS = {"dga": 2, "das": 2, "simcse": 1, "infoword": 1}
-"""Pooled states (rows, hidden) that a method gathers from all ranks in each pass; others gather none."""
-
-VOCABULARY_DIVERGENCES = ("kd", "kl")
-"""Methods that compare the model's distribution over the vocabulary with a teacher's."""
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -254,7 +248,7 @@ def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
     """
     positions = batch.rows * batch.labels
     widths = 2 * width + 8
-    if model.method.name in VOCABULARY_DIVERGENCES:
+    if model.method.compares_vocabulary:
         widths += 16 + width
     return positions * (model.anatomy.vocab_size * widths + 4 * width * model.anatomy.hidden_size)
 
@@ -266,7 +260,7 @@ def gathered_keys(model: PlannedModel, batch: Batch, ranks: int) -> int:
 
 def gather_bytes(model: PlannedModel, batch: Batch, ranks: int) -> int:
     """Bytes of all ranks' pooled states that a contrast's all-gather brings together in one pass."""
-    sides = GATHERED_KEYS.get(model.method.name, 0)
+    sides = model.method.gathered_keys
     if batch.views == 1 or ranks == 1:
         return 0
     return sides * ranks * batch.rows * model.anatomy.hidden_size * 4

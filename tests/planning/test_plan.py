@@ -12,7 +12,6 @@ from dga_scale.errors import UserError
 from dga_scale.objectives import METHODS, read_config
 from dga_scale.planning.cli import main
 from dga_scale.planning.gpus import GPUS
-from dga_scale.planning.memory import GATHERED_KEYS, VOCABULARY_DIVERGENCES
 from dga_scale.planning.plan import Cluster, Planner, make_planner
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -127,8 +126,9 @@ def test_no_method_is_forgotten(method: str) -> None:
     module = __import__(METHODS[method].__module__, fromlist=["_"])
     base = __import__(METHODS[method].__mro__[1].__module__, fromlist=["_"])
     uses = {name for part in (module, base) for name in vars(part)}
-    assert (method in GATHERED_KEYS) == ("contrastive_loss" in uses)
-    assert (method in VOCABULARY_DIVERGENCES) == (METHODS[method].needs_teacher and "kl_divergence" in uses)
+    assert (METHODS[method].gathered_keys > 0) == ("contrastive_loss" in uses)
+    compares = METHODS[method].needs_teacher and "kl_divergence" in uses
+    assert METHODS[method].compares_vocabulary == compares
 
 
 @pytest.mark.parametrize(
