@@ -26,7 +26,7 @@ from dga_scale.backbone.lora import save_lora_config
 from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, commit, newest_complete, prune
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.run_folder import write_text
-from dga_scale.engine.shards import frozen_shares, local_shards, refresh_model_weights
+from dga_scale.engine.shards import equal_share, frozen_shares, local_shards, refresh_model_weights
 from dga_scale.engine.tensor_files import Entry, FileRecord, PieceReader, record_of, write_safetensors
 from dga_scale.errors import UserError
 
@@ -134,7 +134,7 @@ def _write_shard(path: Path, engine: DeepSpeedEngine, cluster: Cluster) -> FileR
         for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
             length = fragment.values.numel()
             # In ZeRO-0 every rank holds everything: each writes an equal share.
-            first, last = _share(length, cluster) if engine.zero_optimization_stage() == 0 else (0, length)
+            first, last = equal_share(length) if engine.zero_optimization_stage() == 0 else (0, length)
             if first == last:
                 continue
             place = (fragment.start + first, fragment.shape)
@@ -152,10 +152,6 @@ def _write_shard(path: Path, engine: DeepSpeedEngine, cluster: Cluster) -> FileR
     assert len(optimizer_steps) <= 1, f"parameters have made different numbers of steps: {optimizer_steps}"
     step = str(optimizer_steps.pop()) if optimizer_steps else ""
     return write_safetensors(path, entries, {"pieces": json.dumps(places), "optimizer_step": step})
-
-
-def _share(length: int, cluster: Cluster) -> tuple[int, int]:
-    return length * cluster.rank // cluster.world_size, length * (cluster.rank + 1) // cluster.world_size
 
 
 def _write_plain_files(

@@ -114,6 +114,12 @@ def _partitioned(flat: Tensor, parameters: list[Any], names: Names) -> Shard:
     return Shard(flat, tuple(fragments), tuple(offsets))
 
 
+def equal_share(length: int) -> tuple[int, int]:
+    """Start and end of this rank's part where each of the ranks takes as much of ``length`` entries."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return length * rank // ranks, length * (rank + 1) // ranks
+
+
 @torch.no_grad()
 def keep_frozen_weights(engine: DeepSpeedEngine, originals: dict[str, Tensor]) -> None:
     """Remember this rank's share of the language model's frozen weights before their rounding to 16 bits.
@@ -121,12 +127,11 @@ def keep_frozen_weights(engine: DeepSpeedEngine, originals: dict[str, Tensor]) -
     ``originals``: fp32 tensors by their names in the engine's module; empty where they were partitioned when
     they were read (ZeRO-3), which rounds them.
     """
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     engine.frozen_originals = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad and name.startswith(LANGUAGE_MODEL_PREFIX) and name in originals:
             flat = originals[name].reshape(-1)
-            start, stop = len(flat) * rank // ranks, len(flat) * (rank + 1) // ranks
+            start, stop = equal_share(len(flat))
             engine.frozen_originals[name] = flat[start:stop].cpu().clone()
 
 
@@ -138,21 +143,20 @@ def frozen_shares(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, tuple[int
         and the share (n,), n >= 1.
 
     """
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     originals = getattr(engine, "frozen_originals", {})
     parameter: Any
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad or not name.startswith(LANGUAGE_MODEL_PREFIX):
             continue  # a teacher is not saved: it is read from where the run starts
         if name in originals:
-            size = torch.Size(shape_of(parameter)).numel()
-            start, values = size * rank // ranks, originals[name]
+            start, _ = equal_share(torch.Size(shape_of(parameter)).numel())
+            values = originals[name]
         elif hasattr(parameter, "ds_tensor"):
-            start = parameter.partition_numel() * rank
+            start = parameter.partition_numel() * torch.distributed.get_rank()
             length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
             values = parameter.ds_tensor.data.view(-1)[:length]
         else:
-            start, stop = parameter.numel() * rank // ranks, parameter.numel() * (rank + 1) // ranks
+            start, stop = equal_share(parameter.numel())
             values = parameter.data.view(-1)[start:stop]
         if values.numel():
             yield name.removeprefix(LANGUAGE_MODEL_PREFIX), start, shape_of(parameter), values
