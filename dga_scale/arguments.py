@@ -1,6 +1,8 @@
-"""The argument parser of all commands but training's, whose settings have one of their own."""
+"""The argument parser of all commands but training's, which has one of its own in ``parsing.py``."""
 
 import argparse
+import difflib
+from collections.abc import Iterable
 from typing import NoReturn
 
 from dga_scale.errors import UserError
@@ -11,3 +13,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean X?`` where a known name is near, else an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {match[0]}?" if match else ""

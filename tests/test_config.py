@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dga_scale.config import MethodEntry, build_parser, known_settings
 from dga_scale.errors import UserError
 from dga_scale.objectives import METHODS, read_config
+from dga_scale.parsing import MethodEntry, build_parser, known_settings
 
 CONTRACT = (
     "--ds_config", "--model", "--corpus", "--output_dir", "--method", "--soft_mask", "--max_steps",

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dga_scale.config import nearest
+from dga_scale.arguments import nearest
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.endtasks.recipes import OVERRIDES, Recipe, recipe_for
 from dga_scale.endtasks.tasks import Task, load_task

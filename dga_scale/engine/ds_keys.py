@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dga_scale.config import nearest
+from dga_scale.arguments import nearest
 from dga_scale.errors import UserError
 
 Keys = Mapping[str, Any]

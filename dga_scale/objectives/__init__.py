@@ -4,8 +4,9 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Sequence
 
-from dga_scale.config import MethodEntry, TrainConfig, parse_config
+from dga_scale.config import TrainConfig
 from dga_scale.objectives.method import Method
+from dga_scale.parsing import MethodEntry, parse_config
 
 
 def _subclasses(of: type[Method]) -> Iterator[type[Method]]:
@@ -31,6 +32,6 @@ def build_method(config: TrainConfig) -> Method:
 
 
 def read_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """Settings of a run from its command line and YAML file; see ``config.parse_config``."""
+    """Settings of a run from its command line and YAML file; see ``parsing.parse_config``."""
     entries = {name: MethodEntry(method.summary, method.Settings) for name, method in METHODS.items()}
     return parse_config(entries, arguments)
