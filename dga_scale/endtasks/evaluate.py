@@ -39,6 +39,7 @@ from dga_scale.endtasks.tasks import Task, majority_share
 from dga_scale.engine.run_folder import write_text
 from dga_scale.errors import UserError
 from dga_scale.merging.sweep import batch_sums, held_out
+from dga_scale.monitoring.scores import FORMAT, RESULTS
 from dga_scale.objectives.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel
 
@@ -151,14 +152,14 @@ def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: P
                 models[label][f"{kind}_loss"] = {**vars(interval(values)), "values": values}
     notes += _notes_on_seeds(everyone, suite, tasks)
     result = {
-        "format": 1,
+        "format": FORMAT,
         "base": base,
         "suite": dataclasses.asdict(suite),
         "models": models,
         "overlap": overlap,
         "notes": notes,
     }
-    write_text(output / "results.json", json.dumps(result, indent=2) + "\n")
+    write_text(output / RESULTS, json.dumps(result, indent=2) + "\n")
     return result
 
 

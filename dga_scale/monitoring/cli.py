@@ -21,8 +21,14 @@ def _report() -> None:
     parser.add_argument(
         "--figures", type=Path, metavar="DIR", help="Folder for the figures as PNG files. Default: none."
     )
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="DIR",
+        help="Folder that tools/evaluate.py wrote (--output_dir): adds its scores. Default: none.",
+    )
     arguments = parser.parse_args()
     from dga_scale.monitoring.report import write_report
 
-    write_report(arguments.runs, arguments.output, arguments.figures)
+    write_report(arguments.runs, arguments.output, arguments.figures, arguments.evaluation)
     print(f"report: {arguments.output}")

@@ -3,75 +3,45 @@
 import base64
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape, unescape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 import dga_scale
 from dga_scale.errors import UserError
-from dga_scale.monitoring import plots
+from dga_scale.monitoring import html, plots
 from dga_scale.monitoring.groups import Group, comparison, grouped
+from dga_scale.monitoring.html import Draw
 from dga_scale.monitoring.run_data import Change, RunData, load_run, protection_verdict, verdict
-
-Draw = Callable[[plots.Theme], Figure]
-"""Draws a figure for a light or a dark page."""
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #ffffff; --card: #f6f8fa; --text: #1f2328; --muted: #59636e;
-  --line: #d1d9e0; --accent: #0969da; --better: #1a7f37; --worse: #b35900; }
-@media (prefers-color-scheme: dark) { :root { --page: #0f1419; --card: #171d24; --text: #e3e8ee;
-  --muted: #9aa5b1; --line: #323a44; --accent: #6cb2ff; --better: #4cc470; --worse: #ffa657; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); line-height: 1.55;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
-p { margin: .5rem 0; max-width: 44rem; overflow-wrap: anywhere; }
-.muted, td small { color: var(--muted); }
-.verdict { background: var(--card); border-left: 4px solid var(--accent); border-radius: 4px;
-  padding: .4rem 1rem; margin: .8rem 0; }
-.verdict p { max-width: none; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
-th, td { padding: .4rem .8rem .4rem 0; text-align: right; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-th { font-weight: 600; color: var(--muted); }
-th:first-child, td:first-child { text-align: left; }
-td small { display: block; font-size: .8rem; white-space: nowrap; }
-tr.group td { font-weight: 600; padding-top: 1rem; text-align: left; }
-.better { color: var(--better); font-weight: 600; } .worse { color: var(--worse); font-weight: 600; }
-.settings td { text-align: left; overflow-wrap: anywhere; max-width: 20rem; }
-.settings tr.differs td { background: var(--card); font-weight: 600; }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; } figure img { width: 100%; max-width: 36rem; height: auto; display: block; }
-figcaption { font-size: .85rem; color: var(--muted); overflow-wrap: anywhere; }
-details { margin: .8rem 0; } summary { cursor: pointer; color: var(--accent); padding: .3rem 0; }
-code { font: .9em ui-monospace, SFMono-Regular, Menlo, monospace; }
-@media (max-width: 30rem) { th, td { padding-right: .55rem; } body { font-size: 15px; } }
-"""
-
+from dga_scale.monitoring.scores import load_scores, scores_html
 
 _LIGHT_FIGURE = re.compile(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">')
 
 
-def write_report(runs: Sequence[str | Path], output: str | Path, figures: Path | None = None) -> None:
+def write_report(
+    runs: Sequence[str | Path],
+    output: str | Path,
+    figures: Path | None = None,
+    evaluation: Path | None = None,
+) -> None:
     """Write the page about ``runs`` (run folders), side by side where there are several.
 
     Args:
         runs: folders.
         output: the page.
         figures: a folder that gets the page's figures, numbered, as PNG files.
+        evaluation: what tools/evaluate.py wrote about the models, for a section of scores.
 
     Raises:
-        UserError: a folder is no run folder, a file in it is damaged, or ``output`` can't be written.
+        UserError: a folder is no run folder or no evaluation, a file in it is damaged, or ``output`` can't be
+            written.
     """
-    page = render([load_run(Path(run)) for run in runs])
+    scores = None if evaluation is None else load_scores(evaluation)
+    page = render([load_run(Path(run)) for run in runs], scores)
     try:
         Path(output).write_text(page, encoding="utf-8")
         if figures is not None:
@@ -83,22 +53,23 @@ def write_report(runs: Sequence[str | Path], output: str | Path, figures: Path |
         raise UserError(f"--output {output}: {error.strerror}. Give a file in a folder you own.") from None
 
 
-def render(runs: Sequence[RunData]) -> str:
+def render(runs: Sequence[RunData], scores: Mapping[str, Any] | None = None) -> str:
     """The page as a string. All text from the runs is escaped; images are inlined."""
     title = ", ".join(run.name for run in runs)
     sections = [
         _outcome(runs),
-        _section("Losses", _losses(runs)),
-        _section("Importance and protection of attention heads", _importance(runs)),
-        _section("Effective protection", _effective_protection(runs)),
-        _section("Speed and memory", _speed(runs)),
-        _section("Settings", _settings(runs)),
-        _section("Environment", _environment(runs)),
+        html.section("Scores", scores_html(scores) if scores else ""),
+        html.section("Losses", _losses(runs)),
+        html.section("Importance and protection of attention heads", _importance(runs)),
+        html.section("Effective protection", _effective_protection(runs)),
+        html.section("Speed and memory", _speed(runs)),
+        html.section("Settings", _settings(runs)),
+        html.section("Environment", _environment(runs)),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}: domain adaptation</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}: domain adaptation</title>\n<style>{html.STYLE}</style>\n</head>\n"
         "<body>\n<main>\n"
         f"<h1>Domain adaptation: {escape(title)}</h1>\n"
         + "".join(f'<p class="muted">{escape(_one_line(run))}</p>\n' for run in runs)
@@ -132,7 +103,7 @@ def _outcome(runs: Sequence[RunData]) -> str:
     paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in said)
     head = ("held-out text", "before", "after", "change")
     compared = _methods(groups) if len(groups) > 1 else ""
-    return f'<div class="verdict">\n{paragraphs}</div>\n{compared}{_table(head, rows)}'
+    return f'<div class="verdict">\n{paragraphs}</div>\n{compared}{html.table(head, rows)}'
 
 
 def _methods(groups: Sequence[Group]) -> str:
@@ -142,7 +113,7 @@ def _methods(groups: Sequence[Group]) -> str:
         cells = [str(group.after(text)) for text in ("domain", "general")]
         changes = [f"{group.change(text).mean:+.3f}" for text in ("domain", "general")]
         values = (cells[0], changes[0], cells[1], changes[1], str(len(group.runs)))
-        rows.append(f"<tr><td>{escape(group.label)}</td>{_cells(values)}</tr>")
+        rows.append(f"<tr><td>{escape(group.label)}</td>{html.cells(values)}</tr>")
     head = ("method", "domain loss", "change", "general loss", "change", "seeds")
     before = [(d.before, g.before) for group in groups for d, g in group.changes()]
     # Runs of one base start from the same losses, measured again by each.
@@ -151,8 +122,8 @@ def _methods(groups: Sequence[Group]) -> str:
         for group in groups
     ]
     caption = "what was learnt against what was kept: left is better in the domain, low outside it"
-    picture = _figures([(caption, lambda theme: plots.comparison_figure(points, theme=theme))])
-    return _table(head, rows) + picture
+    picture = html.figures([(caption, lambda theme: plots.comparison_figure(points, theme=theme))])
+    return html.table(head, rows) + picture
 
 
 def _change_row(name: str, change: Change) -> str:
@@ -184,7 +155,7 @@ def _losses(runs: Sequence[RunData]) -> str:
     for title, points in held_out.items():
         if points:
             figures.append((title, _dots(points)))
-    return _figures(figures)
+    return html.figures(figures)
 
 
 def _points(wanted: dict[str, tuple[RunData, str]]) -> dict[str, tuple[list[int], list[float]]]:
@@ -218,7 +189,7 @@ def _importance(runs: Sequence[RunData]) -> str:
             for what, matrix, limits in shown:
                 caption = f"{run.name}: {what}, {kind}" if len(runs) > 1 else f"{what}, {kind}"
                 figures.append((caption, _heatmap(matrix, kind, limits)))
-    return _figures(figures)
+    return html.figures(figures)
 
 
 def _heatmap(values: torch.Tensor, kind: str, limits: tuple[float, float] | None) -> Draw:
@@ -231,7 +202,7 @@ def _effective_protection(runs: Sequence[RunData]) -> str:
         return ""
     said = [text for run in runs if (text := protection_verdict(run))]
     caption = "each dot is a head: how far its query rows moved since the start, against what its mask asks"
-    return "".join(f"<p>{escape(text)}</p>\n" for text in said) + _figures(
+    return "".join(f"<p>{escape(text)}</p>\n" for text in said) + html.figures(
         [(caption, lambda theme: plots.protection_figure(heads, theme=theme))]
     )
 
@@ -254,14 +225,14 @@ def _speed(runs: Sequence[RunData]) -> str:
         ("memory of each rank, GiB", [", ".join(f"{m:.2f}" for m in r.peak_memory()) for r in runs]),
         ("steps refused for NaN or infinity", [str(len(r.named("refused"))) for r in runs]),
     ]
-    table = _table(
+    table = html.table(
         ("median of the steps", *(run.name for run in runs)),
-        [f"<tr><td>{what}</td>{_cells(values)}</tr>" for what, values in rows if any(values)],
+        [f"<tr><td>{what}</td>{html.cells(values)}</tr>" for what, values in rows if any(values)],
     )
     curves = {run.name: run.series("tokens_per_second") for run in runs if run.series("tokens_per_second")[0]}
     if not curves:
         return table
-    return table + _figures(
+    return table + html.figures(
         [("tokens a second", lambda theme: plots.curves_figure(curves, "tokens a second", theme=theme))]
     )
 
@@ -286,43 +257,6 @@ def _side_by_side(what: str, columns: Sequence[dict[str, Any]], runs: Sequence[R
     for name in dict.fromkeys(name for column in columns for name in column):
         values = ["" if column.get(name) is None else str(column[name]) for column in columns]
         differs = ' class="differs"' if len(set(values)) > 1 else ""
-        rows.append(f"<tr{differs}><td>{escape(name)}</td>{_cells(values)}</tr>")
-    table = _table((what, *(run.name for run in runs)), rows, "settings")
+        rows.append(f"<tr{differs}><td>{escape(name)}</td>{html.cells(values)}</tr>")
+    table = html.table((what, *(run.name for run in runs)), rows, "settings")
     return f"<details><summary>{summary}</summary>\n{table}</details>\n"
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}</section>\n" if body else ""
-
-
-def _cells(values: Iterable[str]) -> str:
-    return "".join(f"<td>{escape(value)}</td>" for value in values)
-
-
-def _table(head: Sequence[str], rows: Sequence[str], kind: str = "figures-table") -> str:
-    if not rows:
-        return ""
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "\n".join(rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead>\n<tbody>\n{body}\n'
-        "</tbody></table></div>\n"
-    )
-
-
-def _figures(figures: Sequence[tuple[str, Draw]]) -> str:
-    """Captioned images, each drawn for light and for dark pages."""
-    if not figures:
-        return ""
-    drawn = []
-    for caption, draw in figures:
-        light, dark = (
-            "data:image/png;base64," + base64.b64encode(plots.png_bytes(draw(theme))).decode()
-            for theme in (plots.LIGHT, plots.DARK)
-        )
-        drawn.append(
-            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{escape(caption)}"></picture>'
-            f"<figcaption>{escape(caption)}</figcaption></figure>\n"
-        )
-    return f'<div class="figures">\n{"".join(drawn)}</div>\n'

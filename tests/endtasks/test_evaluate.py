@@ -21,6 +21,7 @@ from dga_scale.endtasks.evaluate import parse_contenders
 from dga_scale.endtasks.evaluate_cli import main
 from dga_scale.errors import UserError
 from dga_scale.monitoring.plots import comparison_figure
+from dga_scale.monitoring.scores import load_scores
 from tests.endtasks.tiny import examples, tiny_model, write_split, write_task
 from tests.small import DOMAIN, GENERAL, write_text
 
@@ -83,6 +84,7 @@ def run(
 ) -> dict[str, Any]:
     arguments = ["--base", str(world / base), "--suite", suite(world, **changes), "--output_dir", str(output)]
     assert main([*arguments, "--model", *models]) == 0
+    load_scores(output)  # what the report reads
     return json.loads((output / "results.json").read_text())
 
 
