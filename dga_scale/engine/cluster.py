@@ -14,6 +14,7 @@ python             none of these: one process
 =================  ==================================================================================
 """
 
+import errno
 import importlib
 import os
 import re
@@ -33,6 +34,15 @@ T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the others. Long enough for rank 0 to convert a large checkpoint meanwhile."""
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk that is full, read-only or broken says."""
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed; that one knows why."""
+
 
 _MPI_VARIABLES = {
     "mpirun": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
@@ -98,15 +108,16 @@ class Cluster:
     def run_on_all(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` on every rank and return its value there; one failing rank stops all, none hangs.
 
-        ``fn`` must not communicate. Where a rank raises ``UserError``, all ranks raise the same one; where it
-        raises something else, that rank raises it again and the others a ``RuntimeError`` naming it.
+        ``fn`` must not communicate. Where a rank raises ``UserError``, or ``OSError`` for a disk that is full
+        or can't be written, all ranks raise the same ``UserError``; where it raises something else, that rank
+        raises it again and the others ``RankFailed`` naming it.
         """
         value: T | None = None
         error: Exception | None = None
         try:
             value = fn()
         except Exception as caught:
-            error = caught
+            error = _disk_trouble(caught) or caught
         said = None if error is None else (type(error).__name__, str(error), isinstance(error, UserError))
         failed = {rank: answer for rank, answer in enumerate(self.all_gather_object(said)) if answer}
         if not failed:
@@ -115,7 +126,7 @@ class Cluster:
             raise error
         rank, (name, text, users) = next(iter(failed.items()))
         if not users:
-            raise RuntimeError(f"rank {rank} failed: {name}: {text}")
+            raise RankFailed(f"rank {rank} failed: {name}: {text}")
         on_all = self.world_size == len(failed) and len({answer[1] for answer in failed.values()}) == 1
         raise UserError(text if on_all or self.world_size == 1 else f"rank {rank}: {text}")
 
@@ -123,6 +134,15 @@ class Cluster:
         """Run ``fn`` on rank 0 only and return its value, or raise its ``UserError``, on every rank."""
         value = self.run_on_all(lambda: fn() if self.rank == 0 else None)
         return self.broadcast_object(value)  # type: ignore[return-value]  # rank 0's is fn's own value
+
+
+def _disk_trouble(error: Exception) -> UserError | None:
+    if not isinstance(error, OSError) or error.errno not in _NO_ROOM:
+        return None
+    return UserError(
+        f"{error.filename or 'a file'} could not be written: {error.strerror}. Free disk space, or mend the "
+        "file system, then start the same command again"
+    )
 
 
 def single_process() -> Cluster:

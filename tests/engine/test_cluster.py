@@ -155,7 +155,7 @@ def test_a_fault_of_ours_stays_where_it_is_and_stops_the_others() -> None:
     with pytest.raises(RankError) as caught:
         run_ranks(2, _fail_on, (1,), ZeroDivisionError)
     assert caught.value.errors == {
-        0: ("RuntimeError", "rank 1 failed: ZeroDivisionError: no such file"),
+        0: ("RankFailed", "rank 1 failed: ZeroDivisionError: no such file"),
         1: ("ZeroDivisionError", "no such file"),
     }
 
