@@ -212,6 +212,16 @@ class RunSettings:
     )
     save_steps: int = setting(500, "Steps between checkpoints; also after the last step.")
     save_total_limit: int = setting(2, "Checkpoints kept; older ones are removed. 0: all.")
+    async_save: bool = setting(
+        False,
+        "Write checkpoints while training goes on: a save copies the rank's shard into host memory (12 bytes "
+        "an entry that its optimizer steps) and is committed a few steps later.",
+    )
+    check_invariants: int = setting(
+        0,
+        "Steps between checks that all ranks hold the same weights, masks, gates and experts' centres and "
+        "have read the rows that were planned; also before the first step. An offence stops the run. 0: off.",
+    )
     dry_run: bool = setting(
         False, "Build everything, run one step of the real shapes, print what it needs, and stop."
     )
@@ -225,6 +235,7 @@ class RunSettings:
         "eval_steps": AT_LEAST_1,
         "save_steps": AT_LEAST_1,
         "save_total_limit": AT_LEAST_0,
+        "check_invariants": AT_LEAST_0,
     }
 
 

@@ -23,7 +23,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dga_scale.backbone.lora import save_lora_config
-from dga_scale.engine.checkpoint_folder import Checkpoint, checkpoint_path, commit, newest_complete, prune
+from dga_scale.engine.checkpoint_folder import (
+    Checkpoint,
+    checkpoint_path,
+    commit,
+    newest_complete,
+    prune,
+    sync,
+)
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.run_folder import write_text
 from dga_scale.engine.shards import equal_share, frozen_shares, local_shards, refresh_model_weights
@@ -53,6 +60,99 @@ class TrainerState:
     loss_scale: dict[str, float] = field(default_factory=dict)
 
 
+class Save:
+    """A checkpoint on its way to the disk: described here, written by ``write``, committed by ``commit``.
+
+    Making one and ``commit`` communicate, so every rank's main thread does both; ``write`` does not, and may
+    run in another thread. What is described are views of the weights: they are written as they are then.
+    ``config`` is saved in place of the model's own, where the run changed that for itself (dropout, caching).
+
+    Raises:
+        UserError: on all ranks, if the folder can't be made.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        run_dir: Path,
+        state: TrainerState,
+        cluster: Cluster,
+        save_total_limit: int = 0,
+        config: PretrainedConfig | None = None,
+    ) -> None:
+        self.path = checkpoint_path(run_dir, state.step)
+        self.state = dataclasses.replace(
+            state, refused_steps=engine.skipped_steps, loss_scale=_loss_scale(engine.optimizer)
+        )
+        self.entries, self._metadata = _describe_shard(engine, cluster)
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._run_dir, self._limit, self._cluster = run_dir, save_total_limit, cluster
+        self._lm, self._tokenizer = engine.module.lm, tokenizer
+        self._config = config or self._lm.config
+        self._written: dict[str, FileRecord] = {}
+        self._error: Exception | None = None
+
+        def prepare() -> None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(parents=True)
+
+        cluster.run_on_first(lambda: _as_user_error(prepare, self.path))
+
+    def write(self) -> None:
+        """Write and sync this rank's files; an error is kept for ``commit``."""
+        try:
+            name = f"rank-{self._cluster.rank:05d}.safetensors"
+            self._written = {name: write_safetensors(self._temporary / name, self.entries, self._metadata)}
+            if self._cluster.rank == 0:
+                self._written |= self._write_plain_files()
+        except Exception as error:
+            self._error = error
+
+    def commit(self) -> Path:
+        """Make it a checkpoint, after ``write`` on every rank; remove the oldest beyond the limit (0: none).
+
+        Raises:
+            UserError: on all ranks, if any could not write. The older checkpoints are as they were, and
+                nothing is left of the new one.
+        """
+        cluster, final = self._cluster, self.path
+
+        def own() -> dict[str, FileRecord]:
+            if self._error is not None:
+                raise self._error
+            return self._written
+
+        def publish() -> None:
+            commit(self._temporary, final, files, self.state.step, cluster.world_size)
+
+        try:
+            written = cluster.run_on_all(lambda: _as_user_error(own, final))
+            files = {n: record for part in cluster.all_gather_object(written) for n, record in part.items()}
+            cluster.run_on_first(lambda: _as_user_error(publish, final))
+        except UserError:
+            if cluster.rank == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise
+        cluster.run_on_first(lambda: prune(self._run_dir, self._limit))
+        return final
+
+    def _write_plain_files(self) -> dict[str, FileRecord]:
+        """Write what is small and the same on all ranks; rank 0 does."""
+        folder, lm = self._temporary, self._lm
+        self._config.architectures = [type(lm).__name__]
+        self._config.save_pretrained(folder / MODEL)
+        save_lora_config(lm, folder / MODEL)
+        if getattr(lm, "generation_config", None) is not None and lm.can_generate():
+            lm.generation_config.save_pretrained(folder / MODEL)
+        self._tokenizer.save_pretrained(folder / MODEL)
+        write_text(folder / STATE, json.dumps(dataclasses.asdict(self.state), indent=2) + "\n")
+        paths = [folder / STATE, *(p for p in sorted((folder / MODEL).rglob("*")) if p.is_file())]
+        for path in (*paths, folder / MODEL):
+            sync(path)
+        return {str(path.relative_to(folder)): record_of(path) for path in paths}
+
+
 def save_checkpoint(
     engine: DeepSpeedEngine,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,49 +160,15 @@ def save_checkpoint(
     state: TrainerState,
     cluster: Cluster,
     save_total_limit: int = 0,
-    config: PretrainedConfig | None = None,
 ) -> Path:
     """Write and commit a checkpoint, between two optimizer steps; every rank has to call it.
 
-    Then removes the oldest ones beyond ``save_total_limit`` (0: none). ``config`` is saved in place of the
-    model's own, where the run changed that for itself (dropout, caching).
-
     Raises:
-        UserError: on all ranks, if any could not write. The older checkpoints are as they were, and nothing
-            is left of the new one.
+        UserError: as ``Save``.
     """
-    final = checkpoint_path(run_dir, state.step)
-    temporary = final.with_name(final.name + ".tmp")
-    state = dataclasses.replace(
-        state, refused_steps=engine.skipped_steps, loss_scale=_loss_scale(engine.optimizer)
-    )
-
-    def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def write() -> dict[str, FileRecord]:
-        name = f"rank-{cluster.rank:05d}.safetensors"
-        records = {name: _write_shard(temporary / name, engine, cluster)}
-        if cluster.rank == 0:
-            records |= _write_plain_files(temporary, engine, tokenizer, state, config)
-        return records
-
-    try:
-        cluster.run_on_first(lambda: _as_user_error(prepare, final))
-        own = cluster.run_on_all(lambda: _as_user_error(write, final))
-        files = {name: record for part in cluster.all_gather_object(own) for name, record in part.items()}
-        cluster.run_on_first(
-            lambda: _as_user_error(
-                lambda: commit(temporary, final, files, state.step, cluster.world_size), final
-            )
-        )
-    except UserError:
-        if cluster.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    cluster.run_on_first(lambda: prune(run_dir, save_total_limit))
-    return final
+    save = Save(engine, tokenizer, run_dir, state, cluster, save_total_limit)
+    save.write()
+    return save.commit()
 
 
 def _as_user_error(work: Callable[[], T], final: Path) -> T:
@@ -117,8 +183,8 @@ def _as_user_error(work: Callable[[], T], final: Path) -> T:
         ) from None
 
 
-def _write_shard(path: Path, engine: DeepSpeedEngine, cluster: Cluster) -> FileRecord:
-    """Write this rank's part: fragments of the trained parameters, their moments, shares of the rest."""
+def _describe_shard(engine: DeepSpeedEngine, cluster: Cluster) -> tuple[list[Entry], dict[str, str]]:
+    """Describe this rank's part: fragments of the trained parameters, their moments, shares of the rest."""
     entries: list[Entry] = []
     places: dict[str, tuple[int, tuple[int, ...]]] = {}
     optimizer_steps = set()
@@ -151,28 +217,7 @@ def _write_shard(path: Path, engine: DeepSpeedEngine, cluster: Cluster) -> FileR
                 add(f"weight:{name}", 0, tuple(buffer.shape), buffer.reshape(-1))
     assert len(optimizer_steps) <= 1, f"parameters have made different numbers of steps: {optimizer_steps}"
     step = str(optimizer_steps.pop()) if optimizer_steps else ""
-    return write_safetensors(path, entries, {"pieces": json.dumps(places), "optimizer_step": step})
-
-
-def _write_plain_files(
-    folder: Path,
-    engine: DeepSpeedEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    state: TrainerState,
-    config: PretrainedConfig | None,
-) -> dict[str, FileRecord]:
-    """Write what is small and the same on all ranks; rank 0 does."""
-    lm = engine.module.lm
-    config = config or lm.config
-    config.architectures = [type(lm).__name__]
-    config.save_pretrained(folder / MODEL)
-    save_lora_config(lm, folder / MODEL)
-    if getattr(lm, "generation_config", None) is not None and lm.can_generate():
-        lm.generation_config.save_pretrained(folder / MODEL)
-    tokenizer.save_pretrained(folder / MODEL)
-    write_text(folder / STATE, json.dumps(dataclasses.asdict(state), indent=2) + "\n")
-    paths = [folder / STATE, *(p for p in sorted((folder / MODEL).rglob("*")) if p.is_file())]
-    return {str(path.relative_to(folder)): record_of(path) for path in paths}
+    return entries, {"pieces": json.dumps(places), "optimizer_step": step}
 
 
 @torch.no_grad()

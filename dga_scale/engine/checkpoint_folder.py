@@ -73,7 +73,7 @@ def commit(temporary: Path, final: Path, files: dict[str, FileRecord], step: int
         "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
     }
     write_text(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    _sync_folder(temporary)
+    sync(temporary)
     if final.exists():  # a damaged one that this run passed over, or the same step written again
         replaced = final.with_name(final.name + ".old")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -83,11 +83,12 @@ def commit(temporary: Path, final: Path, files: dict[str, FileRecord], step: int
     else:
         temporary.rename(final)
     write_text(final.parent / LATEST, final.name + "\n")
-    _sync_folder(final.parent)
+    sync(final.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -14,6 +14,7 @@ from dga_scale.engine.dry_run import dry_run
 from dga_scale.engine.handover import hand_over
 from dga_scale.engine.inputs import Inputs, check_inputs, verify_corpora
 from dga_scale.engine.optimizer_step import step_was_refused
+from dga_scale.engine.saves import Saves
 from dga_scale.engine.session import Session
 from dga_scale.engine.signals import EXIT_STOPPED, StopAgreement, StopRequest
 from dga_scale.errors import UserError
@@ -75,6 +76,7 @@ class _Run:
         self.figures: dict[str, float] = {}
         log.settings(inputs.config.as_dict())
         self.session = Session(inputs, cluster, log, resume_from)
+        self.saves = Saves(background=self.settings.async_save)
         dtype = torch.float32 if inputs.resolved.precision == "fp32" else torch.bfloat16
         self.peak_flops = device_peak(cluster.device, dtype).flops * cluster.world_size
 
@@ -91,7 +93,9 @@ class _Run:
                 wait = time.perf_counter() - started
                 terms, learning_rate = session.train_step(batches)
                 self.done = batches.step + 1
-                terms = agreement.average(terms, stop.requested)
+                terms = agreement.average(terms, stop.requested, self.saves.written)
+                if agreement.written(self.saves.begun):
+                    self._finish_save()
                 self._count_refused()
                 if log.logs(self.done):
                     values: dict[str, Value] = {"step": self.done}
@@ -118,11 +122,23 @@ class _Run:
             self._evaluate()
         if last or stopping or self.done % self.settings.save_steps == 0:
             self._save()
+        if last or stopping:
+            self._finish_save()
 
     def _save(self) -> None:
+        """Begin a checkpoint, and finish it too if training waits for it."""
         started = time.perf_counter()
-        path = self.session.save(self.done)
-        self.log.event("checkpoint", step=self.done, seconds=time.perf_counter() - started, path=str(path))
+        self._finish_save()  # of the one before
+        self.saves.begin(self.session.checkpoint(self.done), started)
+        if not self.settings.async_save:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Commit the checkpoint under way, if there is one."""
+        saved = self.saves.finish()
+        if saved is not None:
+            figures = {"seconds": saved.seconds, "written_seconds": saved.written_seconds}
+            self.log.event("checkpoint", step=saved.step, path=str(saved.path), **figures)
 
     def _evaluate(self) -> None:
         figures = self.figures = self.session.evaluate()
@@ -158,6 +174,7 @@ class _Run:
         self.log.event("refused", step=self.done, in_a_row=self.bad_steps)
         self.log.print(f"step {self.done} refused: a NaN or infinity in the loss or the gradient")
         if self.bad_steps >= self.inputs.config.optimization.max_bad_steps:
+            self._finish_save()
             good = newest_complete(self.inputs.folder.path)
             raise UserError(
                 f"{self.bad_steps} steps in a row had a NaN or infinity, the last was {self.done}. Last good "

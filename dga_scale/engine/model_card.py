@@ -21,6 +21,8 @@ _NOT_SHOWN = (
     "logging_steps",
     "save_steps",
     "save_total_limit",
+    "async_save",
+    "check_invariants",
     "eval_steps",
 )
 

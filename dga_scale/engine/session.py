@@ -9,7 +9,7 @@ from torch import Tensor
 from dga_scale.backbone.layers import learning_rate_scales
 from dga_scale.corpus.batches import BatchStream, EvalBatches, StepBatches
 from dga_scale.engine.anchoring import build_anchor
-from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dga_scale.engine.checkpoint import Save, TrainerState, load_checkpoint
 from dga_scale.engine.checkpoint_folder import Checkpoint
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.deepspeed import build_engine, set_learning_rate
@@ -190,9 +190,9 @@ class Session:
             return {}
         return {"loss/anchor": self._anchor.penalty(local_fragments(self.engine), self.cluster.sum)}
 
-    def save(self, step: int) -> Path:
-        """Commit a checkpoint after ``step`` steps; every rank has to call it."""
-        return save_checkpoint(
+    def checkpoint(self, step: int) -> Save:
+        """Describe the checkpoint after ``step`` steps, to be written; every rank has to call it."""
+        return Save(
             self.engine,
             self.inputs.tokenizer,
             self.inputs.folder.path,

@@ -43,38 +43,43 @@ class StopAgreement:
     """All ranks stop after the same step, whichever of them got the signal.
 
     The flag travels with the loss terms in the one small reduction that a step makes anyway, and is read one
-    step later, when it has long arrived: no device is waited for.
+    step later, when it has long arrived: no device is waited for. So does how many saves were written.
     """
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._flag: Tensor | None = None
+        self._flags: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        self._previous = False
+        self._previous = [0.0, 0.0]
 
-    def average(self, terms: dict[str, Tensor], requested: bool) -> dict[str, Tensor]:
+    def average(self, terms: dict[str, Tensor], requested: bool, saves_written: int = 0) -> dict[str, Tensor]:
         """Mean of each term (a scalar) over ranks; remembers whether any rank asked to stop.
 
-        Every rank has to call it once a step.
+        Every rank has to call it once a step. ``saves_written``: by this rank since the run began.
         """
         self._previous = self._read()
         device = self._cluster.device
-        flag = torch.tensor(float(requested), device=device)
-        sums = self._cluster.sum(torch.stack([*(t.float() for t in terms.values()), flag]))
-        self._flag = sums[-1].to("cpu", non_blocking=True)
+        flags = torch.tensor([float(requested), float(saves_written)], device=device)
+        sums = self._cluster.sum(torch.cat([torch.stack([t.float() for t in terms.values()]), flags]))
+        self._flags = sums[-2:].to("cpu", non_blocking=True)
         if device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        means = sums[:-1] / self._cluster.world_size
+        means = sums[:-2] / self._cluster.world_size
         return dict(zip(terms, means, strict=True))
 
     def reached(self) -> bool:
         """Whether a rank had asked to stop at the step before the last one that was averaged."""
-        return self._previous
+        return self._previous[0] > 0
 
-    def _read(self) -> bool:
-        if self._flag is None:
-            return False
+    def written(self, saves: int) -> bool:
+        """Whether all ranks had written so many saves at that step."""
+        return self._previous[1] == saves * self._cluster.world_size
+
+    def _read(self) -> list[float]:
+        if self._flags is None:
+            return [0.0, 0.0]
         if self._arrived is not None:
             self._arrived.synchronize()
-        return bool(self._flag > 0)
+        flags: list[float] = self._flags.tolist()
+        return flags
