@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -14,16 +15,27 @@ EXIT_STOPPED = 75
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+ONE_REQUEST = 1.0
+"""Seconds in which signals count as one request: launchers pass it on in several ways. Ctrl-C reaches a rank
+from the terminal and from deepspeed, SLURM's signal directly and from the process that holds a container."""
+
 
 class StopRequest:
-    """Remembers a stop signal; a second one leaves at once.
+    """Remembers a stop signal; a second one, more than ``ONE_REQUEST`` later, leaves at once.
 
     Committed checkpoints are never touched in place: leaving at once loses only the steps since the last.
+
+    In a SLURM step no signal does that: SIGTERM follows SIGUSR1 at the time limit, and comes again at the end
+    of a preemption's grace, and SLURM itself kills what is left KillWait seconds later. A save under way gets
+    that time.
+
     Use as a context manager: the former handlers come back at the end.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
+        self._scheduler_kills = "SLURM_STEP_ID" in os.environ
 
     def __enter__(self) -> "StopRequest":
         self._former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
@@ -34,9 +46,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._since = True, now
+        elif now - self._since > ONE_REQUEST and not self._scheduler_kills:
             os._exit(128 + number)
-        self.requested = True
 
 
 class StopAgreement:
