@@ -15,8 +15,8 @@ def evaluate_command() -> NoReturn:
     run_main(main)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate models on a suite, and print all figures against the base's."""
+def build_parser() -> Parser:
+    """Every option."""
     parser = Parser(
         prog="dga-evaluate",
         description="What adaptation gained in the domain and cost outside it: held-out loss and end tasks "
@@ -47,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="results.json, trade_off.png and the scores of single seeds go here",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate models on a suite, and print all figures against the base's."""
+    options = build_parser().parse_args(arguments)
     quiet_libraries()
     suite = load_suite(options.suite)
     from dga_scale.endtasks.evaluate import evaluate, parse_contenders  # transformers' import takes seconds

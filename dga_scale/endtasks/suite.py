@@ -5,7 +5,8 @@ Paths in it are relative to the current folder, like those of every command.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,12 @@ def corpus_name(folder: str) -> str:
     return path.parent.name if path.name == VALIDATION else path.name
 
 
-def load_suite(path: Path) -> Suite:
+def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Suite:
     """Read a suite.
+
+    Args:
+        path: the YAML file.
+        exists: whether a folder that it names is there; for jobs that wait, whether it will be.
 
     Raises:
         UserError: no YAML there, an unknown key (with the nearest known one), a value of another kind, a
@@ -109,7 +114,7 @@ def load_suite(path: Path) -> Suite:
         elif str(known[key].type).startswith("tuple"):
             folders = value if isinstance(value, list) else [value]
             places = [f"{path}:{lines.get((key, number), lines[key,])}" for number in range(len(folders))]
-            values[key] = _folders(key, folders, places)
+            values[key] = _folders(key, folders, places, exists)
         elif isinstance(value, bool) or not isinstance(value, type(known[key].default)):
             kind = "a whole number" if known[key].default != "text" else "text"
             raise UserError(f"{place}: {key} must be {kind}, not {json.dumps(value, default=str)}.")
@@ -125,11 +130,13 @@ def load_suite(path: Path) -> Suite:
     return suite
 
 
-def _folders(key: str, folders: list[Any], places: list[str]) -> tuple[str, ...]:
+def _folders(
+    key: str, folders: list[Any], places: list[str], exists: Callable[[str], bool]
+) -> tuple[str, ...]:
     for place, folder in zip(places, folders, strict=True):
         if not isinstance(folder, str):
             raise UserError(f"{place}: {key} must be a list of paths, not {json.dumps(folder)}.")
-        if key in (*CORPORA, *TASKS) and not Path(folder).is_dir():
+        if key in (*CORPORA, *TASKS) and not exists(folder):
             raise UserError(
                 f"{place}: {key}: {folder}: no such folder. Paths are relative to the current folder, "
                 f"{Path.cwd()}."

@@ -304,4 +304,5 @@ class _Resolver:
 def _supports_fp16(device: torch.device) -> bool:
     from deepspeed.accelerator import get_accelerator
 
-    return device.type == "cuda" or bool(get_accelerator().is_fp16_supported())
+    # "meta" stands for the GPUs of a plan, or of a job that is to be submitted.
+    return device.type in ("cuda", "meta") or bool(get_accelerator().is_fp16_supported())
