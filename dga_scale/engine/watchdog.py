@@ -11,6 +11,7 @@ and they take its own silence for its end. The thread then prints one line and l
 thread may be stuck in a collective.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -61,12 +62,12 @@ class _Peer:
     silent: float = 0.0
     buffer: bytearray = field(default_factory=bytearray)
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], last: bool = False) -> None:
         # Lines are far smaller than a socket's buffer: one that does not take them is as good as gone.
-        try:
+        with contextlib.suppress(OSError):
             self.socket.send(json.dumps(message).encode() + b"\n")
-        except OSError:
-            return
+            if last:
+                self.socket.shutdown(socket.SHUT_WR)
 
 
 class Watchdog:
@@ -154,9 +155,10 @@ class Watchdog:
             connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
         except OSError as error:
             return f"rank {self._cluster.rank} can't reach rank 0 at {address} port {port} ({error})"
+        hello = json.dumps({"rank": self._cluster.rank, "host": socket.gethostname()})
+        connection.sendall(f"{self._token} {hello}\n".encode())
         peer = self._add(connection)
         peer.rank, peer.host = 0, address
-        peer.send({"rank": self._cluster.rank, "host": socket.gethostname(), "token": self._token})
         return ""
 
     def _add(self, connection: socket.socket) -> _Peer:
@@ -218,7 +220,7 @@ class Watchdog:
         except BlockingIOError:
             return
         except OSError:
-            received = b""
+            received = b""  # reset: the process has ended
         peer.silent = 0.0
         peer.buffer += received
         while b"\n" in peer.buffer:
@@ -231,21 +233,25 @@ class Watchdog:
         elif len(peer.buffer) > _LONGEST_LINE:
             self._drop(peer)
 
-    def _heard(self, peer: _Peer, line: bytes | bytearray) -> bool:
+    def _heard(self, peer: _Peer, line: bytearray) -> bool:
         """Take one line in; False: the connection has served its purpose."""
+        if peer.rank is None:
+            token, _, line = line.partition(b" ")
+            if not secrets.compare_digest(token, self._token.encode()):
+                return False  # a stranger
         message = json.loads(line)
         if peer.rank is None:
-            if not secrets.compare_digest(str(message.get("token")), self._token):
-                return False  # a stranger
-            peer.rank, peer.host = int(message["rank"]), str(message["host"])
-            return True
+            peer.rank, peer.host = message["rank"], message["host"]
         if "lost" in message:
             self._leave(message["lost"])
         peer.step = message.get("step", peer.step)
         match message.get("end"):
             case "mistake":
                 # It may be everybody's: then this rank ends on it too, and says it better.
-                self._ending = self._ending or (self._said(peer, message["reason"]), GRACE)
+                self._ending = self._ending or (
+                    self._said(peer, message["reason"]),
+                    min(GRACE, self._timeout),
+                )
             case "failure":
                 self._lost(peer, message["reason"])
         return "end" not in message
@@ -270,8 +276,7 @@ class Watchdog:
         """Tell the others, who are told by rank 0 only, and leave."""
         if self._cluster.rank == 0:
             for peer in self._peers:
-                peer.send({"lost": text})
-                peer.socket.shutdown(socket.SHUT_WR)
+                peer.send({"lost": text}, last=True)
             time.sleep(0.2)  # closing with lines unread would take back what was just sent
         self._leave(text)
 
