@@ -1,0 +1,101 @@
+"""The command ``dga-submit``; tools/submit.py calls the same function."""
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dga_scale.arguments import Parser
+from dga_scale.errors import UserError, run_main
+from dga_scale.monitoring.quiet import quiet_libraries
+from dga_scale.slurm.options import STAGES, add_options, make_options
+from dga_scale.slurm.render import render
+from dga_scale.slurm.stages import Job, make_job
+from dga_scale.slurm.submit import dependency, submit
+
+THEN = "--then"
+
+
+def submit_command() -> NoReturn:
+    """Entry point of ``dga-submit``."""
+    run_main(main)
+
+
+def build_parser() -> Parser:
+    """Options that hold for every job, and the first stage with all that follows it."""
+    parser = Parser(
+        prog="dga-submit",
+        usage="dga-submit [options of all jobs] STAGE [options] [arguments] [--then STAGE ...]",
+        description="Checks and submits SLURM jobs from a login node. STAGE is shard, train or evaluate, and "
+        "takes the arguments of dga-shard, dga-train or dga-evaluate. Each job starts when the one before "
+        "has ended well. Options may stand before the first STAGE, for all jobs, or after one, for it alone.",
+        epilog="dga-submit --account abc shard my_text/ --tokenizer MODEL --output corpora/domain --parts 8 "
+        "--then train --nodes 2 --gpus_per_node 8 --time 12:00:00 --ds_config ds_configs/zero2.json --model "
+        "MODEL --corpus corpora/domain --output_dir runs/mine",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_all(parser)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_all(parser: Parser) -> None:
+    add_options(parser)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check everything, print the scripts, submit nothing"
+    )
+
+
+def parse_chain(arguments: Sequence[str] | None = None) -> tuple[list[Job], bool]:
+    """Read and check a command line.
+
+    Returns:
+        the jobs in their order, and whether they are only to be printed.
+
+    Raises:
+        UserError: whatever is wrong with any of them.
+
+    """
+    shared = vars(build_parser().parse_args(arguments))
+    sections = [[shared.pop("stage")]]
+    for word in shared.pop("rest"):
+        if word == THEN:
+            sections.append([])
+        else:
+            sections[-1].append(word)
+    dry_run = shared.pop("dry_run", False)
+    jobs: list[Job] = []
+    for stage, *words in (section or [""] for section in sections):
+        if stage not in STAGES:
+            raise UserError(f"{THEN} {stage}: write one of {', '.join(STAGES)} after it")
+        parser = Parser(prog="dga-submit", allow_abbrev=False, add_help=False,
+                        argument_default=argparse.SUPPRESS)  # fmt: skip
+        _add_all(parser)
+        own, program = parser.parse_known_args(words)
+        given = shared | vars(own)
+        dry_run = given.pop("dry_run", False) or dry_run
+        try:
+            jobs.append(make_job(stage, make_options(stage, given), program, jobs))
+        except UserError as error:
+            raise UserError(f"{stage}: {error}") from None
+    return jobs, dry_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the jobs that ``arguments`` (None: the command line) describe, and submit or print them."""
+    quiet_libraries()
+    jobs, dry_run = parse_chain(arguments)
+    if dry_run:
+        for number, job in enumerate(jobs):
+            after = " ".join(dependency(f"JOB_OF_{jobs[number - 1].stage.upper()}")) if number else ""
+            print(f"# {job.stage}: sbatch {after}".rstrip())
+            print(render(job))
+        return 0
+    submitted = submit(jobs)
+    for number, each in enumerate(submitted):
+        after = f", after {submitted[number - 1].number}" if number else ""
+        print(f"{each.job.stage}: job {each.number}{after}; output {each.log}, script {each.script}")
+    numbers = ",".join(each.number for each in submitted)
+    print(f"watch: squeue --jobs {numbers}; end: scancel {numbers.replace(',', ' ')}")
+    return 0

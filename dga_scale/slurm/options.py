@@ -1,0 +1,193 @@
+"""What a job asks SLURM for, and where its programs come from."""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dga_scale.arguments import Parser
+from dga_scale.errors import UserError
+
+STAGES = ("shard", "train", "evaluate")
+
+_GPUS = re.compile(r"(?:([\w.-]+):)?(\d+)")
+_ARRAY = re.compile(r"\d+(?:-\d+(?::[1-9]\d*)?)?(?:,\d+(?:-\d+(?::[1-9]\d*)?)?)*(?:%[1-9]\d*)?")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+_NAME = re.compile(r"[\w.,:@+-]+")
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """The options of one job; None or empty: SLURM's or the site's default."""
+
+    nodes: int = 1
+    gpus_per_node: str | None = None
+    """``N`` or ``TYPE:N``."""
+    cpus_per_task: int | None = None
+    time: str | None = None
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    job_name: str | None = None
+    logs: str = "slurm"
+    container: str | None = None
+    mounts: tuple[str, ...] = ()
+    venv: str = sys.prefix
+    setup: tuple[str, ...] = ()
+    sbatch: tuple[str, ...] = ()
+    seeds: str | None = None
+    """Of ``train`` only: as SLURM writes the tasks of an array."""
+    stop_minutes: float = 5.0
+    """Of ``train`` only."""
+    parts: int = 1
+    """Of ``shard`` only."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of each node."""
+        found = _GPUS.fullmatch(self.gpus_per_node or "0")
+        assert found
+        return int(found[2])
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Processes on each node: one for each GPU, or one."""
+        return max(1, self.gpus)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+    def array(self) -> str | None:
+        """Tasks of the job array, if the job is one."""
+        return self.seeds or (f"0-{self.parts - 1}" if self.parts > 1 else None)
+
+    def seed_numbers(self) -> list[int]:
+        """Every seed of ``seeds``."""
+        numbers: list[int] = []
+        for item in (self.seeds or "").partition("%")[0].split(","):
+            if found := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", item):
+                numbers += range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
+        return numbers
+
+
+def add_options(parser: Parser) -> None:
+    """Add an option for each field of ``JobOptions``; what is not given stays out of the result."""
+
+    def add(name: str, help: str, **settings: Any) -> None:
+        parser.add_argument(f"--{name}", help=help, **settings)
+
+    add("nodes", "machines (default: 1); train only", type=int)
+    add("gpus_per_node", "GPUs of each, and processes there; N or TYPE:N. Default: none, one process a node")
+    add("cpus_per_task", "CPU cores of each process", type=int)
+    add("time", "longest time, as SLURM writes it: 90 (minutes), 12:00:00, 2-00:00:00")
+    add("account", "whom to charge")
+    add("partition", "queue")
+    add("qos", "quality of service")
+    add("job_name", "default: dga-shard, dga-train, dga-evaluate")
+    add("logs", "folder of the jobs' output and scripts (default: slurm)")
+    add("container", "image to run in: FILE.sif through apptainer, anything else through Pyxis (srun "
+        "--container-image); dga_scale has to be installed in it")  # fmt: skip
+    add("mounts", "folders that the container sees besides the current one", nargs="+", metavar="DIR")
+    add("venv", f"environment to run in (default: this one, {sys.prefix})")
+    add("setup", "line of shell to run first, such as 'module load cuda'; may be repeated", action="append")
+    add("sbatch", "further #SBATCH option without its dashes, such as constraint=a100; may be repeated",
+        action="append", metavar="NAME=VALUE")  # fmt: skip
+    add("seeds", "train only: a run for each, in OUTPUT_DIR/seed-N, as a job array: 1-5 or 1,2,7, 1-9%%3 for "
+        "three at a time")  # fmt: skip
+    add("stop_minutes", "train only: minutes before the time limit at which the run saves and stops, to go "
+        "on in its next turn (default: 5); longer than a save takes", type=float)  # fmt: skip
+    add("parts", "shard only: tasks of the job array that share the work", type=int)
+
+
+def make_options(stage: str, given: dict[str, Any]) -> JobOptions:
+    """Check the options given for a stage, on their own and against each other.
+
+    Raises:
+        UserError: a value that SLURM or the stage can't use.
+
+    """
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    options = JobOptions(**values)
+    _check_belonging(stage, values)
+    rules: list[tuple[str, Callable[[Any], object], str]] = [
+        ("nodes", lambda v: v >= 1, "must be at least 1"),
+        ("cpus_per_task", lambda v: v >= 1, "must be at least 1"),
+        ("parts", lambda v: v >= 1, "must be at least 1"),
+        ("gpus_per_node", _GPUS.fullmatch, "write a number, or TYPE:NUMBER as in h100:4"),
+        ("time", seconds, "write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"),
+        ("seeds", _ARRAY.fullmatch, "write numbers and ranges, as in 1-5, 1,2,7 or 1-9%3"),
+        ("stop_minutes", lambda v: 1 <= v <= 1000, "must be from 1 to 1000"),
+        *((name, _NAME.fullmatch, "letters, digits and .,:@+- only") for name in
+          ("account", "partition", "qos", "job_name")),
+        ("logs", lambda v: not set(v) & set('%"\\\n'), 'SLURM can\'t have %, " or \\ in the path of a log'),
+        ("sbatch", lambda v: all(re.fullmatch(r"[a-z][^\n]*", line) for line in v),
+         "write NAME=VALUE without dashes before it, one option each"),
+    ]  # fmt: skip
+    for name, holds, words in rules:
+        if name in values and not holds(values[name]):
+            value = " ".join(values[name]) if isinstance(values[name], tuple) else values[name]
+            raise UserError(f"--{name} {value}: {words}")
+    limit = seconds(options.time or "")
+    if stage == "train" and limit is not None and options.stop_minutes * 60 >= limit:
+        raise UserError(
+            f"--stop_minutes {options.stop_minutes:g} is not before the end of --time {options.time}: the "
+            "run would be stopped as it starts, over and over. Give it more time, or a smaller --stop_minutes"
+        )
+    _check_places(options, "venv" in values)
+    return options
+
+
+def _check_belonging(stage: str, values: dict[str, Any]) -> None:
+    owners = {"nodes": "train", "seeds": "train", "stop_minutes": "train", "parts": "shard"}
+    for name, owner in owners.items():
+        if name in values and stage != owner:
+            instead = {"shard": "its processes are --parts and --cpus_per_task", "train": "see --nodes",
+                       "evaluate": "it is one process"}[stage]  # fmt: skip
+            raise UserError(
+                f"--{name} {values[name]}: {stage} does not take it ({instead}). Write it after `{owner}`"
+            )
+    if "mounts" in values and "container" not in values:
+        raise UserError(
+            f"--mounts {' '.join(values['mounts'])} is of use with --container only: leave it out"
+        )
+    if "venv" in values and "container" in values:
+        raise UserError("--venv and --container: the programs come from the one or the other. Leave one out")
+
+
+def _check_places(options: JobOptions, venv_given: bool) -> None:
+    """Look whether the programs are where they will be looked for."""
+    for folder in options.mounts:
+        if not Path(folder).is_dir():
+            raise UserError(f"--mounts {folder}: no such folder")
+        if set(folder) & set(",:"):
+            raise UserError(f"--mounts {folder}: a mounted path can't have commas or colons in it")
+    image = options.container
+    if image is not None:
+        is_file = image.endswith((".sif", ".sqsh")) or image.startswith((".", "/"))
+        if is_file and not Path(image).exists():
+            raise UserError(f"--container {image}: no such file")
+    elif not (Path(options.venv) / "bin" / "dga-train").exists():
+        where = f"--venv {options.venv}" if venv_given else f"this Python's environment {options.venv}"
+        raise UserError(
+            f"{where} has no bin/dga-train: dga_scale is not installed there. Install it, or name another "
+            "environment with --venv, or an image with --container"
+        )
+
+
+def seconds(text: str) -> int | None:
+    """Seconds of a time as SLURM writes it; None if it is none.
+
+    ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` and ``D-H:M:S``.
+    """
+    found = _TIME.fullmatch(text)
+    if found is None:
+        return None
+    first, second, third = (int(found[name] or 0) for name in ("first", "second", "third"))
+    if found["days"] is not None:
+        return ((int(found["days"]) * 24 + first) * 60 + second) * 60 + third
+    if found["third"] is not None:
+        return (first * 60 + second) * 60 + third
+    return first * 60 + second

@@ -1,0 +1,164 @@
+"""The programs of a chain, checked before anything is submitted: flags, paths, batch sizes.
+
+Paths may also be those that an earlier job of the chain is going to write.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dga_scale.config import TrainConfig
+from dga_scale.corpus.mixture import parse_mix
+from dga_scale.corpus.shards import read_manifest
+from dga_scale.errors import UserError
+from dga_scale.slurm.options import JobOptions
+
+TASK = '"$SLURM_ARRAY_TASK_ID"'
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, ready to be rendered."""
+
+    stage: str
+    options: JobOptions
+    command: tuple[str, ...]
+    """The program and its arguments, each quoted for the shell."""
+    writes: tuple[str, ...]
+    """Folders that later jobs may read."""
+
+
+class Coming:
+    """Folders that are there, or will be when the jobs before have ended."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._written = {Path(folder).resolve() for job in jobs for folder in job.writes}
+
+    def is_written(self, path: str) -> bool:
+        """Whether an earlier job of the chain writes it."""
+        place = Path(path).resolve()
+        return any(folder in self._written for folder in (place, *place.parents))
+
+    def exists(self, path: str) -> bool:
+        return os.path.isdir(path) or self.is_written(path)
+
+    def check_model(self, flag: str, name: str) -> None:
+        """Refuse the path of a folder that is not there; a name on the hub can't be told from here."""
+        if not self.exists(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+            raise UserError(f"{flag} {name}: no such folder, and no name on the Hugging Face hub")
+
+
+def make_job(stage: str, options: JobOptions, arguments: Sequence[str], before: Sequence[Job]) -> Job:
+    """Check the arguments of a stage's program.
+
+    Args:
+        stage: "shard", "train" or "evaluate".
+        options: of the job.
+        arguments: of ``dga-shard``, ``dga-train`` or ``dga-evaluate``.
+        before: earlier jobs of the chain.
+
+    Raises:
+        UserError: what the program itself would refuse, as far as it can be seen before it runs.
+
+    """
+    return _CHECKS[stage](options, list(arguments), Coming(before))
+
+
+def _shard(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
+    from dga_scale.corpus.cli import build_parser
+    from dga_scale.corpus.sources import find_sources
+
+    found = build_parser().parse_args(arguments)
+    if found.part is not None:
+        raise UserError("--part: the job array gives each task its own. Write --parts N")
+    find_sources(found.inputs)
+    for file in getattr(found, "exclude", ()):
+        if not os.path.isfile(file):
+            raise UserError(f"--exclude {file}: no such file")
+    coming.check_model("--tokenizer", found.tokenizer)
+    command = [*map(shlex.quote, ["dga-shard", *arguments])]
+    if options.cpus_per_task and not _given("num_workers", arguments):
+        command.append(f"--num_workers={options.cpus_per_task}")
+    if options.parts > 1:
+        command.append(f"--part={TASK}/{options.parts}")
+    return Job("shard", options, tuple(command), (str(found.output),))
+
+
+def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
+    import torch
+
+    from dga_scale.engine.ds_config import resolve_ds_config
+    from dga_scale.engine.ds_keys import load_ds_config
+    from dga_scale.engine.inputs import default_output_dir
+    from dga_scale.engine.run_folder import RunFolder
+    from dga_scale.objectives import read_config
+
+    config = read_config(arguments)
+    if options.seeds and "seed" in config.explicit:
+        raise UserError(f"--seed {config.run.seed} and --seeds {options.seeds}: leave --seed out")
+    raw = load_ds_config(config.run.ds_config or "")
+    # The sizes of ZeRO's buckets depend on the hidden size; no check does.
+    resolved = resolve_ds_config(
+        raw, config, world_size=options.world_size, hidden_size=64, device=torch.device("meta")
+    )
+    if config.model.model is not None:
+        coming.check_model("--model", config.model.model)
+    for flag, folder in _corpora(config):
+        if not coming.is_written(folder):
+            try:
+                read_manifest(Path(folder))
+            except UserError as error:
+                raise UserError(f"{flag} {error}") from None
+    output = config.run.output_dir or default_output_dir(config)
+    command = [*map(shlex.quote, ["dga-train", *arguments])]
+    runs = [resolved.config.replace(output_dir=output)]
+    if options.seeds:
+        command += [f"--seed={TASK}", f"--output_dir={shlex.quote(output)}/seed-{TASK}"]
+        runs = [runs[0].replace(seed=n, output_dir=f"{output}/seed-{n}") for n in options.seed_numbers()]
+    if len(config.data.corpus or []) == 1 and not getattr(config.method, "cse_warmup_steps", 0):
+        for run in runs:  # the folder of a sequence holds runs
+            RunFolder(Path(run.run.output_dir or "")).check(run)
+    return Job("train", options, tuple(command), (output,))
+
+
+def _corpora(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Each corpus folder that a run reads, with its flag."""
+    data = config.data
+    yield from (("--corpus", folder) for folder in data.corpus or ())
+    yield from (("--mix", str(parse_mix(spec)[0])) for spec in data.mix or ())
+    yield from (("--also_evaluate", spec.partition("=")[2]) for spec in data.also_evaluate or ())
+    single = {
+        "--eval_corpus": data.eval_corpus,
+        "--general_eval_corpus": data.general_eval_corpus,
+        "--general_corpus": getattr(config.method, "general_corpus", None),
+    }
+    yield from ((flag, folder) for flag, folder in single.items() if folder)
+
+
+def _evaluate(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
+    from dga_scale.endtasks.evaluate import parse_contenders
+    from dga_scale.endtasks.evaluate_cli import build_parser
+    from dga_scale.endtasks.suite import load_suite
+
+    found = build_parser().parse_args(arguments)
+    coming.check_model("--base", found.base)
+    for contender in parse_contenders(found.model):
+        for folder in contender.folders:
+            coming.check_model("--model", folder)
+    load_suite(found.suite, coming.exists)
+    command = map(shlex.quote, ["dga-evaluate", *arguments])
+    return Job("evaluate", options, tuple(command), (str(found.output_dir),))
+
+
+_CHECKS: dict[str, Callable[[JobOptions, list[str], Coming], Job]] = {
+    "shard": _shard,
+    "train": _train,
+    "evaluate": _evaluate,
+}
+
+
+def _given(name: str, arguments: Sequence[str]) -> bool:
+    return any(argument.split("=", 1)[0] == f"--{name}" for argument in arguments)
