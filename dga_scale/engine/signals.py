@@ -2,8 +2,11 @@
 
 import os
 import signal
+import socket
 import time
+from threading import Thread
 from types import FrameType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,34 +26,79 @@ from the terminal and from deepspeed, SLURM's signal directly and from the proce
 class StopRequest:
     """Remembers a stop signal; a second one, more than ``ONE_REQUEST`` later, leaves at once.
 
-    Committed checkpoints are never touched in place: leaving at once loses only the steps since the last.
+    Committed checkpoints are never touched in place: leaving at once loses only the steps since the last. A
+    thread hears the signals, so that the second one works while the main thread waits for other ranks.
 
     In a SLURM step no signal does that: SIGTERM follows SIGUSR1 at the time limit, and comes again at the end
     of a preemption's grace, and SLURM itself kills what is left KillWait seconds later. A save under way gets
     that time.
 
-    Use as a context manager: the former handlers come back at the end.
+    Use as a context manager: the former handlers come back at the end. Entered inside another one it is that
+    one: what was asked for earlier is not forgotten.
+
+    Args:
+        joined: False where this rank has still to find the others: until ``joined`` is set, a signal leaves
+            at once with ``EXIT_STOPPED``, as nothing was begun that could be lost.
+
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    _entered: "ClassVar[StopRequest | None]" = None
+
+    def __init__(self, joined: bool = True) -> None:
+        self.requested, self.joined = False, joined
         self._since = 0.0
         self._scheduler_kills = "SLURM_STEP_ID" in os.environ
 
     def __enter__(self) -> "StopRequest":
-        self._former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        if StopRequest._entered is not None:
+            return StopRequest._entered
+        StopRequest._entered = self
+        ours, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        self._former_wake = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._former = {number: signal.signal(number, _by_the_thread) for number in STOP_SIGNALS}
+        Thread(target=self._listen, args=(ours,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if StopRequest._entered is self:
+            self.forget()
+            self._wake.close()
+
+    def forget(self) -> None:
+        """Put the former handlers back."""
+        StopRequest._entered = None
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._former_wake)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self, ours: socket.socket) -> None:
+        with ours:
+            while heard := ours.recv(1):
+                if heard[0] in STOP_SIGNALS:
+                    self._handle(heard[0])
+
+    def _handle(self, number: int) -> None:
         now = time.monotonic()
+        if not self.joined:
+            os._exit(EXIT_STOPPED)
         if not self.requested:
             self.requested, self._since = True, now
         elif now - self._since > ONE_REQUEST and not self._scheduler_kills:
             os._exit(128 + number)
+
+
+def _by_the_thread(number: int, frame: FrameType | None) -> None:
+    """Do nothing: Python has written the signal's number where ``StopRequest`` listens."""
+
+
+def _forget_in_a_child() -> None:
+    # A worker that is ended by SIGTERM has to die of it, and must not be heard by its parent.
+    if StopRequest._entered is not None:
+        StopRequest._entered.forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_a_child)
 
 
 class StopAgreement:
@@ -81,6 +129,10 @@ class StopAgreement:
             self._arrived.record()
         means = sums[:-2] / self._cluster.world_size
         return dict(zip(terms, means, strict=True))
+
+    def now(self, requested: bool) -> bool:
+        """Whether any rank asks to stop, where nothing else is being reduced; every rank has to call it."""
+        return bool(self._cluster.sum(torch.tensor(float(requested), device=self._cluster.device)) > 0)
 
     def reached(self) -> bool:
         """Whether a rank had asked to stop at the step before the last one that was averaged."""

@@ -15,10 +15,12 @@ from dga_scale.engine.signals import ONE_REQUEST, StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)  # the echo
+    time.sleep(0.1)
     assert stop.requested
     print("echo survived", flush=True)
     time.sleep(ONE_REQUEST + 0.1)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
 print("second survived", flush=True)
 os.kill(os.getpid(), signal.SIGTERM)  # the former handler is back
 """
