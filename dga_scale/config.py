@@ -222,6 +222,11 @@ class RunSettings:
         "Steps between checks that all ranks hold the same weights, masks, gates and experts' centres and "
         "have read the rows that were planned; also before the first step. An offence stops the run. 0: off.",
     )
+    heartbeat_timeout: float = setting(
+        120.0,
+        "Seconds without a word from a rank after which the others take it for lost and end, naming it. One "
+        "whose process ends is missed at once. 0: no watchdog.",
+    )
     dry_run: bool = setting(
         False, "Build everything, run one step of the real shapes, print what it needs, and stop."
     )
@@ -236,6 +241,7 @@ class RunSettings:
         "save_steps": AT_LEAST_1,
         "save_total_limit": AT_LEAST_0,
         "check_invariants": AT_LEAST_0,
+        "heartbeat_timeout": AT_LEAST_0,
     }
 
 

@@ -6,6 +6,8 @@ from typing import NoReturn
 
 from dga_scale.config import TrainConfig
 from dga_scale.engine.cluster import Cluster, join_cluster
+from dga_scale.engine.signals import StopRequest
+from dga_scale.engine.watchdog import Watchdog
 from dga_scale.errors import run_main
 from dga_scale.monitoring.quiet import quiet_libraries
 from dga_scale.objectives import read_config
@@ -24,13 +26,16 @@ def consolidate_command() -> NoReturn:
 def _train() -> int:
     quiet_libraries()
     config = read_config()
-    cluster = join_cluster()
-    # DeepSpeed's import takes seconds: after the flags are checked.
-    from dga_scale.engine.sequence import train_sequence
+    with StopRequest(joined=False) as stop:
+        cluster = join_cluster()
+        stop.joined = True
+        with Watchdog(cluster, config.run.heartbeat_timeout):
+            # DeepSpeed's import takes seconds: after the flags are checked.
+            from dga_scale.engine.sequence import train_sequence
 
-    if config.model.model is None:
-        config = _with_demo(config, cluster)
-    return train_sequence(config, cluster)
+            if config.model.model is None:
+                config = _with_demo(config, cluster)
+            return train_sequence(config, cluster)
 
 
 def _with_demo(config: TrainConfig, cluster: Cluster) -> TrainConfig:

@@ -23,6 +23,7 @@ _NOT_SHOWN = (
     "save_total_limit",
     "async_save",
     "check_invariants",
+    "heartbeat_timeout",
     "eval_steps",
 )
 

@@ -16,8 +16,8 @@ from dga_scale.errors import UserError
 MAY_CHANGE = frozenset(
     (
         "ds_config", "output_dir", "resume", "dry_run", "logging_steps", "protection_steps", "eval_steps",
-        "save_steps", "save_total_limit", "async_save", "check_invariants", "prefetch_steps",
-        "max_eval_samples", "eval_corpus", "general_eval_corpus", "also_evaluate",
+        "save_steps", "save_total_limit", "async_save", "check_invariants", "heartbeat_timeout",
+        "prefetch_steps", "max_eval_samples", "eval_corpus", "general_eval_corpus", "also_evaluate",
         "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "split_views",
         "attn_implementation", "max_bad_steps",
     )
