@@ -99,7 +99,27 @@ def prune(run_dir: Path, limit: int) -> None:
     """Remove the oldest checkpoints beyond ``limit``; 0 keeps all."""
     if limit > 0:
         for path in _folders(run_dir / "checkpoints")[limit:]:
+            condemned = path.with_name(path.name + ".tmp")
+            path.rename(condemned)  # a half-removed folder is no checkpoint
+            shutil.rmtree(condemned)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove the temporary files and folders of a run that was killed; one process does, before it goes on.
+
+    A checkpoint that was being replaced, and is not yet, is put back.
+    """
+    checkpoints = run_dir / "checkpoints"
+    for replaced in checkpoints.glob("step-*.old"):
+        if replaced.with_suffix("").exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(replaced.with_suffix(""))
+    for path in (*run_dir.glob("*.tmp"), *checkpoints.glob("*.tmp")):
+        if path.is_dir():
             shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _folders(folder: Path) -> list[Path]:
