@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.ranks import REPOSITORY, close_pools
+from tests.small import SmallWorld, make_world
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other and for the ranks' pools
 
@@ -24,6 +25,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data folder {folder}, which is not part of the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    """A tiny model and two corpora for runs of the whole program; read only, copy what you change."""
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,21 +2,30 @@
 
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from dga_scale.config import TrainConfig
 from dga_scale.corpus.batches import StepBatches
-from dga_scale.engine.checkpoint_folder import Checkpoint, find_resume_point, newest_complete
+from dga_scale.engine.checkpoint_folder import (
+    Checkpoint,
+    find_resume_point,
+    newest_complete,
+    remove_leftovers,
+)
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.deepspeed import global_grad_norm
 from dga_scale.engine.dry_run import dry_run
 from dga_scale.engine.handover import hand_over
 from dga_scale.engine.inputs import Inputs, check_inputs, verify_corpora
+from dga_scale.engine.invariants import Invariants
 from dga_scale.engine.optimizer_step import step_was_refused
 from dga_scale.engine.saves import Saves
 from dga_scale.engine.session import Session
 from dga_scale.engine.signals import EXIT_STOPPED, StopAgreement, StopRequest
+from dga_scale.engine.watchdog import note_step
 from dga_scale.errors import UserError
 from dga_scale.monitoring.environment import describe_environment, device_name, write_environment
 from dga_scale.monitoring.metrics import RunLog, Value
@@ -29,25 +38,28 @@ def train(config: TrainConfig, cluster: Cluster) -> int:
     Raises:
         UserError: on every rank, with the checkpoints written before intact.
     """
-    inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
-    cluster.run_on_all(lambda: verify_corpora(inputs, cluster))
-    if config.run.dry_run:
-        return dry_run(inputs, cluster)
-    resume_from = find_resume_point(inputs.folder.path, config.run.resume, cluster)
-    _open_folder(inputs, cluster)
-    done = resume_from.step if resume_from else 0
-    total = config.optimization.max_steps
-    with (
-        StopRequest() as stop,
-        RunLog(inputs.folder.path, cluster.rank, total, completed_steps=done,
-               logging_steps=config.run.logging_steps) as log,
-    ):  # fmt: skip
-        run = _Run(inputs, cluster, log, resume_from)
-        finished = run.train(stop)
-        if not finished:
-            log.print(f"stopped after step {run.done} as asked; the same command goes on from there")
+    with StopRequest() as stop:
+        if StopAgreement(cluster).now(stop.requested):  # while the ranks started, or in the domain before
             return EXIT_STOPPED
-    hand_over(inputs, cluster)
+        inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
+        cluster.run_on_all(lambda: verify_corpora(inputs, cluster))
+        if config.run.dry_run:
+            return dry_run(inputs, cluster)
+        cluster.run_on_first(lambda: remove_leftovers(inputs.folder.path))
+        resume_from = find_resume_point(inputs.folder.path, config.run.resume, cluster)
+        _open_folder(inputs, cluster)
+        done = resume_from.step if resume_from else 0
+        total = config.optimization.max_steps
+        with RunLog(
+            inputs.folder.path, cluster.rank, total, completed_steps=done,
+            logging_steps=config.run.logging_steps,
+        ) as log:  # fmt: skip
+            run = _Run(inputs, cluster, log, resume_from)
+            finished = run.train(stop)
+            if not finished:
+                log.print(f"stopped after step {run.done} as asked; the same command goes on from there")
+                return EXIT_STOPPED
+        hand_over(inputs, cluster)
     return 0
 
 
@@ -83,16 +95,22 @@ class _Run:
     def train(self, stop: StopRequest) -> bool:
         """All steps that are left; False if a signal ended them early (everything is saved then)."""
         session, log = self.session, self.log
+        agreement = StopAgreement(self.cluster)
         if self.done == 0:
             self._evaluate()
         session.protect()
-        agreement = StopAgreement(self.cluster)
+        if self.done < self.total and agreement.now(stop.requested):
+            return False  # so far nothing was done that is not saved
+        invariants = Invariants(session, self.settings.check_invariants)
+        invariants.check(self.done)
         with session.stream(self.done) as stream:
             started = time.perf_counter()
             for batches in stream:
                 wait = time.perf_counter() - started
                 terms, learning_rate = session.train_step(batches)
                 self.done = batches.step + 1
+                note_step(self.done)
+                invariants.after_step(batches)
                 terms = agreement.average(terms, stop.requested, self.saves.written)
                 if agreement.written(self.saves.begun):
                     self._finish_save()
@@ -121,24 +139,43 @@ class _Run:
         if last or self.done % self.settings.eval_steps == 0:
             self._evaluate()
         if last or stopping or self.done % self.settings.save_steps == 0:
-            self._save()
-        if last or stopping:
-            self._finish_save()
+            self._save(needed=last or stopping)
 
-    def _save(self) -> None:
-        """Begin a checkpoint, and finish it too if training waits for it."""
+    def _save(self, needed: bool) -> None:
+        """Begin a checkpoint, and finish it too if training or the end waits for it."""
         started = time.perf_counter()
         self._finish_save()  # of the one before
-        self.saves.begin(self.session.checkpoint(self.done), started)
-        if not self.settings.async_save:
-            self._finish_save()
+        with self._may_fail(unless=needed):
+            self.saves.begin(self.session.checkpoint(self.done), started)
+        if needed or not self.settings.async_save:
+            self._finish_save(needed)
 
-    def _finish_save(self) -> None:
+    def _finish_save(self, needed: bool = False) -> None:
         """Commit the checkpoint under way, if there is one."""
-        saved = self.saves.finish()
-        if saved is not None:
-            figures = {"seconds": saved.seconds, "written_seconds": saved.written_seconds}
-            self.log.event("checkpoint", step=saved.step, path=str(saved.path), **figures)
+        with self._may_fail(unless=needed):
+            saved = self.saves.finish()
+            if saved is not None:
+                figures = {"seconds": saved.seconds, "written_seconds": saved.written_seconds}
+                self.log.event("checkpoint", step=saved.step, path=str(saved.path), **figures)
+
+    @contextmanager
+    def _may_fail(self, unless: bool) -> Iterator[None]:
+        """Let a run go on from a save that failed on all ranks, where there is an older checkpoint.
+
+        The disk may have room again at the next one. A first save has to succeed: what is wrong then is
+        rather the folder. So has the last one.
+        """
+        try:
+            yield
+        except UserError as error:
+            older = self.cluster.run_on_first(lambda: newest_complete(self.inputs.folder.path) is not None)
+            if unless or not older:
+                raise
+            self.log.event("save_failed", step=self.done, error=str(error))
+            self.log.print(
+                f"SAVE FAILED after step {self.done}, training goes on: {error} The next save is due after "
+                f"step {(self.done // self.settings.save_steps + 1) * self.settings.save_steps}."
+            )
 
     def _evaluate(self) -> None:
         figures = self.figures = self.session.evaluate()

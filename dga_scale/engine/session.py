@@ -109,6 +109,15 @@ class Session:
             mask = self._update_mask = UpdateMask(self.anatomy, factors, self.method.kinds)
             wrap_optimizer_step(self.engine, mask.before_step, mask.after_step)
 
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """Protection, gates and soft-mask factors, by names for messages: the same on all ranks."""
+        found = {f"protection of {kind}": a for kind, a in self.protection.items()}
+        found |= {f"gates of {kind}": a for kind, a in self.model.protection.items()}
+        mask = self._gradient_mask or self._update_mask
+        for name, factors in (mask.factors if mask else {}).items():
+            found |= {f"soft-mask of {name} along axis {f.dim}": f.scale for f in factors}
+        return found
+
     def stream(self, completed_steps: int) -> BatchStream:
         """The batches of the steps that are left."""
         inputs, optimization = self.inputs, self.config.optimization

@@ -18,6 +18,11 @@ def to_device(batch: Batch, device: torch.device) -> ModelInputs:
     return ModelInputs(*(t.to(device, non_blocking=True) for t in tensors))
 
 
+def seed_of(seed: int, stream: int, step: int, rank: int) -> int:
+    """Derive the seed of dropout of one step on one rank: a resumed run needs no saved random state."""
+    return int(np.random.SeedSequence((seed, stream, step, rank)).generate_state(1, np.uint64)[0])
+
+
 def seed_everything(seed: int, stream: int, step: int, rank: int) -> None:
-    """Seed dropout of one step on one rank, so that a resumed run needs no saved random state."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, stream, step, rank)).generate_state(1, np.uint64)[0]))
+    """Seed what is drawn from here on."""
+    torch.manual_seed(seed_of(seed, stream, step, rank))

@@ -53,7 +53,7 @@ class TrainingModel(nn.Module):
             teacher.requires_grad_(False).eval()
         self.split_views = split_views
         # No buffers: DeepSpeed would round them to bf16 with the model.
-        self._protection: dict[str, Tensor] = {}
+        self.protection: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> "TrainingModel":
         """As ``nn.Module.train``; the teacher stays in eval mode."""
@@ -64,7 +64,7 @@ class TrainingModel(nn.Module):
 
     def set_protection(self, protection: Mapping[str, Tensor]) -> None:
         """Set ``a`` (layers, units) by kind: the gates of the gated views from here on."""
-        self._protection = {kind: a.detach().float() for kind, a in protection.items()}
+        self.protection = {kind: a.detach().float() for kind, a in protection.items()}
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block in the backward pass, under its forward pass's gates and dropout draws."""
@@ -110,13 +110,13 @@ class TrainingModel(nn.Module):
         if compute is not None:
             return compute(inputs)
         device = input_ids.device
-        self._protection = {kind: a.to(device) for kind, a in self._protection.items()}  # moves once
+        self.protection = {kind: a.to(device) for kind, a in self.protection.items()}  # moves once
         states = run_views(
             self.anatomy.trunk(self.lm),
             self.gates,
             self.method.views(),
             inputs,
-            self._protection,
+            self.protection,
             split=self.split_views,
         )
         logits = self._logits(self.lm, states.hidden[LM_VIEW.name], positions)

@@ -116,6 +116,11 @@ class GradientMask:
                 self._hooked.add(name)
         assert self._hooked == maskable, f"the model has no parameters {sorted(maskable - self._hooked)}"
 
+    @property
+    def factors(self) -> Factors:
+        """What gradients are multiplied by."""
+        return self._factors
+
     def set(self, factors: Factors) -> None:
         """Mask with these factors from the next backward pass on."""
         assert factors.keys() <= self._hooked, "factors for kinds of unit that were not announced"
@@ -163,7 +168,7 @@ class UpdateMask:
     """
 
     def __init__(self, anatomy: Anatomy, factors: Factors, kinds: Sequence[str] = ("heads",)) -> None:
-        self._factors = factors
+        self.factors = factors
         self._kinds = tuple(kinds)
         self._anatomy = anatomy
         self._own_rows = own_rows(anatomy, kinds)
@@ -222,7 +227,7 @@ class UpdateMask:
 
     def _plan(self, fragment: Fragment) -> list[_MaskedBlock]:
         """Say what to do with a fragment: found once, as long as the shard stays where it is."""
-        if fragment.name not in self._factors:
+        if fragment.name not in self.factors:
             return []
         plan = self._plans.get(fragment.key)
         if plan is None:
@@ -230,7 +235,7 @@ class UpdateMask:
         return plan
 
     def _masked_blocks(self, fragment: Fragment) -> Iterator[_MaskedBlock]:
-        factors = self._factors[fragment.name]
+        factors = self.factors[fragment.name]
         device = fragment.values.device
         if len(factors) == 1:
             (factor,) = factors
