@@ -1,26 +1,10 @@
-"""Who am I: the rank of this process, whichever launcher started it, and what the ranks say to each other.
-
-Read in this order, the first that applies:
-
-=================  ==================================================================================
-launcher           variables
-=================  ==================================================================================
-deepspeed          RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (all five)
-torchrun           the same, and TORCHELASTIC_RUN_ID
-mpirun (Open MPI)  OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE
-mpiexec (Hydra)    PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS
-srun               SLURM_STEP_ID, SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_STEP_NODELIST
-python             none of these: one process
-=================  ==================================================================================
-"""
+"""Who am I: the rank of this process, whichever launcher started it, and what the ranks say to each other."""
 
 import errno
 import importlib
 import os
-import re
 import socket
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dga_scale.engine.meeting import meet
+from dga_scale.engine.place import Place, read_place
 from dga_scale.errors import UserError
 
 T = TypeVar("T")
@@ -35,34 +21,12 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the others. Long enough for rank 0 to convert a large checkpoint meanwhile."""
 
-
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a disk that is full, read-only or broken says."""
 
 
 class RankFailed(RuntimeError):
     """Another rank failed; that one knows why."""
-
-
-_MPI_VARIABLES = {
-    "mpirun": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
-    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-}
-_TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class Place:
-    """What the launcher says about this process, before any communication."""
-
-    launcher: str
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    master_addr: str | None
-    """None: not known from the environment; has to be broadcast through MPI."""
-    master_port: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +39,24 @@ class Cluster:
     local_rank: int
     local_world_size: int
     device: torch.device
+
+    def describe(self) -> str:
+        """How many ranks, who started them, where they meet. Every rank has to call it."""
+        # A launcher counts nodes as it likes: each has one rank that is its first.
+        nodes = self.all_gather_object(self.local_rank).count(0)
+        where = f"{_plural(self.world_size, 'rank')} on {_plural(nodes, 'node')}, started by {self.launcher}"
+        if self.world_size == 1:
+            return where
+        return f"{where}, rank 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+    def leave(self) -> None:
+        """End the process group, after the last collective.
+
+        Without it gloo's threads may drop their last tensors while the interpreter shuts down, which aborts
+        the process (exit code 134), and NCCL complains.
+        """
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -118,17 +100,19 @@ class Cluster:
             value = fn()
         except Exception as caught:
             error = _disk_trouble(caught) or caught
-        said = None if error is None else (type(error).__name__, str(error), isinstance(error, UserError))
+        said = None
+        if error is not None:
+            said = (type(error).__name__, str(error), isinstance(error, UserError), socket.gethostname())
         failed = {rank: answer for rank, answer in enumerate(self.all_gather_object(said)) if answer}
         if not failed:
             return value  # type: ignore[return-value]  # fn's own value: no error, so it was set
         if error is not None and not isinstance(error, UserError):
             raise error
-        rank, (name, text, users) = next(iter(failed.items()))
+        rank, (name, text, users, host) = next(iter(failed.items()))
         if not users:
-            raise RankFailed(f"rank {rank} failed: {name}: {text}")
+            raise RankFailed(f"rank {rank} on {host} failed: {name}: {text}")
         on_all = self.world_size == len(failed) and len({answer[1] for answer in failed.values()}) == 1
-        raise UserError(text if on_all or self.world_size == 1 else f"rank {rank}: {text}")
+        raise UserError(text if on_all or self.world_size == 1 else f"rank {rank} on {host}: {text}")
 
     def run_on_first(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` on rank 0 only and return its value, or raise its ``UserError``, on every rank."""
@@ -145,6 +129,10 @@ def _disk_trouble(error: Exception) -> UserError | None:
     )
 
 
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def single_process() -> Cluster:
     """Stand alone: for tools that read what a run has written."""
     return Cluster("python", 0, 1, 0, 1, torch.device("cpu"))
@@ -156,7 +144,7 @@ def join_cluster() -> Cluster:
     Raises ``UserError`` where the launcher's variables are incomplete or contradict each other, or where a
     rank has no GPU.
     """
-    place = read_environment(os.environ)
+    place = read_place(os.environ)
     device = _device(place)
     address, port = _meeting_point(place)
     os.environ.update(
@@ -167,13 +155,15 @@ def join_cluster() -> Cluster:
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
-    _start_group(device)
+    if not dist.is_initialized():
+        store = meet(place, address, port, _name_of_gpu(device))
+        _start_group(place, device, store)
     return Cluster(
         place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size, device
     )
 
 
-def _start_group(device: torch.device) -> None:
+def _start_group(place: Place, device: torch.device, store: dist.Store) -> None:
     if device.type == "cpu":
         # Otherwise DeepSpeed looks for accelerators and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -183,6 +173,16 @@ def _start_group(device: torch.device) -> None:
     # operation that only inference calls. (``deepspeed.comm.torch`` as an attribute is torch itself.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        # With one rank there is nobody that NCCL could connect a device to.
+        device_id=device if device.type == "cuda" and place.world_size > 1 else None,
+    )
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
     )
@@ -205,127 +205,11 @@ def _device(place: Place) -> torch.device:
     return torch.device("cuda", index)
 
 
-def read_environment(env: Mapping[str, str]) -> Place:
-    """Read the place of this process from a launcher's variables, without starting anything.
-
-    Raises ``UserError`` naming the variables that are missing, not numbers, or in contradiction.
-    """
-    place = _torch_place(env) or _mpi_place(env) or _slurm_place(env)
-    if place is None:
-        return Place("python", 0, 1, 0, 1, "127.0.0.1", _free_port())
-    if not 0 <= place.rank < place.world_size or not 0 <= place.local_rank < place.local_world_size:
-        raise UserError(
-            f"{place.launcher} gives rank {place.rank} of {place.world_size}, number {place.local_rank} of "
-            f"{place.local_world_size} on its node: ranks count from 0 and stay below their number; "
-            "unset variables left over from another launch"
-        )
-    return place
-
-
-def _torch_place(env: Mapping[str, str]) -> Place | None:
-    ours = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in env]
-    if not ours:
+def _name_of_gpu(device: torch.device) -> str | None:
+    """A name that no other GPU has."""
+    if device.type == "cpu":
         return None
-    missing = [name for name in _TORCH_VARIABLES if name not in env]
-    if missing:
-        raise UserError(
-            f"{', '.join(ours)} set but not {', '.join(missing)}: a distributed run needs all of "
-            f"{', '.join(_TORCH_VARIABLES)}; unset them for a single process, or start with deepspeed "
-            "or torchrun"
-        )
-    rank, world_size, local_rank = (_integer(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if "TORCHELASTIC_RUN_ID" in env:
-        launcher = "torchrun"
-    elif "CROSS_RANK" in env:
-        launcher = "deepspeed"
-    else:
-        launcher = "environment"
-        _check_against_scheduler(env, rank, world_size)
-    local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
-    local_world_size = _integer(env, local_size) if local_size else max(local_rank + 1, 1)
-    return Place(
-        launcher,
-        rank,
-        world_size,
-        local_rank,
-        local_world_size,
-        env["MASTER_ADDR"],
-        _integer(env, "MASTER_PORT"),
-    )
-
-
-def _check_against_scheduler(env: Mapping[str, str], rank: int, world_size: int) -> None:
-    """Ranks set by hand or by a wrapper script have to be those that MPI or SLURM started."""
-    found = _mpi_place(env) or _slurm_place(env)
-    if found is None:
-        return
-    if world_size > found.world_size:
-        raise UserError(
-            f"WORLD_SIZE={world_size}, but {found.launcher} started {found.world_size} processes: the run "
-            f"would wait for ranks that never come; ask {found.launcher} for {world_size}, or unset RANK and "
-            "WORLD_SIZE"
-        )
-    if (rank, world_size) != (found.rank, found.world_size):
-        raise UserError(
-            f"RANK={rank} WORLD_SIZE={world_size} contradict {found.launcher}, which started this process as "
-            f"{found.rank} of {found.world_size}: unset RANK, WORLD_SIZE and LOCAL_RANK"
-        )
-
-
-def _mpi_place(env: Mapping[str, str]) -> Place | None:
-    for launcher, names in _MPI_VARIABLES.items():
-        # srun with a PMI plugin sets PMI_RANK too, without Hydra's local numbers.
-        if names[0] not in env or (launcher == "mpiexec" and names[2] not in env and "SLURM_STEP_ID" in env):
-            continue
-        if missing := [name for name in names if name not in env]:
-            raise UserError(
-                f"{names[0]} is set but not {', '.join(missing)}: this is no complete MPI launch; start with "
-                f"{launcher}, or unset {names[0]}"
-            )
-        rank, world_size, local_rank, local_world_size = (_integer(env, name) for name in names)
-        address = env.get("MASTER_ADDR") or ("127.0.0.1" if local_world_size == world_size else None)
-        job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMI_FD") or launcher
-        port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of(job)
-        return Place(launcher, rank, world_size, local_rank, local_world_size, address, port)
-    return None
-
-
-def _slurm_place(env: Mapping[str, str]) -> Place | None:
-    # A batch script has SLURM_PROCID=0 and SLURM_NTASKS too; only a step (srun) has all its tasks running.
-    if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
-        return None
-    names = ("SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
-    if missing := [name for name in names if name not in env]:
-        raise UserError(
-            f"SLURM_PROCID is set but not {', '.join(missing)}: this is no complete SLURM step; start with "
-            "srun inside the allocation, or unset the SLURM variables"
-        )
-    tasks_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-    rank, world_size, local_rank = (_integer(env, n) for n in ("SLURM_PROCID", tasks_name, "SLURM_LOCALID"))
-    address = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
-    job = f"{env.get('SLURM_JOB_ID', '')}.{env['SLURM_STEP_ID']}"
-    port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of(job)
-    return Place("srun", rank, world_size, local_rank, _slurm_local_size(env, local_rank), address, port)
-
-
-def _slurm_local_size(env: Mapping[str, str], local_rank: int) -> int:
-    """Tasks on this node, from the form ``2(x3),1`` that SLURM gives for all nodes."""
-    counts: list[int] = []
-    for part in env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "")).split(","):
-        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
-            counts += [int(found[1])] * int(found[2] or 1)
-    node = int(env.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else local_rank + 1
-
-
-def first_host(hostlist: str) -> str:
-    """Take the first host of a SLURM host list: ``node[003-010,12],other`` -> ``node003``."""
-    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", hostlist)
-    if found is None:
-        raise UserError(
-            f"SLURM_STEP_NODELIST={hostlist!r} is no SLURM host list; set MASTER_ADDR to the first node"
-        )
-    return found[1] + (found[2] or "") + found[3]
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _meeting_point(place: Place) -> tuple[str, int]:
@@ -338,25 +222,19 @@ def _meeting_point(place: Place) -> tuple[str, int]:
             f"{place.launcher} started processes on several nodes and the address of rank 0 is not known: "
             "install dga_scale[mpi], or set MASTER_ADDR to rank 0's host for all processes"
         ) from error
-    address = MPI.COMM_WORLD.bcast(socket.gethostname(), root=0)
-    return address, place.master_port
-
-
-def _integer(env: Mapping[str, str], name: str) -> int:
-    try:
-        return int(env[name])
-    except ValueError:
+    ranks = MPI.COMM_WORLD.Get_size()
+    if ranks != place.world_size:
         raise UserError(
-            f"{name}={env[name]!r} is no whole number: the launcher's variables are damaged"
-        ) from None
-
-
-def _port_of(job: str) -> int:
-    """Choose a port that all processes of a job agree on, and that two jobs rarely share."""
-    return 20000 + zlib.crc32(job.encode()) % 20000
+            f"{place.launcher} started {place.world_size} processes, but mpi4py counts {ranks}: it was built "
+            f"with another MPI ({MPI.Get_library_version().split(',')[0].strip()}). Set MASTER_ADDR to rank "
+            "0's host for all processes, or MPI4PY_MPIABI and LD_LIBRARY_PATH to the MPI of the launcher"
+        )
+    host, port = MPI.COMM_WORLD.bcast((socket.gethostname(), _free_port()), root=0)
+    MPI.Finalize()  # nothing else goes through MPI
+    return host, port
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dga_scale.engine.cluster import Cluster, Place, first_host, join_cluster, read_environment
+from dga_scale.engine.cluster import Cluster, join_cluster
+from dga_scale.engine.place import Place, first_host, read_place
 from dga_scale.errors import UserError
 from tests.ranks import REPOSITORY, RankError, free_port, run_ranks
 
@@ -28,6 +30,8 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "PMIX_NAMESPACE": "job-77@1",
 }
+TORCHRUN = TORCH | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "2"}
+DEEPSPEED = TORCH | {"CROSS_RANK": "1", "CROSS_SIZE": "2"}
 HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "3", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "3"}
 # As a step of two nodes with two tasks each was seen to set them.
 SRUN = {
@@ -46,39 +50,51 @@ SRUN = {
     ("env", "expected"),
     [
         (TORCH, Place("environment", 3, 4, 1, 2, "node1", 29501)),
-        (TORCH | {"TORCHELASTIC_RUN_ID": "x"}, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
-        (TORCH | {"CROSS_RANK": "1"}, Place("deepspeed", 3, 4, 1, 2, "node1", 29501)),
-        # torchrun as the one task that srun starts on each node: torchrun's ranks count.
-        (TORCH | SRUN | {"TORCHELASTIC_RUN_ID": "x"}, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
+        (TORCHRUN, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
+        (DEEPSPEED, Place("deepspeed", 3, 4, 1, 2, "node1", 29501)),
+        # torchrun as the one task that srun or mpirun starts on each node: torchrun's ranks count.
+        (TORCHRUN | SRUN | {"SLURM_NTASKS": "2"}, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
+        (TORCHRUN | OPEN_MPI, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
+        # deepspeed --hostfile and torchrun from the shell that srun --pty gave.
+        (DEEPSPEED | SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, Place("deepspeed", 3, 4, 1, 2, "node1", 29501)),
         (OPEN_MPI | {"MASTER_PORT": "1234"}, Place("mpirun", 1, 2, 1, 2, "127.0.0.1", 1234)),
         (
             OPEN_MPI
             | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "MASTER_PORT": "1"},
             Place("mpirun", 1, 2, 0, 1, None, 1),
         ),
+        # mpirun within an allocation, which starts its processes through srun: MPI's ranks count.
+        (OPEN_MPI | SRUN | {"MASTER_PORT": "1234"}, Place("mpirun", 1, 2, 1, 2, "127.0.0.1", 1234)),
         (HYDRA | {"MASTER_PORT": "1234"}, Place("mpiexec", 2, 3, 2, 3, "127.0.0.1", 1234)),
+        (HYDRA | SRUN | {"MASTER_PORT": "1234"}, Place("mpiexec", 2, 3, 2, 3, "127.0.0.1", 1234)),
+        (HYDRA | {"MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0"}, Place("mpiexec", 2, 3, 0, 1, None, 29500)),
+        # deepspeed --launcher mpich adds the five to Hydra's; --launcher openmpi and slurm nothing.
+        (
+            HYDRA | TORCH | {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"},
+            Place("mpiexec", 2, 3, 2, 3, "node1", 29501),
+        ),
         (SRUN | {"MASTER_PORT": "1234"}, Place("srun", 3, 4, 1, 2, "gpu07", 1234)),
         (SRUN | {"PMI_RANK": "3", "MASTER_PORT": "1234"}, Place("srun", 3, 4, 1, 2, "gpu07", 1234)),
     ],
 )
 def test_place_under_each_launcher(env: dict[str, str], expected: Place) -> None:
-    assert read_environment(env) == expected
+    assert read_place(env) == expected
 
 
 def test_a_batch_script_without_srun_is_one_process() -> None:
     batch = {k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
-    place = read_environment(batch)
+    place = read_place(batch)
     assert (place.launcher, place.rank, place.world_size) == ("python", 0, 1)
 
 
 def test_ports_agree_within_a_job_and_differ_between_jobs() -> None:
     ports = {
-        (job, rank): read_environment(SRUN | {"SLURM_JOB_ID": job, "SLURM_PROCID": rank}).master_port
+        (job, rank): read_place(SRUN | {"SLURM_JOB_ID": job, "SLURM_PROCID": rank}).master_port
         for job in ("77", "78")
         for rank in ("2", "3")
     }
     assert ports["77", "2"] == ports["77", "3"] != ports["78", "2"] == ports["78", "3"]
-    assert all(20000 <= port < 40000 for port in ports.values())
+    assert all(20000 <= port < 32768 for port in ports.values())
 
 
 @pytest.mark.parametrize(
@@ -104,6 +120,12 @@ def test_first_host(hosts: str, first: str) -> None:
         (TORCH | {"LOCAL_RANK": "2"}, r"number 2 of 2 on its node"),
         (TORCH | OPEN_MPI, r"WORLD_SIZE=4, but mpirun started 2 processes.*ranks that never come"),
         (TORCH | SRUN | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, r"WORLD_SIZE=4, but srun started 2"),
+        (TORCHRUN | SRUN, r"srun started torchrun 4 times, each for a run of its own on 2 nodes: .*--nnodes"),
+        (
+            DEEPSPEED | OPEN_MPI | {"CROSS_SIZE": "1"},
+            r"mpirun started deepspeed 2 times, each for a run of its own on 1 node: start it once",
+        ),
+        (HYDRA | {"PMI_RANK": "x"}, r"PMI_RANK='x' is no whole number"),
         (TORCH | SRUN | {"SLURM_PROCID": "2"}, r"RANK=3 WORLD_SIZE=4 contradict srun.* 2 of 4"),
         ({k: v for k, v in OPEN_MPI.items() if "LOCAL" not in k}, r"OMPI_COMM_WORLD_RANK is set but not"),
         ({k: v for k, v in HYDRA.items() if k != "PMI_SIZE"}, r"PMI_RANK is set but not PMI_SIZE"),
@@ -112,7 +134,7 @@ def test_first_host(hosts: str, first: str) -> None:
 )
 def test_incomplete_or_contradictory_variables(env: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_environment(env)
+        read_place(env)
 
 
 def _gathered() -> tuple[list[int], float, str, float]:
@@ -147,7 +169,10 @@ def _fail_on(ranks: tuple[int, ...], kind: type[Exception]) -> str:
 
 def test_all_ranks_raise_the_same_user_error() -> None:
     assert run_ranks(2, _fail_on, (), UserError) == ["fine"] * 2
-    assert run_ranks(2, _fail_on, (1,), UserError) == ["UserError rank 1: no such file"] * 2
+    assert (
+        run_ranks(2, _fail_on, (1,), UserError)
+        == [f"UserError rank 1 on {socket.gethostname()}: no such file"] * 2
+    )
     assert run_ranks(2, _fail_on, (0, 1), UserError) == ["UserError no such file"] * 2
 
 
@@ -155,7 +180,7 @@ def test_a_fault_of_ours_stays_where_it_is_and_stops_the_others() -> None:
     with pytest.raises(RankError) as caught:
         run_ranks(2, _fail_on, (1,), ZeroDivisionError)
     assert caught.value.errors == {
-        0: ("RankFailed", "rank 1 failed: ZeroDivisionError: no such file"),
+        0: ("RankFailed", f"rank 1 on {socket.gethostname()} failed: ZeroDivisionError: no such file"),
         1: ("ZeroDivisionError", "no such file"),
     }
 

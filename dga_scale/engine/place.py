@@ -1,0 +1,228 @@
+"""Which rank of how many this process is, as the launcher that started it says: from the environment alone.
+
+Read in this order, the first that applies:
+
+=================  ==================================================================================
+launcher           variables
+=================  ==================================================================================
+torchrun           RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and TORCHELASTIC_RUN_ID
+deepspeed          the same five and CROSS_RANK; on one node, and over ssh or pdsh (``--hostfile``)
+environment        the same five: set by hand or by a wrapper script
+mpirun (Open MPI)  OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE
+mpiexec (Hydra)    PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS: MPICH, Intel MPI, MVAPICH
+srun               SLURM_STEP_ID, SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_STEP_NODELIST
+python             none of these: one process
+=================  ==================================================================================
+
+``deepspeed --launcher openmpi`` and ``--launcher slurm`` start the program with ``mpirun`` and ``srun`` and
+set nothing themselves; ``--launcher mpich`` adds the five to Hydra's, which have to agree.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import psutil
+
+from dga_scale.errors import UserError
+
+DEFAULT_PORT = 29500
+"""torch's own."""
+
+_MPI_VARIABLES = {
+    "mpirun": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}
+_TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the launcher says about this process, before any communication."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str | None
+    """None: not known from the environment; rank 0 has to tell it through MPI, and a port with it."""
+    master_port: int
+
+
+def read_place(env: Mapping[str, str]) -> Place:
+    """Read the place of this process from a launcher's variables, without starting anything.
+
+    Raises ``UserError`` naming the variables that are missing, not numbers, or in contradiction.
+    """
+    place = _torch_place(env) or _scheduler_place(env)
+    if place is None:
+        return Place("python", 0, 1, 0, 1, "127.0.0.1", DEFAULT_PORT)
+    if not 0 <= place.rank < place.world_size or not 0 <= place.local_rank < place.local_world_size:
+        raise UserError(
+            f"{place.launcher} gives rank {place.rank} of {place.world_size}, number {place.local_rank} of "
+            f"{place.local_world_size} on its node: ranks count from 0 and stay below their number; "
+            "unset variables left over from another launch"
+        )
+    return place
+
+
+def _torch_place(env: Mapping[str, str]) -> Place | None:
+    ours = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in env]
+    if not ours:
+        return None
+    missing = [name for name in _TORCH_VARIABLES if name not in env]
+    if missing:
+        raise UserError(
+            f"{', '.join(ours)} set but not {', '.join(missing)}: a distributed run needs all of "
+            f"{', '.join(_TORCH_VARIABLES)}; unset them for a single process, or start with deepspeed "
+            "or torchrun"
+        )
+    rank, world_size, local_rank = (_integer(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
+    place = Place(
+        "environment",
+        rank,
+        world_size,
+        local_rank,
+        _integer(env, local_size) if local_size else max(local_rank + 1, 1),
+        env["MASTER_ADDR"],
+        _integer(env, "MASTER_PORT"),
+    )
+    scheduler = _scheduler_place(env)
+    if "TORCHELASTIC_RUN_ID" in env:
+        place, nodes = replace(place, launcher="torchrun"), "GROUP_WORLD_SIZE"
+    elif "CROSS_RANK" in env:
+        place, nodes = replace(place, launcher="deepspeed"), "CROSS_SIZE"
+    elif scheduler is not None:
+        _check_same_ranks(place, scheduler)
+        return replace(place, launcher=scheduler.launcher, local_world_size=scheduler.local_world_size)
+    else:
+        return place
+    if scheduler is not None and nodes in env:
+        _check_one_run(place.launcher, _integer(env, nodes), scheduler)
+    return place
+
+
+def _check_same_ranks(place: Place, scheduler: Place) -> None:
+    """Ranks set by hand or by a wrapper script have to be those that MPI or SLURM started."""
+    if place.world_size > scheduler.world_size:
+        raise UserError(
+            f"WORLD_SIZE={place.world_size}, but {scheduler.launcher} started {scheduler.world_size} "
+            "processes: the run would wait for ranks that never come; ask "
+            f"{scheduler.launcher} for {place.world_size}, or unset RANK and WORLD_SIZE"
+        )
+    if (place.rank, place.world_size) != (scheduler.rank, scheduler.world_size):
+        raise UserError(
+            f"RANK={place.rank} WORLD_SIZE={place.world_size} contradict {scheduler.launcher}, which started "
+            f"this process as {scheduler.rank} of {scheduler.world_size}: unset RANK, WORLD_SIZE and "
+            "LOCAL_RANK"
+        )
+
+
+def _check_one_run(launcher: str, nodes: int, scheduler: Place) -> None:
+    """A launcher that MPI or SLURM started on each node has to count them all as one run's."""
+    if scheduler.world_size in (1, nodes):
+        return
+    mend = "give it --nnodes and one --rdzv_endpoint" if launcher == "torchrun" else "start it once, alone"
+    raise UserError(
+        f"{scheduler.launcher} started {launcher} {scheduler.world_size} times, each for a run of its own on "
+        f"{nodes} node{'s' if nodes > 1 else ''}: {mend}, or start python with {scheduler.launcher} in place "
+        f"of {launcher}"
+    )
+
+
+def _scheduler_place(env: Mapping[str, str]) -> Place | None:
+    # mpirun within an allocation starts its processes through srun on other nodes: MPI's ranks count there.
+    return _mpi_place(env) or _slurm_place(env)
+
+
+def _mpi_place(env: Mapping[str, str]) -> Place | None:
+    for launcher, names in _MPI_VARIABLES.items():
+        # srun with a PMI plugin sets PMI_RANK too, without Hydra's local numbers.
+        if names[0] not in env or (launcher == "mpiexec" and names[2] not in env and "SLURM_STEP_ID" in env):
+            continue
+        if missing := [name for name in names if name not in env]:
+            raise UserError(
+                f"{names[0]} is set but not {', '.join(missing)}: this is no complete MPI launch; start with "
+                f"{launcher}, or unset {names[0]}"
+            )
+        rank, world_size, local_rank, local_world_size = (_integer(env, name) for name in names)
+        one_node = local_world_size == world_size
+        address = env.get("MASTER_ADDR") or ("127.0.0.1" if one_node else None)
+        if "MASTER_PORT" in env:
+            port = _integer(env, "MASTER_PORT")
+        elif job := env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid"):
+            port = _port_of(job)
+        else:  # Hydra says nothing that all ranks have in common
+            port = _port_of(_ancestor_without(names[0])) if one_node else DEFAULT_PORT
+        return Place(launcher, rank, world_size, local_rank, local_world_size, address, port)
+    return None
+
+
+def _slurm_place(env: Mapping[str, str]) -> Place | None:
+    # A batch script has SLURM_PROCID=0 and SLURM_NTASKS too; only a step (srun) has all its tasks running.
+    if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
+        return None
+    names = ("SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
+    if missing := [name for name in names if name not in env]:
+        raise UserError(
+            f"SLURM_PROCID is set but not {', '.join(missing)}: this is no complete SLURM step; start with "
+            "srun inside the allocation, or unset the SLURM variables"
+        )
+    tasks_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    rank, world_size, local_rank = (_integer(env, n) for n in ("SLURM_PROCID", tasks_name, "SLURM_LOCALID"))
+    address = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+    job = f"{env.get('SLURM_JOB_ID', '')}.{env['SLURM_STEP_ID']}"
+    port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of(job)
+    return Place("srun", rank, world_size, local_rank, _slurm_local_size(env, local_rank), address, port)
+
+
+def _slurm_local_size(env: Mapping[str, str], local_rank: int) -> int:
+    """Tasks on this node, from the form ``2(x3),1`` that SLURM gives for all nodes."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "")).split(","):
+        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            counts += [int(found[1])] * int(found[2] or 1)
+    node = int(env.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else local_rank + 1
+
+
+def first_host(hostlist: str) -> str:
+    """Take the first host of a SLURM host list: ``node[003-010,12],other`` -> ``node003``."""
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", hostlist)
+    if found is None:
+        raise UserError(
+            f"SLURM_STEP_NODELIST={hostlist!r} is no SLURM host list; set MASTER_ADDR to the first node"
+        )
+    return found[1] + (found[2] or "") + found[3]
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise UserError(
+            f"{name}={env[name]!r} is no whole number: the launcher's variables are damaged"
+        ) from None
+
+
+def _port_of(job: str) -> int:
+    """Choose a port that all processes of a job agree on, and that two jobs rarely share.
+
+    Below the ports that Linux gives to outgoing connections (32768 and up).
+    """
+    return 20000 + zlib.crc32(job.encode()) % 12000
+
+
+def _ancestor_without(variable: str) -> str:
+    """The nearest ancestor that a launcher's variable is unknown to: on a node the same for all its ranks."""
+    return next((str(p.pid) for p in psutil.Process().parents() if not _knows(p, variable)), "")
+
+
+def _knows(process: psutil.Process, variable: str) -> bool:
+    try:
+        return variable in process.environ()
+    except psutil.Error:  # another user's: none of the launcher's processes
+        return False
