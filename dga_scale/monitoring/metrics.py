@@ -86,10 +86,12 @@ class RunLog:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         truncate_log(self.run_dir / LOG_FILE, completed_steps)
-        self._file = open(self.run_dir / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        # Unbuffered: what does not fit on the disk is kept here, and written when it does.
+        self._file = open(self.run_dir / LOG_FILE, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self._unwritten, self._warned = b"", False
         # TensorBoard drops what the interrupted run wrote at and after purge_step.
         purge = completed_steps + 1 if completed_steps else None
-        self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge, flush_secs=30)
+        self._board = _Board(str(self.run_dir / "tensorboard"), purge, self.print)
         self._console = Console(highlight=False, markup=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
@@ -157,14 +159,17 @@ class RunLog:
         """The settings of the run as a table in TensorBoard's text page."""
         if self.active:
             rows = "".join(f"| {name} | `{value}` |\n" for name, value in settings.items())
-            self._board.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", self.completed_steps)
+            text = f"| setting | value |\n|---|---|\n{rows}"
+            self._board.draw(lambda board: board.add_text("settings", text, self.completed_steps))
 
     def outcome(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """What the run came to, beside its settings, for TensorBoard's HParams page."""
         if self.active and figures:
             plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
             metrics = {f"outcome/{name}": value for name, value in figures.items()}
-            self._board.add_hparams(plain, metrics, run_name=".", global_step=self.total_steps)
+            self._board.draw(
+                lambda board: board.add_hparams(plain, metrics, run_name=".", global_step=self.total_steps)
+            )
 
     def importance(self, importance: Mapping[str, Tensor], protection: Mapping[str, Tensor]) -> None:
         """Importance and protection of each kind of unit, as heatmaps and as the histogram of the soft-mask.
@@ -178,12 +183,17 @@ class RunLog:
         if not self.active:
             return
         for kind, a in protection.items():
-            figure = plots.importance_figure(importance[kind], a, kind)
+            self._importance(kind, importance[kind], a)
+
+    def _importance(self, kind: str, importance: Tensor, a: Tensor) -> None:
+        figure, step = plots.importance_figure(importance, a, kind), self.completed_steps
+
+        def draw(board: SummaryWriter) -> None:
             plots.save_png(figure, self.run_dir / f"importance-{kind}.png")
-            self._board.add_image(
-                f"importance/{kind}", plots.pixels(figure), self.completed_steps, dataformats="HWC"
-            )
-            self._board.add_histogram(f"soft_mask/{kind}", 1 - a.float(), self.completed_steps)
+            board.add_image(f"importance/{kind}", plots.pixels(figure), step, dataformats="HWC")
+            board.add_histogram(f"soft_mask/{kind}", 1 - a.float(), step)
+
+        self._board.draw(draw)
 
     def protection(self, *, step: int, one_minus_a: Tensor, movement: Tensor, **summary: float) -> None:
         """How far each head moved since the start, against what its mask asks for.
@@ -201,14 +211,18 @@ class RunLog:
         matrices = {"one_minus_a": _rounded(one_minus_a), "movement": _rounded(movement)}
         self.event("protection", step=step, **summary, **matrices)
         figure = plots.protection_figure({"": (one_minus_a, movement)})
-        self._board.add_image("protection/movement", plots.pixels(figure), step, dataformats="HWC")
+        pixels = plots.pixels(figure)
+        self._board.draw(
+            lambda board: board.add_image("protection/movement", pixels, step, dataformats="HWC")
+        )
 
     def close(self) -> None:
         """Take the progress bar off the terminal and finish the files."""
         if self.active:
             self._bar.stop()
+            self._flush()
             self._file.close()
-            self._board.close()
+            self._board.draw(SummaryWriter.close)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -219,15 +233,48 @@ class RunLog:
         self.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(_jsonable(record), allow_nan=False).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                self.print(f"{self.run_dir / LOG_FILE} can't be written ({error.strerror}); kept for later")
+            self._warned = True
 
     def _scalar(self, name: str, value: float | list[float], step: int) -> None:
-        if isinstance(value, list):
-            for rank, number in enumerate(value):
-                self._board.add_scalar(f"{name}/rank{rank}", number, step)
-        else:
-            self._board.add_scalar(name, value, step)
+        ranks = value if isinstance(value, list) else [value]
+        names = [f"{name}/rank{rank}" for rank in range(len(ranks))] if isinstance(value, list) else [name]
+
+        def draw(board: SummaryWriter) -> None:
+            for each, number in zip(names, ranks, strict=True):
+                board.add_scalar(each, number, step)
+
+        self._board.draw(draw)
+
+
+class _Board:
+    """TensorBoard's writer; where its files can't be written, it says so once and draws no more."""
+
+    def __init__(self, folder: str, purge_step: int | None, say: Callable[[str], None]) -> None:
+        self._writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge_step, flush_secs=30)
+        self._folder, self._say = folder, say
+
+    def draw(self, call: Callable[[SummaryWriter], None]) -> None:
+        """Do ``call`` with the writer, if there still is one."""
+        if self._writer is None:
+            return
+        try:
+            call(self._writer)
+        except OSError as error:
+            self._writer = None
+            self._say(
+                f"{self._folder} can't be written ({error.strerror}): no more curves; log.jsonl has all"
+            )
 
 
 def read_values(values: Mapping[str, Value]) -> dict[str, float | list[float]]:
