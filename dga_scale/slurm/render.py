@@ -22,7 +22,9 @@ def render(job: Job) -> str:
     parts = ["#!/bin/bash", *(f"#SBATCH --{line}" for line in _directives(job)), "", *options.setup]
     parts.append("set -euo pipefail")
     if options.container is None:
-        parts += [f"export PATH={shlex.quote(str(Path(options.venv) / 'bin'))}:$PATH"]
+        programs = Path(options.venv) / "bin"
+        here = "" if programs.is_absolute() else '"$PWD"/'
+        parts.append(f"export PATH={here}{shlex.quote(str(programs))}:$PATH")
     parts.append('export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"')
     return "\n".join([*parts, *(_training(job) if job.stage == "train" else _simple(job))]) + "\n"
 

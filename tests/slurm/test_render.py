@@ -1,0 +1,239 @@
+"""What a rendered script says, and what is refused before there is one. No SLURM is needed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dga_scale.errors import UserError
+from dga_scale.slurm.cli import main, parse_chain
+from dga_scale.slurm.options import JobOptions, seconds
+from dga_scale.slurm.render import render
+from dga_scale.slurm.stages import Job
+from tests.ranks import REPOSITORY
+from tests.small import SmallWorld, make_world
+
+ZERO2 = str(REPOSITORY / "ds_configs" / "zero2.json")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    return make_world(tmp_path_factory.mktemp("a world"))  # with a space in its paths
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def train(world: SmallWorld, *more: str) -> list[str]:
+    return [
+        "train", "--ds_config", ZERO2, "--model", str(world.model), "--corpus", str(world.corpus),
+        "--method", "mlm", "--output_dir", "runs/mine", *more,
+    ]  # fmt: skip
+
+
+def shard(world: SmallWorld, *more: str) -> list[str]:
+    return ["shard", str(world.domain_text), "--tokenizer", str(world.model), "--output", "new", *more]
+
+
+def scripts(arguments: Sequence[str]) -> list[str]:
+    """The scripts, each found to be good bash."""
+    texts = [render(job) for job in parse_chain(arguments)[0]]
+    for text in texts:
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    return texts
+
+
+def directives(script: str) -> dict[str, str]:
+    return dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in script.splitlines()
+                if line.startswith("#SBATCH"))  # fmt: skip
+
+
+def step(script: str) -> list[str]:
+    """The words of the script's srun as bash takes them, in task 7 of an array."""
+    text = script[script.index("srun ") :].split("|| code")[0].split("\n\n")[0]
+    printed = subprocess.run(
+        ["bash", "-c", f"srun() {{ printf '%s\\0' \"$@\"; }}; {text}"],
+        env={"SLURM_ARRAY_TASK_ID": "7", "PWD": "/where it runs"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return printed.stdout.split("\0")[:-1]
+
+
+def test_training_asks_for_what_the_options_say(world: SmallWorld):
+    options = (
+        "--nodes 4 --gpus_per_node h100:8 --cpus_per_task 12 --time 1-00:00:00 --account proj --qos high"
+    )
+    more = ["--sbatch", "constraint=ib", "--sbatch", "exclusive", "--stop_minutes", "10"]
+    (script,) = scripts([*options.split(), "--partition", "train", *train(world, *more)])
+    found = directives(script)
+    assert found == {
+        "job-name": "dga-train", "nodes": "4", "ntasks-per-node": "8", "gres": "gpu:h100:8",
+        "cpus-per-task": "12", "time": "1-00:00:00", "account": "proj", "partition": "train", "qos": "high",
+        "output": "slurm/%x-%j.log", "open-mode": "append", "requeue": "", "signal": "USR1@600",
+        "constraint": "ib", "exclusive": "",
+    }  # fmt: skip
+    words = step(script)
+    assert words[:5] == [
+        "--mpi=none",
+        "--kill-on-bad-exit=0",
+        "--wait=120",
+        "--cpus-per-task=12",
+        "dga-train",
+    ]
+    assert words[5:] == train(world)[1:]  # the paths with spaces too, and nothing of the job's options
+    assert f"export PATH={sys.prefix}/bin:$PATH" in script
+
+
+def test_directives_stand_before_the_first_command(world: SmallWorld):
+    """SLURM reads none after it."""
+    (script,) = scripts(train(world, "--setup", "module load cuda"))
+    lines = script.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert lines[first] == "module load cuda"
+    assert not [line for line in lines[first:] if line.startswith("#SBATCH")]
+
+
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(0, False), (75, True), (138, True), (1, False), (137, False)]
+)
+def test_which_ends_lead_back_into_the_queue(world: SmallWorld, code: int, requeued: bool):
+    (script,) = scripts(train(world))
+    stand_ins = f'srun() {{ return {code}; }}; scontrol() {{ echo "scontrol $*"; }}; export SLURM_JOB_ID=12\n'
+    result = subprocess.run(["bash", "-c", stand_ins + script], capture_output=True, text=True)
+    assert result.returncode == code
+    assert ("scontrol requeue 12" in result.stdout) == requeued
+
+
+def test_a_chain_and_its_arrays(world: SmallWorld, capsys: pytest.CaptureFixture[str]):
+    """Later jobs may read what earlier ones have yet to write."""
+    Path("suite.yaml").write_text("domain_corpora: [new]\n")
+    arguments = [
+        "--account", "proj", *shard(world, "--parts", "8", "--cpus_per_task", "3"),
+        "--then", *train(world, "--seeds", "1-3,7%2", "--corpus", "new", "--output_dir", "runs/my run"),
+        "--then", "evaluate", "--base", str(world.model), "--model", "runs/my run/seed-7/model",
+        "--suite", "suite.yaml", "--output_dir", "evaluation",
+    ]  # fmt: skip
+    assert main([*arguments, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    first, second, third = scripts(arguments)
+    assert all(f"{script}\n" in printed for script in (first, second, third))
+    assert printed.count("sbatch --dependency=afterok:JOB_OF_") == 2
+    assert not Path("slurm").exists()
+    assert (directives(first)["array"], directives(first)["output"]) == ("0-7", "slurm/%x-%A_%a.log")
+    assert step(first)[-2:] == ["--num_workers=3", "--part=7/8"]
+    assert directives(second)["array"] == "1-3,7%2"
+    assert step(second)[-2:] == ["--seed=7", "--output_dir=runs/my run/seed-7"]
+    assert "array" not in directives(third)
+    assert "signal" not in directives(first) | directives(third)
+    assert all(directives(script)["account"] == "proj" for script in (first, second, third))
+
+
+def test_containers(world: SmallWorld, tmp_path: Path):
+    (tmp_path / "image.sif").touch()
+    (tmp_path / "big data").mkdir()
+    data = str(tmp_path / "big data")
+    gpus = ["--gpus_per_node", "2", "--mounts", data]
+    (script,) = scripts(train(world, "--container", "image.sif", *gpus))
+    here, words = str(tmp_path), step(script)
+    inside = words.index("dga-train")
+    assert words[3:inside] == [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--pwd",
+        here,
+        "--bind",
+        f"{here},{data}",
+        "image.sif",
+    ]
+    (script,) = scripts(train(world, "--container", "nvcr.io#nvidia/pytorch:25.09-py3", *gpus))
+    words = step(script)
+    assert words[3 : words.index("dga-train")] == [
+        "--container-image=nvcr.io#nvidia/pytorch:25.09-py3", f"--container-workdir={here}",
+        f"--container-mounts={here}:{here},{data}:{data}",
+    ]  # fmt: skip
+    assert sys.prefix not in script
+
+
+def test_the_template_for_editing_by_hand_is_what_is_rendered():
+    """launchers/slurm/dga_train.sbatch: its own words at the top, then the script of a usual job."""
+    text = (REPOSITORY / "launchers" / "slurm" / "dga_train.sbatch").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines(keepends=True) if not re.match(r"## |##$", line)]
+    arguments = (
+        "--ds_config ds_configs/zero2.json --model FacebookAI/roberta-base --corpus corpora/domain "
+        "--general_eval_corpus corpora/general/validation --output_dir runs/mine --soft_mask update"
+    )
+    options = JobOptions(
+        nodes=2, gpus_per_node="8", cpus_per_task=8, time="24:00:00", account="ACCOUNT", venv=".venv"
+    )
+    assert "".join(lines) == render(Job("train", options, ("dga-train", *shlex.split(arguments)), ()))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 5400), ("1:30", 90), ("12:00:00", 43200), ("2-12", 216000), ("1-00:30", 88200),
+     ("1-00:00:01", 86401), ("12h", None), ("", None), ("1:2:3:4", None)],
+)  # fmt: skip
+def test_times_as_slurm_writes_them(text: str, expected: int | None):
+    assert seconds(text) == expected
+
+
+REFUSED = [
+    ("train", ["--time", "2 days"], "--time 2 days: write minutes"),
+    ("train", ["--nodes", "0"], "--nodes 0: must be at least 1"),
+    ("train", ["--gpus_per_node", "all"], "--gpus_per_node all: write a number"),
+    ("train", ["--seeds", "1-"], "--seeds 1-: write numbers and ranges"),
+    ("train", ["--seeds", "1,2", "--seed", "3"], "--seed 3 and --seeds 1,2: leave --seed out"),
+    ("train", ["--time", "5", "--stop_minutes", "5"], "is not before the end of --time 5"),
+    ("train", ["--account", "my account"], "--account my account: letters"),
+    ("train", ["--sbatch", "--constraint"], "expected one argument"),
+    ("train", ["--parts", "3"], "train does not take it .*Write it after `shard`"),
+    ("train", ["--nodes", "3"], "256 rows does not divide into 1 passes on each of 3 ranks"),
+    ("train", ["--nodes", "2", "--gpus_per_node", "3"], "on each of 6 ranks"),
+    ("train", ["--max_stpes", "3"], "unknown setting --max_stpes. Did you mean max_steps"),
+    ("train", ["--max_steps", "0"], "--max_steps 0: must be at least 1"),
+    ("train", ["--corpus", "new"], "--corpus corpus new: no such folder"),
+    ("train", ["--model", "models/there/not"], "--model models/there/not: no such folder"),
+    ("train", ["--ds_config", "none.json"], "--ds_config none.json: No such file"),
+    ("train", ["--venv", "/usr"], "--venv /usr has no bin/dga-train"),
+    ("train", ["--container", "./none.sif"], "--container ./none.sif: no such file"),
+    ("train", ["--mounts", "/tmp"], "of use with --container only"),
+    ("train", ["--logs", "100%"], "in the path of a log"),
+    ("train", ["--then", "publish"], "--then publish: write one of shard, train, evaluate"),
+    ("shard", ["--nodes", "2"], "shard does not take it .its processes are --parts"),
+    ("shard", ["--part", "0/2"], "the job array gives each task its own"),
+    ("shard", ["--exclude", "missing.jsonl"], "--exclude missing.jsonl: no such file"),
+    ("shard", ["--packing", "tight"], "invalid choice: 'tight'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "more", "words"), REFUSED, ids=[" ".join(more) for _, more, _ in REFUSED])
+def test_refusals(world: SmallWorld, stage: str, more: list[str], words: str):
+    arguments = {"train": train, "shard": shard}[stage](world, *more)
+    with pytest.raises(UserError, match=words):
+        main([*arguments, "--dry_run"])
+
+
+def test_text_that_is_not_there_is_refused(world: SmallWorld):
+    with pytest.raises(UserError, match=r"shard: input missing\.txt: no such file"):
+        parse_chain(["shard", "missing.txt", *shard(world)[2:]])
+
+
+def test_a_folder_of_another_run_is_refused(world: SmallWorld, tmp_path: Path):
+    (tmp_path / "runs" / "mine" / "seed-2").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "seed-2" / "notes.txt").touch()
+    with pytest.raises(UserError, match="seed-2 holds other files"):
+        parse_chain(train(world, "--seeds", "1-3"))
+
+
+def test_a_machine_without_slurm(world: SmallWorld, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        main(train(world))
