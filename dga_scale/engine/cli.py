@@ -1,14 +1,17 @@
 """The commands ``dga-train`` and ``dga-consolidate``; launchers/ and tools/ call the same functions."""
 
 import argparse
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from dga_scale.config import TrainConfig
 from dga_scale.engine.cluster import Cluster, join_cluster
+from dga_scale.engine.place import read_place
 from dga_scale.engine.signals import StopRequest
 from dga_scale.engine.watchdog import Watchdog
-from dga_scale.errors import run_main
+from dga_scale.errors import UserError, run_main
 from dga_scale.monitoring.quiet import quiet_libraries
 from dga_scale.objectives import read_config
 
@@ -25,17 +28,38 @@ def consolidate_command() -> NoReturn:
 
 def _train() -> int:
     quiet_libraries()
-    config = read_config()
-    with StopRequest(joined=False) as stop:
-        cluster = join_cluster()
+    settings = _outcome(read_config)
+    if read_place(os.environ).world_size == 1:
+        settings()
+    with StopRequest(joined=False) as stop, join_cluster() as cluster:
         stop.joined = True
-        with Watchdog(cluster, config.run.heartbeat_timeout):
-            # DeepSpeed's import takes seconds: after the flags are checked.
-            from dga_scale.engine.sequence import train_sequence
+        line = cluster.describe()
+        if cluster.rank == 0:
+            print(line, flush=True)
+        config = cluster.run_on_all(settings)  # the YAML file may be missing on one host only
+        # DeepSpeed's import takes seconds: after the flags are checked.
+        from dga_scale.engine.agreement import check_same_program
+        from dga_scale.engine.sequence import train_sequence
 
+        check_same_program(config, cluster)
+        with Watchdog(cluster, config.run.heartbeat_timeout):
             if config.model.model is None:
                 config = _with_demo(config, cluster)
             return train_sequence(config, cluster)
+
+
+def _outcome(read: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
+    """What reading the settings gave: them, or the error that it raised, each time it is asked for."""
+    try:
+        config = read()
+    except UserError as error:
+        mistake = error
+
+        def fail() -> TrainConfig:
+            raise mistake
+
+        return fail
+    return lambda: config
 
 
 def _with_demo(config: TrainConfig, cluster: Cluster) -> TrainConfig:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,20 @@ class Cluster:
     local_world_size: int
     device: torch.device
 
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the process group where the ranks are still at one.
+
+        Otherwise gloo's threads may drop their last tensors while the interpreter shuts down, which aborts
+        the process (exit code 134), and NCCL complains.
+        """
+        if dist.is_initialized() and (error is None or isinstance(error, UserError)):
+            dist.destroy_process_group()
+
     def describe(self) -> str:
         """How many ranks, who started them, where they meet. Every rank has to call it."""
         # A launcher counts nodes as it likes: each has one rank that is its first.
@@ -48,15 +63,6 @@ class Cluster:
         if self.world_size == 1:
             return where
         return f"{where}, rank 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-
-    def leave(self) -> None:
-        """End the process group, after the last collective.
-
-        Without it gloo's threads may drop their last tensors while the interpreter shuts down, which aborts
-        the process (exit code 134), and NCCL complains.
-        """
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -9,6 +9,7 @@ import torch
 
 from dga_scale.config import TrainConfig
 from dga_scale.corpus.batches import StepBatches
+from dga_scale.engine.agreement import check_same_data, check_shared_folder
 from dga_scale.engine.checkpoint_folder import (
     Checkpoint,
     find_resume_point,
@@ -42,6 +43,7 @@ def train(config: TrainConfig, cluster: Cluster) -> int:
         if StopAgreement(cluster).now(stop.requested):  # while the ranks started, or in the domain before
             return EXIT_STOPPED
         inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
+        check_same_data(inputs, cluster)
         cluster.run_on_all(lambda: verify_corpora(inputs, cluster))
         if config.run.dry_run:
             return dry_run(inputs, cluster)
@@ -74,6 +76,7 @@ def _open_folder(inputs: Inputs, cluster: Cluster) -> None:
         write_environment(inputs.folder.environment, environment)
 
     cluster.run_on_first(write)
+    check_shared_folder(inputs.folder.path, cluster)
 
 
 class _Run:
