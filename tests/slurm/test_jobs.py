@@ -20,9 +20,12 @@ from tests.ranks import REPOSITORY, run_ranks
 from tests.slurm.cluster import SlurmCluster, job_states, run, wait_until
 from tests.small import SmallWorld, make_world
 
-pytestmark = pytest.mark.slurm
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(600),
+]  # seconds of a quiet machine are minutes of a busy one
 
-STEPS = 120
+STEPS = 60
 SEEDS = (1, 2)
 # What SLURM calls node1 is this machine; nothing else is told to the ranks.
 SETUP = ["--setup", "export MASTER_ADDR=localhost CUDA_VISIBLE_DEVICES="]
@@ -92,10 +95,12 @@ def chain(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Chai
         ])  # fmt: skip
     number = f"{numbers[1]}_1"
     chain = Chain(folder, world, numbers)
-    wait_until(lambda: steps_done(runs / "seed-1") >= 3 or queue_is_empty(), 100, "third step of seed 1")
+    wait_until(lambda: steps_done(runs / "seed-1") >= 3 or queue_is_empty(), 200, "third step of seed 1")
     assert not queue_is_empty(), chain.seed_log(1)
     run("scancel", "--signal=USR1", number)
-    wait_until(queue_is_empty, 150, "end of the chain")
+    wait_until(lambda: run("squeue", "--noheader", "--format=%t", f"--jobs={number}") == "PD", 60, "requeue")
+    run("scontrol", "update", f"JobId={number}", "StartTime=now")  # SLURM lets requeued jobs wait 2 minutes
+    wait_until(queue_is_empty, 300, "end of the chain")
     return chain
 
 
