@@ -157,6 +157,12 @@ class MpiTeam(Team):
             ) from error
         self._comm = MPI.COMM_WORLD
         self.index, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        if self.size != _started_by_mpi():
+            raise UserError(
+                f"mpirun started {_started_by_mpi()} processes, but mpi4py counts {self.size}: it was built "
+                "with another MPI than that mpirun's. Use the mpirun beside this python, set MPI4PY_MPIABI "
+                "and LD_LIBRARY_PATH to the other MPI, or use --part i/N"
+            )
         super().__init__(num_workers, output, show_progress=self.index == 0)
 
     def on_first(self, action: Callable[[], Any]) -> None:
@@ -229,4 +235,9 @@ def _sizes(folder: Path) -> set[tuple[str, int]]:
 
 def under_mpi() -> bool:
     """Whether an MPI launcher started this process."""
-    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    return _started_by_mpi() > 0
+
+
+def _started_by_mpi() -> int:
+    """How many processes an MPI launcher says that it started; 0 where there is none."""
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 0)

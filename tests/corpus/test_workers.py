@@ -59,6 +59,21 @@ def test_an_error_on_one_rank_ends_all_with_one_message(wordpiece: Path, tmp_pat
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.mpi
+def test_an_mpirun_of_another_mpi_is_refused(wordpiece: Path, tmp_path: Path) -> None:
+    """Each of its processes would take itself for the only one, and do all the work."""
+    pytest.importorskip("mpi4py")
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(9))
+    command = ["tools/shard_corpus.py", str(path), "--tokenizer", str(wordpiece)]
+    failed = subprocess.run(
+        [sys.executable, *command, "--output", str(tmp_path / "corpus")],
+        cwd=REPOSITORY, env=os.environ | {"PMI_SIZE": "2", "PMI_RANK": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert failed.returncode == EXIT_USER_ERROR
+    assert "mpirun started 2 processes, but mpi4py counts 1" in failed.stderr
+    assert not (tmp_path / "corpus").exists()
+
+
 def test_parts_and_ranks_exclude_each_other(
     wordpiece: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
