@@ -40,7 +40,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 ReturnToService=2
-KillWait=20
+KillWait=60
 MpiDefault=none
 NodeName={nodes} NodeHostname=localhost NodeAddr=localhost Port={node_ports} CPUs={cpus} State=UNKNOWN
 PartitionName=main Nodes={nodes} Default=YES MaxTime=60 State=UP

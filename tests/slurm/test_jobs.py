@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +148,39 @@ def test_the_signal_led_to_one_requeue_and_one_log(chain: Chain) -> None:
 def test_the_evaluation_saw_both_seeds(chain: Chain) -> None:
     result = json.loads((chain.folder / "evaluation" / "results.json").read_text())
     assert len(result["models"]["mine"]["domain_loss"]["values"]) == len(SEEDS)
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(
+    slurm: SlurmCluster, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of the template, edited by hand: scancel, like a preemption, sends SIGTERM and waits a while."""
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "launchers" / "slurm" / "dga_train.sbatch").read_text()
+    flags = [*training_flags(chain.world.model, chain.world.corpus), "--output_dir=run"]
+    for old, new in (
+        ("#SBATCH --gres=gpu:8\n#SBATCH --cpus-per-task=8\n", "#SBATCH --cpus-per-task=1\n"),
+        ("--cpus-per-task=8", "--cpus-per-task=1"),
+        ("ntasks-per-node=8", "ntasks-per-node=1"),
+        ("time=24:00:00", "time=10"),
+        ("#SBATCH --account=ACCOUNT\n", ""),
+        ('"$PWD"/.venv', sys.prefix),
+        ("set -euo pipefail\n", f"{SETUP[1]}\nset -euo pipefail\n"),
+        (text[text.index("--ds_config") : text.index(" || code")], shlex.join(flags)),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    Path("mine.sbatch").write_text(text)
+    Path("slurm").mkdir()
+    number = run("sbatch", "--parsable", "mine.sbatch")
+    wait_until(lambda: steps_done(Path("run")) >= 3 or queue_is_empty(), 200, "third step")
+    run("scancel", number)
+    wait_until(queue_is_empty, 100, "end")
+    log = Path("slurm", f"dga-train-{number}.log").read_text()
+    assert "as asked; the same command goes on" in log
+    (job,) = job_states(number)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    latest = Path("run", "checkpoints", "latest").read_text().strip()
+    assert latest == f"step-{steps_done(Path('run')):06d}"
 
 
 def test_a_request_that_no_node_can_meet_is_refused_with_slurms_words(
