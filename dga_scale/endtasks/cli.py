@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from dga_scale.arguments import Parser
 from dga_scale.endtasks.datasets_tasks import exported
 from dga_scale.endtasks.metrics import CLASSIFICATION, REGRESSION
-from dga_scale.endtasks.recipes import OVERRIDES, Recipe, recipe_for
-from dga_scale.endtasks.tasks import Task, class_shares, load_task, majority_share, split_folder
+from dga_scale.endtasks.recipes import LIMITS, OVERRIDES, Recipe, load_with_recipe
+from dga_scale.endtasks.tasks import Task, class_shares, majority_share, split_folder
 from dga_scale.errors import UserError, run_main
 from dga_scale.monitoring.quiet import quiet_libraries
 
@@ -116,6 +116,8 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=3, metavar="N", help="runs, with seeds 1 to N; default: 3")
     add("--jobs", type=int, default=1, metavar="N", help="seeds at a time, each a process; default: 1")
     add("--max_train_examples", type=int, metavar="N", help="train on N examples; default: all")
+    add("--max_dev_examples", type=int, metavar="N", help="choose the epoch by N examples; default: all")
+    add("--max_test_examples", type=int, metavar="N", help="score N examples; default: all")
     defaults = {f.name: f for f in dataclasses.fields(Recipe)}
     choices: dict[str, Any] = {"metric": (*CLASSIFICATION, *REGRESSION), "precision": ("bf16", "fp32")}
     for name in OVERRIDES:
@@ -134,11 +136,8 @@ def _task(folder: str, options: argparse.Namespace) -> tuple[Task, Recipe]:
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1.")
-    task = load_task(folder).with_train_examples(options.max_train_examples)
-    given = {name: value for name in OVERRIDES if (value := getattr(options, name)) is not None}
-    recipe = dataclasses.replace(recipe_for(task.name, regression=task.regression), **given)
-    recipe.check(regression=task.regression)
-    return task, recipe
+    names = (*OVERRIDES, *LIMITS)
+    return load_with_recipe(folder, {n: value for n in names if (value := getattr(options, n)) is not None})
 
 
 def _seeds(options: argparse.Namespace) -> list[int]:
@@ -156,9 +155,10 @@ def _describe(task: Task, recipe: Recipe) -> str:
         shares = class_shares(task.train)
         (largest, most), (smallest, least) = shares[0], shares[-1]
         balance = f"classes of train: {largest} {most:.1%} the largest, {smallest} {least:.1%} the smallest\n"
+    left_out = f", {task.left_out:,} left out" if task.left_out else ""
     return (
         f"{task.name}: {kind}, {len(task.train):,} train, {len(task.dev):,} dev, {len(task.test):,} scored "
-        f"({task.scored_on}.jsonl){majority}\n{balance}"
+        f"({task.scored_on}.jsonl{left_out}){majority}\n{balance}"
         f"{recipe.epochs} epochs of {recipe.batch_size}, learning rate {recipe.learning_rate:g}; {stop}"
     )
 

@@ -25,7 +25,7 @@ from dga_scale.corpus.shards import Corpus, check_sequence_length, file_sha256
 from dga_scale.corpus.sources import Reading
 from dga_scale.corpus.tokenizer import load_tokenizer, tokenizer_hash
 from dga_scale.endtasks.recipes import Recipe
-from dga_scale.endtasks.seeds import model_fingerprint, run_seeds
+from dga_scale.endtasks.seeds import FineTuning, model_fingerprint, run_missing, summarize
 from dga_scale.endtasks.significance import (
     Difference,
     Interval,
@@ -61,7 +61,7 @@ class Contender:
 
     def output(self, root: Path, number: int) -> Path:
         """Where results of one of its folders are kept."""
-        return root / self.label / ("" if len(self.folders) == 1 else str(number + 1))
+        return root / self.label / ("" if number == 0 else str(number + 1))
 
 
 def parse_contenders(texts: Sequence[str]) -> list[Contender]:
@@ -119,17 +119,32 @@ def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: P
     sums: dict[str, list[dict[str, Sums]]] = {}
     scores: dict[str, list[dict[str, dict[str, Any]]]] = {}
     for contender in everyone:
-        sums[contender.label], scores[contender.label] = [], []
+        sums[contender.label] = []
         for number, folder in enumerate(contender.folders):
             place = contender.output(output, number)
             place.mkdir(parents=True, exist_ok=True)
             if comparable[contender.label] and corpora:
                 sums[contender.label].append(_held_out_sums(folder, corpora, suite, place))
-            found = {}
-            for _, task, recipe in tasks:
-                seeds = range(1, suite.seeds + 1)
-                found[task.name] = run_seeds(folder, task, recipe, seeds, place / task.name, jobs=suite.jobs)
-            scores[contender.label].append(found)
+    seeds = range(1, suite.seeds + 1)
+    fine_tunings = {
+        (contender.label, number, task.name): FineTuning(
+            folder, task, recipe, contender.output(output, number) / task.name
+        )
+        for contender in everyone
+        for number, folder in enumerate(contender.folders)
+        for _, task, recipe in tasks
+    }
+    run_missing(
+        list(fine_tunings.values()), seeds, jobs=suite.jobs
+    )  # all at once: no process waits for a task's last seed
+    for contender in everyone:
+        scores[contender.label] = [
+            {
+                task.name: summarize(fine_tunings[contender.label, number, task.name], seeds)
+                for _, task, _ in tasks
+            }
+            for number in range(len(contender.folders))
+        ]
     models = {}
     for contender in everyone:
         label = contender.label
@@ -300,6 +315,10 @@ def _notes_on_seeds(
     from_dev = [task.name for _, task, _ in tasks if task.scored_on == "dev"]
     if from_dev:
         notes.append(f"Scored on dev.jsonl, there being no test.jsonl: {', '.join(from_dev)}.")
+    for _, task, _ in tasks:
+        if task.left_out:
+            total = len(task.test) + task.left_out
+            notes.append(f"{task.name} is scored on {len(task.test):,} of its {total:,} examples.")
     return notes
 
 
@@ -313,7 +332,7 @@ def _overlap(suite: Suite, tasks: Sequence[Task], corpora: Mapping[str, Corpus])
     return {
         task.name: {
             "file": file,
-            "examples": len(task.test),
+            "examples": len(task.test) + task.left_out,
             "found": count,
             "excluded_from": [
                 name

@@ -1,8 +1,13 @@
 """How each end task is fine-tuned: the papers' settings by the name of the task's folder."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from dga_scale.endtasks.metrics import CLASSIFICATION, REGRESSION
+from dga_scale.endtasks.tasks import Task, load_task
 from dga_scale.errors import UserError
 
 
@@ -55,6 +60,9 @@ OVERRIDES = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_lengt
              "precision")  # fmt: skip
 """Settings of a recipe that a flag, or a line in a suite, of the same name changes."""
 
+LIMITS = {f"max_{split}_examples": split for split in ("train", "dev", "test")}
+"""Settings beside a recipe's: keep that many examples of a split."""
+
 RECIPES = {
     "asc_restaurant": Recipe(epochs=5, pair_first=True),
     "asc_phone": Recipe(epochs=15, pair_first=True),
@@ -78,3 +86,18 @@ def recipe_for(task: str, *, regression: bool) -> Recipe:
         if task == name or task.startswith(f"{name}_"):
             return RECIPES[name]
     return Recipe(metric="pearson" if regression else "macro_f1")
+
+
+def load_with_recipe(folder: str | Path, overrides: Mapping[str, Any]) -> tuple[Task, Recipe]:
+    """A task cut to the ``LIMITS`` among ``overrides``, and its recipe with the other ones.
+
+    Raises:
+        UserError: as ``load_task``, or settings that do not suit the task.
+
+    """
+    limits = {split: overrides[name] for name, split in LIMITS.items() if name in overrides}
+    settings = {name: value for name, value in overrides.items() if name not in LIMITS}
+    task = load_task(folder).with_at_most(**limits)
+    recipe = dataclasses.replace(recipe_for(task.name, regression=task.regression), **settings)
+    recipe.check(regression=task.regression)
+    return task, recipe

@@ -7,6 +7,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +19,83 @@ from dga_scale.errors import UserError
 from dga_scale.monitoring.quiet import quiet_libraries
 
 
+@dataclass(frozen=True)
+class FineTuning:
+    """A model on a task; seeds are files in ``output``."""
+
+    model: str
+    task: Task
+    recipe: Recipe
+    output: Path
+
+    def identity(self) -> dict[str, Any]:
+        """What the files of its seeds were made from."""
+        return {
+            "model": model_fingerprint(self.model),
+            "task": self.task.fingerprint,
+            "recipe": dataclasses.asdict(self.recipe),
+        }
+
+
 def run_seeds(
     model: str, task: Task, recipe: Recipe, seeds: Sequence[int], output: Path, *, jobs: int = 1
 ) -> dict[str, Any]:
     """Fine-tune once for each seed, ``jobs`` at a time; seeds whose file is in ``output`` are not run again.
 
     Returns:
-        the content of ``output/summary.json``: of each score its mean, standard deviation (of a sample; None
-        for one seed) and values by seed.
+        as ``summarize``.
 
     Raises:
-        UserError: ``output`` holds seeds of another model, task or recipe; or as ``finetune``.
+        UserError: as ``run_missing``.
 
     """
-    settings = dataclasses.asdict(recipe)
-    identity = {
-        "model": model_fingerprint(model),
-        "task": task.fingerprint,
-        "recipe": settings,
-    }
-    left = [seed for seed in seeds if not _finished(_file(output, seed), identity)]
-    output.mkdir(parents=True, exist_ok=True)
+    one = FineTuning(model, task, recipe, output)
+    run_missing([one], seeds, jobs=jobs)
+    return summarize(one, seeds)
+
+
+def run_missing(fine_tunings: Sequence[FineTuning], seeds: Sequence[int], *, jobs: int = 1) -> None:
+    """Run those seeds of all ``fine_tunings`` that have no file yet, ``jobs`` at a time.
+
+    Raises:
+        UserError: seeds of another model, task or recipe in an output; or as ``finetune``.
+
+    """
+    left = []
+    for each in fine_tunings:
+        identity = each.identity()
+        left += [
+            (each, seed, identity) for seed in seeds if not _finished(_file(each.output, seed), identity)
+        ]
+        each.output.mkdir(parents=True, exist_ok=True)
     if jobs == 1 or len(left) < 2:
-        for seed in left:
-            _run(model, task, recipe, seed, output, identity)
-    else:
-        context = multiprocessing.get_context("spawn")  # a forked process can't use CUDA
-        with ProcessPoolExecutor(min(jobs, len(left)), context, _start_worker, (jobs,)) as pool:
-            waiting = [
-                pool.submit(_run, model, task, recipe, seed, output, identity, slot)
-                for slot, seed in enumerate(left)
-            ]
+        for each, seed, identity in left:
+            _run(each, seed, identity)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process can't use CUDA
+    with ProcessPoolExecutor(min(jobs, len(left)), context, _start_worker, (jobs,)) as pool:
+        waiting = [
+            pool.submit(_run, each, seed, identity, slot) for slot, (each, seed, identity) in enumerate(left)
+        ]
+        try:
             for done in as_completed(waiting):
                 done.result()
-    results = {seed: _read(_file(output, seed)) for seed in seeds}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def summarize(fine_tuning: FineTuning, seeds: Sequence[int]) -> dict[str, Any]:
+    """Write and give ``summary.json`` of finished seeds.
+
+    Returns:
+        of each score its mean, standard deviation (of a sample; None for one seed) and values by seed.
+
+    """
+    task, recipe = fine_tuning.task, fine_tuning.recipe
+    results = {seed: _read(_file(fine_tuning.output, seed)) for seed in seeds}
     summary = {
-        "model": model,
+        "model": fine_tuning.model,
         "task": task.name,
         "scored_on": task.scored_on,
         "metric": recipe.metric,
@@ -62,9 +104,9 @@ def run_seeds(
             name: spread({seed: result["scores"][name] for seed, result in results.items()})
             for name in results[seeds[0]]["scores"]
         },
-        "recipe": settings,
+        "recipe": dataclasses.asdict(recipe),
     }
-    write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(fine_tuning.output / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -94,19 +136,13 @@ def _start_worker(jobs: int) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
 
 
-def _run(
-    model: str,
-    task: Task,
-    recipe: Recipe,
-    seed: int,
-    output: Path,
-    identity: dict[str, Any],
-    slot: int = 0,
-) -> None:
+def _run(fine_tuning: FineTuning, seed: int, identity: dict[str, Any], slot: int = 0) -> None:
     """Fine-tune with one seed and write its file; ``slot`` spreads parallel seeds over the GPUs."""
     import torch
 
     from dga_scale.endtasks.finetune import finetune  # transformers' import takes seconds
+
+    model, task, recipe = fine_tuning.model, fine_tuning.task, fine_tuning.recipe
 
     def tell(epoch: int, loss: float, score: float | None) -> None:
         dev = "" if score is None else f", dev {recipe.metric} {score:.4f}"
@@ -124,7 +160,7 @@ def _run(
         **result,
         "identity": identity,
     }
-    write_text(_file(output, seed), json.dumps(content, indent=2) + "\n")
+    write_text(_file(fine_tuning.output, seed), json.dumps(content, indent=2) + "\n")
 
 
 def _file(output: Path, seed: int) -> Path:

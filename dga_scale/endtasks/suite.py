@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dga_scale.arguments import nearest
 from dga_scale.corpus.shards import VALIDATION
-from dga_scale.endtasks.recipes import OVERRIDES, Recipe, recipe_for
-from dga_scale.endtasks.tasks import Task, load_task
+from dga_scale.endtasks.recipes import LIMITS, OVERRIDES, Recipe, load_with_recipe
+from dga_scale.endtasks.tasks import Task
+from dga_scale.endtasks.yaml_file import Lines, read_yaml
 from dga_scale.errors import UserError
 
 CORPORA = ("domain_corpora", "general_corpora")
 TASKS = ("domain_tasks", "general_tasks")
-RECIPE_KEYS = (*OVERRIDES, "max_train_examples")
+RECIPE_KEYS = (*OVERRIDES, *LIMITS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ class Suite:
     batch_size: int = 16
     """Rows of text in one pass."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of fine-tuning in place of each task's own, and max_train_examples."""
+    """Settings of fine-tuning in place of each task's own, and max_train_examples and the like."""
+    task_recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The same of single tasks, by their folders' names; in place of those of ``recipe``."""
 
     def corpora(self) -> Iterator[tuple[str, str, str]]:
         """Kind ("domain" or "general"), name and folder of each corpus."""
@@ -62,15 +63,11 @@ class Suite:
             UserError: as ``load_task``, or a recipe that does not suit a task.
 
         """
-        overrides = dict(self.recipe)
-        count = overrides.pop("max_train_examples", None)
         found = []
         for key in TASKS:
             for folder in getattr(self, key):
-                task = load_task(folder).with_train_examples(count)
-                recipe = dataclasses.replace(recipe_for(task.name, regression=task.regression), **overrides)
-                recipe.check(regression=task.regression)
-                found.append((key.split("_")[0], task, recipe))
+                overrides = {**self.recipe, **self.task_recipes.get(Path(folder).resolve().name, {})}
+                found.append((key.split("_")[0], *load_with_recipe(folder, overrides)))
         return found
 
 
@@ -92,13 +89,7 @@ def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Sui
             folder that does not exist or comes twice, nothing to evaluate; with the line.
 
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content, lines = yaml.safe_load(text), _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except OSError as error:
-        raise UserError(f"--suite {path}: {error.strerror}. Give the path of a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--suite {path} is not YAML: {' '.join(str(error).split())}") from None
+    content, lines = read_yaml(path, "--suite")
     if not isinstance(content, dict):
         raise UserError(f"--suite {path} names nothing to evaluate. Write `domain_corpora: [FOLDER]`, say.")
     known = {f.name: f for f in dataclasses.fields(Suite)}
@@ -110,7 +101,9 @@ def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Sui
         if value is None:
             continue
         if key == "recipe":
-            values[key] = _recipe(value, place)
+            values[key] = read_recipe(value, place)
+        elif key == "task_recipes":
+            values[key] = _task_recipes(value, path, lines)
         elif str(known[key].type).startswith("tuple"):
             folders = value if isinstance(value, list) else [value]
             places = [f"{path}:{lines.get((key, number), lines[key,])}" for number in range(len(folders))]
@@ -126,7 +119,12 @@ def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Sui
     if not any(getattr(suite, key) for key in (*CORPORA, *TASKS)):
         raise UserError(f"--suite {path} names nothing to evaluate: none of {', '.join((*CORPORA, *TASKS))}.")
     _check_names(path, [corpus_name(folder) for _, _, folder in suite.corpora()])
-    _check_names(path, [Path(folder).resolve().name for key in TASKS for folder in getattr(suite, key)])
+    tasks = [Path(folder).resolve().name for key in TASKS for folder in getattr(suite, key)]
+    _check_names(path, tasks)
+    for name in suite.task_recipes:
+        if name not in tasks:
+            place = f"{path}:{lines['task_recipes', name]}"
+            raise UserError(f"{place}: task_recipes: the suite has no task {name!r}.{nearest(name, tasks)}")
     return suite
 
 
@@ -144,11 +142,29 @@ def _folders(
     return tuple(folders)
 
 
-def _recipe(value: Any, place: str) -> dict[str, Any]:
+def _task_recipes(value: Any, path: Path, lines: Lines) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path}:{lines['task_recipes',]}: task_recipes must hold a recipe by task, such as `chemprot: "
+            f"{{epochs: 3}}`, not {json.dumps(value)}."
+        )
+    return {
+        str(task): read_recipe(recipe, f"{path}:{lines['task_recipes', task]}")
+        for task, recipe in value.items()
+    }
+
+
+def read_recipe(value: Any, place: str) -> dict[str, Any]:
+    """Check settings of fine-tuning; ``place`` is their file and line.
+
+    Raises:
+        UserError: an unknown setting (with the nearest known one), or a value of another kind.
+
+    """
     if not isinstance(value, dict):
         raise UserError(f"{place}: recipe must hold settings, such as `epochs: 3`, not {json.dumps(value)}.")
     kinds: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
-    kinds["max_train_examples"] = int
+    kinds |= dict.fromkeys(LIMITS, int)
     found: dict[str, Any] = {}
     for name, setting in value.items():
         if name not in RECIPE_KEYS:
@@ -171,16 +187,3 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--suite {path}: two folders are called {name}; results go by that name.")
-
-
-def _lines(node: yaml.Node | None) -> dict[tuple[Any, ...], int]:
-    """Line of each key and of each entry of its list: (key,) and (key, number)."""
-    lines: dict[tuple[Any, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = yaml.safe_load(key.value)
-            lines[name,] = key.start_mark.line + 1
-            if isinstance(value, yaml.SequenceNode):
-                for number, entry in enumerate(value.value):
-                    lines[name, number] = entry.start_mark.line + 1
-    return lines

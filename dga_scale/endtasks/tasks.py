@@ -44,19 +44,42 @@ class Task:
     scored_on: str
     """The file that ``test`` was read from: "dev" where a task has no test.jsonl (GLUE's are not public)."""
     fingerprint: str
-    """sha256 over the files and how many of the training examples are used."""
+    """sha256 over the files and how many of the examples are used."""
+    left_out: int = 0
+    """Examples of the scored file that are not scored."""
 
     @property
     def regression(self) -> bool:
         return not self.labels
 
-    def with_train_examples(self, count: int | None) -> "Task":
-        """Keep ``count`` training examples (None: all), at least one of every class.
+    def with_at_most(
+        self, train: int | None = None, dev: int | None = None, test: int | None = None
+    ) -> "Task":
+        """Keep that many examples of each split (None: all), the same for every model and seed.
+
+        Of train at least one of every class; the others are drawn at random.
 
         Raises:
-            UserError: fewer than there are classes.
+            UserError: fewer than there are classes in train, or none.
 
         """
+        task = self._with_train(train)
+        for name, count in (("dev", dev), ("test", test)):
+            examples: tuple[Example, ...] = getattr(task, name)
+            if count is None or count >= len(examples):
+                continue
+            if count < 1:
+                raise UserError(f"--max_{name}_examples {count}: must be at least 1.")
+            kept = np.random.default_rng(SUBSET_SEED).permutation(len(examples))[:count]
+            chosen = tuple(examples[index] for index in sorted(kept.tolist()))
+            changes: dict[str, Any] = {name: chosen}
+            if name == "test":
+                changes["left_out"] = len(examples) - count
+            text = f"{task.fingerprint} {name} {count}"
+            task = replace(task, fingerprint=hashlib.sha256(text.encode()).hexdigest(), **changes)
+        return task
+
+    def _with_train(self, count: int | None) -> "Task":
         if count is None or count >= len(self.train):
             return self
         if count < max(1, len(self.labels)):

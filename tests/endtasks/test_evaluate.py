@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from scipy import stats
-from transformers import AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 
 from dga_scale.corpus.batches import EvalBatches, MaskingPolicy
 from dga_scale.corpus.cli import main as shard
@@ -155,7 +155,14 @@ def test_one_model_against_its_base(
 
 def test_models_of_one_label_are_its_seeds(world: Path, tmp_path: Path):
     models = [f"mlm={world / f'run-{seed}' / 'model'}" for seed in (1, 2)]
-    result = run(world, tmp_path / "out", models, general_tasks=[], seeds=1, general_corpora=[])
+    few = {"general_tasks": [], "seeds": 1, "general_corpora": [], "jobs": 2}
+    few["recipe"] = {"epochs": 4, "learning_rate": 3e-3, "metric": "accuracy", "max_test_examples": 20}
+    first = run(world, tmp_path / "out", models[:1], **few)
+    assert "intent is scored on 20 of its 24 examples." in first["notes"]
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("seed-*.json")}
+    assert len(kept) == 2
+    result = run(world, tmp_path / "out", models, **few)
+    assert kept.items() <= {file: file.stat().st_mtime_ns for file in tmp_path.rglob("seed-*.json")}.items()
     base, mlm = result["models"]["base"], result["models"]["mlm"]
     loss = mlm["corpora"]["acl"]
     single = [
@@ -231,6 +238,19 @@ def test_a_model_of_another_tokenizer_is_compared_by_its_scores_only(
         run(world, tmp_path / "out", [str(other)], **few, domain_tasks=[])
     with pytest.raises(UserError, match=r"domain_corpora: corpus and model do not match"):
         run(world, tmp_path / "new", [str(world / "run-1" / "model")], base=str(other), **few)
+
+
+def test_a_model_without_lm_head_has_scores_but_no_losses(world: Path, tmp_path: Path):
+    """A sentence encoder: fine-tuned like any other, refused where held-out text is to be predicted."""
+    BertModel.from_pretrained(world / "base_model", add_pooling_layer=False).save_pretrained(
+        tmp_path / "trunk"
+    )
+    load_tokenizer(world / "base_model").save_pretrained(tmp_path / "trunk")
+    few = {"general_tasks": [], "seeds": 1, "general_corpora": []}
+    with pytest.raises(UserError, match=r"trunk.* have no whole LM head \(cls"):
+        run(world, tmp_path / "out", [str(tmp_path / "trunk")], **few)
+    result = run(world, tmp_path / "tasks", [str(tmp_path / "trunk")], **few, domain_corpora=[])
+    assert 0 <= result["models"]["trunk"]["tasks"]["intent"]["score"]["mean"] <= 1
 
 
 def test_a_causal_model_and_a_masked_base(world: Path, tmp_path: Path):

@@ -56,7 +56,7 @@ def test_finished_seeds_are_not_run_again(
     before = (tmp_path / "out" / "seed-1.json").read_text()
     ran = []
     one = module._run
-    monkeypatch.setattr(module, "_run", lambda *args: (ran.append(args[3]), one(*args)))
+    monkeypatch.setattr(module, "_run", lambda *args: (ran.append(args[1]), one(*args)))
     run(model, task, tmp_path / "out", "--seeds", "2")
     assert ran == [2]
     assert (tmp_path / "out" / "seed-1.json").read_text() == before

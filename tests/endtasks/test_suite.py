@@ -10,6 +10,8 @@ from dga_scale.errors import UserError
 from tests.endtasks.tiny import write_task
 from tests.ranks import REPOSITORY
 
+TASK = "domain_tasks: tasks/aclarc_citation_intent\n"
+
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +42,18 @@ def test_values_and_defaults():
     assert (recipe.learning_rate, recipe.epochs) == (3e-5, 10)
 
 
+def test_recipes_of_single_tasks_go_before_the_shared_one():
+    write_task(Path("tasks/trec"), dev=10)
+    suite = read(
+        "domain_tasks: tasks/aclarc_citation_intent\ngeneral_tasks: [tasks/trec]\n"
+        "recipe: {epochs: 7, batch_size: 4, max_test_examples: 6}\n"
+        "task_recipes:\n  trec: {epochs: 2, max_dev_examples: 3}\n"
+    )
+    (_, intent, one), (_, trec, two) = suite.load_tasks()
+    assert [(one.epochs, one.batch_size), (two.epochs, two.batch_size)] == [(7, 4), (2, 4)]
+    assert [(len(t.train), len(t.dev), len(t.test)) for t in (intent, trec)] == [(48, 0, 6), (48, 3, 6)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -56,6 +70,9 @@ def test_values_and_defaults():
         ("seeds: 1\nrecipe: {epoch: 3}\n", r":2: recipe has an unknown setting 'epoch'. Did you mean epochs"),
         ("recipe: {epochs: 2.5}\n", r":1: recipe: epochs must be a whole number, not 2.5"),
         ("recipe: {learning_rate: fast}\n", r":1: recipe: learning_rate must be a number, not \"fast\""),
+        ("task_recipes: 3\n", r":1: task_recipes must hold a recipe by task, such as"),
+        (f"{TASK}task_recipes:\n  aclarc_intent: {{}}\n", r":3: .* task 'aclarc_intent'\. Did you mean acl"),
+        (f"{TASK}task_recipes:\n  any: {{epoch: 3}}\n", r":3: recipe has an unknown setting 'epoch'"),
         ("general_corpora: [corpora/wiki, other/wiki]\n", r"two folders are called wiki"),
     ],
 )  # fmt: skip

@@ -47,14 +47,27 @@ def test_a_smaller_training_set_keeps_every_class(tmp_path: Path):
     rare = [{"text": "rare one", "label": "rare"}]
     write_split(folder / "train.jsonl", [*examples(40), *rare])
     task = load_task(folder)
-    small = task.with_train_examples(4)
+    small = task.with_at_most(train=4)
     assert len(small.train) == 4
     assert Counter(e.label for e in small.train)["rare"] == 1
-    assert small == task.with_train_examples(4)
+    assert small == task.with_at_most(train=4)
     assert small.fingerprint != task.fingerprint
-    assert task.with_train_examples(None) is task
+    assert task.with_at_most() is task
     with pytest.raises(UserError, match="--max_train_examples 2: task task has 3 classes"):
-        task.with_train_examples(2)
+        task.with_at_most(train=2)
+
+
+def test_fewer_scored_examples_are_a_fixed_sample(tmp_path: Path):
+    task = load_task(write_task(tmp_path / "task", dev=10, test=24))
+    small = task.with_at_most(dev=4, test=6)
+    assert (len(small.train), len(small.dev), len(small.test), small.left_out) == (48, 4, 6, 18)
+    assert set(small.test) < set(task.test)
+    assert small == task.with_at_most(dev=4, test=6)
+    fingerprints = {task.fingerprint, small.fingerprint, task.with_at_most(dev=4).fingerprint}
+    assert len(fingerprints | {task.with_at_most(test=6).fingerprint}) == 4
+    assert task.with_at_most(dev=10, test=99) is task
+    with pytest.raises(UserError, match="--max_test_examples 0: must be at least 1"):
+        task.with_at_most(test=0)
 
 
 GOOD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
