@@ -1,11 +1,6 @@
 """Which rank am I, under every launcher; errors that all ranks share."""
 
-import os
-import shutil
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +8,7 @@ import torch
 from dga_scale.engine.cluster import Cluster, join_cluster
 from dga_scale.engine.place import Place, first_host, read_place
 from dga_scale.errors import UserError
-from tests.ranks import REPOSITORY, RankError, free_port, run_ranks
+from tests.ranks import RankError, run_ranks
 
 TORCH = {
     "RANK": "3",
@@ -183,47 +178,3 @@ def test_a_fault_of_ours_stays_where_it_is_and_stops_the_others() -> None:
         0: ("RankFailed", f"rank 1 on {socket.gethostname()} failed: ZeroDivisionError: no such file"),
         1: ("ZeroDivisionError", "no such file"),
     }
-
-
-SCRIPT = """
-import sys, torch
-from dga_scale.engine.cluster import join_cluster
-c = join_cluster()
-total = c.sum(torch.tensor(float(c.rank)))
-c.barrier()
-place = f"{c.rank}/{c.world_size} local {c.local_rank}/{c.local_world_size}"
-sys.stdout.write(f"<{c.launcher} {place} sum {total:g}>\\n")
-"""
-
-
-@pytest.mark.parametrize(
-    ("launch", "name"),
-    [
-        pytest.param(["torchrun", "--standalone", "--nproc_per_node=2"], "torchrun", id="torchrun"),
-        pytest.param(
-            ["deepspeed", "--num_accelerators=2", "--no_local_rank", f"--master_port={free_port()}"],
-            "deepspeed",
-            id="deepspeed",
-        ),
-        pytest.param(["mpirun", "-n", "2"], "mpirun", id="mpirun", marks=pytest.mark.mpi),
-    ],
-)
-def test_real_launchers(launch: list[str], name: str, tmp_path: Path) -> None:
-    programs = Path(sys.executable).parent
-    program = shutil.which(launch[0], path=f"{programs}:{os.environ['PATH']}")
-    if program is None:
-        pytest.skip(f"{launch[0]} is not installed")
-    (tmp_path / "who.py").write_text(SCRIPT)
-    run = [sys.executable] if name == "mpirun" else []
-    names = ("OMP_NUM_THREADS", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
-    done = subprocess.run(
-        [program, *launch[1:], *run, str(tmp_path / "who.py")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=REPOSITORY,
-        env=os.environ | dict.fromkeys(names, "1") | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")},
-    )
-    assert not (tmp_path / "compiled").exists(), "DeepSpeed compiled an extension"
-    for rank in (0, 1):
-        assert f"<{name} {rank}/2 local {rank}/2 sum 1>" in done.stdout, done.stdout + done.stderr
