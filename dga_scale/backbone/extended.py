@@ -285,7 +285,9 @@ def extend(base: PreTrainedModel, extension: str, settings: Settings) -> Extende
 
 def model_class(architecture: str) -> type[PreTrainedModel]:
     """Find a model's class by the name in its config's ``architectures``: one of transformers, or of ours."""
-    found: type[PreTrainedModel] = globals().get(architecture) or getattr(transformers, architecture)
+    found = globals().get(architecture) or getattr(transformers, architecture, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise UserError(f"config.json names the architecture {architecture!r}, which is no model known here")
     return found
 
 

@@ -155,10 +155,13 @@ def load_task(folder: str | Path) -> Task:
 
 def _read(file: Path) -> tuple[Example, ...]:
     examples = []
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                examples.append(_example(line, f"{file}:{number}"))
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    examples.append(_example(line, f"{file}:{number}"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error.reason}). Convert it, or restore it.") from None
     if not examples:
         raise UserError(f"{file} holds no examples. Fill it, or remove a dev.jsonl that is not used.")
     return tuple(examples)

@@ -82,7 +82,7 @@ def _write_weights(folder: Path, reader: PieceReader, dtype: str) -> None:
 
 def _tensors(folder: Path, stored: Collection[str]) -> list[tuple[str, bool]]:
     """List the model's tensors in its order, and whether each is a parameter; tied weights come once."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = model_class(config.architectures[0])(config)
         model.tie_weights()

@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from dga_scale.errors import UserError
 
 _DTYPES = {
     torch.float32: "F32",
@@ -140,16 +142,24 @@ class PieceReader:
     """Reads ranges of parameters that lie in pieces over several files; the files are memory-mapped.
 
     Files carry in their metadata ``pieces``: JSON of key -> [start, shape of the full parameter].
+
+    Raises:
+        UserError: a file that is none of these.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._open = {file: safe_open(file, framework="pt") for file in files}
+        self._open: dict[Path, Any] = {}
         found: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
         self.metadata: list[dict[str, str]] = []
-        for file, handle in self._open.items():
-            metadata = handle.metadata()
+        for file in files:
+            try:
+                handle = self._open[file] = safe_open(file, framework="pt")
+                metadata = handle.metadata()
+                places = json.loads(metadata["pieces"])
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{file} is damaged ({error}): restore it, or start anew") from None
             self.metadata.append(metadata)
-            for key, (start, shape) in json.loads(metadata["pieces"]).items():
+            for key, (start, shape) in places.items():
                 (length,) = handle.get_slice(key).get_shape()
                 found.setdefault(key, (tuple(shape), []))[1].append(Piece(file, key, start, length))
         self.stored = {

@@ -105,6 +105,16 @@ class RunData:
         return torch.tensor(records[-1]["one_minus_a"]), torch.tensor(records[-1]["movement"])
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: no settings in it. Restore it, or leave this run out.")
+    return settings
+
+
 def load_run(folder: Path) -> RunData:
     """Read a run folder.
 
@@ -117,7 +127,7 @@ def load_run(folder: Path) -> RunData:
                 f"{folder} is no run folder: it holds no {needed}. Give the --output_dir of a run that has "
                 "made at least one step."
             )
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    settings = _settings(folder / "config.yaml")
     records = read_log(folder / LOG_FILE)
     importance: dict[str, Tensor] = {}
     protection: dict[str, Tensor] = {}
