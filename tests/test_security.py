@@ -35,7 +35,6 @@ from dga_scale.endtasks.finetune import load_classifier
 from dga_scale.endtasks.suite import load_suite
 from dga_scale.endtasks.tasks import load_task
 from dga_scale.engine.anchor_files import load_fisher, save_fisher
-from dga_scale.engine.checkpoint_folder import newest_complete
 from dga_scale.engine.cluster import single_process
 from dga_scale.engine.consolidate import consolidate
 from dga_scale.engine.tensor_files import record_of
@@ -201,22 +200,19 @@ def test_checkpoints(finished: Path, canary: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, run)
     (folder,) = [path for path in (run / "checkpoints").iterdir() if path.is_dir()]
     manifest = folder / "manifest.json"
-    sound = manifest.read_text()
+    sound = manifest.read_bytes()
 
     def read() -> None:
         content = json.loads(sound)
         for name in content["files"]:
             content["files"][name] = vars(record_of(folder / name))
-        if manifest.read_text() == sound:
-            manifest.write_text(json.dumps(content))
-        try:
-            newest_complete(run)
-            consolidate(run, None, tmp_path / "model")
-        finally:
-            shutil.rmtree(tmp_path / "model", ignore_errors=True)
-            shutil.rmtree(tmp_path / "model.tmp", ignore_errors=True)
-            if manifest.read_text() == json.dumps(content):
-                manifest.write_text(sound)
+        fitting = json.dumps(content).encode()
+        untouched = manifest.read_bytes() == sound
+        with planted(manifest, fitting) if untouched else contextlib.nullcontext():
+            try:
+                consolidate(run, None, tmp_path / "model")
+            finally:
+                shutil.rmtree(tmp_path / "model", ignore_errors=True)
 
     refuses_all(run / "checkpoints", canary, read)
 
@@ -272,16 +268,15 @@ def test_what_lies_beside_a_model(world: SmallWorld, canary: Path, tmp_path: Pat
     (folder / "evil.py").write_bytes(code_file(canary))
     config = json.loads((folder / "config.json").read_text())
 
-    def attempts() -> Iterator[None]:
+    def attempts() -> None:
         read_in_vain(lambda: load_model(str(folder)))
         read_in_vain(lambda: load_tokenizer(str(folder)))
         read_in_vain(lambda: ModelFolder.open(str(folder)).tensors)
 
     for settings in ({}, {"auto_map": REMOTE}, {"auto_map": REMOTE, "model_type": "evil"}):
         (folder / "config.json").write_text(json.dumps(config | settings))
-        for name in ("tokenizer_config.json",):
-            own = json.loads((folder / name).read_text())
-            (folder / name).write_text(json.dumps(own | settings))
+        own = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(own | settings))
         attempts()
         assert not canary.exists(), settings
     (folder / "config.json").write_text(json.dumps(config))
