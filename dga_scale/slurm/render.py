@@ -67,8 +67,8 @@ def _training(job: Job) -> list[str]:
     return [
         "",
         "# Before the time limit SLURM sends SIGUSR1 to all ranks (--signal above): they save, stop after",
-        "# the same step and exit with 75. With 138 the signal found nothing to save: it came at the start,",
-        "# or while the finished model was handed over. --wait ends ranks whose neighbours are gone.",
+        "# the same step and exit with 75. 138: it came before the program had started. --wait ends ranks",
+        "# whose neighbours are gone.",
         "code=0",
         *_step(job, "srun --mpi=none --kill-on-bad-exit=0 --wait=120", " || code=$?"),
         "if [[ $code == 75 || $code == 138 ]]; then",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dga_scale.errors import UserError
-from dga_scale.slurm.cli import main, parse_chain
+from dga_scale.slurm.cli import build_parser, main, parse_chain
 from dga_scale.slurm.options import JobOptions, seconds
 from dga_scale.slurm.render import render
 from dga_scale.slurm.stages import Job
@@ -237,3 +237,20 @@ def test_a_machine_without_slurm(world: SmallWorld, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="no sbatch on this machine"):
         main(train(world))
+
+
+def test_the_commands_that_are_documented_are_accepted(world: SmallWorld):
+    """launchers/slurm/README.md, with a small model in the hub's place and a process for a GPU."""
+    text = (REPOSITORY / "launchers" / "slurm" / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^dga-submit (.*)", text, flags=re.MULTILINE)
+    for name, source in (("my_text", world.domain_text), ("general_text", world.general_text)):
+        Path(name).mkdir()
+        (Path(name) / "part.jsonl").symlink_to(source)
+    Path("ds_configs").symlink_to(REPOSITORY / "ds_configs")
+    Path("suite.yaml").write_text("domain_corpora: [corpora/domain]\ngeneral_corpora: [corpora/general]\n")
+    jobs = scripts(shlex.split(command))
+    assert [directives(script)["job-name"] for script in jobs] == [
+        "dga-shard", "dga-shard", "dga-train", "dga-evaluate"
+    ]  # fmt: skip
+    for option in re.findall(r"`(--\w+)", text):
+        assert option.removeprefix("--") in build_parser().format_help(), option
