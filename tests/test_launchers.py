@@ -16,6 +16,7 @@ from tests.test_train import losses, run_training
 
 PROGRAMS = Path(sys.executable).parent
 SCRIPTS = REPOSITORY / "launchers" / "mpi"
+TIMEOUT = 280.0
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -36,7 +37,7 @@ def expected(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> dic
     found = {}
     for ranks in (1, 2):
         run = tmp_path_factory.mktemp("runs") / str(ranks)
-        assert run_ranks(ranks, run_training, flags(world, run)) == [0] * ranks
+        assert run_ranks(ranks, run_training, flags(world, run), timeout=TIMEOUT) == [0] * ranks
         found[ranks] = losses(run)
         assert len(found[ranks]) == 2
     return found
@@ -90,7 +91,7 @@ def launch(world: SmallWorld, run: Path, command: list[str], **variables: object
         [*command, *program(world, run)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=TIMEOUT,
         cwd=REPOSITORY,
         env=clean | SETTINGS | {name: str(value) for name, value in settings.items()},
     )
@@ -186,7 +187,7 @@ def test_deepspeed_on_two_hosts(
     """Over pdsh and ssh; the address of rank 0 is what ``ssh alpha hostname -I`` says."""
     (tmp_path / "hosts").write_text("alpha slots=1\nbeta slots=1\n")
     command = ["deepspeed", f"--hostfile={tmp_path / 'hosts'}", *program(world, tmp_path / "run")]
-    said = hosts.run("alpha", command, cwd=REPOSITORY, timeout=280)
+    said = hosts.run("alpha", command, cwd=REPOSITORY, timeout=TIMEOUT)
     assert f"2 ranks on 2 nodes, started by deepspeed, rank 0 at {HOSTS['alpha']}:29500" in said
     assert losses(tmp_path / "run") == expected[2]
 
@@ -197,7 +198,7 @@ def test_mpirun_on_two_hosts(
 ) -> None:
     """Nothing in the environment says where rank 0 is: it says so itself, through MPI."""
     launcher = [open_mpi() / "mpirun", "--host", "beta:1,alpha:1", "-n", "2", sys.executable]
-    said = hosts.run("alpha", [*launcher, *program(world, tmp_path / "run")], cwd=REPOSITORY, timeout=280)
+    said = hosts.run("alpha", [*launcher, *program(world, tmp_path / "run")], cwd=REPOSITORY, timeout=TIMEOUT)
     assert "2 ranks on 2 nodes, started by mpirun, rank 0 at beta:" in said
     assert losses(tmp_path / "run") == expected[2]
 
@@ -218,9 +219,29 @@ def test_mpiexec_on_two_hosts(
         "bash",
         SCRIPTS / "mpich.sh",
     ]
-    said = hosts.run("alpha", [*launcher, *program(world, tmp_path / "run")], cwd=REPOSITORY, timeout=280)
+    said = hosts.run("alpha", [*launcher, *program(world, tmp_path / "run")], cwd=REPOSITORY, timeout=TIMEOUT)
     assert "2 ranks on 2 nodes, started by mpiexec, rank 0 at beta:" in said
     assert losses(tmp_path / "run") == expected[2]
+
+
+JOIN = """
+from datetime import timedelta
+from dga_scale.engine.cluster import join_cluster
+from dga_scale.errors import run_main
+run_main(lambda: join_cluster(timedelta(seconds=30)) and None)
+"""
+
+
+@pytest.mark.hosts
+def test_hosts_that_can_not_be_connected_say_so(hosts: Hosts, tmp_path: Path) -> None:
+    """The ranks meet; then each is told to listen where the other can't reach it."""
+    (tmp_path / "join.py").write_text(JOIN)
+    variables = "RANK=%n WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=alpha MASTER_PORT=29600 GLOO_SOCKET_IFNAME=lo"
+    command = f"cd {REPOSITORY} && {variables} {sys.executable} {tmp_path / 'join.py'} 2>&1 || true"
+    said = hosts.run("alpha", ["pdsh", "-R", "ssh", "-w", "alpha,beta", command], tmp_path, timeout=200)
+    assert "on alpha has met the others, but could not be connected with all of them" in said
+    assert "on beta has met the others" in said
+    assert "GLOO_SOCKET_IFNAME" in said
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)

@@ -4,6 +4,8 @@ import errno
 import importlib
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dga_scale.engine.meeting import meet
+from dga_scale.engine.meeting import JOIN_TIMEOUT, meet
 from dga_scale.engine.place import Place, read_place
-from dga_scale.errors import UserError
+from dga_scale.errors import EXIT_USER_ERROR, UserError
 
 T = TypeVar("T")
 
@@ -144,11 +146,11 @@ def single_process() -> Cluster:
     return Cluster("python", 0, 1, 0, 1, torch.device("cpu"))
 
 
-def join_cluster() -> Cluster:
+def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
     """Start the process group (NCCL on GPUs, gloo on CPUs) among the processes the launcher started.
 
-    Raises ``UserError`` where the launcher's variables are incomplete or contradict each other, or where a
-    rank has no GPU.
+    Raises ``UserError`` where the launcher's variables are incomplete or contradict each other, where a rank
+    has no GPU, or does not come or can't be connected to within ``timeout``.
     """
     place = read_place(os.environ)
     device = _device(place)
@@ -162,14 +164,14 @@ def join_cluster() -> Cluster:
         MASTER_PORT=str(port),
     )
     if not dist.is_initialized():
-        store = meet(place, address, port, _name_of_gpu(device))
-        _start_group(place, device, store)
+        store = meet(place, address, port, _name_of_gpu(device), timeout)
+        _start_group(place, device, store, timeout)
     return Cluster(
         place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size, device
     )
 
 
-def _start_group(place: Place, device: torch.device, store: dist.Store) -> None:
+def _start_group(place: Place, device: torch.device, store: dist.Store, timeout: timedelta) -> None:
     if device.type == "cpu":
         # Otherwise DeepSpeed looks for accelerators and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -180,18 +182,44 @@ def _start_group(place: Place, device: torch.device, store: dist.Store) -> None:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     store.set_timeout(COLLECTIVE_TIMEOUT)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-        # With one rank there is nobody that NCCL could connect a device to.
-        device_id=device if device.type == "cuda" and place.world_size > 1 else None,
-    )
+    # The group waits for its connections as long as for a collective.
+    impatience = threading.Timer(timeout.total_seconds(), _give_up, [place, timeout])
+    impatience.daemon = True
+    impatience.start()
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            # With one rank there is nobody that NCCL could connect a device to.
+            device_id=device if device.type == "cuda" and place.world_size > 1 else None,
+        )
+        if place.world_size > 1:
+            dist.barrier()  # NCCL connects at the first collective
+    except RuntimeError as error:
+        raise UserError(f"{_unconnected(place)} ({' '.join(str(error).split())})") from error
+    finally:
+        impatience.cancel()
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
     )
+
+
+def _unconnected(place: Place) -> str:
+    return (
+        f"rank {place.rank} on {socket.gethostname()} has met the others, but could not be connected with "
+        "all of them: is there a firewall between the nodes, or have they several networks? "
+        "NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface to take"
+    )
+
+
+def _give_up(place: Place, timeout: timedelta) -> None:
+    # The main thread hangs in a call that nothing ends.
+    text = f"error: {_unconnected(place)} (waited for {timeout.total_seconds():g} s)\n"
+    os.write(sys.stderr.fileno(), text.encode())
+    os._exit(EXIT_USER_ERROR)
 
 
 def _device(place: Place) -> torch.device:

@@ -18,7 +18,7 @@ from dga_scale.engine.place import Place
 from dga_scale.errors import UserError
 
 JOIN_TIMEOUT = timedelta(minutes=10)
-"""How long the ranks wait for the last of them to start."""
+"""How long the ranks wait for the last of them to start, and then for their connections."""
 _GOODBYE = timedelta(seconds=10)
 
 
@@ -35,9 +35,7 @@ class Arrival:
     """The name that tells its GPU from all others."""
 
 
-def meet(
-    place: Place, address: str, port: int, gpu: str | None, timeout: timedelta = JOIN_TIMEOUT
-) -> dist.Store:
+def meet(place: Place, address: str, port: int, gpu: str | None, timeout: timedelta) -> dist.Store:
     """Wait for all ranks; the store that they share, for a process group.
 
     Raises:
