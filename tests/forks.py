@@ -71,7 +71,8 @@ class Launch:
                 for rank in hung:
                     os.kill(self.pids[rank], signal.SIGABRT)  # faulthandler writes the stacks into the log
                     _the_template().ask(("reap", self.pids[rank]))
-                text = "\n".join(self.output(rank)[-TAIL:] for rank in range(len(self.pids)))
+                said = [self.output(rank) for rank in range(len(self.pids))]
+                text = "\n".join(each.partition("Extension modules:")[0][-TAIL:] for each in said)
                 raise TimeoutError(f"ranks {hung} are still there after {timeout:g} s\n{text}")
         return [self.codes[rank] for rank in range(len(self.pids))]
 
@@ -146,7 +147,10 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         if request[0] == "launch":
-            connection.send([_fork(connection, rank, *request[1:]) for rank in range(request[1])])
+            pids = [_fork(connection, rank, *request[1:]) for rank in range(request[1])]
+            for pid in pids:
+                os.setpgid(pid, pids[0])  # one may kill all
+            connection.send(pids)
         else:
             _, status = os.waitpid(request[1], 0)
             connection.send(os.waitstatus_to_exitcode(status))

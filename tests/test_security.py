@@ -47,6 +47,7 @@ from dga_scale.planning.gpus import find_gpu
 from dga_scale.preservation.anchors import key_of
 from dga_scale.preservation.fragments import Fragment
 from dga_scale.preservation.importance import Importance
+from dga_scale.sealed import seal, unseal
 from tests.ranks import REPOSITORY, run_ranks
 from tests.small import SmallWorld
 from tests.test_train import arguments, run_training
@@ -203,10 +204,10 @@ def test_checkpoints(finished: Path, canary: Path, tmp_path: Path) -> None:
     sound = manifest.read_bytes()
 
     def read() -> None:
-        content = json.loads(sound)
+        content = unseal(json.loads(sound))
         for name in content["files"]:
             content["files"][name] = vars(record_of(folder / name))
-        fitting = json.dumps(content).encode()
+        fitting = json.dumps(seal(content)).encode()
         untouched = manifest.read_bytes() == sound
         with planted(manifest, fitting) if untouched else contextlib.nullcontext():
             try:
@@ -305,12 +306,12 @@ def test_corpora(world: SmallWorld, canary: Path, tmp_path: Path) -> None:
     refuses_all(folder, canary, read)
     for path in sizes:  # a manifest that was made to fit
         manifest = path.parent / "manifest.json"
-        content = json.loads(manifest.read_text())
+        content = unseal(json.loads(manifest.read_text()))
         for payload in (arrow_file(canary), torch_file(canary)):
             with planted(path, payload):
                 for each in content["shards"]:
                     each |= vars(record_of(path)) | {"rows": 1}
-                with planted(manifest, json.dumps(content).encode()), contextlib.suppress(Exception):
+                with planted(manifest, json.dumps(seal(content)).encode()), contextlib.suppress(Exception):
                     read()
             assert not canary.exists()
 

@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.sealed_tensors import load_tensors, save_tensors
 from dga_scale.errors import UserError
 
 
@@ -95,9 +95,7 @@ def warm_up_head(
 def save_head(model: PreTrainedModel, anatomy: Anatomy, path: Path) -> None:
     """Keep the LM head's own parameters, or nothing: a resumed run starts from the same model."""
     own = set(anatomy.lm_head_parameters)
-    partial = path.with_name(path.name + ".partial")
-    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n in own}, partial)
-    partial.replace(path)
+    save_tensors({n: p for n, p in model.named_parameters() if n in own}, path, {"format": "pt"})
 
 
 @torch.no_grad()
@@ -105,14 +103,14 @@ def load_head(model: PreTrainedModel, anatomy: Anatomy, path: Path) -> None:
     """Read what ``save_head`` wrote into the model.
 
     Raises:
-        UserError: a file that can't be read, or is of another model.
+        UserError: a file that can't be read, is damaged, or is of another model.
 
     """
     try:
-        tensors = load_file(path)
+        tensors, _ = load_tensors(path)
         for name in anatomy.lm_head_parameters:
             model.get_parameter(name).copy_(tensors[name])
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise UserError(
             f"{path}, the LM head that this run trained, can't be read ({type(error).__name__}: {error}); "
             "restore it, or start anew in another --output_dir"

@@ -43,6 +43,7 @@ from dga_scale.corpus.spool import (
 from dga_scale.corpus.tokenizer import encoder_spec, load_tokenizer, special_ids, tokenizer_hash
 from dga_scale.corpus.workers import MpiTeam, PartTeam, Phase, Team, under_mpi
 from dga_scale.errors import UserError
+from dga_scale.sealed import seal
 
 DOCUMENT_MODES = ("line", "file")
 
@@ -368,4 +369,4 @@ def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:
     write_json(folder / "state.json", state, scratch)
     info = {"features": features(manifest.vocab_size).to_dict()}
     write_json(folder / "dataset_info.json", info, scratch)
-    write_json(folder / MANIFEST, manifest.to_json(), scratch)
+    write_json(folder / MANIFEST, seal(manifest.to_json()), scratch)

@@ -18,6 +18,7 @@ import numpy as np
 
 from dga_scale.corpus.tokenizer import special_ids, tokenizer_hash
 from dga_scale.errors import UserError
+from dga_scale.sealed import unseal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(
                 f"{path}: corpus format {version}, this version reads {FORMAT}. Shard the text again"
             )
-        return Manifest.from_json(content)
+        return Manifest.from_json(unseal(content))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}). Shard the text again into an empty folder") from error
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dga_scale.engine.checkpoint_folder import verified, write_manifest
 from dga_scale.engine.cluster import Cluster
-from dga_scale.engine.tensor_files import Entry, PieceReader, write_safetensors
+from dga_scale.engine.tensor_files import Entry, FileRecord, PieceReader, write_safetensors
 from dga_scale.errors import UserError
 from dga_scale.preservation.anchors import FragmentKey, key_of
 from dga_scale.preservation.fragments import Fragment
@@ -46,37 +47,51 @@ def save_fisher(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    def write() -> None:
+    def write() -> dict[str, FileRecord]:
         if copies > 1 and cluster.rank > 0:
-            return
+            return {}
         measured = [f for f in fragments if key_of(f) in values]
         entries = [_entry(f.name, values[key_of(f)]) for f in measured]
         pieces = json.dumps({f.name: (f.start, f.shape) for f in measured})
         path = temporary / f"rank-{cluster.rank:05d}.safetensors"
         try:
-            write_safetensors(path, entries, {"pieces": pieces})
+            return {path.name: write_safetensors(path, entries, {"pieces": pieces})}
         except OSError as error:
             raise UserError(
                 f"the Fisher {path} could not be written: {error.strerror or error}. Free disk space, or "
                 "give an --output_dir that all nodes share, then start again"
             ) from None
 
+    def publish() -> None:
+        write_manifest(temporary, files, 0, cluster.world_size)
+        os.replace(temporary, folder)
+
     cluster.run_on_first(prepare)
-    cluster.run_on_all(write)
-    cluster.run_on_first(lambda: os.replace(temporary, folder))
+    parts = cluster.all_gather_object(cluster.run_on_all(write))
+    files = {name: record for part in parts for name, record in part.items()}
+    cluster.run_on_first(publish)
 
 
 def _entry(name: str, values: Tensor) -> Entry:
     return Entry(name, torch.float32, tuple(values.shape), lambda: values)
 
 
-def load_fisher(folder: Path, fragments: Sequence[Fragment]) -> dict[FragmentKey, Tensor]:
+def load_fisher(folder: Path, fragments: Sequence[Fragment], cluster: Cluster) -> dict[FragmentKey, Tensor]:
     """Read F of these fragments, whatever ranks and ZeRO stage wrote it: (n,) fp32, on their devices.
 
+    Every rank has to call it.
+
     Raises:
-        UserError: it does not hold them all.
+        UserError: on all ranks, if it is damaged or does not hold them all.
 
     """
+    found, problem = verified(folder, cluster)
+    if found is None:
+        raise UserError(f"the Fisher: {problem}. Restore it, or remove {folder} to measure it again")
+    return cluster.run_on_all(lambda: _read(folder, fragments))
+
+
+def _read(folder: Path, fragments: Sequence[Fragment]) -> dict[FragmentKey, Tensor]:
     values = {}
     with PieceReader(sorted(folder.glob("rank-*.safetensors"))) as reader:
         for fragment in fragments:

@@ -41,7 +41,7 @@ def build_anchor(
         if inputs.config.run.dry_run:  # what it needs of memory, without the work
             fisher = {key_of(f): torch.ones_like(f.values, dtype=torch.float32) for f in fragments}
         elif cluster.run_on_first(folder.is_dir):
-            fisher = cluster.run_on_all(lambda: load_fisher(folder, fragments))
+            fisher = load_fisher(folder, fragments, cluster)
         else:
             fisher = _measured(engine, plan, inputs, cluster, log, fragments, folder, copies)
     anchor = Anchor(fragments, plan.weight, fisher, copies)

@@ -17,6 +17,7 @@ from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.run_folder import write_text
 from dga_scale.engine.tensor_files import FileRecord, record_of
 from dga_scale.errors import UserError
+from dga_scale.sealed import seal, unseal
 
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -66,14 +67,7 @@ def commit(temporary: Path, final: Path, files: dict[str, FileRecord], step: int
                 f"checkpoint {final}: rank 0 does not see the {record.bytes} bytes of {name} that another "
                 "rank wrote. --output_dir has to lie on a file system that all nodes share."
             )
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "world_size": world_size,
-        "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
-    }
-    write_text(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    sync(temporary)
+    write_manifest(temporary, files, step, world_size)
     if final.exists():  # a damaged one that this run passed over, or the same step written again
         replaced = final.with_name(final.name + ".old")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -84,6 +78,18 @@ def commit(temporary: Path, final: Path, files: dict[str, FileRecord], step: int
         temporary.rename(final)
     write_text(final.parent / LATEST, final.name + "\n")
     sync(final.parent)
+
+
+def write_manifest(folder: Path, files: dict[str, FileRecord], step: int, world_size: int) -> None:
+    """Write last what lies in a folder, for ``verified``; wait until it is on the disk."""
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": world_size,
+        "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
+    }
+    write_text(folder / MANIFEST, json.dumps(seal(manifest), indent=2) + "\n")
+    sync(folder)
 
 
 def sync(path: Path) -> None:
@@ -115,7 +121,7 @@ def remove_leftovers(run_dir: Path) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.rename(replaced.with_suffix(""))
-    for path in (*run_dir.glob("*.tmp"), *checkpoints.glob("*.tmp")):
+    for path in (*run_dir.glob("*.tmp"), *run_dir.glob(".shared"), *checkpoints.glob("*.tmp")):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -144,6 +150,9 @@ def _inspect(path: Path) -> tuple[Checkpoint | None, str]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return None, f"{path / MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
+        manifest = unseal(manifest)
+        if unknown := manifest.keys() - {"format", "step", "world_size", "files"}:
+            raise ValueError(f"unknown: {', '.join(unknown)}")
         files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
         found = Checkpoint(path, manifest["step"], manifest["world_size"], files)
     except FileNotFoundError:

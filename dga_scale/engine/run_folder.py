@@ -26,6 +26,10 @@ MAY_CHANGE = frozenset(
 for rounding, and for how the contrast is split where the batch is cut otherwise."""
 
 
+FIRST_FILES = ("config.yaml.tmp", ".shared")
+"""What a run that was killed right at its start may have left."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of a run (DESIGN.md, 'A run folder')."""
@@ -76,7 +80,8 @@ class RunFolder:
         if not _writable(self.path):
             raise UserError(f"--output_dir {self.path} can't be written. Give a folder you own.")
         if not self.config.exists():
-            strangers = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
+            names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
+            strangers = [name for name in names if name not in FIRST_FILES]
             if strangers:
                 raise UserError(
                     f"--output_dir {self.path} holds other files ({strangers[0]}, ...) and no run. "

@@ -70,6 +70,8 @@ class Session:
         plan = self.method.anchor()
         self._anchor = build_anchor(self.engine, plan, inputs, cluster, log) if plan else None
         self.protection: dict[str, Tensor] = {}
+        own = inputs.folder.path / "checkpoints"
+        self._resumes_folder = resume_from is not None and resume_from.path.parent == own
         if resume_from is not None:
             self._load(resume_from)
 
@@ -84,7 +86,7 @@ class Session:
             importance, protection = combined_protection(earlier, self.anatomy, squash)
         else:
             path = self.inputs.folder.importance
-            known = self.cluster.run_on_all(lambda: _known_importance(path))
+            known = self.cluster.run_on_all(lambda: _known_importance(path, self._resumes_folder))
             importance = known or self._measured_importance("proxy_kl", path)
             protection = importance.protection(squash)
         self.log.importance(importance.values, protection)
@@ -263,5 +265,10 @@ class Session:
             yield to_device(batch, self.cluster.device)
 
 
-def _known_importance(path: Path) -> Importance | None:
+def _known_importance(path: Path, needed: bool) -> Importance | None:
+    if needed and not path.exists():
+        raise UserError(
+            f"{path} is missing: the importance that this run protects was measured on the model that it "
+            "started from. Restore it, or start anew in another --output_dir"
+        )
     return Importance.load(path) if path.exists() else None

@@ -194,7 +194,8 @@ class Watchdog:
                     return
                 if key.data == "new":
                     assert self._listener is not None
-                    self._add(self._listener.accept()[0])
+                    with contextlib.suppress(OSError):  # who knocked has gone
+                        self._add(self._listener.accept()[0])
                 else:
                     self._read(key.data)
             now = time.monotonic()

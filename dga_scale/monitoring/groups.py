@@ -10,9 +10,9 @@ from dga_scale.monitoring.run_data import Change, RunData
 _NOT_COMPARED = frozenset(
     (
         "seed", "output_dir", "resume", "logging_steps", "protection_steps", "eval_steps", "save_steps",
-        "save_total_limit", "async_save", "check_invariants", "heartbeat_timeout", "prefetch_steps", "dry_run",
-        "ds_config", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-        "split_views",
+        "save_total_limit", "async_save", "check_invariants", "heartbeat_timeout", "prefetch_steps",
+        "dry_run", "ds_config", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "gradient_checkpointing", "split_views",
     )
 )  # fmt: skip
 """Settings that make no other experiment."""

@@ -35,6 +35,7 @@ from dga_scale.experts.extension import (
     update_centres_every,
 )
 from dga_scale.objectives.method import Method, Workplace
+from dga_scale.sealed import seal, unseal
 
 STRUCTURE = "experts.json"
 
@@ -174,7 +175,7 @@ class CSE(Method):
 
 def _read(path: Path) -> Settings:
     try:
-        structure: Settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        structure: Settings = unseal(json.loads(path.read_text(encoding="utf-8")))["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path}, which says what experts the run has, can't be read ({error}): restore it, or start "
@@ -197,6 +198,6 @@ def _write(path: Path, structure: Settings, clusters: dict[Place, Clusters]) -> 
         for place, each in clusters.items()
     ]
     temporary = path.with_suffix(".tmp")
-    text = json.dumps({"settings": structure, "clusters": found}, indent=2) + "\n"
+    text = json.dumps(seal({"settings": structure, "clusters": found}), indent=2) + "\n"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
+from dga_scale.backbone.sealed_tensors import load_tensors, save_tensors
 from dga_scale.backbone.warmup import PredictionBatch
 from dga_scale.corpus.batches import IGNORED
 from dga_scale.errors import UserError
@@ -117,24 +117,19 @@ class Importance:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, a tensor for each kind, settings as JSON in its metadata, or nothing."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        tensors = {kind: values.contiguous() for kind, values in self.values.items()}
-        save_file(tensors, partial, metadata={"settings": json.dumps(self.settings, sort_keys=True)})
-        partial.replace(path)
+        save_tensors(self.values, Path(path), {"settings": json.dumps(self.settings, sort_keys=True)})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Importance":
         """Read what ``save`` wrote.
 
         Raises:
-            UserError: no such file, or not a file of importances.
+            UserError: no such file, a damaged one, or not a file of importances.
 
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                settings = json.loads((file.metadata() or {})["settings"])
-                values = {kind: file.get_tensor(kind) for kind in file.keys()}  # noqa: SIM118 - no mapping
+            values, metadata = load_tensors(Path(path))
+            settings = json.loads(metadata["settings"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(
                 f"{path} can't be read as importances ({type(error).__name__}: {error}); remove it to "

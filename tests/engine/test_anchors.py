@@ -15,7 +15,7 @@ from torch import Tensor
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.corpus.batches import Batch
 from dga_scale.engine.anchor_files import load_fisher, save_fisher
-from dga_scale.engine.cluster import join_cluster
+from dga_scale.engine.cluster import join_cluster, single_process
 from dga_scale.engine.optimizer_step import add_to_gradients, local_fragments
 from dga_scale.errors import UserError
 from dga_scale.preservation.anchors import Anchor, FragmentKey, key_of
@@ -170,7 +170,7 @@ def measured(setups: Sequence[Setup], size: int, folder: str) -> list[dict[str, 
         copies = cluster.world_size if setup.stage == 0 else 1
         path = Path(folder) / f"{cluster.world_size}-{number}"
         save_fisher(path, fisher.values, fragments, cluster, copies)
-        again = load_fisher(path, fragments)
+        again = load_fisher(path, fragments, cluster)
         assert again.keys() == fisher.values.keys()
         assert all(torch.equal(again[key], own) for key, own in fisher.values.items())
         found.append(whole(fisher.values, fragments))
@@ -218,9 +218,9 @@ def test_a_fisher_is_read_in_any_cut(tmp_path: Path) -> None:
     expected = expected_fisher(toy_batch(ROWS))
     shapes = {name: tuple(values.shape) for name, values in expected.items()}
     fragments = [Fragment(name, 3, shape, torch.zeros(20)) for name, shape in shapes.items()]
-    found = load_fisher(tmp_path / "2-0", fragments)
+    found = load_fisher(tmp_path / "2-0", fragments, single_process())
     for fragment in fragments:
         part = expected[fragment.name].flatten()[3:23]
         torch.testing.assert_close(found[key_of(fragment)], part, rtol=1e-3, atol=1e-10)
     with pytest.raises(UserError, match=r"lacks the Fisher of another \(4,\): it is of another model"):
-        load_fisher(tmp_path / "2-0", [Fragment("another", 0, (4,), torch.zeros(4))])
+        load_fisher(tmp_path / "2-0", [Fragment("another", 0, (4,), torch.zeros(4))], single_process())

@@ -18,6 +18,7 @@ from dga_scale.engine.checkpoint_folder import (
 from dga_scale.engine.cluster import join_cluster, single_process
 from dga_scale.engine.tensor_files import record_of
 from dga_scale.errors import UserError
+from dga_scale.sealed import unseal
 from tests.ranks import run_ranks
 
 ALONE = single_process()
@@ -179,5 +180,6 @@ def test_all_ranks_choose_the_same(tmp_path: Path) -> None:
 def test_the_manifest_is_plain_data(tmp_path: Path) -> None:
     path = made(tmp_path, 4)
     manifest = json.loads((path / "manifest.json").read_text())
+    unseal(manifest)
     assert (manifest["format"], manifest["step"], manifest["world_size"]) == (1, 4, 2)
     assert manifest["files"] == {name: dataclasses.asdict(record_of(path / name)) for name in sorted(FILES)}
