@@ -86,7 +86,10 @@ def make_world(root: Path) -> SmallWorld:
     domain = write_text(root / "domain.jsonl", DOMAIN, documents=400, seed=0)
     general = write_text(root / "general.jsonl", GENERAL, documents=200, seed=1)
     model = make_model(root / "model", make_tokenizer([domain, general]))
-    shared = ["--tokenizer", str(model), "--sequence_length", "32", "--validation_share", "0.1"]
+    shared = [
+        "--tokenizer", str(model), "--sequence_length", "32", "--validation_share", "0.1",
+        "--num_workers", "1",  # starting workers takes longer than the work
+    ]  # fmt: skip
     for text, folder in ((domain, "corpus"), (general, "general_corpus")):
         shard([str(text), *shared, "--output", str(root / folder)])
     return SmallWorld(model, domain, general, root / "corpus", root / "general_corpus")
