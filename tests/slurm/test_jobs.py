@@ -24,10 +24,12 @@ from tests.small import SmallWorld, make_world
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(600),
-]  # seconds of a quiet machine are minutes of a busy one
+    pytest.mark.timeout(900),
+]
 
 STEPS = 60
+PATIENCE = 400.0
+"""Seconds for what takes ten on a quiet machine."""
 SEEDS = (1, 2)
 # What SLURM calls node1 is this machine; nothing else is told to the ranks.
 SETUP = ["--setup", "export MASTER_ADDR=localhost CUDA_VISIBLE_DEVICES="]
@@ -97,12 +99,14 @@ def chain(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Chai
         ])  # fmt: skip
     number = f"{numbers[1]}_1"
     chain = Chain(folder, world, numbers)
-    wait_until(lambda: steps_done(runs / "seed-1") >= 3 or queue_is_empty(), 200, "third step of seed 1")
+    wait_until(lambda: steps_done(runs / "seed-1") >= 3 or queue_is_empty(), PATIENCE, "third step of seed 1")
     assert not queue_is_empty(), chain.seed_log(1)
     run("scancel", "--signal=USR1", number)
-    wait_until(lambda: run("squeue", "--noheader", "--format=%t", f"--jobs={number}") == "PD", 60, "requeue")
+    wait_until(
+        lambda: run("squeue", "--noheader", "--format=%t", f"--jobs={number}") == "PD", PATIENCE, "requeue"
+    )
     run("scontrol", "update", f"JobId={number}", "StartTime=now")  # SLURM lets requeued jobs wait 2 minutes
-    wait_until(queue_is_empty, 300, "end of the chain")
+    wait_until(queue_is_empty, PATIENCE, "end of the chain")
     return chain
 
 
@@ -172,9 +176,9 @@ def test_a_cancelled_job_saves_and_does_not_come_back(
     Path("mine.sbatch").write_text(text)
     Path("slurm").mkdir()
     number = run("sbatch", "--parsable", "mine.sbatch")
-    wait_until(lambda: steps_done(Path("run")) >= 3 or queue_is_empty(), 200, "third step")
+    wait_until(lambda: steps_done(Path("run")) >= 3 or queue_is_empty(), PATIENCE, "third step")
     run("scancel", number)
-    wait_until(queue_is_empty, 100, "end")
+    wait_until(queue_is_empty, PATIENCE, "end")
     log = Path("slurm", f"dga-train-{number}.log").read_text()
     assert "as asked; the same command goes on" in log
     (job,) = job_states(number)
