@@ -220,11 +220,9 @@ class _Resolver:
             total = micro * passes * world_size if micro and passes else self.flags["global_batch_size"]
         if micro is None:
             passes = passes or 1
-            micro = self._share(total, passes * world_size, f"{passes} passes on each of {world_size} ranks")
+            micro = self._share(total, passes, world_size, f"{passes} passes")
         elif passes is None:
-            passes = self._share(
-                total, micro * world_size, f"passes of {micro} rows on each of {world_size} ranks"
-            )
+            passes = self._share(total, micro, world_size, f"passes of {micro} rows")
         if micro * passes * world_size != total:
             raise UserError(
                 f"the batch sizes contradict each other: {micro} rows a pass x {passes} passes x "
@@ -237,13 +235,19 @@ class _Resolver:
             self.ds[key] = self.decided[flag] = value
         return micro, passes, total
 
-    def _share(self, total: int, by: int, into: str) -> int:
+    def _share(self, total: int, unit: int, world_size: int, into: str) -> int:
+        """``total`` over ``unit`` on each rank."""
+        by = unit * world_size
         if total % by:
             below = total - total % by
             choice = f"{below} or {below + by}" if below else f"{by}"
+            fitting = [n for n in range(1, total + 1) if total % (unit * n) == 0]
+            fewer, more = [n for n in fitting if n < world_size], [n for n in fitting if n > world_size]
+            ranks = " or ".join(map(str, fewer[-1:] + more[:1]))
             raise UserError(
-                f"a global batch of {total} rows does not divide into {into}. "
-                f"Set --global_batch_size to {choice}, or change the other batch settings or the ranks."
+                f"a global batch of {total} rows does not divide into {into} on each of {world_size} ranks. "
+                f"Set --global_batch_size to {choice}, or change the other batch settings"
+                + (f"; or, where a run that has begun goes on, start {ranks} ranks." if ranks else ".")
             )
         return total // by
 

@@ -268,7 +268,7 @@ def gather_bytes(model: PlannedModel, batch: Batch, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by what they are for: ``device`` on the GPU, ``host`` beside it in offload."""
+    """Bytes of one rank, by what they are for: ``device`` on the GPU, ``host`` beside it."""
 
     device: dict[str, int]
     host: dict[str, int]
@@ -293,6 +293,7 @@ def memory(
     passes: int = 1,
     soft_mask: str = "none",
     groups: bool = True,
+    async_save: bool = False,
 ) -> Memory:
     """Add up a rank's memory at its fullest moment.
 
@@ -314,6 +315,9 @@ def memory(
         gradients = 2 * model.largest * width if zero.stage >= 2 else gradients
     if zero.offload_parameters:
         host["weights"], always["weights"] = kept.weights, kept.persistent
+    if async_save:  # weights and moments of what this rank writes: an equal share in every stage
+        frozen = sum(model.sizes.values()) - model.trained_parameters
+        host["copy for a save"] = (12 * model.trained_parameters + 4 * frozen) // zero.ranks
     for name, size in extras(model, zero, soft_mask).items():
         # A teacher lies where the weights do, the others beside what the optimizer steps.
         offloaded = zero.offload_parameters if name == "teacher" else zero.offload_optimizer

@@ -136,6 +136,7 @@ class Planner:
             passes=resolved.accumulation_steps,
             soft_mask=getattr(self.config.method, "soft_mask", "none"),
             groups=self.config.optimization.weight_decay > 0,
+            async_save=self.config.run.async_save,
         )
         passes = resolved.accumulation_steps
         seconds = time(

@@ -20,7 +20,7 @@ from dga_scale.engine.signals import EXIT_STOPPED, StopAgreement
 from dga_scale.errors import UserError
 from dga_scale.monitoring.metrics import read_log
 from tests.engine.test_checkpoint import die_at, same, state_of
-from tests.engine.training import Setup, tiny_engine, tiny_tokenizer, train_step
+from tests.engine.training import Setup, tiny_bert, tiny_engine, tiny_tokenizer, train_step
 from tests.ranks import run_ranks
 from tests.small import SmallWorld
 from tests.test_train import arguments, losses, run_training, run_until
@@ -34,8 +34,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def both_ways(setup: Setup, folder: Path) -> list[int]:
-    """Save twice, waiting and in the background; the second writes only after a further step was made."""
+def both_ways(setup: Setup, folder: Path) -> tuple[list[int], int, int]:
+    """Save twice, waiting and in the background; the second writes only after a further step was made.
+
+    Returns:
+        saves written while the first and the second were under way, bytes of the copies, the model's entries.
+    """
     engine, saves, written = tiny_engine(setup), Saves(background=True), []
     for step in (1, 2):
         train_step(engine, step)
@@ -57,14 +61,17 @@ def both_ways(setup: Setup, folder: Path) -> list[int]:
         assert saves.written == saves.begun == step
     assert saves.finish() is None
     engine.destroy()
-    return written
+    copied = sum(copy.nbytes for copy in saves._copies.values())
+    return written, copied, sum(p.numel() for p in tiny_bert().parameters())
 
 
 @pytest.mark.parametrize(
     "setup", [Setup(0, "bf16"), Setup(2), Setup(3, "bf16", persistence=1000)], ids=lambda setup: str(setup)
 )
 def test_the_bytes_are_those_of_a_save_that_training_waits_for(setup: Setup, tmp_path: Path) -> None:
-    assert run_ranks(2, both_ways, setup, tmp_path) == [[0, 1], [0, 1]]
+    answers = run_ranks(2, both_ways, setup, tmp_path)
+    assert [written for written, *_ in answers] == [[0, 1], [0, 1]]
+    assert sum(copied for _, copied, _ in answers) == 12 * answers[0][2], "weights and moments, once"
     waiting, background = contents(tmp_path / "waiting"), contents(tmp_path / "background")
     assert {"checkpoints/step-000002/manifest.json", "checkpoints/latest"} <= waiting.keys()
     assert waiting == background

@@ -180,6 +180,14 @@ def test_offload_moves_the_optimizer_to_the_host(roberta: PlannedModel) -> None:
     assert anchored.host["anchor"] == 4 * own
 
 
+def test_a_save_in_the_background_keeps_a_copy_in_the_host(roberta: PlannedModel) -> None:
+    """Of weights and moments, fp32, as ``engine.saves`` measures on real ranks."""
+    batch = Batch(rows=4, length=64, labels=10, views=1, stacked=1)
+    for stage in (0, 2):
+        need = memory(roberta, zero(stage, 4), batch, checkpointing=False, async_save=True)
+        assert need.host == {"copy for a save": 12 * roberta.trained_parameters // 4}
+
+
 def test_extras() -> None:
     """By hand: a teacher's copy, anchors of 4 and 8 bytes an entry, query rows where masks are."""
     p, two = 124_697_433, zero(2, 2)
