@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import HOSTS, Hosts, what_is_missing
+from tests.mpi import PROGRAMS, mpich, open_mpi
 from tests.ranks import REPOSITORY, free_port, run_ranks
 from tests.small import SmallWorld, make_world
 from tests.test_train import losses, run_training
 
-PROGRAMS = Path(sys.executable).parent
 SCRIPTS = REPOSITORY / "launchers" / "mpi"
 TIMEOUT = 280.0
 SETTINGS = {
@@ -62,23 +62,6 @@ def flags(world: SmallWorld, run: Path) -> list[str]:
         "bf16": "false",
     }
     return [f"--{name}={value}" for name, value in values.items()]
-
-
-def mpich() -> Path:
-    """The folder with MPICH's programs."""
-    path = f"{PROGRAMS.parent / 'mpich' / 'bin'}:{os.environ['PATH']}"
-    found = shutil.which("mpiexec.hydra", path=path)
-    if found is None:
-        pytest.skip(
-            f"needs MPICH's mpiexec.hydra: pip install --no-deps --target {PROGRAMS.parent}/mpich mpich"
-        )
-    return Path(found).parent
-
-
-def open_mpi() -> Path:
-    if not (PROGRAMS / "ompi_info").exists():
-        pytest.skip("needs Open MPI beside python: pip install dga_scale[mpi]")
-    return PROGRAMS
 
 
 def launch(world: SmallWorld, run: Path, command: list[str], **variables: object) -> str:
