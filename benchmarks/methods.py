@@ -1,13 +1,11 @@
 """All methods on one domain at equal tokens: domain and general loss over seeds, and what a step costs.
 
-    python benchmarks/methods.py losses DATA [--steps 40] [--seeds 42 43] [--methods mlm dga ...]
-    python benchmarks/methods.py sequence DATA [--domains restaurant acl camera] [--seeds 42]
+    python benchmarks/methods.py DATA [--steps 40] [--seeds 42 43] [--methods mlm dga ...]
 
 DATA is a folder with corpora/NAME.jsonl.gz, endtasks/ and models/minilm-l6-mlm. Text is sharded and every
 method trained on two ranks under ZeRO-2 by the program's own commands; what is finished is not run again.
-Times of steps are those of the last seed's runs: leave the machine alone meanwhile. ``sequence`` trains DAS
-and plain MLM through the domains in turn, and fine-tunes on the domains' end tasks after each. Tables are
-appended to benchmarks/RESULTS.md.
+Times of steps are those of the last seed's runs: leave the machine alone meanwhile. The table is appended to
+benchmarks/RESULTS.md. End tasks, several domains and sequences of them: benchmarks/paper_tables.
 """
 
 import argparse
@@ -53,19 +51,16 @@ SHARED = ("--bf16", "true", "--save_total_limit", "1", "--max_eval_samples", "25
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["losses", "sequence"])
     parser.add_argument("data", type=Path)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--global_batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--domains", nargs="+", default=["restaurant", "acl", "camera"])
     arguments = parser.parse_args()
     shard(arguments.data, ["acl", "general_wikipedia", "general_wikipedia_heldout"])
     command = " ".join(["python", "benchmarks/methods.py", *sys.argv[1:]])
-    title, body = {"losses": losses, "sequence": sequence}[arguments.what](arguments)
-    append_section(title, body, command)
+    append_section("All methods on ACL", losses(arguments), command)
 
 
 def shard(data: Path, names: list[str]) -> None:
@@ -83,19 +78,19 @@ def run(*command: Any) -> None:
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=True)
 
 
-def train(arguments: argparse.Namespace, output: Path, corpora: list[str], steps: int, *flags: Any) -> Path:
-    """One run of the program on two ranks, unless it is finished; gives its folder."""
+def train(arguments: argparse.Namespace, output: Path, *flags: Any) -> None:
+    """One run of the program on two ranks, unless it is finished."""
     if not (output / "report.html").exists():
+        steps = arguments.steps
         run("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "launchers/dga_train.py", "--ds_config",
             "ds_configs/zero2.json", "--model", arguments.data / "models" / "minilm-l6-mlm", "--corpus",
-            *(WORK / name for name in corpora), "--general_eval_corpus", WORK / "general_wikipedia_heldout",
-            "--output_dir", output, "--max_steps", steps, "--global_batch_size", arguments.global_batch_size,
-            "--learning_rate", arguments.learning_rate, "--eval_steps", steps, "--save_steps", steps, *SHARED,
+            WORK / "acl", "--general_eval_corpus", WORK / "general_wikipedia_heldout", "--output_dir", output,
+            "--max_steps", steps, "--eval_steps", steps, "--save_steps", steps, "--learning_rate",
+            arguments.learning_rate, "--global_batch_size", arguments.global_batch_size, *SHARED,
             *flags)  # fmt: skip
-    return output
 
 
-def losses(arguments: argparse.Namespace) -> tuple[str, str]:
+def losses(arguments: argparse.Namespace) -> str:
     """Held-out losses after each method, mean and spread over seeds; time and memory of the last seed."""
     columns = ["method", "domain loss", "change", "general loss", "change", "seeds", "step, s"]
     columns += ["step / mlm's", "memory of a rank, GiB", "memory / mlm's"]
@@ -105,7 +100,7 @@ def losses(arguments: argparse.Namespace) -> tuple[str, str]:
         found: dict[str, list[tuple[float, float]]] = {"domain_loss": [], "general_loss": []}
         for seed in arguments.seeds:
             output = WORK / f"{name.replace(' ', '-')}-{arguments.steps}x{arguments.global_batch_size}-{seed}"
-            train(arguments, output, ["acl"], arguments.steps, *VARIANTS[name], "--seed", seed)
+            train(arguments, output, *VARIANTS[name], "--seed", seed)
             summary = json.loads((output / "summary.json").read_text())
             for key, values in found.items():
                 values.append((summary[key]["before"], summary[key]["after"]))
@@ -120,7 +115,7 @@ def losses(arguments: argparse.Namespace) -> tuple[str, str]:
     before = " and ".join(f"{key.replace('_', ' ')} {values[0][0]:.3f}" for key, values in found.items())
     tokens = arguments.steps * arguments.global_batch_size * 128
     rates = f"Learning rate {arguments.learning_rate:g}; 1e-3 for lora, adapter and prompt."
-    return "All methods on ACL", f"{tokens:,} tokens each; before: {before}. {rates}\n\n" + "\n".join(lines)
+    return f"{tokens:,} tokens each; before: {before}. {rates}\n\n" + "\n".join(lines)
 
 
 def cost(run_folder: Path) -> tuple[float, float]:
@@ -134,54 +129,6 @@ def figure(values: list[float], sign: str = "") -> str:
     """Mean, and half the range over seeds."""
     half = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.3f}{half}"
-
-
-TASKS = {
-    "restaurant": "asc_restaurant",
-    "acl": "aclarc_citation_intent",
-    "pubmed": "chemprot",
-    "ai": "scierc_relation",
-    "phone": "asc_phone",
-    "camera": "asc_camera",
-}
-
-
-def sequence(arguments: argparse.Namespace) -> tuple[str, str]:
-    """DAS and plain MLM through several domains: held-out losses and end-task scores after each."""
-    shard(arguments.data, arguments.domains)
-    runs = {}
-    for name, flags in {"das update": VARIANTS["das update"], "plain MLM": VARIANTS["mlm"]}.items():
-        for seed in arguments.seeds:
-            output = WORK / f"sequence-{name.replace(' ', '-')}-{arguments.steps}-{seed}"
-            runs[name, seed] = train(
-                arguments, output, arguments.domains, arguments.steps, *flags, "--seed", seed
-            )
-    tasks = [f"{domain}={arguments.data / 'endtasks' / TASKS[domain]}" for domain in arguments.domains]
-    short = ["--seeds", 2, "--jobs", 2, "--max_train_examples", 200, "--epochs", 3, "--learning_rate", "2e-4"]
-    for output in runs.values():
-        run("tools/forgetting.py", output, "--task", *tasks, *short)
-    parts = [sequence_table(name, seed, output) for (name, seed), output in runs.items()]
-    return f"A sequence of domains: {', '.join(arguments.domains)}", "\n\n".join(parts)
-
-
-def sequence_table(name: str, seed: int, output: Path) -> str:
-    """Losses and end-task scores after each domain, and the forgetting rate."""
-    figures = json.loads((output / "sequence.json").read_text())
-    scores = json.loads((output / "forgetting.json").read_text())
-    domains = figures["domains"]
-    names = [f"{domain} ({metric})" for domain, metric in zip(domains, scores["metrics"], strict=True)]
-    columns = ["after", *(f"loss {domain}" for domain in domains), "general loss", *names]
-    lines = [f"{name}, seed {seed}:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row, domain in enumerate(domains):
-        losses = [figures["losses"][other][row] for other in domains] + [figures["general"][row + 1]]
-        cells = ["" if loss is None else f"{loss:.3f}" for loss in losses]
-        cells += [f"{100 * score['mean']:.1f}" for score in scores["scores"][row]]
-        cells += [""] * (len(columns) - 1 - len(cells))
-        lines.append(f"| {domain} | {' | '.join(cells)} |")
-    rate = scores["forgetting_rate"]
-    return "\n".join(
-        [*lines, "", f"Forgetting rate: {100 * rate['mean']:+.1f} points over {len(rate['by_seed'])} seeds."]
-    )
 
 
 if __name__ == "__main__":

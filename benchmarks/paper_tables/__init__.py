@@ -1,0 +1,1 @@
+"""The papers' comparisons of methods, on several domains and in a sequence of them, at any scale."""

@@ -1,0 +1,157 @@
+"""The work as a list of commands of the project, in the order in which a usable table comes early."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.paper_tables.settings import DomainSequence, Flags, Settings, as_flags, label
+from dga_scale.endtasks.evaluate import BASE
+from dga_scale.endtasks.tasks import load_task
+from dga_scale.engine.run_folder import write_text
+
+PYTHON = sys.executable
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One command that is run once."""
+
+    name: str
+    kind: str
+    """Pieces of one kind take about as long as each other."""
+    command: tuple[str, ...]
+    inputs: str = ""
+    """What else its result depends on."""
+    extends: bool = False
+    """Whether it goes on from its own results where command or inputs have changed."""
+    prepare: Callable[[], None] = lambda: None
+    """What is done before the command."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Folders and pieces of a comparison."""
+
+    settings: Settings
+    output: Path
+
+    def corpus(self, name: str) -> Path:
+        return self.output / "corpora" / name
+
+    def run(self, domain: str, method: str, seed: int) -> Path:
+        return self.output / "runs" / domain / f"{label(method)}-{seed}"
+
+    def sequence_run(self, method: str, seed: int) -> Path:
+        return self.output / "sequence" / f"{label(method)}-{seed}"
+
+    def evaluation(self, kind: str, domain: str) -> Path:
+        """Scores of a domain's models; ``kind`` is "domain" (its end task, losses) or "general" (tasks)."""
+        return self.output / "evaluation" / kind / domain
+
+    def pieces(self) -> Iterator[Piece]:
+        """Text; by seed each domain's models, losses and end task, then general tasks; then the sequences."""
+        settings = self.settings
+        yield from self._sharding()
+        for number, seed in enumerate(settings.seeds, 1):
+            for domain in settings.domains:
+                # A merged model needs its source.
+                for method in sorted(settings.methods, key=lambda name: "merge" in settings.methods[name]):
+                    yield self._model(domain, method, seed)
+                yield self._evaluation("domain", domain, settings.seeds[:number])
+            for domain in settings.domains if settings.general.tasks else ():
+                yield self._evaluation("general", domain, settings.seeds[:number])
+        for seed in settings.seeds:
+            if settings.sequence:
+                for method in settings.sequence.methods:
+                    yield from self._sequence(settings.sequence, method, seed)
+
+    def _share_base_scores(self, domain: str) -> None:
+        """The base's scores on general tasks are the same in every domain's evaluation: take another's."""
+        for other in self.settings.domains:
+            theirs = self.evaluation("general", other) / BASE
+            if theirs.is_dir() and other != domain:
+                shutil.copytree(theirs, self.evaluation("general", domain) / BASE, dirs_exist_ok=True)
+                return
+
+    def _sharding(self) -> Iterator[Piece]:
+        settings = self.settings
+        tasks = [d.task for d in settings.domains.values()] + list(settings.general.tasks)
+        files = [str(Path(task) / f"{load_task(task).scored_on}.jsonl") for task in tasks]
+        texts = {name: domain.text for name, domain in settings.domains.items()}
+        texts |= {"general": settings.general.text}
+        flags = dict.fromkeys(texts, settings.sharding)
+        if settings.general.held_out:
+            texts["general_held_out"] = settings.general.held_out
+            flags["general_held_out"] = {**settings.sharding, "validation_share": 0}
+        for name, text in texts.items():
+            command = [PYTHON, "tools/shard_corpus.py", *text, "--tokenizer", settings.model]
+            command += ["--output", str(self.corpus(name)), "--exclude", *files, *as_flags(flags[name])]
+            yield Piece(f"shard {name}", "shard", tuple(command))
+
+    def _model(self, domain: str, method: str, seed: int) -> Piece:
+        flags = dict(self.settings.methods[method])
+        run = self.run(domain, method, seed)
+        if "merge" in flags:
+            source = self.run(domain, flags.pop("merge"), seed) / "model"
+            command = [PYTHON, "tools/merge_models.py", "--base", self.settings.model, "--model", str(source)]
+            command += ["--output", str(run / "model"), *as_flags(flags)]
+            return Piece(f"merge {domain} {method} {seed}", "merge", tuple(command))
+        command = self._training(flags, seed, run, [domain])
+        return Piece(f"train {domain} {method} {seed}", f"train {method}", tuple(command))
+
+    def _training(self, flags: Flags, seed: int, output: Path, domains: Sequence[str]) -> list[str]:
+        settings = self.settings
+        text = json.dumps(settings.train_flags(flags))
+        for name in ("general", "general_held_out"):
+            text = text.replace(f"{{{name}}}", str(self.corpus(name)))
+        command = [*settings.launcher, "launchers/dga_train.py", "--ds_config", settings.ds_config]
+        command += ["--model", settings.model, "--corpus", *(str(self.corpus(d)) for d in domains)]
+        return [*command, "--output_dir", str(output), "--seed", str(seed), *as_flags(json.loads(text))]
+
+    def _evaluation(self, kind: str, domain: str, seeds: tuple[int, ...]) -> Piece:
+        suite, text = self.output / "suites" / f"{kind}-{domain}.yaml", self._suite(kind, domain)
+
+        def prepare() -> None:
+            suite.parent.mkdir(exist_ok=True)
+            write_text(suite, text)
+            if kind == "general":
+                self._share_base_scores(domain)
+
+        models = [
+            f"{label(method)}={self.run(domain, method, seed) / 'model'}"
+            for method in self.settings.methods
+            for seed in seeds
+        ]
+        command = [PYTHON, "tools/evaluate.py", "--base", self.settings.model, "--model", *models]
+        command += ["--suite", str(suite), "--output_dir", str(self.evaluation(kind, domain))]
+        name = f"evaluate {domain} {seeds[-1]}, {kind}"
+        return Piece(name, f"evaluate {kind}", tuple(command), text, extends=True, prepare=prepare)
+
+    def _suite(self, kind: str, domain: str) -> str:
+        """What tools/evaluate.py scores the models of a domain on."""
+        settings, evaluation = self.settings, self.settings.evaluation
+        general = "general_held_out" if settings.general.held_out else "general"
+        tasks = [settings.domains[domain].task] if kind == "domain" else list(settings.general.tasks)
+        content: dict[str, Any] = {f"{kind}_tasks": tasks, **vars(evaluation)}
+        if kind == "domain":
+            content["domain_corpora"] = [str(self.corpus(domain))]
+            content["general_corpora"] = [str(self.corpus(general))]
+        names = {Path(task).name for task in tasks}
+        content["task_recipes"] = {n: each for n, each in evaluation.task_recipes.items() if n in names}
+        return yaml.safe_dump(content, sort_keys=False)
+
+    def _sequence(self, sequence: DomainSequence, method: str, seed: int) -> Iterator[Piece]:
+        settings, domains, run = self.settings, sequence.domains, self.sequence_run(method, seed)
+        command = self._training(sequence.methods[method], seed, run, domains)
+        yield Piece(f"train sequence {method} {seed}", f"train sequence {method}", tuple(command))
+        command = [PYTHON, "tools/forgetting.py", str(run), "--task"]
+        command += [f"{domain}={settings.domains[domain].task}" for domain in domains]
+        evaluation = settings.evaluation
+        command += as_flags({"seeds": evaluation.seeds, "jobs": evaluation.jobs, **evaluation.recipe})
+        yield Piece(f"forgetting {method} {seed}", "forgetting", tuple(command), extends=True)
