@@ -90,7 +90,8 @@ def add_options(parser: Parser) -> None:
     add("logs", "folder of the jobs' output and scripts (default: slurm)")
     add("container", "image to run in: FILE.sif through apptainer, anything else through Pyxis (srun "
         "--container-image); dga_scale has to be installed in it")  # fmt: skip
-    add("mounts", "folders that the container sees besides the current one", nargs="+", metavar="DIR")
+    add("mounts", "folder that the container sees besides the current one; may be repeated", action="append",
+        metavar="DIR")  # fmt: skip
     add("venv", f"environment to run in (default: this one, {sys.prefix})")
     add("setup", "line of shell to run first, such as 'module load cuda'; may be repeated", action="append")
     add("sbatch", "further #SBATCH option without its dashes, such as constraint=a100; may be repeated",

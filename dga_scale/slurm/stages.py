@@ -27,15 +27,17 @@ class Job:
     options: JobOptions
     command: tuple[str, ...]
     """The program and its arguments, each quoted for the shell."""
-    writes: tuple[str, ...]
-    """Folders that later jobs may read."""
+    writes: str
+    """The folder that later jobs may read."""
+    run: str = ""
+    """Of ``train``: the run's folder, quoted for the shell."""
 
 
 class Coming:
     """Folders that are there, or will be when the jobs before have ended."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
-        self._written = {Path(folder).resolve() for job in jobs for folder in job.writes}
+        self._written = {Path(job.writes).resolve() for job in jobs}
 
     def is_written(self, path: str) -> bool:
         """Whether an earlier job of the chain writes it."""
@@ -84,7 +86,7 @@ def _shard(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
         command.append(f"--num_workers={options.cpus_per_task}")
     if options.parts > 1:
         command.append(f"--part={TASK}/{options.parts}")
-    return Job("shard", options, tuple(command), (str(found.output),))
+    return Job("shard", options, tuple(command), str(found.output))
 
 
 def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
@@ -114,14 +116,16 @@ def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
                 raise UserError(f"{flag} {error}") from None
     output = config.run.output_dir or default_output_dir(config)
     command = [*map(shlex.quote, ["dga-train", *arguments])]
+    run_folder = shlex.quote(output)
     runs = [resolved.config.replace(output_dir=output)]
     if options.seeds:
-        command += [f"--seed={TASK}", f"--output_dir={shlex.quote(output)}/seed-{TASK}"]
+        run_folder += f"/seed-{TASK}"
+        command += [f"--seed={TASK}", f"--output_dir={run_folder}"]
         runs = [runs[0].replace(seed=n, output_dir=f"{output}/seed-{n}") for n in options.seed_numbers()]
     if len(config.data.corpus or []) == 1 and not getattr(config.method, "cse_warmup_steps", 0):
         for run in runs:  # the folder of a sequence holds runs
             RunFolder(Path(run.run.output_dir or "")).check(run)
-    return Job("train", options, tuple(command), (output,))
+    return Job("train", options, tuple(command), output, run_folder)
 
 
 def _corpora(config: TrainConfig) -> Iterator[tuple[str, str]]:
@@ -150,7 +154,7 @@ def _evaluate(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
             coming.check_model("--model", folder)
     load_suite(found.suite, coming.exists)
     command = map(shlex.quote, ["dga-evaluate", *arguments])
-    return Job("evaluate", options, tuple(command), (str(found.output_dir),))
+    return Job("evaluate", options, tuple(command), str(found.output_dir))
 
 
 _CHECKS: dict[str, Callable[[JobOptions, list[str], Coming], Job]] = {

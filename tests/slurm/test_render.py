@@ -1,5 +1,6 @@
 """What a rendered script says, and what is refused before there is one. No SLURM is needed."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -101,12 +102,22 @@ def test_directives_stand_before_the_first_command(world: SmallWorld):
 
 
 @pytest.mark.parametrize(
-    ("code", "requeued"), [(0, False), (75, True), (138, True), (1, False), (137, False)]
-)
-def test_which_ends_lead_back_into_the_queue(world: SmallWorld, code: int, requeued: bool):
+    ("code", "saved", "requeued"),
+    [(0, True, False), (75, False, True), (138, False, True), (1, True, False), (2, True, False),
+     (76, True, True), (76, False, False), (137, True, True), (137, False, False)],
+)  # fmt: skip
+def test_which_ends_lead_back_into_the_queue(world: SmallWorld, code: int, saved: bool, requeued: bool):
+    """A signal always; the loss of a rank where a checkpoint was written since the turn began."""
     (script,) = scripts(train(world))
-    stand_ins = f'srun() {{ return {code}; }}; scontrol() {{ echo "scontrol $*"; }}; export SLURM_JOB_ID=12\n'
-    result = subprocess.run(["bash", "-c", stand_ins + script], capture_output=True, text=True)
+    latest = Path("runs", "mine", "checkpoints", "latest")
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step-000002\n")
+    save = f"echo step-000004 > {latest}; " if saved else ""
+    stand_ins = f'srun() {{ {save}return {code}; }}; scontrol() {{ echo "scontrol $*"; }}\n'
+    environment = {"SLURM_JOB_ID": "12", "PATH": os.environ["PATH"]}
+    result = subprocess.run(
+        ["bash", "-c", stand_ins + script], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == code
     assert ("scontrol requeue 12" in result.stdout) == requeued
 
@@ -140,7 +151,7 @@ def test_containers(world: SmallWorld, tmp_path: Path):
     (tmp_path / "big data").mkdir()
     data = str(tmp_path / "big data")
     gpus = ["--gpus_per_node", "2", "--mounts", data]
-    (script,) = scripts(train(world, "--container", "image.sif", *gpus))
+    (script,) = scripts(["--container", "image.sif", *gpus, *train(world)])
     here, words = str(tmp_path), step(script)
     inside = words.index("dga-train")
     assert words[3:inside] == [
@@ -173,7 +184,9 @@ def test_the_template_for_editing_by_hand_is_what_is_rendered():
     options = JobOptions(
         nodes=2, gpus_per_node="8", cpus_per_task=8, time="24:00:00", account="ACCOUNT", venv=".venv"
     )
-    assert "".join(lines) == render(Job("train", options, ("dga-train", *shlex.split(arguments)), ()))
+    assert "".join(lines) == render(
+        Job("train", options, ("dga-train", *shlex.split(arguments)), "", "runs/mine")
+    )
 
 
 @pytest.mark.parametrize(
