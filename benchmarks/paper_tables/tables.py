@@ -159,9 +159,9 @@ def differences(found: Found) -> tuple[str, str, Rows]:
             ] or ["", ""]
         rows.append([method, *cells])
     text = (
-        "Mean difference, 95% interval, p of a paired t-test, number of pairs. Tasks, in points: a pair is one "
-        "seed on one task of one domain, and shows the seeds' noise only: another training seed gives another "
-        "model. Losses: pairs are batches of held-out text of all domains, first training seed."
+        "Mean difference, 95% interval, p of a paired t-test, number of pairs. Tasks, in points: a pair is "
+        "one seed on one task of one domain, and shows the seeds' noise only, another training seed gives "
+        "another model. Losses: pairs are batches of held-out text of all domains, first training seed."
     )
     return "What is larger than noise", text, rows
 
