@@ -64,14 +64,18 @@ def flags(world: SmallWorld, run: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def launch(world: SmallWorld, run: Path, command: list[str], **variables: object) -> str:
-    """Run the program with ``command`` before it; what it printed."""
+def launch(program: list[str], command: list[str], scratch: Path, **variables: object) -> str:
+    """Run ``program`` with ``command`` before it; what it printed."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "OMPI_"))}
-    path = f"{PROGRAMS}:{os.environ['PATH']}"
-    compiled = run.parent / "compiled"
-    settings = {"PATH": path, "TORCH_EXTENSIONS_DIR": compiled, **variables}
+    compiled = scratch / "compiled"
+    settings = {
+        "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "TORCH_EXTENSIONS_DIR": compiled,
+        **variables,
+    }
     done = subprocess.run(
-        [*command, *program(world, run)],
+        [*command, *program],
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
@@ -92,13 +96,14 @@ def hostfile(folder: Path, line: str) -> Path:
 def test_deepspeed(world: SmallWorld, expected: dict[int, list[float]], tmp_path: Path) -> None:
     port = free_port()
     command = ["deepspeed", "--num_accelerators=2", f"--master_port={port}"]
-    said = launch(world, tmp_path / "run", command)
+    said = launch(program(world, tmp_path / "run"), command, tmp_path)
     assert f"2 ranks on 1 node, started by deepspeed, rank 0 at 127.0.0.1:{port}" in said
     assert losses(tmp_path / "run") == expected[2]
 
 
 def test_torchrun(world: SmallWorld, expected: dict[int, list[float]], tmp_path: Path) -> None:
-    said = launch(world, tmp_path / "run", ["torchrun", "--standalone", "--nproc_per_node=2"])
+    command = ["torchrun", "--standalone", "--nproc_per_node=2"]
+    said = launch(program(world, tmp_path / "run"), command, tmp_path)
     assert "2 ranks on 1 node, started by torchrun" in said
     assert losses(tmp_path / "run") == expected[2]
 
@@ -109,7 +114,7 @@ def test_mpirun(world: SmallWorld, expected: dict[int, list[float]], tmp_path: P
     open_mpi()
     hosts = hostfile(tmp_path, f"localhost slots={ranks}")
     command = ["bash", str(SCRIPTS / "openmpi.sh")]
-    said = launch(world, tmp_path / "run", command, HOSTFILE=hosts, PYTHON=sys.executable)
+    said = launch(program(world, tmp_path / "run"), command, tmp_path, HOSTFILE=hosts)
     where = (
         "1 rank on 1 node, started by mpirun\n",
         "2 ranks on 1 node, started by mpirun, rank 0 at localhost:",
@@ -121,30 +126,48 @@ def test_mpirun(world: SmallWorld, expected: dict[int, list[float]], tmp_path: P
 @pytest.mark.mpi
 def test_mpiexec(world: SmallWorld, expected: dict[int, list[float]], tmp_path: Path) -> None:
     command = ["bash", str(SCRIPTS / "mpich.sh")]
-    program, hosts = mpich() / "mpiexec.hydra", hostfile(tmp_path, "localhost:2")
-    said = launch(world, tmp_path / "run", command, MPIEXEC=program, HOSTFILE=hosts, PYTHON=sys.executable)
+    mpiexec, hosts = mpich() / "mpiexec.hydra", hostfile(tmp_path, "localhost:2")
+    said = launch(program(world, tmp_path / "run"), command, tmp_path, MPIEXEC=mpiexec, HOSTFILE=hosts)
     assert "2 ranks on 1 node, started by mpiexec, rank 0 at localhost:" in said
     assert losses(tmp_path / "run") == expected[2]
 
 
+JOIN = """
+import sys
+from datetime import timedelta
+from dga_scale.engine.cluster import join_cluster
+from dga_scale.errors import run_main
+def main():
+    with join_cluster(timedelta(seconds=float(sys.argv[1]))) as cluster:
+        line = cluster.describe()
+        if cluster.rank == 0:
+            print(line, flush=True)
+run_main(main)
+"""
+
+
+def joining(folder: Path, seconds: float = TIMEOUT) -> list[str]:
+    """A program that only joins."""
+    (folder / "join.py").write_text(JOIN)
+    return [str(folder / "join.py"), str(seconds)]
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", ["openmpi", "mpich"])
-def test_deepspeed_through_mpi(
-    world: SmallWorld, expected: dict[int, list[float]], tmp_path: Path, name: str
-) -> None:
+def test_deepspeed_through_mpi(tmp_path: Path, name: str) -> None:
     """DeepSpeed wants several hosts for these; ``--force_multi`` takes one."""
     folder = open_mpi() if name == "openmpi" else mpich()
     hosts = hostfile(tmp_path, "localhost slots=2")
     command = ["deepspeed", f"--launcher={name}", f"--hostfile={hosts}", "--force_multi", "--no_ssh_check",
                "--master_addr=127.0.0.1", f"--master_port={free_port()}"]  # fmt: skip
-    said = launch(world, tmp_path / "run", command, PATH=f"{folder}:{PROGRAMS}:{os.environ['PATH']}")
+    path = f"{folder}:{PROGRAMS}:{os.environ['PATH']}"
+    said = launch(joining(tmp_path), command, tmp_path, PATH=path)
     started_by = {"openmpi": "mpirun", "mpich": "mpiexec"}[name]
     assert f"2 ranks on 1 node, started by {started_by}, rank 0 at 127.0.0.1:" in said
-    assert losses(tmp_path / "run") == expected[2]
 
 
 def test_plain_python(world: SmallWorld, expected: dict[int, list[float]], tmp_path: Path) -> None:
-    said = launch(world, tmp_path / "run", [sys.executable])
+    said = launch(program(world, tmp_path / "run"), [sys.executable], tmp_path)
     assert "1 rank on 1 node, started by python\n" in said
     assert losses(tmp_path / "run") == expected[1]
 
@@ -187,40 +210,24 @@ def test_mpirun_on_two_hosts(
 
 
 @pytest.mark.hosts
-def test_mpiexec_on_two_hosts(
-    hosts: Hosts, world: SmallWorld, expected: dict[int, list[float]], tmp_path: Path
-) -> None:
+def test_mpiexec_on_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("beta:1\nalpha:1\n")
     variables = {
         "MPIEXEC": mpich() / "mpiexec.hydra",
         "HOSTFILE": tmp_path / "hosts",
         "PYTHON": sys.executable,
     }
-    launcher = [
-        "env",
-        *(f"{name}={value}" for name, value in variables.items()),
-        "bash",
-        SCRIPTS / "mpich.sh",
-    ]
-    said = hosts.run("alpha", [*launcher, *program(world, tmp_path / "run")], cwd=REPOSITORY, timeout=TIMEOUT)
+    launcher = ["env", *(f"{name}={v}" for name, v in variables.items()), "bash", SCRIPTS / "mpich.sh"]
+    said = hosts.run("alpha", [*launcher, *joining(tmp_path)], cwd=REPOSITORY, timeout=TIMEOUT)
     assert "2 ranks on 2 nodes, started by mpiexec, rank 0 at beta:" in said
-    assert losses(tmp_path / "run") == expected[2]
-
-
-JOIN = """
-from datetime import timedelta
-from dga_scale.engine.cluster import join_cluster
-from dga_scale.errors import run_main
-run_main(lambda: join_cluster(timedelta(seconds=30)) and None)
-"""
 
 
 @pytest.mark.hosts
 def test_hosts_that_can_not_be_connected_say_so(hosts: Hosts, tmp_path: Path) -> None:
     """The ranks meet; then each is told to listen where the other can't reach it."""
-    (tmp_path / "join.py").write_text(JOIN)
     variables = "RANK=%n WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=alpha MASTER_PORT=29600 GLOO_SOCKET_IFNAME=lo"
-    command = f"cd {REPOSITORY} && {variables} {sys.executable} {tmp_path / 'join.py'} 2>&1 || true"
+    join = " ".join([sys.executable, *joining(tmp_path, seconds=20)])
+    command = f"cd {REPOSITORY} && {variables} {join} 2>&1 || true"
     said = hosts.run("alpha", ["pdsh", "-R", "ssh", "-w", "alpha,beta", command], tmp_path, timeout=200)
     assert "on alpha has met the others, but could not be connected with all of them" in said
     assert "on beta has met the others" in said
