@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+
 from tests.ranks import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -40,7 +42,9 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 ReturnToService=2
+SlurmdTimeout={node_timeout}
 KillWait=60
+MinJobAge=7200
 MpiDefault=none
 NodeName={nodes} NodeHostname=localhost NodeAddr=localhost Port={node_ports} CPUs={cpus} State=UNKNOWN
 PartitionName=main Nodes={nodes} Default=YES MaxTime=60 State=UP
@@ -57,10 +61,16 @@ def _find(name: str) -> str | None:
 
 
 class SlurmCluster:
-    """Use as a context manager; within, ``SLURM_CONF`` leads sbatch and its like to this SLURM."""
+    """Use as a context manager; within, ``SLURM_CONF`` leads sbatch and its like to this SLURM.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        folder: for all its state, empty.
+        node_timeout: seconds of silence after which a node is taken to be down; SLURM's default is 300.
+
+    """
+
+    def __init__(self, folder: Path, node_timeout: int = 300) -> None:
+        self._folder, self._node_timeout = folder, node_timeout
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "SlurmCluster":
@@ -79,6 +89,7 @@ class SlurmCluster:
                 controller_port=free_port(),
                 node_ports=",".join(str(free_port()) for _ in NODES),
                 cpus=CPUS,
+                node_timeout=self._node_timeout,
             )
         )
         self._former = os.environ.get("SLURM_CONF")
@@ -92,7 +103,7 @@ class SlurmCluster:
             wait_until(munge["socket"].exists, _START_SECONDS, "munged")
             self._start("slurmctld", "-D")
             for node in NODES:
-                self._start("slurmd", "-D", "-N", node)
+                self.start_node(node)
             wait_until(self._all_idle, _START_SECONDS, "two idle nodes")
         except BaseException as error:
             logs = "\n".join(f"--- {log.name}\n{log.read_text()[-1500:]}" for log in folder.glob("*.out"))
@@ -112,6 +123,26 @@ class SlurmCluster:
             del os.environ["SLURM_CONF"]
         else:
             os.environ["SLURM_CONF"] = self._former
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon, for the first time or after ``lose_node``."""
+        self._start("slurmd", "-D", "-N", node)
+
+    def lose_node(self, node: str) -> None:
+        """End a node as a cut of its power does: its daemon, its steps and their processes, with SIGKILL."""
+        processes = {p.pid: p for p in psutil.process_iter()}
+        doomed = []
+        for process in processes.values():
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                conf = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
+                if conf and environment.get("SLURMD_NODENAME") == node:
+                    doomed += [process, *(p for p in process.parents() if p.name() == "slurmstepd")]
+                elif process.name() == "slurmd" and process.cmdline()[-1] == node and conf:
+                    doomed.insert(0, process)
+        for process in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _start(self, name: str, *arguments: str) -> None:
         program = _find(name)

@@ -1,0 +1,138 @@
+"""What SLURM does to a job of two nodes, and what it costs: ``python -m benchmarks.slurm_faults``.
+
+Starts a SLURM of two nodes on this machine (Debian's slurm-wlm and munge), submits a run through dga-submit,
+and while it trains: the time limit, a requeue by SLURM itself (as for a preemption), the loss of a rank, and
+the loss of a node. At the end its losses are compared with those of an uninterrupted run, bit for bit.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from benchmarks.results import append_section
+from tests.ranks import REPOSITORY, close_pools, run_ranks
+from tests.slurm.cluster import SlurmCluster, job_states, run, wait_until
+from tests.slurm.test_jobs import SETUP, losses, submit, train_ranks
+from tests.small import make_world
+
+STEPS = 3000
+PATIENCE = 900.0
+TURN = "going on from"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "state").mkdir()
+        world = make_world(folder)
+        flags = [
+            f"--ds_config={REPOSITORY / 'ds_configs' / 'zero2.json'}", f"--model={world.model}",
+            f"--corpus={world.corpus}", "--method=mlm", f"--max_steps={STEPS}", "--global_batch_size=64",
+            "--max_eval_samples=16", "--save_steps=20", "--eval_steps=100000", "--bf16=false",
+        ]  # fmt: skip
+        os.chdir(folder)
+        with SlurmCluster(folder / "state", node_timeout=40) as slurm:
+            options = ["--time", "3", "--nodes", "2", "--stop_minutes", "1", *SETUP]
+            (number,) = submit(["train", *options, *flags, "--output_dir=run"])
+            rows = faults(slurm, number)
+            wait_until(lambda: state(number)["JobState"] == "COMPLETED", PATIENCE, "end")
+            log = job_log(number)
+        run_ranks(2, train_ranks, [*flags, f"--output_dir={folder / 'plain'}"], timeout=PATIENCE)
+        close_pools()
+        same = losses(Path("run")) == losses(Path("plain"))
+    verdict = (
+        f"{STEPS} losses, {'all equal' if same else 'NOT equal'} to an uninterrupted run's, bit for bit. "
+        "Not in the seconds: two minutes for which SLURM holds a job back that it has requeued."
+    )
+    table = ["| fault | steps done again | seconds without training |", "|---|---|---|", *rows]
+    table += ["", verdict, "", "The job's log, most steps left out:", "", *trimmed(log)]
+    append_section(
+        "SLURM: faults of a job of two nodes", "\n".join(table), "python -m benchmarks.slurm_faults"
+    )
+    sys.exit(not same)
+
+
+def faults(slurm: SlurmCluster, number: str) -> list[str]:
+    """One fault after the other; a row of the table for each."""
+
+    def kill_rank() -> None:
+        ranks = [p for p in psutil.process_iter() if "dga-train" in " ".join(p.cmdline()[1:2])]
+        ours = [p for p in ranks if p.environ().get("SLURM_JOB_ID") == number]
+        ours[-1].kill()
+
+    def lose_node() -> None:
+        slurm.lose_node("node2")
+        time.sleep(5)
+        slurm.start_node("node2")
+
+    rows = []
+    for name, fault in (
+        ("time limit (SIGUSR1 a minute before)", lambda: None),
+        ("requeue by SLURM, as for a preemption", lambda: run("scontrol", "requeue", number)),
+        ("kill -9 of a rank", kill_rank),
+        ("loss of a node", lose_node),
+    ):
+        again, seconds = cost(number, fault)
+        rows.append(f"| {name} | {again} | {seconds:.0f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def cost(number: str, fault: Callable[[], object]) -> tuple[int, float]:
+    """Bring a fault about in the middle of training: steps done again, seconds until training goes on."""
+    turn = job_log(number).count(TURN) + 1
+    wait_until(lambda: len(steps(number)) == turn and len(steps(number)[-1]) > 30, PATIENCE, "thirty steps")
+    fault()
+    last, seen = time.monotonic(), steps(number)[-1]
+
+    def goes_on() -> bool:
+        nonlocal last, seen
+        turns = steps(number)
+        if len(turns) > turn and turns[turn]:
+            return True
+        if turns[turn - 1] != seen:
+            last, seen = time.monotonic(), turns[turn - 1]
+        if state(number)["JobState"] == "PENDING":
+            with contextlib.suppress(subprocess.SubprocessError):
+                run("scontrol", "update", f"JobId={number}", "StartTime=now")
+        return False
+
+    wait_until(goes_on, PATIENCE, "next turn")
+    return seen[-1] + 1 - steps(number)[turn][0], time.monotonic() - last
+
+
+def state(number: str) -> dict[str, str]:
+    return next(job_states(number))
+
+
+def job_log(number: str) -> str:
+    path = Path("slurm", f"dga-train-{number}.log")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def steps(number: str) -> list[list[int]]:
+    """The steps that each turn of the job has logged."""
+    turns = job_log(number).split(TURN)
+    return [[int(found) for found in re.findall(r"^step (\d+)/", turn, re.MULTILINE)] for turn in turns]
+
+
+def trimmed(log: str) -> list[str]:
+    """The log as a block of Markdown: of each row of steps the first and the last, no table at the end."""
+    lines = [line for line in log.split("━")[0].splitlines() if line.strip()]
+    kept = []
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+        if not all(each.startswith("step ") for each in (before, line, after)):
+            kept.append("    " + line[:110])
+    return kept
+
+
+if __name__ == "__main__":
+    main()
