@@ -30,6 +30,9 @@ from dga_scale.errors import UserError
 DEFAULT_PORT = 29500
 """torch's own."""
 
+_FIRST_SPECIAL_STEP = 0xFFFFFFFA
+"""SLURM's numbers of the steps that are no srun's: interactive, batch, extern."""
+
 _MPI_VARIABLES = {
     "mpirun": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -162,8 +165,11 @@ def _mpi_place(env: Mapping[str, str]) -> Place | None:
 
 
 def _slurm_place(env: Mapping[str, str]) -> Place | None:
-    # A batch script has SLURM_PROCID=0 and SLURM_NTASKS too; only a step (srun) has all its tasks running.
+    # A batch script has SLURM_PROCID=0 and SLURM_NTASKS too, and so has the shell that salloc gives, as a
+    # step of its own; only a step of srun has all its tasks running.
     if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
+        return None
+    if _integer(env, "SLURM_STEP_ID") >= _FIRST_SPECIAL_STEP:
         return None
     names = ("SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
     if missing := [name for name in names if name not in env]:

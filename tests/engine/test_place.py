@@ -76,6 +76,10 @@ def test_place_under_each_launcher(env: dict[str, str], expected: Place) -> None
     assert read_place(env) == expected
 
 
+def test_the_shell_of_salloc_is_one_process() -> None:
+    assert read_place(SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}).launcher == "python"
+
+
 def test_a_batch_script_without_srun_is_one_process() -> None:
     batch = {k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
     place = read_place(batch)
