@@ -1,6 +1,7 @@
 """Opening and verifying a corpus, and matching it with a model."""
 
 import json
+import random
 import resource
 import shutil
 from dataclasses import replace
@@ -18,6 +19,10 @@ from dga_scale.corpus.spool import ShardSettings
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
 from tests.corpus import tiny
+from tests.damage import DAMAGES, every_damage, flip
+
+UNREAD = ("dataset_info.json", "state.json", "validation/dataset_info.json", "validation/state.json")
+"""For ``datasets.load_from_disk``; a run does without."""
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,39 @@ def test_one_flipped_byte(where: float, copy: Path) -> None:
     Corpus.open(copy)  # sizes agree
     with pytest.raises(UserError, match=r"shard .*data-00002\.arrow was changed: its sha256 is"):
         Corpus.open(copy, verify="sha256")
+
+
+def test_any_damage_to_any_file_is_named(made: Path, copy: Path) -> None:
+    parts = (copy, copy / "validation")
+    whole = [Corpus.open(part).manifest for part in parts]
+    for file, damage in every_damage(copy):
+        kept = (copy / file).read_bytes()
+        DAMAGES[damage](copy / file)
+        try:
+            found = [Corpus.open(part, verify="sha256").manifest for part in parts]
+        except UserError as error:
+            message = str(error)
+        else:
+            assert found == whole, (file, damage)
+            message = file  # the line's end of a manifest, or a file that nothing reads
+            assert (Path(file).name, damage) == ("manifest.json", "last byte cut") or file in UNREAD
+        # Where a manifest says something else of a shard, it shows at that shard.
+        name = Path(file).name
+        assert name in message or (name == "manifest.json" and ".arrow" in message), (file, damage)
+        (copy / file).write_bytes(kept)
+
+
+def test_a_manifest_with_any_bit_flipped_is_refused_or_says_the_same(copy: Path) -> None:
+    path, draws, refused = copy / "manifest.json", random.Random(0), 0
+    kept, whole = path.read_bytes(), Corpus.open(copy).manifest
+    for _ in range(200):
+        flip(path, draws.random(), draws.randrange(8))
+        try:
+            assert Corpus.open(copy).manifest == whole
+        except UserError:
+            refused += 1
+        path.write_bytes(kept)
+    assert refused > 190
 
 
 def test_no_corpus(tmp_path: Path) -> None:
