@@ -129,7 +129,9 @@ class _Template:
 
     def next_log(self) -> Path:
         self._count += 1
-        return Path(self._folder.name) / f"{self._count}.log"
+        log = Path(self._folder.name) / f"{self._count}.log"
+        log.touch()
+        return log
 
     def close(self) -> None:
         self._connection.close()
