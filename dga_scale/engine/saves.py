@@ -38,7 +38,8 @@ class Saves:
 
     Args:
         background: write in a thread. Costs host memory of the shard's size (12 bytes an entry that the
-            rank's optimizer steps), which is kept from one save to the next.
+            rank's optimizer steps; torch rounds each pinned tensor up to a power of two), which is kept from
+            one save to the next.
 
     """
 
