@@ -1,6 +1,7 @@
 """What a finished run hands back: the model as a Hugging Face folder, a summary, the report."""
 
 import json
+import os
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,9 @@ def _write(inputs: Inputs, cluster: Cluster) -> None:
     write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     if not folder.model.exists():
         consolidate(folder.path, None, folder.model)
-    write_report([folder.path], folder.report)
+    unfinished = folder.report.with_name(folder.report.name + ".tmp")
+    write_report([folder.path], unfinished)
+    os.replace(unfinished, folder.report)
     print_summary(summary, folder)
 
 
