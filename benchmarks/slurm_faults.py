@@ -20,10 +20,10 @@ import psutil
 from benchmarks.results import append_section
 from tests.ranks import REPOSITORY, close_pools, run_ranks
 from tests.slurm.cluster import SlurmCluster, job_states, run, wait_until
-from tests.slurm.test_jobs import SETUP, losses, submit, train_ranks
+from tests.slurm.test_jobs import SETUP, losses, submit, train_ranks, wake
 from tests.small import make_world
 
-STEPS = 3000
+STEPS = 1500
 PATIENCE = 900.0
 TURN = "going on from"
 
@@ -35,7 +35,7 @@ def main() -> None:
         world = make_world(folder)
         flags = [
             f"--ds_config={REPOSITORY / 'ds_configs' / 'zero2.json'}", f"--model={world.model}",
-            f"--corpus={world.corpus}", "--method=mlm", f"--max_steps={STEPS}", "--global_batch_size=64",
+            f"--corpus={world.corpus}", "--method=mlm", f"--max_steps={STEPS}", "--global_batch_size=256",
             "--max_eval_samples=16", "--save_steps=20", "--eval_steps=100000", "--bf16=false",
         ]  # fmt: skip
         os.chdir(folder)
@@ -102,7 +102,8 @@ def cost(number: str, fault: Callable[[], object]) -> tuple[int, float]:
             last, seen = time.monotonic(), turns[turn - 1]
         if state(number)["JobState"] == "PENDING":
             with contextlib.suppress(subprocess.SubprocessError):
-                run("scontrol", "update", f"JobId={number}", "StartTime=now")
+                wake(number)
+                time.sleep(6)
         return False
 
     wait_until(goes_on, PATIENCE, "next turn")
