@@ -26,6 +26,13 @@ from typing import Any
 from tests.ranks import REPOSITORY, TAIL, free_port
 
 START_TIMEOUT = 240.0
+_IMPORTED = (
+    "dga_scale.engine.sequence",
+    "deepspeed",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "transformers.models.bert.modeling_bert",
+    "torch._inductor.compile_fx",  # DeepSpeed's engine imports it: seconds
+)
 _template: "_Template | None" = None
 
 
@@ -162,7 +169,7 @@ def _import_all() -> None:
     from dga_scale.monitoring.quiet import quiet_libraries
 
     quiet_libraries()
-    for name in ("deepspeed", "transformers.models.bert.modeling_bert", "dga_scale.engine.sequence"):
+    for name in _IMPORTED:
         importlib.import_module(name)
     import torch
 

@@ -1,0 +1,82 @@
+"""Kill runs on two ranks at random moments, in the middle of saving too, and launch them until they end.
+
+``python -m benchmarks.kill_soak --kills 500``: each run has to end with the losses, bit for bit, and the
+model (sha256) of a run that nobody disturbed, and leave no temporary file. Prints a table of what was tried
+(``tests/kills.py`` says what the faults are), and stops at the first run that is not so.
+"""
+
+import argparse
+import itertools
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.results import append_section
+from tests.kills import Outcome, Soak
+from tests.small import make_world
+
+NAMES = {
+    "time": "kill -9 at a random time",
+    "call": "kill -9 before a random call that changes the folder",
+    "bytes": "killed in the middle of writing a file",
+    "stop": "SIGSTOP for good at a random time",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=500, help="Faults that strike.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
+    parser.add_argument("--zero", type=int, default=2, help="ZeRO stage.")
+    parser.add_argument("--async_save", action="store_true", help="Save in the background.")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="Begin no run after so many.")
+    arguments = parser.parse_args()
+    outcomes, began = [], time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kill-soak-") as root:
+        folder = Path(root)
+        (folder / "world").mkdir()
+        settings = {"ds_config": f"ds_configs/zero{arguments.zero}.json", "async_save": arguments.async_save}
+        soak = Soak(make_world(folder / "world"), folder, settings)
+        soak.measure()
+        draws, runs = random.Random(arguments.seed), 0
+        for runs in itertools.count(1):
+            name = f"run-{runs}"
+            for outcome in soak.run(name, iter(lambda: soak.draw(draws, stops=True), None)):
+                outcomes.append(outcome)
+                print(len(outcomes), outcome, file=sys.stderr, flush=True)
+            shutil.rmtree(folder / name)
+            if len(outcomes) >= arguments.kills or time.monotonic() - began > 60 * arguments.minutes:
+                break
+    command = f"python -m benchmarks.kill_soak {' '.join(sys.argv[1:])}"
+    append_section("Runs killed and launched again", _table(outcomes, runs, soak), command)
+
+
+def _table(outcomes: list[Outcome], runs: int, soak: Soak) -> str:
+    columns = ("fault", "victim", "times", "survived", "others ended after, median (largest)", "steps again")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for how, victim in itertools.product(NAMES, (0, 1, None)):
+        found = [o for o in outcomes if (o.fault.how, o.fault.victim) == (how, victim)]
+        if not found:
+            continue
+        met = [o.seconds_to_end for o in found if o.met and victim is not None]
+        ended = f"{statistics.median(met):.2f} s ({max(met):.2f} s)" if met else ""
+        again = statistics.mean(o.steps_again for o in found)
+        who = "all" if victim is None else f"rank {victim}"
+        lines.append(f"| {NAMES[how]} | {who} | {len(found)} | {len(found)} | {ended} | {again:.2f} |")
+    early = sum(not o.met for o in outcomes)
+    return (
+        f"{len(outcomes)} faults in {runs} runs of {len(soak.reference)} steps with a save every second "
+        "step. Every run ended with the losses of an undisturbed one in every bit, the same model and no "
+        f"temporary file. {early} faults struck before the ranks had met, where the launcher has to end "
+        "the others.\n\n" + "\n".join(lines)
+    )
+
+
+if __name__ == "__main__":
+    main()
