@@ -91,7 +91,8 @@ def chain(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Chai
     world = make_world(tmp_path_factory.mktemp("world"))
     (folder / "suite.yaml").write_text("domain_corpora: [corpora/domain]\nmax_eval_rows: 16\n")
     runs = folder / "runs" / "mine"
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         numbers = submit([
             "--cpus_per_task", "1", "--time", "10",
             "shard", str(world.domain_text), "--tokenizer", str(world.model), "--output", "corpora/domain",
