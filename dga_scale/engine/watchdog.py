@@ -28,7 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dga_scale.engine.cluster import Cluster, RankFailed
-from dga_scale.errors import UserError
+from dga_scale.errors import UserError, without_secrets
 
 EXIT_RANK_LOST = 76
 """Exit code of a rank that ended because another one was lost; running the same command goes on."""
@@ -286,7 +286,7 @@ class Watchdog:
         # A line for each node; of rank 0's end its neighbour speaks.
         if cluster.local_rank == 0 or (cluster.rank == 1 and text.startswith("rank 0 ")):
             advice = "The other ranks end too; the same command goes on from the newest checkpoint."
-            os.write(sys.stderr.fileno(), f"error: {text}. {advice}\n".encode())
+            os.write(sys.stderr.fileno(), f"error: {without_secrets(text)}. {advice}\n".encode())
         os._exit(EXIT_RANK_LOST)
 
 

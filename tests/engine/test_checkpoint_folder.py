@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dga_scale.engine.checkpoint_folder import (
     newest_complete,
     newest_verified,
     prune,
+    remove_leftovers,
 )
 from dga_scale.engine.cluster import join_cluster, single_process
 from dga_scale.engine.tensor_files import record_of
@@ -138,6 +140,41 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 3
     assert sorted(p.name for p in path.parent.iterdir()) == ["latest", "step-000003"]
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_kill_while_one_is_replaced(renamed: bool, tmp_path: Path) -> None:
+    """Between the two renames the old one is put back; after them it is removed."""
+    final = made(tmp_path, 3)
+    shutil.copytree(final, final.with_name(final.name + ".old"))
+    final.rename(final.with_name(final.name + ".tmp"))
+    if renamed:
+        final.with_name(final.name + ".tmp").rename(final)
+    (tmp_path / "config.yaml.tmp").touch()
+    remove_leftovers(tmp_path)
+    found = newest_verified(tmp_path, ALONE)
+    assert found is not None
+    assert found.step == 3
+    assert sorted(p.name for p in final.parent.iterdir()) == ["latest", "step-000003"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_kill_while_one_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        made(tmp_path, step)
+
+    def killed(path: Path) -> None:
+        (path / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, 2)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert left == ["step-000001.tmp", "step-000002", "step-000003"]
+    remove_leftovers(tmp_path)
+    assert not (tmp_path / "checkpoints" / "step-000001.tmp").exists()
 
 
 def test_a_file_that_another_rank_wrote_elsewhere(tmp_path: Path) -> None:
