@@ -8,13 +8,8 @@ import pytest
 
 from dga_scale.engine.signals import EXIT_STOPPED
 from tests.ranks import RankError, run_ranks
-from tests.small import SmallWorld, make_world
+from tests.small import SmallWorld
 from tests.test_train import REPOSITORY, arguments, run_training, run_until
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:

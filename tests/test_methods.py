@@ -14,7 +14,7 @@ import dga_scale.backbone.extended  # noqa: F401 - registers the classes that ad
 from dga_scale.errors import UserError
 from dga_scale.objectives import METHODS, read_config
 from tests.ranks import REPOSITORY, run_ranks
-from tests.small import SmallWorld, make_world
+from tests.small import SmallWorld
 from tests.test_train import arguments, run_training
 
 STEPS = 20
@@ -27,11 +27,6 @@ OWN: dict[str, dict[str, Any]] = {
     "cse": {"cse_samples": 64, "cse_projection": 8, "cse_layers": 1},
 }
 """Settings that keep a method's own work short."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def flags_of(world: SmallWorld, run: Path, method: str, stage: int) -> list[str]:

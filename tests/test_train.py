@@ -23,14 +23,9 @@ from dga_scale.errors import UserError
 from dga_scale.objectives import read_config
 from dga_scale.preservation.importance import Importance
 from tests.ranks import REPOSITORY, RankError, run_ranks
-from tests.small import SmallWorld, make_world
+from tests.small import SmallWorld
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def arguments(world: SmallWorld, run: Path, **settings: Any) -> list[str]:

@@ -8,15 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from tests.ranks import REPOSITORY, run_ranks
-from tests.small import SmallWorld, make_world
+from tests.small import SmallWorld
 from tests.test_train import arguments, run_training
 
 RATE = 1e-3
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def largest_moves(world: SmallWorld, run: Path) -> dict[str, float]:

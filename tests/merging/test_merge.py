@@ -18,7 +18,7 @@ from dga_scale.merging.formulas import MergeSettings, merge_tensors
 from dga_scale.merging.merge import Merge
 from tests.backbone.tiny import TINY
 from tests.corpus.tiny import byte_bpe, wordpiece
-from tests.small import SmallWorld, make_world
+from tests.small import SmallWorld
 
 
 def save(folder: Path, model: PreTrainedModel, tokenizer: Path, **how: object) -> Path:
@@ -179,11 +179,6 @@ def test_nothing_is_left_of_a_merge_that_fails(
     with pytest.raises(UserError, match="could not be written: No space left"):
         merge(*pair).write(MergeSettings(), tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

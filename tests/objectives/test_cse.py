@@ -15,13 +15,8 @@ from dga_scale.experts.clustering import NoClusters
 from dga_scale.experts.extension import Place, Sample, sparse_sublayers
 from dga_scale.objectives.cse import CSE, CSESettings
 from tests.ranks import REPOSITORY, RankError, run_ranks
-from tests.small import SmallWorld, make_world
+from tests.small import SmallWorld
 from tests.test_train import STEPS, arguments, losses, run_and_listen, run_training, run_until
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def flags_of(world: SmallWorld, run: Path, stage: int = 2, **settings: Any) -> list[str]:
