@@ -134,7 +134,7 @@ class Save:
             if cluster.rank == 0:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             raise
-        cluster.run_on_first(lambda: prune(self._run_dir, self._limit))
+        cluster.run_on_first(lambda: prune(self._run_dir, self._limit, self.state.step))
         return final
 
     def _write_plain_files(self) -> dict[str, FileRecord]:

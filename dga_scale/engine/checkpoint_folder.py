@@ -43,6 +43,10 @@ class Checkpoint:
     files: dict[str, FileRecord]
     passed_over: tuple[str, ...] = ()
 
+    def lies_in(self, run_dir: Path) -> bool:
+        """Whether it is one of this run's own."""
+        return self.path.parent == run_dir / "checkpoints"
+
     @property
     def shards(self) -> list[Path]:
         return sorted(self.path / name for name in self.files if name.startswith("rank-"))
@@ -101,10 +105,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(run_dir: Path, limit: int) -> None:
-    """Remove the oldest checkpoints beyond ``limit``; 0 keeps all."""
+def prune(run_dir: Path, limit: int, step: int) -> None:
+    """Remove the oldest checkpoints beyond ``limit``; 0 keeps all.
+
+    ``step``: that of the newest good one. Later ones, which were passed over, are not counted: they would
+    leave no room for it.
+    """
     if limit > 0:
-        for path in _folders(run_dir / "checkpoints")[limit:]:
+        good = [path for path in _folders(run_dir / "checkpoints") if _step(path) <= step]
+        for path in good[limit:]:
             condemned = path.with_name(path.name + ".tmp")
             path.rename(condemned)  # a half-removed folder is no checkpoint
             shutil.rmtree(condemned)
@@ -130,9 +139,13 @@ def remove_leftovers(run_dir: Path) -> None:
 
 def _folders(folder: Path) -> list[Path]:
     """Committed checkpoints, the newest first."""
-    steps = {path: _NAME.fullmatch(path.name) for path in folder.glob("step-*")}
-    found = [(int(match[1]), path) for path, match in steps.items() if match]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((path for path in folder.glob("step-*") if _step(path) >= 0), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    """Steps by a folder's name; -1: it is no checkpoint's."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def newest_complete(run_dir: Path) -> Checkpoint | None:

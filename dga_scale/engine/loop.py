@@ -14,6 +14,7 @@ from dga_scale.engine.checkpoint_folder import (
     Checkpoint,
     find_resume_point,
     newest_complete,
+    prune,
     remove_leftovers,
 )
 from dga_scale.engine.cluster import Cluster
@@ -49,6 +50,10 @@ def train(config: TrainConfig, cluster: Cluster) -> int:
             return dry_run(inputs, cluster)
         cluster.run_on_first(lambda: remove_leftovers(inputs.folder.path))
         resume_from = find_resume_point(inputs.folder.path, config.run.resume, cluster)
+        if resume_from is not None and resume_from.lies_in(inputs.folder.path):
+            # A run that was killed may have left one that was due to go.
+            limit, step = config.run.save_total_limit, resume_from.step
+            cluster.run_on_first(lambda: prune(inputs.folder.path, limit, step))
         _open_folder(inputs, cluster)
         done = resume_from.step if resume_from else 0
         total = config.optimization.max_steps

@@ -70,8 +70,7 @@ class Session:
         plan = self.method.anchor()
         self._anchor = build_anchor(self.engine, plan, inputs, cluster, log) if plan else None
         self.protection: dict[str, Tensor] = {}
-        own = inputs.folder.path / "checkpoints"
-        self._resumes_folder = resume_from is not None and resume_from.path.parent == own
+        self._resumes_folder = resume_from is not None and resume_from.lies_in(inputs.folder.path)
         if resume_from is not None:
             self._load(resume_from)
 

@@ -170,7 +170,7 @@ def test_a_kill_while_one_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            prune(tmp_path, 2)
+            prune(tmp_path, 2, 3)
     left = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert left == ["step-000001.tmp", "step-000002", "step-000003"]
     remove_leftovers(tmp_path)
@@ -195,9 +195,20 @@ def test_a_file_that_another_rank_wrote_elsewhere(tmp_path: Path) -> None:
 def test_pruning(limit: int, kept: list[int], tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         made(tmp_path, step)
-    prune(tmp_path, limit)
+    prune(tmp_path, limit, 10)
     left = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert left == [f"step-{step:06d}" for step in kept]
+
+
+def test_what_was_passed_over_takes_no_room(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        made(tmp_path, step)
+    flip(tmp_path / "checkpoints" / "step-000003" / FILES[0])
+    prune(tmp_path, 1, 2)
+    found = newest_verified(tmp_path, ALONE)
+    assert found is not None
+    assert found.step == 2
+    assert not (tmp_path / "checkpoints" / "step-000001").exists()
 
 
 def chosen_by_all(run: Path) -> Checkpoint | None:
