@@ -44,7 +44,7 @@ def main() -> None:
         settings = {"ds_config": f"ds_configs/zero{arguments.zero}.json", "async_save": arguments.async_save}
         soak = Soak(make_world(folder / "world"), folder, settings)
         soak.measure()
-        draws, runs = random.Random(arguments.seed), 0
+        draws, runs, first = random.Random(arguments.seed), 0, time.monotonic()
         for runs in itertools.count(1):
             name = f"run-{runs}"
             for outcome in soak.run(name, iter(lambda: soak.draw(draws, stops=True), None)):
@@ -53,11 +53,12 @@ def main() -> None:
             shutil.rmtree(folder / name)
             if len(outcomes) >= arguments.kills or time.monotonic() - began > 60 * arguments.minutes:
                 break
+    lost = (time.monotonic() - first - runs * soak.seconds) / len(outcomes)
     command = f"python -m benchmarks.kill_soak {' '.join(sys.argv[1:])}"
-    append_section("Runs killed and launched again", _table(outcomes, runs, soak), command)
+    append_section("Runs killed and launched again", _table(outcomes, runs, soak, lost), command)
 
 
-def _table(outcomes: list[Outcome], runs: int, soak: Soak) -> str:
+def _table(outcomes: list[Outcome], runs: int, soak: Soak, lost: float) -> str:
     columns = ("fault", "victim", "times", "survived", "others ended after, median (largest)", "steps again")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for how, victim in itertools.product(NAMES, (0, 1, None)):
@@ -74,7 +75,8 @@ def _table(outcomes: list[Outcome], runs: int, soak: Soak) -> str:
         f"{len(outcomes)} faults in {runs} runs of {len(soak.reference)} steps with a save every second "
         "step. Every run ended with the losses of an undisturbed one in every bit, the same model and no "
         f"temporary file. {early} faults struck before the ranks had met, where the launcher has to end "
-        "the others.\n\n" + "\n".join(lines)
+        f"the others. Lost per fault: {lost:.1f} s, where an undisturbed run takes {soak.seconds:.1f} s, "
+        "most of it to start.\n\n" + "\n".join(lines)
     )
 
 
