@@ -4,20 +4,21 @@ import json
 import os
 import signal
 import statistics
-import subprocess
-import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from scipy import stats
 
 from benchmarks.paper_tables.__main__ import main
 from benchmarks.paper_tables.cost import trainings
 from benchmarks.paper_tables.pieces import Piece, Work
 from benchmarks.paper_tables.runner import Ledger, Runner, environment
 from benchmarks.paper_tables.settings import load_settings
-from benchmarks.paper_tables.tables import load_published
+from benchmarks.paper_tables.tables import load_published, write_tables
 from dga_scale.engine.signals import EXIT_STOPPED
 from dga_scale.errors import UserError
 from tests.endtasks.tiny import tiny_model, write_task
@@ -40,9 +41,6 @@ SMALL: dict[str, Any] = {
 }
 
 
-EVALUATIONS = ["evaluate acl 42, domain", "evaluate acl 42, general"]
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     tiny_model(tmp_path)
@@ -60,58 +58,78 @@ def write(folder: Path, changes: dict[str, Any] | None = None) -> str:
 
 
 def test_a_comparison_is_stopped_and_gone_on_with(data: Path, capsys: pytest.CaptureFixture[str]):
-    words = [write(data), "--data", str(data), "--output_dir", str(data / "out")]
-    command = [sys.executable, "-u", "-m", "benchmarks.paper_tables", *words]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if ": train acl mlm" in line:
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stdout.read()
-    assert process.returncode == EXIT_STOPPED, rest
-    assert "stopped in train acl mlm 42; the same command goes on" in rest
+    changes: dict[str, Any] = {"general": {"text": "{data}/general.jsonl"}}
+    words = [write(data, changes), "--data", str(data)]
+    words += ["--output_dir", str(data / "out")]
+    stopping = threading.Thread(target=stop_when, args=(data / "out" / "logs" / "train-acl-mlm-42.log",))
+    stopping.start()
+    assert main(words) == EXIT_STOPPED
+    stopping.join()
+    assert "stopped in train acl mlm 42; the same command goes on" in capsys.readouterr().out
     before = json.loads((data / "out" / "pieces.json").read_text())
     assert list(before) == ["shard acl", "shard general"]
-    main([*words, "--tables"])
-    assert "| mlm | missing | missing | missing |" in (data / "out" / "tables.md").read_text()
+    assert "| mlm | missing | missing |" in (data / "out" / "tables.md").read_text()
 
     assert main(words) == 0
     after = json.loads((data / "out" / "pieces.json").read_text())
-    assert list(after) == [*before, "train acl mlm 42", "merge acl half of mlm 42", *EVALUATIONS]
+    assert list(after) == [*before, "train acl mlm 42", "merge acl half of mlm 42", "evaluate acl 42, domain"]
     assert {name: after[name] for name in before} == before
-    printed = capsys.readouterr().out
-    assert "3 of 6: train acl mlm 42; left:" in printed
-    assert "shard acl;" not in printed
+    assert capsys.readouterr().out.startswith("3 of 5: train acl mlm 42; left: 0 min and 3 pieces of unknown")
     results = json.loads((data / "out" / "evaluation" / "domain" / "acl" / "results.json").read_text())[
         "models"
     ]
     text = (data / "out" / "tables.md").read_text()
     for label, name in (("base", "none"), ("mlm", "mlm"), ("half-of-mlm", "half of mlm")):
-        values = results[label]["tasks"]["intent"]["values"]
-        mean, spread = (100 * f(values) for f in (statistics.mean, statistics.stdev))
-        assert f"| {name} | {mean:.1f} ± {spread:.1f} | {mean:.1f} | " in text
-        loss = results[label]["corpora"]["acl"]
-        assert f"| {name} | {loss['loss']['mean']:.3f}" in text
-    merged = results["half-of-mlm"]["tasks"]["intent"]["values"]
-    gap = 100 * statistics.mean(
-        a - b for a, b in zip(merged, results["mlm"]["tasks"]["intent"]["values"], strict=True)
-    )
+        assert f"| {name} | {points(results, label, 'intent')} | " in text
+        assert f"| {name} | {results[label]['corpora']['acl']['loss']['mean']:.3f}" in text
+    merged, plain = (results[label]["tasks"]["intent"]["values"] for label in ("half-of-mlm", "mlm"))
+    gap = 100 * statistics.mean(a - b for a, b in zip(merged, plain, strict=True))
     assert f" {gap:+.1f} [" in text
-    general = json.loads((data / "out" / "evaluation" / "general" / "acl" / "results.json").read_text())[
-        "models"
-    ]
-    values = general["mlm"]["tasks"]["words"]["values"]
-    assert f" | {100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f} |\n" in text
     assert "| MLM, one model a domain; mlm | 68.8 (+2.6) | " in text
-    assert "- acl: 0 of 24 of intent, 0 of 24 of words" in text
+    assert "- acl: 0 of 24 of intent" in text
 
     # All is finished; another setting would be another comparison.
     assert main(words) == 0
-    assert " of 6: " not in capsys.readouterr().out
-    changed = [write(data, {"training": {**SMALL["training"], "max_steps": 4}}), *words[1:]]
+    assert " of 5: " not in capsys.readouterr().out
+    words[0] = write(data, {**changes, "training": {**SMALL["training"], "max_steps": 4}})
     with pytest.raises(UserError, match="train acl mlm 42 was finished by another command: 3 then, 4 now"):
-        main(changed)
+        main(words)
+
+
+def stop_when(file: Path) -> None:
+    """End this process politely as soon as the file is there."""
+    for _ in range(3000):
+        if file.exists():
+            break
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def points(results: dict[str, Any], label: str, task: str) -> str:
+    """A table's cell for a model's scores."""
+    values = results[label]["tasks"][task]["values"]
+    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def test_general_tasks_are_over_all_domains(data: Path):
+    """As tools/evaluate.py would write them: the base's are the same in both domains and count once."""
+    domains = {name: {"text": "x", "task": f"{data}/intent"} for name in ("acl", "ai")}
+    work = Work(load_settings(Path(write(data, {"domains": domains})), str(data)), data / "out")
+    for number, domain in enumerate(domains):
+        for kind, task in (("domain", "intent"), ("general", "words")):
+            models = {
+                label: {"corpora": {}, "tasks": {task: {"metric": "accuracy", "values": values}}}
+                for label, values in (("base", [0.5, 0.7]), ("mlm", [0.8 + number / 10, 0.6]))
+            }
+            work.evaluation(kind, domain).mkdir(parents=True)
+            (work.evaluation(kind, domain) / "results.json").write_text(json.dumps({"models": models}))
+    text = write_tables(work).read_text()
+    assert "| none | 60.0 ± 14.1 | 60.0 ± 14.1 | 60.0 | 60.0 ± 14.1 |" in text
+    assert "| mlm | 70.0 ± 14.1 | 75.0 ± 21.2 | 72.5 | 72.5 ± 15.0 |" in text
+    # By seed and domain: 30, -10, 40, -10.
+    found = stats.ttest_rel([0.8, 0.6, 0.9, 0.6], [0.5, 0.7, 0.5, 0.7])
+    low, high = (100 * bound for bound in found.confidence_interval())
+    assert text.count(f"+12.5 [{low:+.1f}, {high:+.1f}], p {found.pvalue:.3f}, n 4") == 2
 
 
 def test_a_failing_piece_shows_the_end_of_its_log(data: Path):
