@@ -166,15 +166,13 @@ def strike(launched: Launch, fault: Fault, run: Path) -> Outcome:
             left = launched.started + fault.at - time.monotonic()
         for rank in victims:
             launched.kill(rank, signal.SIGKILL if fault.how == "time" else signal.SIGSTOP)
-    while not launched.codes:
-        assert not launched.ended(300) or launched.codes, "a launch hangs"
-    met = all(_mark(run, pid).exists() for pid in launched.pids)
-    if fault.how == "stop":
-        launched.ended(HEARTBEAT_TIMEOUT + SURVIVOR_SECONDS)
-        for rank in victims:
-            launched.kill(rank)
-    elif not met:
-        for rank in range(RANKS):
+    deadline = time.monotonic() + 300
+    while not launched.codes and (fault.how != "stop" or _met(launched, run)):
+        launched.ended(10)
+        assert time.monotonic() < deadline, "a launch hangs"
+    met = _met(launched, run)
+    if fault.how == "stop" or not met:  # a launcher ends the others then
+        for rank in victims if met else range(RANKS):
             launched.kill(rank)
     codes = launched.wait(SURVIVOR_SECONDS)
     for pid in launched.pids:
@@ -184,13 +182,19 @@ def strike(launched: Launch, fault: Fault, run: Path) -> Outcome:
     dead = [rank for rank, code in enumerate(codes) if code in DEATHS]
     said = "\n".join(launched.output(rank) for rank in range(RANKS))
     assert dead, f"{fault}: exit codes {codes}\n{said}"
-    first = min(launched.seconds[rank] for rank in dead)
+    first = fault.at if fault.how == "stop" else min(launched.seconds[rank] for rank in dead)
     for rank in range(RANKS):
         if met and rank not in dead and codes[rank] != 0:
             assert codes[rank] == EXIT_RANK_LOST, f"{fault}: exit codes {codes}\n{said}"
             assert f"error: rank {dead[0]} on " in said, said
             assert "Traceback" not in said, said
-    return Outcome(fault, struck=True, met=met, seconds_to_end=max(launched.seconds.values()) - first)
+    last = max(seconds for rank, seconds in launched.seconds.items() if rank not in dead or len(dead) > 1)
+    return Outcome(fault, struck=True, met=met, seconds_to_end=last - first)
+
+
+def _met(launched: Launch, run: Path) -> bool:
+    """Whether the ranks watch each other."""
+    return all(_mark(run, pid).exists() for pid in launched.pids)
 
 
 def logged(run: Path) -> dict[int, float]:
