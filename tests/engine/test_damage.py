@@ -80,20 +80,20 @@ def test_any_damaged_file_of_a_checkpoint_is_named_and_the_older_one_taken(
 
 
 def test_a_manifest_with_any_bit_flipped_is_refused_or_says_the_same(saved: Path, tmp_path: Path) -> None:
-    run, draws, refused = Path(shutil.copytree(saved, tmp_path / "run")), random.Random(0), 0
+    run, draws = Path(shutil.copytree(saved, tmp_path / "run")), random.Random(0)
     manifest = run / "checkpoints" / "step-000002" / "manifest.json"
     whole = manifest.read_bytes()
     expected = find_resume_point(run, "auto", ALONE)
     assert expected is not None
-    for _ in range(150):
-        flip(manifest, draws.random(), draws.randrange(8))
+    # The step and the number of ranks stand at the beginning; then come names, sizes and hashes.
+    head = [(index / len(whole), bit) for index in range(64) for bit in range(3)]
+    anywhere = [(draws.random(), draws.randrange(8)) for _ in range(100)]
+    for position, bit in head + anywhere:
+        flip(manifest, position, bit)
         found = find_resume_point(run, "auto", ALONE)
         assert found is not None
-        if found.step == 2:  # a digit of a \\u escape in the other case, say
-            assert found == expected
-        refused += found.step == 1
+        assert found.step == 1 or found == expected, manifest.read_bytes()
         manifest.write_bytes(whole)
-    assert refused > 140
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
