@@ -70,7 +70,7 @@ def _training(job: Job) -> list[str]:
         'saved() { cat "$run"/checkpoints/latest "$run"/*/checkpoints/latest 2>/dev/null || true; }',
         "before=$(saved)",
         "code=0",
-        *_step(job, "srun --mpi=none --kill-on-bad-exit=0 --wait=120", " || code=$?"),
+        *_step(job, "srun --mpi=none --kill-on-bad-exit=0 --wait=60", " || code=$?"),
         "",
         "# Before the time limit SLURM sends SIGUSR1 to all ranks (--signal above): they save, stop after",
         "# the same step and exit with 75 (138: it came before the program had started). 76 and 128 up: a",

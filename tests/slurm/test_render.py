@@ -83,7 +83,7 @@ def test_training_asks_for_what_the_options_say(world: SmallWorld):
     assert words[:5] == [
         "--mpi=none",
         "--kill-on-bad-exit=0",
-        "--wait=120",
+        "--wait=60",
         "--cpus-per-task=12",
         "dga-train",
     ]
