@@ -41,8 +41,8 @@ MANY, FEW = ((4, 2), (2, 4), (1, 6), (3, STEPS)), ((2, 4), (3, STEPS))
 
 LOSS = 1e-5
 """Losses of about 6 may differ by so much: some units of their last place in fp32, 5e-7."""
-OF_THE_LARGEST = 1e-5
-"""So much of the largest weight, or moment, of all may one of them differ."""
+OF_THE_LARGEST = 3e-5
+"""So much of the largest weight, or moment, of all may one of them differ: 3e-6, with EWC's pull 8e-6."""
 
 OWN: dict[str, dict[str, Any]] = {
     "mlm": {},
@@ -169,7 +169,6 @@ def test_a_run_changes_its_number_of_ranks(
         names = [name for name in state if name.startswith(f"{kind}:")]
         largest = max(other[name].abs().max().item() for name in names)
         apart = {name: (state[name] - other[name]).abs().max().item() / largest for name in names}
-        print(method, stage, kind, max(apart.values()))
         assert max(apart.values()) < OF_THE_LARGEST, max(apart, key=apart.__getitem__)
 
 
