@@ -43,7 +43,7 @@ def main() -> None:
             options = ["--time", "5", "--nodes", "2", "--stop_minutes", "3", *SETUP]
             (number,) = submit(["train", *options, *flags, "--output_dir=run"])
             rows = faults(slurm, number)
-            wait_until(lambda: state(number)["JobState"] == "COMPLETED", PATIENCE, "end")
+            wait_until(lambda: state_now(number) == "COMPLETED", PATIENCE, "end")
             log = job_log(number)
         run_ranks(2, train_ranks, [*flags, f"--output_dir={folder / 'plain'}"], timeout=PATIENCE)
         close_pools()
@@ -103,18 +103,21 @@ def cost(number: str, fault: Callable[[], object]) -> tuple[int, float]:
             return True
         if turns[turn - 1] != seen:
             last, seen = time.monotonic(), turns[turn - 1]
-        if state(number)["JobState"] == "PENDING":
-            with contextlib.suppress(subprocess.SubprocessError):
-                wake(number)
-                time.sleep(6)
+        state_now(number)
         return False
 
     wait_until(goes_on, PATIENCE, "next turn")
     return seen[-1] + 1 - steps(number)[turn][0], time.monotonic() - last
 
 
-def state(number: str) -> dict[str, str]:
-    return next(job_states(number))
+def state_now(number: str) -> str:
+    """The job's state; one that waits after a requeue is woken."""
+    state = next(job_states(number))["JobState"]
+    if state == "PENDING":
+        with contextlib.suppress(subprocess.SubprocessError):
+            wake(number)
+            time.sleep(6)
+    return state
 
 
 def job_log(number: str) -> str:
