@@ -97,8 +97,9 @@ def leg(flags: list[str], stop_after: int, importance: Path, folder: Path) -> in
 def trained(ranks: int, stop_after: int, flags: list[str], importance: Path, folder: Path) -> Samples:
     """Run a leg; each step's samples in the order of the global batch, which is that of passes and ranks."""
     folder.mkdir(parents=True)
-    codes = launch(ranks, leg, flags, stop_after, importance, folder).wait(600)
-    assert codes == [EXIT_STOPPED] * ranks
+    launched = launch(ranks, leg, flags, stop_after, importance, folder)
+    codes = launched.wait(600)
+    assert codes == [EXIT_STOPPED] * ranks, [launched.output(rank)[-2000:] for rank in range(ranks)]
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     return {
         step: [
