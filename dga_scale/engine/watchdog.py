@@ -265,7 +265,9 @@ class Watchdog:
                 self._tell(text)
 
     def _said(self, peer: _Peer, what: str) -> str:
-        return f"rank {peer.rank} on {peer.host} {what} (last heard of at step {peer.step})"
+        # A step that this rank has finished was the other one's too: they reduce its losses together.
+        step = max(peer.step, _last_step)
+        return f"rank {peer.rank} on {peer.host} {what} (last heard of at step {step})"
 
     def _lost(self, peer: _Peer, what: str) -> None:
         if peer.rank is None:
