@@ -153,24 +153,6 @@ class Save:
         return {str(path.relative_to(folder)): record_of(path) for path in paths}
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    run_dir: Path,
-    state: TrainerState,
-    cluster: Cluster,
-    save_total_limit: int = 0,
-) -> Path:
-    """Write and commit a checkpoint, between two optimizer steps; every rank has to call it.
-
-    Raises:
-        UserError: as ``Save``.
-    """
-    save = Save(engine, tokenizer, run_dir, state, cluster, save_total_limit)
-    save.write()
-    return save.commit()
-
-
 def _as_user_error(work: Callable[[], T], final: Path) -> T:
     try:
         return work()

@@ -5,15 +5,16 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dga_scale.engine.checkpoint import load_checkpoint
 from dga_scale.engine.checkpoint_folder import find_resume_point, newest_verified
 from dga_scale.engine.cluster import join_cluster
 from dga_scale.errors import UserError
@@ -23,20 +24,14 @@ from tests.engine.training import (
     Setup,
     full_state,
     full_weights,
+    save,
     tiny_bert,
     tiny_engine,
-    tiny_tokenizer,
     train_step,
 )
 from tests.ranks import run_ranks
 
 SAVED, LAST = 3, 6
-
-
-def save(engine: Any, folder: Path, step: int, limit: int = 0) -> Path:
-    return save_checkpoint(
-        engine, tiny_tokenizer(), folder, TrainerState(step, "corpus"), join_cluster(), limit
-    )
 
 
 def state_of(engine: Any) -> dict[str, dict[str, Tensor]]:
@@ -182,6 +177,17 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
 def killed_saves(folder: Path) -> list[tuple[int, bool]]:
     """Kill a save at each of its calls to the file system that can matter, one after the other."""
     engine = tiny_engine(Setup(2))
+    return kill_at_each_point(engine, folder, lambda: save(engine, folder, 2))
+
+
+def kill_at_each_point(
+    engine: DeepSpeedEngine, folder: Path, save_again: Callable[[], object]
+) -> list[tuple[int, bool]]:
+    """After a save of step 1, kill ``save_again``, of step 2, at its first, second, ... point.
+
+    Returns:
+        for each point the step of the newest checkpoint, which can be loaded, and whether there was a kill.
+    """
     train_step(engine, 0)
     save(engine, folder, 1)
     train_step(engine, 1)
@@ -190,13 +196,13 @@ def killed_saves(folder: Path) -> list[tuple[int, bool]]:
         child = os.fork()
         if child == 0:
             die_at(point)
-            save(engine, folder, 2)
+            save_again()
             os._exit(0)
         _, status = os.waitpid(child, 0)
         checkpoint = newest_verified(folder, join_cluster())
         assert checkpoint is not None
         load_checkpoint(engine, checkpoint, join_cluster())
-        found.append((checkpoint.step, os.WIFSIGNALED(status)))
+        found.append((checkpoint.step, os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL))
         if not os.WIFSIGNALED(status):
             break
         shutil.rmtree(folder / "checkpoints" / "step-000002", ignore_errors=True)

@@ -14,9 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
 from dga_scale.engine import tensor_files
-from dga_scale.engine.checkpoint import TrainerState, save_checkpoint
 from dga_scale.engine.checkpoint_folder import checkpoint_path, commit
-from dga_scale.engine.cluster import join_cluster
 from dga_scale.engine.consolidate import consolidate
 from dga_scale.engine.tensor_files import Entry, record_of, write_safetensors
 from dga_scale.errors import UserError
@@ -25,6 +23,7 @@ from tests.engine.training import (
     MaskedLM,
     Setup,
     full_weights,
+    save,
     tiny_bert,
     tiny_engine,
     tiny_tokenizer,
@@ -44,7 +43,7 @@ def trained(folder: Path, names: list[str], setup: Setup) -> dict[str, Tensor]:
         labels = torch.where(IDS % 3 == 0, IDS, -100)
         engine.backward(engine(IDS, labels, 0.1))
         engine.step()
-        save_checkpoint(engine, tiny_tokenizer(), folder / name, TrainerState(1), join_cluster())
+        save(engine, folder / name, 1)
         engine.module.eval()
         with torch.no_grad():
             logits[name] = engine.module.lm(input_ids=IDS).logits
@@ -91,7 +90,7 @@ def trained_in(folder: Path, setup: Setup) -> tuple[dict[str, Tensor], Tensor]:
     engine = tiny_engine(setup)
     for step in range(2):
         train_step(engine, step)
-    save_checkpoint(engine, tiny_tokenizer(), folder, TrainerState(2), join_cluster())
+    save(engine, folder, 2)
     engine.module.eval()
     with torch.no_grad():
         logits = engine.module.lm(input_ids=IDS).logits

@@ -14,9 +14,8 @@ from dga_scale.backbone.loading import load_model
 from dga_scale.backbone.sealed_tensors import load_tensors
 from dga_scale.backbone.warmup import load_head, save_head
 from dga_scale.engine.anchor_files import load_fisher
-from dga_scale.engine.checkpoint import TrainerState, save_checkpoint
 from dga_scale.engine.checkpoint_folder import find_resume_point
-from dga_scale.engine.cluster import join_cluster, single_process
+from dga_scale.engine.cluster import single_process
 from dga_scale.engine.inputs import check_inputs
 from dga_scale.errors import UserError
 from dga_scale.monitoring.metrics import read_log
@@ -24,7 +23,7 @@ from dga_scale.objectives import read_config
 from dga_scale.objectives.cse import _read as read_experts
 from dga_scale.preservation.importance import Importance
 from tests.damage import DAMAGES, every_damage, flip
-from tests.engine.training import Setup, tiny_engine, tiny_tokenizer, train_step
+from tests.engine.training import Setup, save, tiny_engine, train_step
 from tests.ranks import run_ranks
 from tests.small import SmallWorld, make_world
 from tests.test_methods import flags_of
@@ -40,7 +39,7 @@ def two_checkpoints(folder: Path) -> None:
     engine = tiny_engine(Setup(2))
     for step in (1, 2):
         train_step(engine, step)
-        save_checkpoint(engine, tiny_tokenizer(), folder, TrainerState(step, "corpus"), join_cluster())
+        save(engine, folder, step)
     engine.destroy()
 
 

@@ -1,33 +1,24 @@
 """Saves in the background: the same bytes, committed or absent at any kill, failures known to all ranks."""
 
-import os
 import resource
-import shutil
-import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from dga_scale.engine.checkpoint import Save, TrainerState, load_checkpoint, save_checkpoint
-from dga_scale.engine.checkpoint_folder import find_resume_point, newest_verified
+from dga_scale.engine.checkpoint_folder import find_resume_point
 from dga_scale.engine.cluster import join_cluster, single_process
 from dga_scale.engine.saves import Saves
 from dga_scale.engine.signals import EXIT_STOPPED, StopAgreement
 from dga_scale.errors import UserError
 from dga_scale.monitoring.metrics import read_log
-from tests.engine.test_checkpoint import die_at, same, state_of
-from tests.engine.training import Setup, tiny_bert, tiny_engine, tiny_tokenizer, train_step
+from tests.engine.test_checkpoint import kill_at_each_point, same, state_of
+from tests.engine.training import Setup, describe_save, save, tiny_bert, tiny_engine, train_step
 from tests.ranks import run_ranks
 from tests.small import SmallWorld
 from tests.test_train import arguments, losses, run_training, run_until
-
-
-def describe(engine: Any, folder: Path, step: int) -> Save:
-    return Save(engine, tiny_tokenizer(), folder, TrainerState(step, "corpus"), join_cluster())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -43,13 +34,11 @@ def both_ways(setup: Setup, folder: Path) -> tuple[list[int], int, int]:
     engine, saves, written = tiny_engine(setup), Saves(background=True), []
     for step in (1, 2):
         train_step(engine, step)
-        save_checkpoint(
-            engine, tiny_tokenizer(), folder / "waiting", TrainerState(step, "corpus"), join_cluster()
-        )
-        may_write, save = threading.Event(), describe(engine, folder / "background", step)
-        write = save.write
-        save.write = lambda may_write=may_write, write=write: (may_write.wait(), write())  # type: ignore
-        saves.begin(save, time.perf_counter())
+        save(engine, folder / "waiting", step)
+        may_write, late = threading.Event(), describe_save(engine, folder / "background", step)
+        write = late.write
+        late.write = lambda may_write=may_write, write=write: (may_write.wait(), write())  # type: ignore
+        saves.begin(late, time.perf_counter())
         before = state_of(engine)
         train_step(engine, step + 10)
         assert not same(before, state_of(engine))
@@ -98,13 +87,13 @@ def full_disk(folder: Path) -> tuple[str, list[str], bool]:
     """Rank 1 may not write files of more than 20 kB while the thread writes the second save."""
     engine, cluster, saves = tiny_engine(Setup(2)), join_cluster(), Saves(background=True)
     train_step(engine, 0)
-    saves.begin(describe(engine, folder, 1), time.perf_counter())
+    saves.begin(describe_save(engine, folder, 1), time.perf_counter())
     saves.finish()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if cluster.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        saves.begin(describe(engine, folder, 2), time.perf_counter())
+        saves.begin(describe_save(engine, folder, 2), time.perf_counter())
         train_step(engine, 1)
         with pytest.raises(UserError) as caught:
             saves.finish()
@@ -113,7 +102,7 @@ def full_disk(folder: Path) -> tuple[str, list[str], bool]:
     cluster.barrier()
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     cluster.barrier()
-    saves.begin(describe(engine, folder, 2), time.perf_counter())
+    saves.begin(describe_save(engine, folder, 2), time.perf_counter())
     again = saves.finish()
     engine.destroy()
     return str(caught.value), left, again is not None and again.step == 2
@@ -129,29 +118,14 @@ def test_a_write_that_fails_is_every_ranks_error_and_the_next_save_is_made(tmp_p
 
 def killed_in_the_background(folder: Path) -> list[tuple[int, bool]]:
     """Kill the process at each sync and rename of a save in its thread, and of the commit after it."""
-    engine, cluster = tiny_engine(Setup(2)), join_cluster()
-    train_step(engine, 0)
-    save_checkpoint(engine, tiny_tokenizer(), folder, TrainerState(1, "corpus"), cluster)
-    train_step(engine, 1)
-    found: list[tuple[int, bool]] = []
-    for point in range(1, 100):
-        child = os.fork()
-        if child == 0:
-            die_at(point)
-            saves = Saves(background=True)
-            saves.begin(describe(engine, folder, 2), time.perf_counter())
-            saves.finish()
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        checkpoint = newest_verified(folder, cluster)
-        assert checkpoint is not None
-        load_checkpoint(engine, checkpoint, cluster)
-        found.append((checkpoint.step, os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL))
-        if not os.WIFSIGNALED(status):
-            break
-        shutil.rmtree(folder / "checkpoints" / "step-000002", ignore_errors=True)
-    engine.destroy()
-    return found
+    engine = tiny_engine(Setup(2))
+
+    def save_again() -> None:
+        saves = Saves(background=True)
+        saves.begin(describe_save(engine, folder, 2), time.perf_counter())
+        saves.finish()
+
+    return kill_at_each_point(engine, folder, save_again)
 
 
 def test_killed_at_any_point_it_is_committed_or_absent(tmp_path: Path) -> None:

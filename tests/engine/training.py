@@ -1,6 +1,7 @@
 """A tiny masked LM under DeepSpeed, for the tests of this folder: model and batches alike on every rank."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from dga_scale.config import (
     RunSettings,
     TrainConfig,
 )
+from dga_scale.engine.checkpoint import Save, TrainerState
+from dga_scale.engine.cluster import join_cluster
 from dga_scale.engine.deepspeed import build_engine, set_learning_rate
 from dga_scale.engine.ds_config import ResolvedConfig, resolve_ds_config
 from dga_scale.engine.optimizer_step import backward
@@ -207,3 +210,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
+
+
+def describe_save(engine: DeepSpeedEngine, folder: Path, step: int, limit: int = 0) -> Save:
+    """A save of the run in ``folder``, still to be written; every rank has to call it."""
+    state = TrainerState(step, "corpus")
+    return Save(engine, tiny_tokenizer(), folder, state, join_cluster(), limit)
+
+
+def save(engine: DeepSpeedEngine, folder: Path, step: int, limit: int = 0) -> Path:
+    """Write and commit a checkpoint; every rank has to call it."""
+    described = describe_save(engine, folder, step, limit)
+    described.write()
+    return described.commit()
