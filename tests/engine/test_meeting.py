@@ -22,6 +22,7 @@ def place(rank: int, world_size: int = 2, launcher: str = "mpirun") -> Place:
 def together(*places: Place, seconds: float = 20.0, gpus: tuple[str | None, ...] = ()) -> list[str]:
     """What each of several ranks, threads here, is told; "met" where nothing is wrong."""
     port = free_port()
+    held = []  # rank 0's thread may be the first to end: the store must not end with it
 
     def one(number: int) -> str:
         gpu = gpus[number] if gpus else None
@@ -29,6 +30,7 @@ def together(*places: Place, seconds: float = 20.0, gpus: tuple[str | None, ...]
             store = meet(places[number], "127.0.0.1", port, gpu, timedelta(seconds=seconds))
         except UserError as error:
             return str(error)
+        held.append(store)
         store.set(f"done/{number}", "")
         store.wait([f"done/{other}" for other in range(len(places))], timedelta(seconds=20))
         return "met"

@@ -56,7 +56,7 @@ def run_and_watch(flags: list[str], stop_in: str | None = None) -> tuple[int, di
         domain = session.inputs.corpus.path.name
         assert session._update_mask is not None
         factors = {
-            n: [(f.dim, f.scale.clone()) for f in fs] for n, fs in session._update_mask._factors.items()
+            n: [(f.dim, f.scale.clone()) for f in fs] for n, fs in session._update_mask.factors.items()
         }
         seen.setdefault(domain, (dict(session.protection), factors))
         yield

@@ -139,9 +139,10 @@ def test_the_demo_end_to_end_in_small(
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
-    first = again.stdout.splitlines()[0]
-    assert "built-in demo" in first
-    assert "--model MODEL --corpus DIR" in first
+    ranks, demo_line = again.stdout.splitlines()[:2]
+    assert ranks == "1 rank on 1 node, started by python"
+    assert "built-in demo" in demo_line
+    assert "--model MODEL --corpus DIR" in demo_line
     monkeypatch.setenv("PATH", "")  # nothing can be started any more
     assert demo.demo() == 0
     assert "complete already" in capfd.readouterr().out
