@@ -71,6 +71,7 @@ class SlurmCluster:
 
     def __init__(self, folder: Path, node_timeout: int = 300) -> None:
         self._folder, self._node_timeout = folder, node_timeout
+        self.config = folder / "slurm.conf"
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "SlurmCluster":
@@ -80,8 +81,7 @@ class SlurmCluster:
         key = folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
-        config = folder / "slurm.conf"
-        config.write_text(
+        self.config.write_text(
             _CONFIG.format(
                 folder=folder,
                 user=getpass.getuser(),
@@ -93,7 +93,7 @@ class SlurmCluster:
             )
         )
         self._former = os.environ.get("SLURM_CONF")
-        os.environ["SLURM_CONF"] = str(config)
+        os.environ["SLURM_CONF"] = str(self.config)
         try:
             munge = {
                 name: folder / f"munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")
