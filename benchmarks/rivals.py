@@ -1,0 +1,222 @@
+"""What ``steps.py`` measures our steps against, each under DeepSpeed's ZeRO-2 in bf16, on the same rows.
+
+trainer    transformers' Trainer with DataCollatorForLanguageModeling: logits of every position, a batch
+           padded to its longest row, as run_mlm.py does.
+plain_dga  DGA written down naively: a pass of the whole model for each reading, logits of every position in
+           all of them, masks on the gradient.
+bare       our model and batches in a loop of three lines, without logging, signals or evaluation.
+
+Started by ``steps.py`` through the deepspeed launcher; rank 0 prints one line of JSON, the seconds of steps.
+"""
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from dga_scale.backbone.gates import Gates
+from dga_scale.backbone.loading import load_model
+from dga_scale.corpus.batches import Batch, BatchStream, MaskingPolicy
+from dga_scale.corpus.mixture import Mixture
+from dga_scale.corpus.shards import Corpus
+from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.objectives.contrast import contrastive_loss
+from dga_scale.objectives.mlm import MaskedLM
+from dga_scale.objectives.training_model import TrainingModel
+from dga_scale.objectives.views import mean_pool
+from dga_scale.preservation.soft_mask import GradientMask, mask_factors
+
+DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
+LEARNING_RATE = 1e-4
+
+
+class Rows(torch.utils.data.Dataset):
+    """A corpus's rows as the collator takes them."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.corpus.row(index).tolist()}
+
+
+class Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def trainer(options: argparse.Namespace) -> list[float]:
+    """Ends of the Trainer's steps."""
+    arguments = TrainingArguments(
+        output_dir=options.output_dir,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=LEARNING_RATE,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=str(DS_CONFIG),
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    clock = Clock()
+    Trainer(
+        model=AutoModelForMaskedLM.from_pretrained(options.model, dtype=torch.float32),
+        args=arguments,
+        train_dataset=Rows(Corpus.open(options.corpus)),
+        data_collator=DataCollatorForLanguageModeling(load_tokenizer(options.model), mlm_probability=0.15),
+        callbacks=[clock],
+    ).train()
+    return clock.ends
+
+
+def batches(options: argparse.Namespace) -> Iterator[tuple[Batch, tuple[int, ...]]]:
+    """Our batches of this rank, and the number of labels of each global batch."""
+    corpus = Corpus.open(options.corpus)
+    world_size = torch.distributed.get_world_size()
+    stream = BatchStream(
+        Mixture([corpus], [], 42),
+        MaskingPolicy.for_corpus(corpus, 0.15),
+        global_batch_size=options.batch_size * world_size,
+        micro_batch_size=options.batch_size,
+        rank=torch.distributed.get_rank(),
+        world_size=world_size,
+        start_step=0,
+        num_steps=options.steps,
+    )
+    with stream:
+        for step in stream:
+            yield step.micro_batches[0], step.global_masked
+
+
+def engine_of(model: nn.Module, options: argparse.Namespace) -> Any:
+    """A DeepSpeed engine with the shared JSON, its "auto" filled in."""
+    config = json.loads(DS_CONFIG.read_text())
+    config |= {
+        "train_micro_batch_size_per_gpu": options.batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+    }
+    del config["train_batch_size"], config["fp16"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def loop(
+    options: argparse.Namespace, engine: Any, loss_of: Callable[[Batch, tuple[int, ...]], Tensor]
+) -> list[float]:
+    """Ends of the steps of the shortest loop there is."""
+    ends = []
+    for batch, masked in batches(options):
+        engine.backward(loss_of(batch, masked))
+        engine.step()
+        ends.append(time.perf_counter())
+    return ends
+
+
+def bare(options: argparse.Namespace) -> list[float]:
+    """Our training model, stepped by nothing but DeepSpeed."""
+    loaded = load_model(options.model)
+    model = TrainingModel(loaded.model, loaded.anatomy, MaskedLM(MaskedLM.Settings())).train()
+    engine = engine_of(model, options)
+    passes = float(torch.distributed.get_world_size())
+
+    def loss_of(batch: Batch, masked: tuple[int, ...]) -> Tensor:
+        tensors = (batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels)
+        return engine(*(t.to(engine.device) for t in tensors), masked=masked, passes=passes)[0]
+
+    return loop(options, engine, loss_of)
+
+
+class PlainDGA(nn.Module):
+    """Four passes of the whole model, one after the other."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        loaded = load_model(name)
+        self.lm, self.anatomy = loaded.model.train(), loaded.anatomy
+        self.gates = Gates(self.lm, self.anatomy)
+        self.protection = torch.rand(self.anatomy.num_layers, self.anatomy.num_heads)
+        self.mask = GradientMask(self.lm.named_parameters(), self.anatomy, ("heads",))
+        self.mask.set(mask_factors(self.anatomy, {"heads": self.protection}, "min"))
+
+    def forward(self, clean: Tensor, masked: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """The loss of ids (B, T), labels (B, T) with -100 where nothing is predicted."""
+        logits = self.lm(input_ids=masked, attention_mask=attention_mask).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        pooled: list[Tensor] = []
+        gate = self.protection.to(clean.device).expand(len(clean), -1, -1)
+        for gated in (False, False, True):
+            self.gates.set({"heads": gate} if gated else None)
+            output = self.lm(input_ids=clean, attention_mask=attention_mask, output_hidden_states=True)
+            pooled.append(mean_pool(output.hidden_states[-1], attention_mask))
+        self.gates.set(None)
+        return loss + contrastive_loss(pooled[0], pooled[1], pooled[2], 0.05)
+
+
+def plain_dga(options: argparse.Namespace) -> list[float]:
+    """DGA as one would write it down first."""
+    engine = engine_of(PlainDGA(options.model), options)
+
+    def loss_of(batch: Batch, _: tuple[int, ...]) -> Tensor:
+        # Slots without a label all name position 0, so that a label there may be overwritten: no matter here.
+        labels = torch.full_like(batch.input_ids, -100).scatter(1, batch.positions, batch.labels)
+        tensors = (batch.input_ids, batch.masked_ids, batch.attention_mask, labels)
+        return engine(*(t.to(engine.device) for t in tensors))
+
+    return loop(options, engine, loss_of)
+
+
+SYSTEMS = {"trainer": trainer, "plain_dga": plain_dga, "bare": bare}
+
+
+def main() -> None:
+    """Run one system on this rank."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("system", choices=list(SYSTEMS))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch_size", type=int, required=True, help="rows of one rank")
+    parser.add_argument("--local_rank", type=int, default=-1)
+    options = parser.parse_args()
+    # DeepSpeed would compile a shared-memory operation for CPUs, which only inference calls: 40 s.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    torch.manual_seed(42)
+    if options.system != "trainer":  # which does it itself
+        deepspeed.init_distributed(verbose=False)
+    ends = SYSTEMS[options.system](options)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps([b - a for a, b in pairwise(ends)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
