@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dga_scale.corpus.files import replace_file
 from dga_scale.sealed import CHECKSUM
 
 
@@ -21,13 +21,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         OSError: the disk is full or the folder is gone.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(kept, {**metadata, CHECKSUM: _checksum_of_tensors(kept, metadata)})
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    replace_file(path, save(kept, {**metadata, CHECKSUM: _checksum_of_tensors(kept, metadata)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -35,11 +35,29 @@ def atomic_file(path: Path, scratch: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     # Without this, a machine that loses power may forget the rename although it kept a later one.
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file that one process writes, in one step: readers see the old or the new, never a part.
+
+    Until then it is ``path`` with ``.tmp`` at its end, which a run that goes on removes.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any, scratch: Path) -> None:

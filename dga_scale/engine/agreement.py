@@ -128,8 +128,7 @@ def _data(inputs: Inputs) -> dict[str, Any]:
         f"--model {inputs.config.model.model}'s config.json": _hash(model),
         "the tokenizer": tokenizer_hash(inputs.tokenizer)[:12],
     }
-    corpora = [*inputs.mixture.corpora, *([inputs.general] if inputs.general else [])]
-    for corpus in (*corpora, *inputs.evaluations.values()):
+    for corpus in inputs.corpora():
         found[f"corpus {corpus.path}"] = corpus.content_hash[:12]
     return found
 

@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dga_scale.backbone.lora import save_lora_config
+from dga_scale.corpus.files import sync
 from dga_scale.engine.checkpoint_folder import (
     Checkpoint,
     checkpoint_path,
     commit,
     newest_complete,
     prune,
-    sync,
 )
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.run_folder import write_text

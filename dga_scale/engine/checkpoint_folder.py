@@ -7,12 +7,12 @@ and points ``latest`` at it. A process killed at any moment leaves the older che
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from dga_scale.corpus.files import sync
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.run_folder import write_text
 from dga_scale.engine.tensor_files import FileRecord, record_of
@@ -94,15 +94,6 @@ def write_manifest(folder: Path, files: dict[str, FileRecord], step: int, world_
     }
     write_text(folder / MANIFEST, json.dumps(seal(manifest), indent=2) + "\n")
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune(run_dir: Path, limit: int, step: int) -> None:

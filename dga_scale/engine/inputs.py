@@ -47,6 +47,11 @@ class Inputs:
             names.append(f"{name}-{number}" if name in names else name)
         return tuple(names)
 
+    def corpora(self) -> list[Corpus]:
+        """All text that is read, to learn from or to be evaluated on."""
+        general = [self.general] if self.general else []
+        return [*self.mixture.corpora, *general, *self.evaluations.values()]
+
     @property
     def content_hash(self) -> str:
         """Of all text that the run learns from; a checkpoint of other text is not gone on with."""
@@ -106,8 +111,7 @@ def verify_corpora(inputs: Inputs, cluster: Cluster) -> None:
     Raises:
         UserError: a shard that was changed.
     """
-    general = [inputs.general] if inputs.general else []
-    for corpus in (*inputs.mixture.corpora, *general, *inputs.evaluations.values()):
+    for corpus in inputs.corpora():
         corpus.verify(cluster.rank, cluster.world_size)
 
 
@@ -115,6 +119,11 @@ def default_output_dir(config: TrainConfig) -> str:
     """``runs/METHOD-CORPUS``, with the names of all corpora of a sequence."""
     names = [Path(path).resolve().name for path in config.data.corpus or ()]
     return f"runs/{config.method_name}-{'-'.join(names)}"
+
+
+def makes_several_runs(config: TrainConfig) -> bool:
+    """Whether the output folder holds runs, of domain after domain or of a dense warm-up and what follows."""
+    return len(config.data.corpus or []) > 1 or getattr(config.method, "cse_warmup_steps", 0) > 0
 
 
 def _mixture(config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Mixture:

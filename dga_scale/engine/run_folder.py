@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dga_scale.config import TrainConfig
+from dga_scale.corpus.files import replace_file
 from dga_scale.errors import UserError
 
 MAY_CHANGE = frozenset(
@@ -121,12 +122,7 @@ class RunFolder:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step: readers see the old or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    replace_file(path, text.encode())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dga_scale.backbone.loading import load_model_config
 from dga_scale.config import MethodSettings, TrainConfig
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.engine.cluster import Cluster
-from dga_scale.engine.inputs import default_output_dir, held_out_part, open_corpus
+from dga_scale.engine.inputs import default_output_dir, held_out_part, makes_several_runs, open_corpus
 from dga_scale.engine.loop import train
 from dga_scale.engine.run_folder import RunFolder, write_text
 from dga_scale.errors import UserError
@@ -60,6 +60,8 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
 
 def _stages(config: TrainConfig) -> list[TrainConfig]:
     """Settings of the runs that a command asks for."""
+    if not makes_several_runs(config):
+        return [config]
     root = Path(config.run.output_dir or default_output_dir(config))
     warmup = getattr(config.method, "cse_warmup_steps", 0)
     if len(config.data.corpus or []) > 1:
@@ -71,8 +73,6 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
         names = _checked(config)
         folders = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
         return [_domain(config, folders, number) for number in range(len(names))]
-    if not warmup:
-        return [config]
     dense = dataclasses.replace(config, method_name="mlm", method=MethodSettings()).replace(
         output_dir=str(root / "1-dense"), max_steps=warmup, lr_scheduler_type="constant"
     )

@@ -45,7 +45,7 @@ _last_step = 0
 
 
 def note_step(step: int) -> None:
-    """Remember the last finished step, to be told to the other ranks."""
+    """Remember the last finished step: when all ranks were last heard of."""
     global _last_step
     _last_step = step
 
@@ -58,7 +58,6 @@ class _Peer:
     rank: int | None = None
     """None: it has not said who it is yet."""
     host: str = ""
-    step: int = 0
     silent: float = 0.0
     buffer: bytearray = field(default_factory=bytearray)
 
@@ -211,7 +210,7 @@ class Watchdog:
             if now - last_beat >= self._interval:
                 last_beat = now
                 for peer in self._peers:
-                    peer.send({"step": _last_step})
+                    peer.send({})
 
     def _read(self, peer: _Peer) -> None:
         if peer not in self._peers:
@@ -245,7 +244,6 @@ class Watchdog:
             peer.rank, peer.host = message["rank"], message["host"]
         if "lost" in message:
             self._leave(message["lost"])
-        peer.step = message.get("step", peer.step)
         match message.get("end"):
             case "mistake":
                 # It may be everybody's: then this rank ends on it too, and says it better.
@@ -266,8 +264,7 @@ class Watchdog:
 
     def _said(self, peer: _Peer, what: str) -> str:
         # A step that this rank has finished was the other one's too: they reduce its losses together.
-        step = max(peer.step, _last_step)
-        return f"rank {peer.rank} on {peer.host} {what} (last heard of at step {step})"
+        return f"rank {peer.rank} on {peer.host} {what} (last heard of at step {_last_step})"
 
     def _lost(self, peer: _Peer, what: str) -> None:
         if peer.rank is None:

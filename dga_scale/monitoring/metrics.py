@@ -11,7 +11,6 @@ NaN or infinite is ``null`` there (JSON has no other word for it) and spelt out 
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from rich.progress import (
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dga_scale.corpus.files import replace_file
 from dga_scale.errors import UserError
 from dga_scale.monitoring import plots
 
@@ -342,12 +342,7 @@ def truncate_log(path: Path, completed_steps: int) -> None:
     if not path.exists():
         return
     kept = [r for r in read_log(path) if r.get("step", 0) <= completed_steps] if completed_steps else []
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """CSE: the LM loss on a model whose last layers have sparse experts (Dong et al., NeurIPS 2024)."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from dga_scale.config import (
     TrainConfig,
     setting,
 )
+from dga_scale.corpus.files import replace_file
 from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters, NoClusters, find_clusters
 from dga_scale.experts.extension import (
@@ -197,7 +197,5 @@ def _write(path: Path, structure: Settings, clusters: dict[Place, Clusters]) -> 
         }
         for place, each in clusters.items()
     ]
-    temporary = path.with_suffix(".tmp")
     text = json.dumps(seal({"settings": structure, "clusters": found}), indent=2) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, text.encode())

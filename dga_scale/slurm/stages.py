@@ -94,7 +94,7 @@ def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
 
     from dga_scale.engine.ds_config import resolve_ds_config
     from dga_scale.engine.ds_keys import load_ds_config
-    from dga_scale.engine.inputs import default_output_dir
+    from dga_scale.engine.inputs import default_output_dir, makes_several_runs
     from dga_scale.engine.run_folder import RunFolder
     from dga_scale.objectives import read_config
 
@@ -122,8 +122,8 @@ def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
         run_folder += f"/seed-{TASK}"
         command += [f"--seed={TASK}", f"--output_dir={run_folder}"]
         runs = [runs[0].replace(seed=n, output_dir=f"{output}/seed-{n}") for n in options.seed_numbers()]
-    if len(config.data.corpus or []) == 1 and not getattr(config.method, "cse_warmup_steps", 0):
-        for run in runs:  # the folder of a sequence holds runs
+    if config.data.corpus and not makes_several_runs(config):
+        for run in runs:
             RunFolder(Path(run.run.output_dir or "")).check(run)
     return Job("train", options, tuple(command), output, run_folder)
 

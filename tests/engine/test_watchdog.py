@@ -26,7 +26,7 @@ def ranks(behave: Callable[[int], None]) -> int:
         cluster = join_cluster()
         with Watchdog(cluster, TIMEOUT):
             note_step(7)
-            time.sleep(TIMEOUT / 3)  # until a beat has told so
+            time.sleep(TIMEOUT / 3)  # beats go on meanwhile
             behave(cluster.rank)
         return 0
 

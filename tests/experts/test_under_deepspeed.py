@@ -9,7 +9,7 @@ from transformers import AutoModelForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.extended import ExtendedPreTrainedModel
-from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dga_scale.engine.checkpoint import load_checkpoint
 from dga_scale.engine.checkpoint_folder import newest_complete
 from dga_scale.engine.cluster import join_cluster
 from dga_scale.engine.consolidate import consolidate
@@ -28,9 +28,9 @@ from tests.engine.training import (
     Setup,
     full_weights,
     global_batch,
+    save,
     tiny_bert,
     tiny_engine,
-    tiny_tokenizer,
     train_step,
 )
 from tests.experts.small import clusters_around
@@ -65,7 +65,7 @@ def on_ranks(setup: Setup, folder: Path) -> tuple[dict[str, Tensor], Centres, li
     idle = []
     for step in range(STEPS):
         if step == STEPS // 2:
-            save_checkpoint(engine, tiny_tokenizer(), folder, TrainerState(step), cluster)
+            save(engine, folder, step)
         loss = train_step(engine, step)
         used = [set(s.last[1].tolist()) for s in sparse_sublayers(engine.module.lm).values()]
         idle += [len(experts) < 3 for experts in used]

@@ -16,13 +16,13 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 import dga_scale.backbone.extended  # noqa: F401  # what a user imports to load the models handed back
 from dga_scale.backbone.lora import FOLDER
 from dga_scale.corpus.batches import Batch
-from dga_scale.engine.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dga_scale.engine.checkpoint import load_checkpoint
 from dga_scale.engine.checkpoint_folder import newest_verified
 from dga_scale.engine.cluster import join_cluster
 from dga_scale.engine.consolidate import consolidate
 from dga_scale.engine.optimizer_step import backward
 from dga_scale.errors import UserError
-from tests.engine.training import Setup, full_weights, tiny_engine, tiny_tokenizer
+from tests.engine.training import Setup, full_weights, save, tiny_engine
 from tests.objectives.comparison import config_of, labels_in, loss_of, method_of, training_model, workplace_of
 from tests.objectives.toy import rows_of, tensors_of, toy_batch, toy_lm
 from tests.ranks import RankError, run_ranks
@@ -80,9 +80,9 @@ def trained(
     for name in names:
         engine = tiny_engine(setup, training_model(name, **SETTINGS[name]))
         stepped(engine, BATCH, range(1))
-        save_checkpoint(engine, tiny_tokenizer(), folder / name, TrainerState(1), join_cluster())
+        save(engine, folder / name, 1)
         stepped(engine, BATCH, range(1, 2))
-        save_checkpoint(engine, tiny_tokenizer(), folder / name / "ended", TrainerState(2), join_cluster())
+        save(engine, folder / name / "ended", 2)
         logits, weights = logits_of(engine.module.lm), full_weights(engine)
         engine.destroy()
 
