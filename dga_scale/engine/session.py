@@ -1,6 +1,6 @@
 """The model, its DeepSpeed engine and its masks on one rank: built, protected, stepped, evaluated."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from dga_scale.engine.tensors import IMPORTANCE_STREAM, seed_everything, to_devi
 from dga_scale.errors import UserError
 from dga_scale.monitoring.metrics import RunLog
 from dga_scale.objectives import build_method
+from dga_scale.objectives.grad_cache import CachedContrast, cache_contrast
 from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
 from dga_scale.objectives.views import ModelInputs
 from dga_scale.preservation.importance import Importance, combined_protection, measure_importance
@@ -147,14 +148,25 @@ class Session:
         seed_everything(self.config.run.seed, 0, batches.step, self.cluster.rank)
         passes = float(self.cluster.world_size * resolved.accumulation_steps)
         sums: dict[str, Tensor] = {}
-        for batch in batches.micro_batches:
-            tensors = to_device(batch, self.cluster.device)
-            loss, terms = self.engine(*tensors, masked=batches.global_masked, passes=passes)
+        micro_batches = [to_device(batch, self.cluster.device) for batch in batches.micro_batches]
+        contrasts = self._cached_contrasts(micro_batches)
+        for inputs, cached in zip(micro_batches, contrasts, strict=True):
+            loss, terms = self.engine(*inputs, masked=batches.global_masked, passes=passes, cached=cached)
             backward(self.engine, loss)
             self.engine.step()
             for name, value in {"total": loss.detach(), **self._by_corpus(terms)}.items():
                 sums[name] = sums.get(name, 0.0) + value / resolved.accumulation_steps
         return sums, learning_rate
+
+    def _cached_contrasts(self, micro_batches: Sequence[ModelInputs]) -> Sequence[CachedContrast | None]:
+        """Of each micro-batch, if the method contrasts examples over all of them."""
+        contrast, model = self.method.contrast(), self.engine.module
+        if contrast is None or not contrast.spans(len(micro_batches)):
+            return [None] * len(micro_batches)
+        # Through the module's call, which gathers ZeRO-3's parameters, but past the engine's.
+        return cache_contrast(
+            contrast, micro_batches, lambda inputs: model(*inputs, compute=model.contrasted)
+        )
 
     def _by_corpus(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms, with a mixture's sources called by their names."""

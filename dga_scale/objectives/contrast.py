@@ -1,10 +1,85 @@
 """Contrasts of a batch's examples against the keys of all ranks: DGA's, and plain InfoNCE."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from dga_scale.config import MethodSettings, setting
+from dga_scale.objectives.views import ModelInputs, View, mean_pool
+
+
+@dataclass(frozen=True)
+class ContrastSettings(MethodSettings):
+    """What a contrast of examples takes its negatives from."""
+
+    contrast_scope: str = setting(
+        "micro_batch",
+        "Where an example's negatives come from. micro_batch: one forward pass on all ranks; global_batch: "
+        "all passes of the optimizer step too, at the memory of one, for another forward pass of what is "
+        "contrasted (GradCache, arXiv 2101.06983). Without gradient accumulation the two are the same.",
+        ("micro_batch", "global_batch"),
+    )
+
+
+def pool_real_tokens(hidden: Tensor, inputs: ModelInputs) -> Tensor:
+    """Mean of hidden states (B, T, H) over the real tokens of each example: (B, H) in fp32."""
+    return mean_pool(hidden, inputs.attention_mask)
+
+
+class Side(NamedTuple):
+    """One state an example: a reading, and how its hidden states (B, T, H) become (B, H)."""
+
+    view: View
+    pool: Callable[[Tensor, ModelInputs], Tensor] = pool_real_tokens
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A contrast of examples, as a method describes it.
+
+    Attributes:
+        name: under which it is logged.
+        weight: in the loss.
+        temperature: see ``contrastive_loss``.
+        scope: see ``ContrastSettings.contrast_scope``.
+        sides: anchors, positives and, where there is a third, further negatives.
+
+    """
+
+    name: str
+    weight: float
+    temperature: float
+    scope: str
+    sides: Sequence[Side]
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The readings that are pooled."""
+        return tuple(side.view for side in self.sides)
+
+    @property
+    def gathered(self) -> int:
+        """States of each example that go to all ranks: all but the anchors'."""
+        return len(self.sides) - 1
+
+    def spans(self, micro_steps: int) -> bool:
+        """Whether the contrast goes over several micro-steps."""
+        return self.scope == "global_batch" and micro_steps > 1
+
+    def pooled(self, hidden: Mapping[str, Tensor], inputs: ModelInputs) -> tuple[Tensor, ...]:
+        """(B, H) fp32 of each side, from hidden states (B, T, H) by name of view."""
+        return tuple(side.pool(hidden[side.view.name], inputs) for side in self.sides)
+
+    def loss(self, states: Sequence[Tensor]) -> Tensor:
+        """``contrastive_loss`` of each side's (B, H)."""
+        u, v, *w = states
+        return contrastive_loss(u, v, w[0] if w else None, self.temperature)
 
 
 def contrastive_loss(u: Tensor, v: Tensor, w: Tensor | None, temperature: float) -> Tensor:
@@ -14,9 +89,9 @@ def contrastive_loss(u: Tensor, v: Tensor, w: Tensor | None, temperature: float)
 
     Without ``w`` the second sum is left out, and this is the InfoNCE of SimCSE.
 
-    i runs over the rank's own examples, j over those of all ranks (one micro-step of each), s is the
-    cosine. Averaged over ranks, as DeepSpeed averages gradients, loss and gradient are those of one process
-    that holds the whole batch: the keys are gathered with their gradients.
+    i runs over the rank's own examples, j over those of all ranks, s is the cosine. Averaged over ranks, as
+    DeepSpeed averages gradients, loss and gradient are those of one process that holds the whole batch: the
+    keys are gathered with their gradients.
 
     Args:
         u, v: (B, H) pooled states, row by row the positive pairs. B is the same on every rank.

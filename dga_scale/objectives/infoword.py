@@ -6,16 +6,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dga_scale.config import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, TrainConfig, setting
+from dga_scale.config import ABOVE_0, AT_LEAST_0, Rules, TrainConfig, setting
 from dga_scale.corpus.batches import IGNORED
 from dga_scale.errors import UserError
-from dga_scale.objectives.contrast import contrastive_loss
-from dga_scale.objectives.method import LM_VIEW, Method, Reading, Term
+from dga_scale.objectives.contrast import Contrast, ContrastSettings, Side
+from dga_scale.objectives.method import LM_VIEW, Method
 from dga_scale.objectives.views import ModelInputs, View, mean_pool
 
 
 @dataclass(frozen=True)
-class InfoWordSettings(MethodSettings):
+class InfoWordSettings(ContrastSettings):
     """The contrast of sentences and words."""
 
     infoword_weight: float = setting(
@@ -38,7 +38,6 @@ class InfoWord(Method):
     name = "infoword"
     summary = "MLM + contrast of the masked sentence with its masked words (Kong et al., 2020)"
     Settings = InfoWordSettings
-    gathered_keys = 1
 
     def check(self, config: TrainConfig, causal: bool) -> None:
         if causal:
@@ -47,14 +46,14 @@ class InfoWord(Method):
                 "nothing: choose another method (simcse contrasts whole sentences)"
             )
 
-    def views(self) -> tuple[View, ...]:
-        return LM_VIEW, View("clean")
-
-    def terms(self, reading: Reading) -> dict[str, Term]:
-        sentences = mean_pool(reading.hidden[LM_VIEW.name], reading.inputs.attention_mask)
-        words = pool_masked_words(reading.hidden["clean"], reading.inputs)
-        loss = contrastive_loss(sentences, words, None, self.settings.infoword_temperature)
-        return {"infoword": Term(loss, self.settings.infoword_weight)}
+    def contrast(self) -> Contrast:
+        return Contrast(
+            name="infoword",
+            weight=self.settings.infoword_weight,
+            temperature=self.settings.infoword_temperature,
+            scope=self.settings.contrast_scope,
+            sides=[Side(LM_VIEW), Side(View("clean"), pool_masked_words)],
+        )
 
 
 def pool_masked_words(hidden: Tensor, inputs: ModelInputs) -> Tensor:

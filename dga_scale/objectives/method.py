@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.config import MethodSettings, TrainConfig
+from dga_scale.objectives.contrast import Contrast
 from dga_scale.objectives.views import ModelInputs, View
 from dga_scale.preservation.anchors import AnchorPlan
 
@@ -116,8 +117,6 @@ class Method(nn.Module):
     """Whether the units' importance for the domain (by its LM loss) is measured and saved after training."""
     needs_mix: ClassVar[bool] = False
     """Whether ``--mix`` has to be given."""
-    gathered_keys: ClassVar[int] = 0
-    """Pooled states (rows, hidden) that a contrast gathers from all ranks in each pass; for planning."""
     compares_vocabulary: ClassVar[bool] = False
     """Whether the distribution over the vocabulary is compared with the teacher's; for planning."""
 
@@ -145,8 +144,14 @@ class Method(nn.Module):
         return None
 
     def views(self) -> tuple[View, ...]:
-        """Return the readings of each batch; ``LM_VIEW`` is one of them."""
-        return (LM_VIEW,)
+        """Return the readings of each batch; ``LM_VIEW`` is one of them. By default, and the contrast's."""
+        contrast = self.contrast()
+        contrasted = contrast.views if contrast else ()
+        return LM_VIEW, *(view for view in contrasted if view != LM_VIEW)
+
+    def contrast(self) -> Contrast | None:
+        """Return the contrast of examples that is added to the LM loss; None: there is none."""
+        return None
 
     def token_weights(self, masked: Sequence[int]) -> tuple[float, ...]:
         """Weight in the LM loss of one masked token of each source.
@@ -162,5 +167,5 @@ class Method(nn.Module):
         return None
 
     def terms(self, reading: Reading) -> dict[str, Term]:
-        """Return what is added to the LM loss, by the name it is logged under."""
+        """Return what is added to the LM loss beside the contrast, by the name it is logged under."""
         return {}

@@ -6,15 +6,15 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.loading import has_dropout
-from dga_scale.config import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, setting
+from dga_scale.config import ABOVE_0, AT_LEAST_0, Rules, setting
 from dga_scale.errors import UserError
-from dga_scale.objectives.contrast import contrastive_loss
-from dga_scale.objectives.method import LM_VIEW, Method, Reading, Term, Workplace
-from dga_scale.objectives.views import View, mean_pool
+from dga_scale.objectives.contrast import Contrast, ContrastSettings, Side
+from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.views import View
 
 
 @dataclass(frozen=True)
-class SimCSESettings(MethodSettings):
+class SimCSESettings(ContrastSettings):
     """The contrast of sentences."""
 
     simcse_weight: float = setting(1.0, "Weight of the contrast. Source: DGA's baseline.")
@@ -33,7 +33,6 @@ class SimCSE(Method):
     name = "simcse"
     summary = "MLM + contrast of two dropout draws of a sentence with all others (Gao et al., 2021)"
     Settings = SimCSESettings
-    gathered_keys = 1
 
     def prepare(self, workplace: Workplace) -> PreTrainedModel | None:
         """Refuse a model without dropout.
@@ -49,12 +48,11 @@ class SimCSE(Method):
             )
         return None
 
-    def views(self) -> tuple[View, ...]:
-        return LM_VIEW, View("first"), View("second")
-
-    def terms(self, reading: Reading) -> dict[str, Term]:
-        first, second = (
-            mean_pool(reading.hidden[name], reading.inputs.attention_mask) for name in ("first", "second")
+    def contrast(self) -> Contrast:
+        return Contrast(
+            name="simcse",
+            weight=self.settings.simcse_weight,
+            temperature=self.settings.simcse_temperature,
+            scope=self.settings.contrast_scope,
+            sides=[Side(View("first")), Side(View("second"))],
         )
-        loss = contrastive_loss(first, second, None, self.settings.simcse_temperature)
-        return {"simcse": Term(loss, self.settings.simcse_weight)}

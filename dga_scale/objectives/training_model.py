@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
 from dga_scale.corpus.batches import IGNORED
+from dga_scale.objectives.grad_cache import CachedContrast
 from dga_scale.objectives.method import LM_VIEW, Method, Reading
-from dga_scale.objectives.views import ModelInputs, run_views
+from dga_scale.objectives.views import ModelInputs, States, View, run_views
 from dga_scale.preservation.importance import InputTensors
 
 
@@ -85,6 +86,7 @@ class TrainingModel(nn.Module):
         *,
         masked: Sequence[int] = (1,),
         passes: float = 1.0,
+        cached: CachedContrast | None = None,
         compute: Callable[[ModelInputs], Any] | None = None,
     ) -> Any:
         """Training loss of one micro-batch on this rank.
@@ -96,6 +98,7 @@ class TrainingModel(nn.Module):
             masked: labels of the global batch, by source.
             passes: ranks * micro-steps of a global batch. DeepSpeed takes the mean of the gradients over
                 them; times this, a sum over this pass's positions counts towards one over the global batch.
+            cached: of the contrast over all micro-steps, for this micro-batch; None: it is of this pass only.
             compute: run this on the inputs and return its result, instead of the loss.
 
         Returns:
@@ -109,16 +112,7 @@ class TrainingModel(nn.Module):
         inputs = ModelInputs(input_ids, masked_ids, attention_mask, positions, labels, sources)
         if compute is not None:
             return compute(inputs)
-        device = input_ids.device
-        self.protection = {kind: a.to(device) for kind, a in self.protection.items()}  # moves once
-        states = run_views(
-            self.anatomy.trunk(self.lm),
-            self.gates,
-            self.method.views(),
-            inputs,
-            self.protection,
-            split=self.split_views,
-        )
+        states = self._read(inputs, cached)
         logits = self._logits(self.lm, states.hidden[LM_VIEW.name], positions)
         loss, logged = self._lm_loss(logits, inputs, masked, passes)
         reading = Reading(
@@ -132,10 +126,41 @@ class TrainingModel(nn.Module):
             masked=masked,
             passes=passes,
         )
+        contrast = self.method.contrast()
+        if contrast is not None:
+            pooled = contrast.pooled(states.hidden, inputs)
+            value = contrast.loss(pooled) if cached is None else cached.term(pooled)
+            loss = loss + contrast.weight * value
+            logged[contrast.name] = value.detach()
         for name, term in self.method.terms(reading).items():
             loss = loss + term.weight * term.value
             logged[name] = term.value.detach()
         return loss, logged
+
+    def contrasted(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
+        """States (B, H) of the contrast's sides; dropout is drawn as ``cached`` draws it again."""
+        contrast = self.method.contrast()
+        assert contrast is not None, "the method contrasts no examples"
+        return contrast.pooled(self._run(contrast.views, inputs).hidden, inputs)
+
+    def _read(self, inputs: ModelInputs, cached: CachedContrast | None) -> States:
+        """All readings: in one pass, or those contrasted apart where they repeat an earlier pass."""
+        contrast, views = self.method.contrast(), self.method.views()
+        if cached is None or contrast is None:
+            return self._run(views, inputs)
+        with cached.repeated_draws():
+            states = self._run(contrast.views, inputs)
+        others = [view for view in views if view not in contrast.views]
+        if others:
+            apart = self._run(others, inputs)
+            states = States(states.hidden | apart.hidden, states.embeddings | apart.embeddings)
+        return states
+
+    def _run(self, views: Sequence[View], inputs: ModelInputs) -> States:
+        device = inputs.input_ids.device
+        self.protection = {kind: a.to(device) for kind, a in self.protection.items()}  # moves once
+        trunk = self.anatomy.trunk(self.lm)
+        return run_views(trunk, self.gates, views, inputs, self.protection, split=self.split_views)
 
     def _lm_loss(
         self, logits: Tensor, inputs: ModelInputs, masked: Sequence[int], passes: float

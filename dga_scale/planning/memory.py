@@ -260,10 +260,10 @@ def gathered_keys(model: PlannedModel, batch: Batch, ranks: int) -> int:
 
 def gather_bytes(model: PlannedModel, batch: Batch, ranks: int) -> int:
     """Bytes of all ranks' pooled states that a contrast's all-gather brings together in one pass."""
-    sides = model.method.gathered_keys
-    if batch.views == 1 or ranks == 1:
+    contrast = model.method.contrast()
+    if contrast is None or ranks == 1:
         return 0
-    return sides * ranks * batch.rows * model.anatomy.hidden_size * 4
+    return contrast.gathered * ranks * batch.rows * model.anatomy.hidden_size * 4
 
 
 @dataclass(frozen=True)
