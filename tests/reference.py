@@ -53,6 +53,7 @@ class Reference:
         protection: ``a`` (layers, heads) in [0, 1]: the general view's gates and, as ``1 - a``, the mask.
         soft_mask: "gradient" | "update" | "none".
         contrastive_weight: lambda; 0 leaves the contrast out (plain masked LM).
+        shared_view: the contrast's anchors are pooled from the masked text instead of the clean one.
         weight_decay, decays: AdamW's decoupled decay, for the parameters whose name ``decays`` accepts.
         max_grad_norm: None or 0 = no clipping.
         compute_dtype: dtype of forward and backward; the weights that AdamW steps stay fp32.
@@ -66,6 +67,7 @@ class Reference:
         protection: Tensor | None = None,
         soft_mask: str = "none",
         contrastive_weight: float = 1.0,
+        shared_view: bool = False,
         temperature: float = 0.05,
         learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -85,6 +87,7 @@ class Reference:
         self.protection = protection
         self.soft_mask = soft_mask
         self.contrastive_weight = contrastive_weight
+        self.shared_view = shared_view
         self.temperature = temperature
         self.max_grad_norm = max_grad_norm
         groups = [
@@ -155,7 +158,7 @@ class Reference:
 
     def contrastive_loss(self, batch: GlobalBatch, rows: int) -> Tensor:
         """DGA's contrast (eq. of L_contrast) in groups of ``rows`` rows, averaged over the groups."""
-        u, v = self.pooled(batch), self.pooled(batch)
+        u, v = self.pooled(batch, masked=self.shared_view), self.pooled(batch)
         with self.gated(self.protection):
             w = self.pooled(batch)
         losses = []
@@ -167,10 +170,10 @@ class Reference:
                 losses.append(torch.logsumexp(torch.cat([full, general]), 0) - full[i - start])
         return torch.stack(losses).mean()
 
-    def pooled(self, batch: GlobalBatch) -> Tensor:
+    def pooled(self, batch: GlobalBatch, masked: bool = False) -> Tensor:
         """Mean of the last hidden states over real tokens, (B, H) fp32."""
         hidden = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask
+            input_ids=batch.masked_ids if masked else batch.input_ids, attention_mask=batch.attention_mask
         ).last_hidden_state.float()
         return torch.stack(
             [h[mask.bool()].mean(0) for h, mask in zip(hidden, batch.attention_mask, strict=True)]

@@ -19,8 +19,8 @@ class DGASettings(ContrastSettings, ProtectionSettings):
     contrast_views: str = setting(
         "paper",
         "Readings of a batch. paper: the LM loss's, of masked text, and of clean text two full ones and a "
-        "general one; shared: the LM loss's is also one of the full ones, three readings instead of four. That "
-        "departs from the paper, whose contrast reads clean text only (a causal LM's masks nothing).",
+        "general one; shared: the LM loss's is one of the full ones too, three readings instead of four. "
+        "That departs from the paper, whose contrast reads clean text only (a causal LM masks nothing).",
         ("paper", "shared"),
     )
 

@@ -1,6 +1,6 @@
 """A tiny BERT and batches for it, the same on every rank from their seeds."""
 
-import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from transformers import BertConfig, BertForMaskedLM
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.corpus.batches import IGNORED, Batch
 from dga_scale.objectives import METHODS
-from dga_scale.objectives.dga import DGASettings
 from dga_scale.objectives.training_model import TrainingModel
 
 VOCAB, LAYERS, HEADS, HIDDEN, INTERMEDIATE = 96, 2, 4, 32, 48
@@ -40,14 +39,12 @@ def toy_model(
     seed: int = 0,
     *,
     split_views: bool = False,
-    contrastive_weight: float = 1.0,
+    **settings: Any,
 ) -> TrainingModel:
-    """The training model of ``toy_lm``, without protection yet."""
+    """The training model of ``toy_lm``, without protection yet; ``settings`` of the method."""
     lm = toy_lm(dropout, seed)
-    settings = METHODS[method].Settings()
-    if isinstance(settings, DGASettings):
-        settings = dataclasses.replace(settings, contrastive_weight=contrastive_weight)
-    return TrainingModel(lm, anatomy_of(lm), METHODS[method](settings), split_views=split_views).train()
+    objective = METHODS[method](METHODS[method].Settings(**settings))
+    return TrainingModel(lm, anatomy_of(lm), objective, split_views=split_views).train()
 
 
 def toy_protection(seed: int = 0) -> Tensor:
