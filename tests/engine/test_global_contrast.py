@@ -1,4 +1,4 @@
-"""Training steps whose contrast spans the global batch: the same under every ZeRO stage, split and world size."""
+"""Training steps whose contrast spans the global batch, under every ZeRO stage, split and number of ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,11 @@ def trained(runs: list[list[str]]) -> list[Found]:
     return found
 
 
-def assert_same(found: Found, expected: Found) -> None:
+def assert_same(found: Found, expected: Found, what: str = "one process") -> None:
     for terms, of_plain in zip(found[0], expected[0], strict=True):
-        assert terms == pytest.approx(of_plain, rel=3e-6)
+        assert terms == pytest.approx(of_plain, rel=3e-6), what
     for name, weight in expected[1].items():
-        torch.testing.assert_close(found[1][name], weight, rtol=0, atol=2e-6, msg=name)
+        torch.testing.assert_close(found[1][name], weight, rtol=0, atol=2e-6, msg=f"{name}, {what}")
 
 
 @pytest.mark.parametrize("views", ["paper", "shared"])
@@ -83,10 +83,7 @@ def test_stages_splits_and_ranks_change_nothing(views: str, world: SmallWorld, t
     assert apart < -0.5, "fewer negatives make another loss"
     cells = ON_TWO_RANKS if views == "paper" else ON_TWO_RANKS[2:4]
     for settings, found in zip(cells, run_ranks(2, trained, [flags(s) for s in cells])[0], strict=True):
-        try:
-            assert_same(found, expected)
-        except AssertionError as error:
-            raise AssertionError(f"{settings}: {error}") from error
+        assert_same(found, expected, str(settings))
 
 
 def refused(runs: list[list[str]]) -> list[tuple[bool, bool, bool]]:
