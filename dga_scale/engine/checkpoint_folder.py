@@ -7,8 +7,10 @@ and points ``latest`` at it. A process killed at any moment leaves the older che
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from dga_scale.sealed import seal, unseal
 
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "latest"
+MOST_FILES_AT_ONCE = 4
+"""That a rank verifies, where it has as many cores: more take memory, and the disk is the limit."""
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -228,14 +232,19 @@ def verified(path: Path, cluster: Cluster) -> tuple[Checkpoint | None, str]:
 
 
 def _damaged(checkpoint: Checkpoint, cluster: Cluster) -> list[str]:
-    problems = []
-    for index, (name, record) in enumerate(sorted(checkpoint.files.items())):
-        if index % cluster.world_size != cluster.rank:
-            continue
+    """What is wrong with this rank's share of the files: of the large ones, each rank has as many."""
+    ordered = sorted(checkpoint.files, key=lambda name: (-checkpoint.files[name].bytes, name))
+
+    def problem(name: str) -> str | None:
         file = checkpoint.path / name
         try:
-            if record_of(file) != record:
-                problems.append(f"{file} does not have the content that was written (sha256)")
+            if record_of(file) == checkpoint.files[name]:
+                return None
+            return f"{file} does not have the content that was written (sha256)"
         except OSError as error:
-            problems.append(f"{file}: {error.strerror}")
-    return problems
+            return f"{file}: {error.strerror}"
+
+    cores = len(os.sched_getaffinity(0)) // cluster.local_world_size
+    with ThreadPoolExecutor(max(1, min(cores, MOST_FILES_AT_ONCE))) as threads:
+        found = threads.map(problem, ordered[cluster.rank :: cluster.world_size])
+    return [each for each in found if each is not None]

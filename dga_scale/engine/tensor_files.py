@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,9 @@ _DTYPES = {
     torch.int64: "I64",
     torch.bool: "BOOL",
 }
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
+_SYNC_EVERY = 1 << 27
+"""Bytes written after which the disk is set to work."""
 
 MAX_FILE_BYTES = 5_000_000_000
 """Of one file of a model that ``from_pretrained`` reads; a larger model lies in several."""
@@ -58,6 +61,22 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
     Raises:
         OSError: the disk is full or the folder is gone; a part of the file may be left.
     """
+    digest = hashlib.sha256()
+    size = _write(path, entries, metadata, digest.update)
+    return FileRecord(size, digest.hexdigest())
+
+
+def _write(
+    path: Path,
+    entries: Sequence[Entry],
+    metadata: dict[str, str],
+    beside: Callable[[Any], None] = lambda part: None,
+) -> int:
+    """Write and sync a file; its bytes. ``beside`` gets each part, in a thread, while that is written.
+
+    Hashing, writing into the system's cache and the disk take about as long as one another: here they take
+    place at once. What the disk could not do raises here too.
+    """
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for entry in entries:
@@ -66,15 +85,22 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
         offset = span[1]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8
-    digest = hashlib.sha256()
-    with open(path, "wb") as stream:
+    syncing: Future[None] | None = None
+    synced = 0
+    with open(path, "wb") as stream, ThreadPoolExecutor(2) as threads:
         for part in _parts(len(encoded).to_bytes(8, "little") + encoded, entries):
-            digest.update(part)
+            busy = threads.submit(beside, part)
             stream.write(part)
-        size = stream.tell()
+            busy.result()
+            if stream.tell() - synced > _SYNC_EVERY and (syncing is None or syncing.done()):
+                if syncing is not None:
+                    syncing.result()
+                synced, syncing = stream.tell(), threads.submit(os.fsync, stream.fileno())
+        if syncing is not None:
+            syncing.result()
         stream.flush()
         os.fsync(stream.fileno())
-    return FileRecord(size, digest.hexdigest())
+        return stream.tell()
 
 
 def _parts(head: bytes, entries: Sequence[Entry]) -> Iterable[Any]:
@@ -101,7 +127,7 @@ def write_model_files(folder: Path, entries: Sequence[Entry]) -> None:
     where: dict[str, str] = {}
     for number, part in enumerate(files, 1):
         several = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
-        write_safetensors(folder / f"model{several}.safetensors", part, {"format": "pt"})
+        _write(folder / f"model{several}.safetensors", part, {"format": "pt"})
         where |= {e.name: f"model{several}.safetensors" for e in part}
     if len(files) > 1:
         size = sum(e.bytes for part in files for e in part)
@@ -112,11 +138,14 @@ def write_model_files(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Read a whole file for its size and hash."""
+    """Read a whole file for its size and hash; the next part is read while the last one is hashed."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open(path, "rb") as stream, ThreadPoolExecutor(1) as thread:
+        hashing = thread.submit(digest.update, b"")
         while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+            hashing.result()
+            hashing = thread.submit(digest.update, chunk)
+        hashing.result()
         return FileRecord(stream.tell(), digest.hexdigest())
 
 
