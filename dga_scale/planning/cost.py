@@ -7,8 +7,8 @@ differs in two points, both counted here. ZeRO-1 and 2 all-reduce gradients, tho
 only (``use_multi_rank_bucket_allreduce``): 3 P. And gradients travel in ``communication_data_type``, which is
 fp32 unless the JSON says otherwise. Stages 2 and 3 reduce after every pass, stage 3 gathers in every pass.
 
-A contrast over all ranks gathers ``sides * N * rows * hidden`` fp32 figures in each pass and scatters their
-gradients back: the only part that grows with the number of ranks.
+A contrast over all ranks gathers ``sides * N * rows * hidden`` fp32 figures in each pass, or those of all
+passes at once, and scatters their gradients back: the only part that grows with the number of ranks.
 """
 
 import math
@@ -50,8 +50,8 @@ class Traffic:
 def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int) -> Traffic:
     """Count what a rank sends in a step of ``passes`` micro-batches.
 
-    ZeRO-3 gathers the weights for the forward pass (of each view, with split views), for the backward pass,
-    and for a teacher's forward pass. What is recomputed finds them gathered for the backward pass.
+    ZeRO-3 gathers the weights for the forward passes (see ``trunk_passes``), for the backward pass, and for a
+    teacher's forward pass. What is recomputed finds them gathered for the backward pass.
     """
     part = (zero.ranks - 1) / zero.ranks
     trained, width = model.trained_parameters, zero.weight_bytes
@@ -60,12 +60,14 @@ def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int) -> Tr
     gradients = trained * zero.communication_bytes * (2 if all_reduced else 1) * reductions
     updated = trained * width if zero.stage in (1, 2) else 0
     sharded = sum(size for size in model.sizes.values() if size > zero.persistence)
-    gathers = passes * (batch.views // batch.stacked + 1)
+    gathers = passes * (trunk_passes(model, batch, passes) + 1)
     gathered = gathers * sharded * width if zero.stage == 3 else 0
     if zero.stage == 3 and model.method.needs_teacher:
         gathered += passes * sharded * width
-    keys = gather_bytes(model, batch, zero.ranks)
-    calls = reductions * math.ceil(trained / max(1, zero.reduce_bucket)) + 2 * passes * (keys > 0)
+    contrast = model.method.contrast()
+    keys = gather_bytes(model, batch, zero.ranks, passes)
+    contrasts = 1 if contrast is not None and contrast.spans(passes) else passes
+    calls = reductions * math.ceil(trained / max(1, zero.reduce_bucket)) + 2 * contrasts * (keys > 0)
     if zero.stage in (1, 2):
         calls += 1
     elif zero.stage == 3:
@@ -78,10 +80,22 @@ def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int) -> Tr
         gradients=gradients * part,
         updated_weights=updated * part,
         gathered_weights=gathered * part,
-        contrast=2 * passes * keys * part,
+        contrast=2 * contrasts * keys * part,
         host=host,
         collectives=calls if zero.ranks > 1 else 0,
     )
+
+
+def trunk_passes(model: PlannedModel, batch: Batch, passes: int) -> int:
+    """Forward passes of the trunk for a micro-batch: one, or with split views one for each.
+
+    A contrast over all passes reads what it contrasts twice, apart from what else there is to read.
+    """
+    contrast, own = model.method.contrast(), batch.views // batch.stacked
+    if contrast is None or not contrast.spans(passes):
+        return own
+    contrasted = len(contrast.sides)
+    return own + contrasted if batch.stacked == 1 else 2 + (contrasted < batch.views)
 
 
 @dataclass(frozen=True)
@@ -120,8 +134,8 @@ def forward_backward_flops(
 ) -> tuple[float, float]:
     """Model FLOPs of a step over all ranks (which MFU counts), and FLOPs that are computed.
 
-    Recomputed blocks add a forward pass; a teacher a forward pass of one reading. A model whose lower part is
-    frozen is counted as if it were not.
+    Recomputed blocks add a forward pass; a teacher a forward pass of one reading; a contrast over all passes
+    one of the readings contrasted. A model whose lower part is frozen is counted as if it were not.
     """
     rows = batch.rows * passes * ranks
     counted = step_flops(
@@ -134,6 +148,10 @@ def forward_backward_flops(
     computed = counted
     if checkpointing:
         tokens = batch.views * rows * batch.length
+        computed += model.anatomy.forward_flops(tokens, batch.length, 0)
+    contrast = model.method.contrast()
+    if contrast is not None and contrast.spans(passes):
+        tokens = len(contrast.sides) * rows * batch.length
         computed += model.anatomy.forward_flops(tokens, batch.length, 0)
     if model.method.needs_teacher:
         computed += model.anatomy.forward_flops(rows * batch.length, batch.length, rows * batch.labels)

@@ -253,17 +253,26 @@ def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
     return positions * (model.anatomy.vocab_size * widths + 4 * width * model.anatomy.hidden_size)
 
 
-def gathered_keys(model: PlannedModel, batch: Batch, ranks: int) -> int:
+def gathered_keys(model: PlannedModel, batch: Batch, ranks: int, passes: int = 1) -> int:
     """Bytes of a contrast's keys of all ranks, fp32: as received, stacked, their gradient and its sum."""
-    return 4 * gather_bytes(model, batch, ranks)
+    return 4 * gather_bytes(model, batch, ranks, passes)
 
 
-def gather_bytes(model: PlannedModel, batch: Batch, ranks: int) -> int:
-    """Bytes of all ranks' pooled states that a contrast's all-gather brings together in one pass."""
+def gather_bytes(model: PlannedModel, batch: Batch, ranks: int, passes: int = 1) -> int:
+    """Bytes of pooled states, of all ranks, that one all-gather of a contrast brings together."""
     contrast = model.method.contrast()
     if contrast is None or ranks == 1:
         return 0
-    return contrast.gathered * ranks * batch.rows * model.anatomy.hidden_size * 4
+    rows = batch.rows * (passes if contrast.spans(passes) else 1)
+    return contrast.gathered * ranks * rows * model.anatomy.hidden_size * 4
+
+
+def cached_states(model: PlannedModel, batch: Batch, passes: int) -> int:
+    """Bytes of a rank's pooled states and their gradients, of all passes, where a contrast spans them."""
+    contrast = model.method.contrast()
+    if contrast is None or not contrast.spans(passes):
+        return 0
+    return 2 * len(contrast.sides) * batch.rows * passes * model.anatomy.hidden_size * 4
 
 
 @dataclass(frozen=True)
@@ -300,7 +309,8 @@ def memory(
     That is at the logits (all activations, no gradients yet, unless earlier passes or a buffer hold them); in
     the backward pass of the last block (the largest gradient too, tied embeddings', and the buckets, which
     the first gradient calls for); at the end of the backward pass (all gradients, some on their way to other
-    ranks); or in the optimizer's step (gradients once more in fp32).
+    ranks); in the optimizer's step (gradients once more in fp32); or where the keys of a contrast over all
+    passes are gathered.
     """
     kept, own, width = states(model, zero, groups), share(model, zero, groups), zero.weight_bytes
     always = {
@@ -324,11 +334,13 @@ def memory(
         (host if offloaded else always)[name] = size
     buffered = zero.stage == 3 or (zero.stage == 1 and width < zero.accumulation_bytes)
     staged, cast = _buckets(model, zero)
+    cached = cached_states(model, batch, passes)
+    keys = gathered_keys(model, batch, zero.ranks, passes)
     held = {
         "gradients": gradients if buffered or passes > 1 else 0,
         "gathered weights": gathered_weights(model, zero),
         "activations": activations(model, batch, width, checkpointing),
-        "keys of the contrast": gathered_keys(model, batch, zero.ranks),
+        "keys of the contrast": cached or keys,
     }
     head = {**held, "logits": vocabulary(model, batch, width)}
     blocks = {
@@ -347,7 +359,9 @@ def memory(
     step = {"gradients": gradients, "fp32 gradients of the step": _step(zero, own)}
     if soft_mask == "update" and not zero.offload_optimizer:
         step["masked weights of the step"] = 8 * model.masked // (zero.ranks if zero.stage else 1)
-    fullest = max(head, blocks, ends, step, key=lambda part: sum(part.values()))
+    # Before a contrast over all passes is cached there are no activations and no gradients.
+    first = {"keys of the contrast": cached + keys}
+    fullest = max(head, blocks, ends, step, first, key=lambda part: sum(part.values()))
     return Memory({name: size for name, size in {**always, **fullest}.items() if size}, host)
 
 

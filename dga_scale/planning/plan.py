@@ -41,7 +41,8 @@ class Cluster:
 class Choice:
     """What can be chosen freely for a given run: it changes memory and speed, not what is learnt.
 
-    The micro-batch of a contrast is an exception: its negatives are the rows of one pass on all ranks.
+    The micro-batch of a contrast is an exception, unless it spans the global batch: its negatives are the
+    rows of one pass on all ranks.
     """
 
     stage: int

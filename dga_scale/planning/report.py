@@ -152,8 +152,13 @@ def _verdict(planner: Planner, plan: Plan, recommended: Plan | None) -> Iterable
             f"--gradient_accumulation_steps {recommended.accumulation}"
             + (" --gradient_checkpointing true" if choice.checkpointing else "")
         )
-    if recommended is not None and plan.traffic.contrast and recommended.batch.rows != plan.batch.rows:
-        yield "A contrast's negatives are the rows of a pass on all ranks: another micro-batch changes them."
+    contrast = planner.model.method.contrast()
+    by_pass = contrast is not None and contrast.scope == "micro_batch"
+    if recommended is not None and by_pass and recommended.batch.rows != plan.batch.rows:
+        yield (
+            "A contrast's negatives are the rows of a pass on all ranks: another micro-batch changes them. "
+            "--contrast_scope global_batch takes those of the whole step."
+        )
     yield "Not in it: evaluation, checkpoints, measuring importance, reading the model."
 
 
@@ -166,7 +171,7 @@ def print_scaling(planner: Planner) -> None:
         if not columns_made:
             for plan in plans:
                 table.add_column(f"ZeRO-{plan.choice.stage}", justify="right")
-            table.add_column("contrast's keys a pass", justify="right")
+            table.add_column("contrast's keys a step", justify="right")
             table.add_column("their share of a step", justify="right")
             columns_made = True
         last = plans[-1]
@@ -174,9 +179,8 @@ def print_scaling(planner: Planner) -> None:
         share = plans[0].time.contrast / plans[0].time.step
         if matters is None and share > MATTERS:
             matters = gpus
-        keys = last.traffic.contrast / last.accumulation
         shares = (f"{plan.time.communication_share:.1%}" for plan in plans)
-        table.add_row(f"{gpus:,}", *shares, _size(keys), f"{share:.2%}")
+        table.add_row(f"{gpus:,}", *shares, _size(last.traffic.contrast), f"{share:.2%}")
     console = Console(highlight=False)
     console.print(table)
     if last.traffic.contrast:

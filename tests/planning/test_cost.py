@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.planning.cost import bus_bandwidth, forward_backward_flops, time, traffic
+from dga_scale.planning.cost import bus_bandwidth, forward_backward_flops, time, traffic, trunk_passes
 from dga_scale.planning.gpus import GPUS
-from dga_scale.planning.memory import Batch, gather_bytes, share
+from dga_scale.planning.memory import Batch, cached_states, gather_bytes, share
 from dga_scale.planning.models import PlannedModel
 from tests.engine.training import tiny_bert
 from tests.planning.test_memory import plan_of, zero
@@ -51,6 +51,35 @@ def test_keys_of_the_contrast(dga: PlannedModel) -> None:
         found = traffic(dga, zero(2, ranks), BATCH, passes=2).contrast
         assert found == pytest.approx(2 * 2 * (ranks - 1) * 2 * 8 * 768 * 4)
     assert traffic(dga, zero(2, 1), BATCH, passes=2).contrast == gather_bytes(dga, BATCH, 1) == 0
+
+
+def test_a_contrast_over_all_passes_is_read_twice_and_gathered_once(dga: PlannedModel) -> None:
+    """As many bytes in one gather; one more forward pass of what is contrasted, the LM reading apart."""
+    whole = plan_of("roberta-base", "--method", "dga", "--contrast_scope", "global_batch")
+    settings, split = zero(3, 8), dataclasses.replace(BATCH, stacked=1)
+    plain, spanning = (traffic(model, settings, BATCH, passes=4) for model in (dga, whole))
+    assert spanning.contrast == plain.contrast > 0
+    layers = dga.anatomy.num_layers + 2
+    assert spanning.collectives - plain.collectives == 2 * 4 * layers - 2 * 3
+    assert spanning.gathered_weights == pytest.approx(2 * plain.gathered_weights)  # 3 + 1 passes, not 1 + 1
+    one, other = (traffic(model, settings, split, passes=4).gathered_weights for model in (dga, whole))
+    assert other == pytest.approx(one * (4 + 3 + 1) / (4 + 1))
+    shared = plan_of(
+        "roberta-base", "--method=dga", "--contrast_scope=global_batch", "--contrast_views=shared"
+    )
+    assert [trunk_passes(model, BATCH, 4) for model in (dga, whole)] == [1, 3]
+    assert trunk_passes(shared, dataclasses.replace(BATCH, views=3, stacked=3), 4) == 2
+    flops = {"ranks": 8, "checkpointing": False}
+    (counted, computed), (same, more) = (
+        forward_backward_flops(model, BATCH, passes=4, **flops) for model in (dga, whole)
+    )
+    assert counted == same == computed
+    assert more - computed == dga.anatomy.forward_flops(3 * 8 * 4 * 8 * 128, 128, 0)
+    assert cached_states(whole, BATCH, 4) == 2 * 3 * 8 * 4 * 768 * 4
+    # Nothing to cache in a single pass.
+    assert traffic(whole, settings, BATCH, passes=1) == traffic(dga, settings, BATCH, passes=1)
+    assert forward_backward_flops(whole, BATCH, passes=1, **flops)[0] == pytest.approx(counted / 4)
+    assert cached_states(whole, BATCH, 1) == 0
 
 
 def test_rings_share_the_network_cards_of_a_node() -> None:
