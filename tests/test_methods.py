@@ -19,14 +19,19 @@ from tests.test_train import arguments, run_training
 
 STEPS = 20
 OWN: dict[str, dict[str, Any]] = {
-    "das": {"soft_mask": "update"},
+    "das": {
+        "soft_mask": "update",
+        "contrast_views": "shared",
+        "contrast_scope": "global_batch",
+        "gradient_accumulation_steps": 2,
+    },
     "dga": {"soft_mask": "gradient"},
     "ewc": {"fisher_samples": 16, "ewc_weight": 5.0},
     "l2": {"l2_weight": 5.0},
     "prompt": {"prompt_tokens": 8},
     "cse": {"cse_samples": 64, "cse_projection": 8, "cse_layers": 1},
 }
-"""Settings that keep a method's own work short."""
+"""Settings that keep a method's own work short, and those that no other test takes through a whole run."""
 
 
 def flags_of(world: SmallWorld, run: Path, method: str, stage: int) -> list[str]:
