@@ -56,8 +56,9 @@ def measure(model: str, stage: int, rows: int, length: int) -> tuple[int, int, i
     set_learning_rate(engine, 1e-5)
     plan = planner.as_configured()
     ids = torch.randint(5, loaded.anatomy.vocab_size, (rows, length))
-    positions = torch.arange(plan.batch.labels).expand(rows, -1)
-    labels, mask = ids.gather(1, positions), torch.ones_like(ids)
+    mask = torch.ones_like(ids)
+    positions = mask.cumsum(dim=1).le(plan.batch.labels).flatten().nonzero().flatten()
+    labels = ids.flatten()[positions]
     masked = (plan.batch.labels * rows * ranks,)
 
     def forward() -> torch.Tensor:

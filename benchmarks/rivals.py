@@ -32,10 +32,13 @@ from transformers import (
 
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.loading import load_model
-from dga_scale.corpus.batches import Batch, BatchStream, MaskingPolicy
+from dga_scale.corpus.batches import Batch, BatchStream
+from dga_scale.corpus.masking import MaskingPolicy
 from dga_scale.corpus.mixture import Mixture
+from dga_scale.corpus.shapes import row_groups
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.engine.tensors import to_device
 from dga_scale.objectives.contrast import contrastive_loss
 from dga_scale.objectives.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel
@@ -109,6 +112,7 @@ def batches(options: argparse.Namespace) -> Iterator[tuple[Batch, tuple[int, ...
         world_size=world_size,
         start_step=0,
         num_steps=options.steps,
+        groups=row_groups(corpus.manifest.packing, options.batch_size),
     )
     with stream:
         for step in stream:
@@ -149,8 +153,7 @@ def bare(options: argparse.Namespace) -> list[float]:
     passes = float(torch.distributed.get_world_size())
 
     def loss_of(batch: Batch, masked: tuple[int, ...]) -> Tensor:
-        tensors = (batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels)
-        return engine(*(t.to(engine.device) for t in tensors), masked=masked, passes=passes)[0]
+        return engine(*to_device(batch, engine.device), masked=masked, passes=passes)[0]
 
     return loop(options, engine, loss_of)
 
@@ -186,8 +189,9 @@ def plain_dga(options: argparse.Namespace) -> list[float]:
     engine = engine_of(PlainDGA(options.model), options)
 
     def loss_of(batch: Batch, _: tuple[int, ...]) -> Tensor:
-        # Slots without a label all name position 0, so that a label there may be overwritten: no matter here.
-        labels = torch.full_like(batch.input_ids, -100).scatter(1, batch.positions, batch.labels)
+        # Slots that only fill up name place 0, which is a CLS without a label.
+        labels = torch.full_like(batch.input_ids, -100).flatten().scatter(0, batch.positions, batch.labels)
+        labels = labels.view_as(batch.input_ids)
         tensors = (batch.input_ids, batch.masked_ids, batch.attention_mask, labels)
         return engine(*(t.to(engine.device) for t in tensors))
 

@@ -30,8 +30,8 @@ class GlobalBatch(Protocol):
     input_ids: Any  # (B, T)
     masked_ids: Any  # (B, T)
     attention_mask: Any  # (B, T)
-    positions: Any  # (B, M)
-    labels: Any  # (B, M), -100 where there is no label
+    positions: Any  # (N,) in the flattened (B, T)
+    labels: Any  # (N,), -100 where there is no label
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,11 @@ class Reference:
         """Cross-entropy over all masked tokens of the global batch, on the full logits of the stock model."""
         logits = self.model(input_ids=batch.masked_ids, attention_mask=batch.attention_mask).logits
         total, count = torch.zeros(()), 0
-        for row in range(len(logits)):
-            for position, label in zip(
-                batch.positions[row].tolist(), batch.labels[row].tolist(), strict=True
-            ):
-                if label != -100:
-                    total = total - F.log_softmax(logits[row, position].float(), dim=-1)[label]
-                    count += 1
+        for place, label in zip(batch.positions.tolist(), batch.labels.tolist(), strict=True):
+            if label != -100:
+                row, position = divmod(place, logits.shape[1])
+                total = total - F.log_softmax(logits[row, position].float(), dim=-1)[label]
+                count += 1
         return total / count
 
     def contrastive_loss(self, batch: GlobalBatch, rows: int) -> Tensor:
@@ -231,11 +229,11 @@ def per_example_fisher(lm: nn.Module, batch: GlobalBatch) -> dict[str, Tensor]:
     squares = {name: torch.zeros_like(p) for name, p in lm.named_parameters()}
     for row, length in enumerate(batch.attention_mask.sum(dim=1).tolist()):
         lm.zero_grad()
-        labels = batch.labels[row][batch.labels[row] != -100]
-        positions = batch.positions[row][: len(labels)]
+        own = (batch.positions // batch.masked_ids.shape[1] == row) & (batch.labels != -100)
+        labels, positions = batch.labels[own], batch.positions[own] % batch.masked_ids.shape[1]
         logits = lm(input_ids=batch.masked_ids[row : row + 1, :length]).logits[0, positions]
         F.cross_entropy(logits, labels).backward()
         for name, parameter in lm.named_parameters():
             if parameter.grad is not None:
-                squares[name] += parameter.grad**2 / len(batch.labels)
+                squares[name] += parameter.grad**2 / len(batch.masked_ids)
     return squares

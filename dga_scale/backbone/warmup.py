@@ -1,6 +1,6 @@
 """Head warm-up: an encoder saved without its LM head (a sentence encoder, say) becomes a masked LM."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.row_groups import last_hidden_states
 from dga_scale.backbone.sealed_tensors import load_tensors, save_tensors
 from dga_scale.errors import UserError
 
 
 class PredictionBatch(Protocol):
-    """What is read of a batch: B rows of T tokens, M predicted positions a row, on the model's device."""
+    """What is read of a batch: B rows of T tokens, N predicted positions, on the model's device."""
 
     @property
     def masked_ids(self) -> Tensor: ...  # (B, T)
@@ -25,10 +26,13 @@ class PredictionBatch(Protocol):
     def attention_mask(self) -> Tensor: ...  # (B, T)
 
     @property
-    def positions(self) -> Tensor: ...  # (B, M)
+    def positions(self) -> Tensor: ...  # (N,) in the flattened (B, T)
 
     @property
-    def labels(self) -> Tensor: ...  # (B, M), -100 where there is none
+    def labels(self) -> Tensor: ...  # (N,), -100 where there is none
+
+    @property
+    def widths(self) -> Sequence[int]: ...  # of the groups of rows; see ``row_groups``
 
 
 def warm_up_head(
@@ -69,16 +73,16 @@ def warm_up_head(
     for step, batch in zip(range(steps), batches, strict=False):
         with torch.autocast(batch.labels.device.type, autocast, enabled=autocast is not None):
             with torch.set_grad_enabled(train_trunk):
-                hidden = anatomy.trunk(model)(
-                    input_ids=batch.masked_ids, attention_mask=batch.attention_mask
-                ).last_hidden_state  # (B, T, H)
-            predicted = batch.labels >= 0  # (B, M)
-            states = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], batch.positions]
-            logits = anatomy.lm_logits(model, states[predicted])  # (N, vocab)
-        total = F.cross_entropy(logits.float(), batch.labels[predicted], reduction="sum")
+                hidden = last_hidden_states(
+                    anatomy.trunk(model), batch.masked_ids, batch.attention_mask, batch.widths
+                )  # (B, T, H)
+            states = hidden.flatten(0, 1).index_select(0, batch.positions)
+            logits = anatomy.lm_logits(model, states)  # (N, vocab)
+        total = F.cross_entropy(logits.float(), batch.labels, reduction="sum")  # ignores -100
         gradients = torch.autograd.grad(total, parameters)
         # One message for the loss, the number of labels and all gradients.
-        sums = reduce(torch.cat([g.flatten() for g in (total.detach(), predicted.sum(), *gradients)]))
+        count = (batch.labels >= 0).sum()
+        sums = reduce(torch.cat([g.flatten() for g in (total.detach(), count, *gradients)]))
         loss = sums[0] / sums[1]
         parts = (sums[2:] / sums[1]).split([p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):

@@ -116,6 +116,13 @@ class Mixture:
             if len(where):
                 yield source, where
 
+    def lengths(self, picks: Picks) -> np.ndarray:
+        """Ids in each of the rows: (n,) int64."""
+        found = np.empty(len(picks.rows), dtype=np.int64)
+        for source, where in self.by_source(picks):
+            found[where] = self.corpora[source].lengths[picks.rows[where]]
+        return found
+
     def check_one_batch(self, global_batch_size: int) -> None:
         """Refuse a corpus of which one global batch would hold a row twice.
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dga_scale.backbone.loading import load_model_config
 from dga_scale.config import TrainConfig
-from dga_scale.corpus.batches import MaskingPolicy
+from dga_scale.corpus.masking import MaskingPolicy
 from dga_scale.corpus.mixture import Mixture, parse_mix
 from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches
 from dga_scale.corpus.tokenizer import load_tokenizer

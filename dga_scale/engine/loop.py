@@ -238,9 +238,8 @@ class _Run:
         flops = step_flops(
             self.session.anatomy,
             views=len(self.session.method.views()),
-            rows=self.inputs.resolved.global_batch_size,
-            sequence_length=self.inputs.corpus.manifest.sequence_length,
-            head_tokens=sum(batches.global_masked),
+            rows_by_width=batches.rows_by_width,
+            head_tokens=batches.head_slots,
         )
         tokens = sum(batches.global_tokens)
         return rates(tokens=tokens, seconds=seconds, flops=flops, peak_flops=self.peak_flops)

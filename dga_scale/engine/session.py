@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dga_scale.backbone.layers import learning_rate_scales
 from dga_scale.corpus.batches import BatchStream, EvalBatches, StepBatches
+from dga_scale.corpus.shapes import row_groups
 from dga_scale.engine.anchoring import build_anchor
 from dga_scale.engine.checkpoint import Save, TrainerState, load_checkpoint
 from dga_scale.engine.checkpoint_folder import Checkpoint
@@ -19,10 +20,11 @@ from dga_scale.engine.schedule import learning_rate_at
 from dga_scale.engine.starting_model import starting_model
 from dga_scale.engine.tensors import IMPORTANCE_STREAM, seed_everything, to_device
 from dga_scale.errors import UserError
+from dga_scale.experts.extension import has_experts
 from dga_scale.monitoring.metrics import RunLog
 from dga_scale.objectives import build_method
 from dga_scale.objectives.grad_cache import CachedContrast, cache_contrast
-from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
+from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from dga_scale.objectives.views import ModelInputs
 from dga_scale.preservation.importance import Importance, combined_protection, measure_importance
 from dga_scale.preservation.movement import EffectiveProtection, MovementTracker
@@ -57,6 +59,9 @@ class Session:
         self.model.train()  # from_pretrained leaves dropout off
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        packing, micro_batch_size = inputs.corpus.manifest.packing, inputs.resolved.micro_batch_size
+        # The centres of experts move by whole passes.
+        self._row_groups = 1 if has_experts(start.lm) else row_groups(packing, micro_batch_size)
         kinds = self.method.kinds
         self._soft_mask = config.method.soft_mask if kinds else "none"
         self._gradient_mask: GradientMask | None = None
@@ -133,6 +138,7 @@ class Session:
             start_step=completed_steps,
             num_steps=optimization.max_steps - completed_steps,
             prefetch=self.config.data.prefetch_steps,
+            groups=self._row_groups,
         )
 
     def train_step(self, batches: StepBatches) -> tuple[dict[str, Tensor], float]:
@@ -187,7 +193,7 @@ class Session:
             )
             sums = torch.zeros(3, dtype=torch.float64, device=self.cluster.device)
             for batch in batches:
-                sums += evaluate_sums(self.engine.module, to_device(batch, self.cluster.device))
+                sums += evaluate_rows(self.engine.module, to_device(batch, self.cluster.device)).sum(dim=0)
             loss, count, correct = self.cluster.sum(sums).tolist()
             figures[f"{name}_loss"], figures[f"{name}_accuracy"] = loss / count, correct / count
         return figures

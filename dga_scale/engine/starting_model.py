@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy, anatomy_of
+from dga_scale.backbone.cpu_kernels import use_cpu_kernels
 from dga_scale.backbone.extended import ExtendedConfig
 from dga_scale.backbone.layers import freeze
 from dga_scale.backbone.loading import LoadedModel, load_model, load_model_config
 from dga_scale.backbone.warmup import load_head, save_head, warm_up_head
 from dga_scale.corpus.batches import BatchStream, mixed_batch
 from dga_scale.corpus.mixture import Mixture
+from dga_scale.corpus.shapes import row_groups
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.deepspeed import partitioned_loading
@@ -67,6 +69,8 @@ def starting_model(
     changed = method.prepare(_workplace(loaded, inputs, cluster, log, resuming))
     if changed is None:
         return StartingModel(loaded.model, loaded.anatomy, loaded.config, teacher)
+    if cluster.device.type == "cpu":
+        use_cpu_kernels(changed)  # of what the method has added
     anatomy = anatomy_of(changed)
     check_sequence_length(inputs.corpus.manifest, anatomy.max_positions)  # soft tokens take some positions
     return StartingModel(changed, anatomy, _published(changed.config, loaded.config), teacher)
@@ -88,7 +92,7 @@ def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> L
     # For weights that are drawn: equal on all ranks.
     seed_everything(inputs.config.run.seed, INITIAL_STREAM, 0, 0)
     with contextlib.nullcontext() if whole else partitioned_loading(inputs.resolved):
-        return cluster.run_on_all(
+        loaded = cluster.run_on_all(
             lambda: load_model(
                 settings.model or "",
                 dropout=settings.dropout,
@@ -97,6 +101,9 @@ def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> L
                 random_init=settings.random_init,
             )
         )
+    if cluster.device.type == "cpu":
+        use_cpu_kernels(loaded.model)
+    return loaded
 
 
 def _workplace(
@@ -148,6 +155,7 @@ def _give_head(loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLo
         world_size=cluster.world_size,
         start_step=0,
         num_steps=steps,
+        groups=row_groups(inputs.corpus.manifest.packing, resolved.micro_batch_size),
     )
     lm: torch.nn.Module = loaded.model
     lm.to(cluster.device)

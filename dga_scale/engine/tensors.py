@@ -12,10 +12,11 @@ WARMUP_STREAM, IMPORTANCE_STREAM, PREPARE_STREAM, INITIAL_STREAM = 1, 2, 3, 4
 
 def to_device(batch: Batch, device: torch.device) -> ModelInputs:
     """The tensors of a batch that the model reads, on its device; on CUDA copied without waiting."""
-    tensors = [getattr(batch, name) for name in ModelInputs._fields]
+    tensors = [getattr(batch, name) for name in ModelInputs._fields if name != "widths"]
     if device.type == "cuda":
         tensors = [t.pin_memory() for t in tensors]
-    return ModelInputs(*(t.to(device, non_blocking=True) for t in tensors))
+    moved = [t.to(device, non_blocking=True) for t in tensors]
+    return ModelInputs._make([*moved, batch.widths])
 
 
 def seed_of(seed: int, stream: int, step: int, rank: int) -> int:

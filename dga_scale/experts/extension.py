@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
-from dga_scale.backbone.extended import ExtendedPreTrainedModel, Settings, extend, register_extension
+from dga_scale.backbone.extended import (
+    ExtendedConfig,
+    ExtendedPreTrainedModel,
+    Settings,
+    extend,
+    register_extension,
+)
 from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters
 from dga_scale.experts.routing import Passes, Router, SparseSublayer, project
@@ -147,6 +153,11 @@ def add_experts(
         router.centres.copy_(torch.from_numpy(clusters[place].centres))
         router.radii.copy_(torch.from_numpy(clusters[place].radii))
     return model
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether sequences go to experts in a model."""
+    return isinstance(model.config, ExtendedConfig) and model.config.extension == EXPERTS
 
 
 def sparse_sublayers(model: ExtendedPreTrainedModel) -> dict[Place, SparseSublayer]:

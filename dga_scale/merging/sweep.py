@@ -1,22 +1,24 @@
 """Merged models scored without writing them: what each coefficient gains in the domain and costs outside."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dga_scale.backbone.loading import load_model
-from dga_scale.corpus.batches import Batch, EvalBatches, MaskingPolicy
+from dga_scale.corpus.batches import EvalBatches
+from dga_scale.corpus.masking import MaskingPolicy
 from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches, check_sequence_length
+from dga_scale.engine.tensors import to_device
 from dga_scale.errors import UserError
 from dga_scale.merging.formulas import MergeSettings
 from dga_scale.merging.merge import Merge
 from dga_scale.objectives.mlm import MaskedLM
-from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
+from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 
 MASK_PROBABILITY = 0.15
 
@@ -53,12 +55,22 @@ def lm_figures(
 
 
 def batch_sums(model: TrainingModel, corpus: Corpus, *, batch_size: int, max_rows: int | None) -> Tensor:
-    """Of each batch the sum of losses, labels and correct guesses: (batches, 3) fp64, on the CPU."""
+    """Sums of losses, labels and correct guesses: (n, 3) fp64, on the CPU.
+
+    Each is over ``batch_size`` rows that stand one after the other in the corpus, though they are read sorted
+    by length: sums over rows of like lengths would not be draws of one kind.
+    """
     device = model.lm.device
     masking = None if model.anatomy.causal else MaskingPolicy.for_corpus(corpus, MASK_PROBABILITY)
     batches = EvalBatches(corpus, masking, batch_size=batch_size, rank=0, world_size=1, max_rows=max_rows)
+    sums = torch.zeros(len(batches), 3, dtype=torch.float64)
     with torch.autocast(device.type, torch.bfloat16):
-        return torch.stack([evaluate_sums(model, _to(batch, device)) for batch in batches]).cpu()
+        for batch in batches:
+            real = batch.sample_ids >= 0
+            places = np.searchsorted(batches.rows, batch.sample_ids[real].numpy()) // batch_size
+            of_rows = evaluate_rows(model, to_device(batch, device)).cpu()
+            sums.index_add_(0, torch.from_numpy(places), of_rows[real])
+    return sums
 
 
 def sweep(
@@ -84,7 +96,3 @@ def sweep(
         merge.load_into(loaded.model, settings)
         figures = lm_figures(model, corpora, batch_size=batch_size, max_rows=max_rows)
         yield {"weight": settings.weight, **figures}
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(**{f.name: getattr(batch, f.name).to(device) for f in dataclasses.fields(batch)})

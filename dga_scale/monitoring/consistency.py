@@ -93,7 +93,8 @@ def _gradients(
     """Gradients (rows, parameters of the block) of the LM loss of a fixed sample of a corpus."""
     import torch.nn.functional as F
 
-    from dga_scale.corpus.batches import IGNORED, EvalBatches, MaskingPolicy
+    from dga_scale.corpus.batches import EvalBatches
+    from dga_scale.corpus.masking import IGNORED, MaskingPolicy
     from dga_scale.experts.consistency import block_parameters, sequence_gradients
 
     lm, anatomy, device = loaded.model, loaded.anatomy, loaded.model.device
@@ -106,8 +107,8 @@ def _gradients(
             def loss(batch: "Batch" = batch) -> "Tensor":
                 ids, mask = batch.masked_ids.to(device), batch.attention_mask.to(device)
                 hidden = anatomy.trunk(lm)(input_ids=ids, attention_mask=mask).last_hidden_state
-                logits = anatomy.lm_logits(lm, hidden[0, batch.positions[0].to(device)])
-                return F.cross_entropy(logits.float(), batch.labels[0].to(device), ignore_index=IGNORED)
+                logits = anatomy.lm_logits(lm, hidden[0, batch.positions.to(device)])
+                return F.cross_entropy(logits.float(), batch.labels.to(device), ignore_index=IGNORED)
 
             yield loss
 

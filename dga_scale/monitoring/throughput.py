@@ -7,6 +7,7 @@ Recomputed activations (gradient checkpointing) are not counted: they are no pro
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -81,27 +82,28 @@ def measured_flops(
     until = time.perf_counter() + seconds
     left @ right  # the first call sets up the kernel
     while True:
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         left @ right
-        _wait(device)
+        wait_for(device)
         now = time.perf_counter()
         best = min(best, now - start)
         if now > until:
             return 2.0 * size**3 / best
 
 
-def step_flops(anatomy: Anatomy, *, views: int, rows: int, sequence_length: int, head_tokens: int) -> float:
+def step_flops(anatomy: Anatomy, *, views: int, rows_by_width: Mapping[int, int], head_tokens: int) -> float:
     """Model FLOPs of one optimizer step, forward and backward, over all ranks.
 
     Args:
         anatomy: counts one forward pass.
         views: passes of each row through the trunk (1 for plain masked LM; DGA's contrast adds three).
-        rows: sequences in the global batch.
-        sequence_length: tokens a row, padding included.
-        head_tokens: positions that the LM head predicts, over the global batch (one view has them).
+        rows_by_width: sequences of the global batch, by the tokens that they are padded to: what is left of
+            padding counts as it is computed, what was cut off does not.
+        head_tokens: positions that go through the LM head, over the global batch (one view has them).
     """
-    forward = anatomy.forward_flops(views * rows * sequence_length, sequence_length, head_tokens)
+    trunk = (anatomy.forward_flops(views * rows * width, width, 0) for width, rows in rows_by_width.items())
+    forward = sum(trunk) + anatomy.forward_flops(0, 0, head_tokens)
     return BACKWARD_AND_FORWARD * forward
 
 
@@ -128,6 +130,7 @@ def memory_gib(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return once a GPU has done all that it was asked for; on a CPU at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dga_scale.config import ABOVE_0, AT_LEAST_0, Rules, TrainConfig, setting
-from dga_scale.corpus.batches import IGNORED
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.objectives.contrast import Contrast, ContrastSettings, Side
 from dga_scale.objectives.method import LM_VIEW, Method
@@ -61,8 +61,12 @@ def pool_masked_words(hidden: Tensor, inputs: ModelInputs) -> Tensor:
 
     An example in which nothing is masked (text of unknown tokens only) is pooled whole.
     """
-    masked = torch.zeros_like(inputs.attention_mask).scatter_add(
-        1, inputs.positions, (inputs.labels != IGNORED).long()
+    mask = inputs.attention_mask
+    masked = (
+        torch.zeros_like(mask)
+        .flatten()
+        .scatter_add(0, inputs.positions, (inputs.labels != IGNORED).long())
+        .view_as(mask)
     )  # (B, T)
     whole = masked.sum(dim=1, keepdim=True) == 0
     return mean_pool(hidden, torch.where(whole, inputs.attention_mask, masked))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dga_scale.config import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, setting
-from dga_scale.corpus.batches import IGNORED
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.objectives.method import Method, Reading, Term
 from dga_scale.preservation.divergence import kl_divergence
 
@@ -37,8 +37,8 @@ class KD(Method):
     def terms(self, reading: Reading) -> dict[str, Term]:
         positions, labels = reading.inputs.positions, reading.inputs.labels
         temperature = self.settings.kd_temperature
-        teacher = reading.teacher_logits(reading.teacher(True), positions).float() / temperature  # (B, M, V)
-        divergences = kl_divergence(teacher, reading.lm_logits.float() / temperature)  # (B, M)
+        teacher = reading.teacher_logits(reading.teacher(True), positions).float() / temperature  # (N, V)
+        divergences = kl_divergence(teacher, reading.lm_logits.float() / temperature)  # (N,)
         total = divergences.masked_fill(labels == IGNORED, 0).sum()
         mean = total * temperature**2 * (reading.passes / sum(reading.masked))
         return {"kd": Term(mean, self.settings.kd_weight)}

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from dga_scale.config import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, setting
-from dga_scale.corpus.batches import IGNORED
 from dga_scale.objectives.method import Method, Reading, Term
 from dga_scale.objectives.rehearsal import weighted_means
 from dga_scale.preservation.divergence import kl_divergence
@@ -48,15 +49,13 @@ class KL(Method):
 
     def terms(self, reading: Reading) -> dict[str, Term]:
         inputs, temperature = reading.inputs, self.settings.kl_temperature
-        # Waits for the device, which costs less than the teacher on rows that don't count.
-        rows = (inputs.sources > 0).nonzero().flatten()  # (G,)
-        has_general = len(rows) > 0
-        if not has_general:
-            rows = rows.new_zeros(1)  # the teacher's weights may have to be gathered with the other ranks
+        rows, slots, tokens = inputs.mixed_rows, inputs.mixed_slots, inputs.input_ids.shape[1]
         hidden = reading.teacher(True, rows)  # (G, T, H)
-        base = reading.teacher_logits(hidden, inputs.positions[rows])  # (G, M, V)
-        divergences = kl_divergence(base.float() / temperature, reading.lm_logits[rows].float() / temperature)
-        counted = (inputs.labels[rows] != IGNORED) & has_general  # (G, M)
-        total = divergences.masked_fill(~counted, 0).sum()
+        # Slots of -1 only fill up: they read whatever the last place holds, and don't count.
+        positions, student = inputs.positions[slots], reading.lm_logits[slots]  # (K,), (K, V)
+        place = torch.searchsorted(rows, positions // tokens).clamp(max=len(rows) - 1)  # among the G rows
+        base = reading.teacher_logits(hidden, place * tokens + positions % tokens)  # (K, V)
+        divergences = kl_divergence(base.float() / temperature, student.float() / temperature)  # (K,)
+        total = divergences.masked_fill(slots < 0, 0).sum()
         mean = total * temperature**2 * (reading.passes / max(1, sum(reading.masked[1:])))
         return {"kl": Term(mean, self.settings.kl_weight)}

@@ -39,11 +39,11 @@ class Reading:
         hidden: last hidden states (B, T, H), by name of view.
         embeddings: the trunk's embedding output (B, T, H), of the views that asked for it.
         trunk: of the model trained, without its LM head, for a reading of the method's own.
-        lm_logits: those that the LM loss is taken on, (B, M, V) at the batch's positions (B, M).
+        lm_logits: those that the LM loss is taken on, (N, V) at the batch's positions (N,).
         teacher: last hidden states (B, T, H) of the frozen starting model in eval mode, of the masked (True)
             or the clean text (False); of some rows only where a second argument gives their indices. No
             gradient. Under ZeRO-3 every rank has to call it, on a row at least.
-        teacher_logits: the frozen model's, (B, M, V) at positions (B, M) of hidden states (B, T, H).
+        teacher_logits: the frozen model's, (N, V) at positions (N,) in the flattened hidden states (B, T, H).
         masked: labels of the global batch, by source.
         passes: ranks * micro-steps. A sum over this rank's positions, times ``passes`` over their number in
             the global batch, has the global mean as its mean over ranks and micro-steps.

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from dga_scale.config import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, TrainConfig, setting
-from dga_scale.corpus.batches import IGNORED
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.objectives.method import LM_VIEW, Method, Reading, Term
 
@@ -43,15 +43,14 @@ class TaCL(Method):
 
     def terms(self, reading: Reading) -> dict[str, Term]:
         inputs = reading.inputs
-        hidden = reading.hidden[LM_VIEW.name]
-        at = inputs.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])  # (B, M, H)
-        students = F.normalize(hidden.gather(1, at).float(), dim=-1)
+        students = F.normalize(reading.hidden[LM_VIEW.name].float(), dim=-1)  # (B, T, H)
         teachers = F.normalize(reading.teacher(False).float(), dim=-1)  # (B, T, H)
-        similarities = students @ teachers.mT / self.settings.tacl_temperature  # (B, M, T)
-        similarities = similarities.masked_fill(inputs.attention_mask[:, None] == 0, float("-inf"))
-        targets = inputs.positions.masked_fill(inputs.labels == IGNORED, IGNORED)
-        total = F.cross_entropy(
-            similarities.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        # Of all tokens, then those masked: less than the teachers' states of a row for each of its tokens.
+        similarities = (students @ teachers.mT).flatten(0, 1)[inputs.positions]  # (N, T)
+        similarities = similarities / self.settings.tacl_temperature
+        similarities = similarities.masked_fill(inputs.attention_mask[inputs.rows] == 0, float("-inf"))
+        tokens = inputs.positions % inputs.input_ids.shape[1]
+        targets = tokens.masked_fill(inputs.labels == IGNORED, IGNORED)
+        total = F.cross_entropy(similarities, targets, ignore_index=IGNORED, reduction="sum")
         mean = total * (reading.passes / sum(reading.masked))
         return {"tacl": Term(mean, self.settings.tacl_weight)}

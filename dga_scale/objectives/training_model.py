@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
-from dga_scale.corpus.batches import IGNORED
+from dga_scale.backbone.row_groups import last_hidden_states
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.objectives.grad_cache import CachedContrast
 from dga_scale.objectives.method import LM_VIEW, Method, Reading
 from dga_scale.objectives.views import ModelInputs, States, View, run_views
@@ -83,6 +84,9 @@ class TrainingModel(nn.Module):
         positions: Tensor,
         labels: Tensor,
         sources: Tensor | None = None,
+        mixed_rows: Tensor | None = None,
+        mixed_slots: Tensor | None = None,
+        widths: tuple[int, ...] = (),
         *,
         masked: Sequence[int] = (1,),
         passes: float = 1.0,
@@ -93,8 +97,8 @@ class TrainingModel(nn.Module):
 
         Args:
             input_ids, masked_ids, attention_mask: (B, T).
-            positions, labels: (B, M), labels -100 where there is none.
-            sources: (B,) corpus of each row; None: all of the first.
+            positions, labels: (N,), positions in the flattened (B, T), labels -100 where there is none.
+            sources, mixed_rows, mixed_slots, widths: see ``ModelInputs``; left out: one corpus, one group.
             masked: labels of the global batch, by source.
             passes: ranks * micro-steps of a global batch. DeepSpeed takes the mean of the gradients over
                 them; times this, a sum over this pass's positions counts towards one over the global batch.
@@ -107,9 +111,20 @@ class TrainingModel(nn.Module):
             micro-steps is its value on the global batch.
 
         """
-        if sources is None:
-            sources = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-        inputs = ModelInputs(input_ids, masked_ids, attention_mask, positions, labels, sources)
+        if sources is None or mixed_rows is None or mixed_slots is None:
+            sources = positions.new_zeros(len(input_ids))
+            mixed_rows, mixed_slots = positions.new_zeros(1), positions.new_full((1,), -1)
+        inputs = ModelInputs(
+            input_ids,
+            masked_ids,
+            attention_mask,
+            positions,
+            labels,
+            sources,
+            mixed_rows,
+            mixed_slots,
+            widths,
+        )
         if compute is not None:
             return compute(inputs)
         states = self._read(inputs, cached)
@@ -165,12 +180,13 @@ class TrainingModel(nn.Module):
     def _lm_loss(
         self, logits: Tensor, inputs: ModelInputs, masked: Sequence[int], passes: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of logits (B, M, V), weighted by source as the method says; and what is logged."""
-        rows = _cross_entropies(logits, inputs.labels).sum(dim=1)  # (B,)
+        """Cross-entropy of logits (N, V), weighted by source as the method says; and what is logged."""
+        losses = _cross_entropies(logits, inputs.labels)  # (N,)
         if len(masked) == 1:
-            loss = rows.sum() * (self.method.token_weights(masked)[0] * passes)
+            loss = losses.sum() * (self.method.token_weights(masked)[0] * passes)
             return loss, {"mlm": loss.detach()}
-        sums = rows.new_zeros(len(masked)).index_add(0, inputs.sources, rows).unbind()  # a scalar a source
+        own = inputs.sources[inputs.rows]  # (N,)
+        sums = losses.new_zeros(len(masked)).index_add(0, own, losses).unbind()  # a scalar a source
         # Products with numbers, not with a tensor made of them: nothing is copied to the device.
         weights = self.method.token_weights(masked)
         loss = torch.stack([of * (weight * passes) for of, weight in zip(sums, weights, strict=True)]).sum()
@@ -178,13 +194,13 @@ class TrainingModel(nn.Module):
         return loss, {"mlm": loss.detach(), **{f"mlm/{k}": mean for k, mean in enumerate(means)}}
 
     @torch.no_grad()
-    def _teacher_hidden(
-        self, inputs: ModelInputs, masked: bool, rows: Tensor | slice = slice(None)
-    ) -> Tensor:
+    def _teacher_hidden(self, inputs: ModelInputs, masked: bool, rows: Tensor | None = None) -> Tensor:
         assert self.teacher is not None, "the method did not say that it needs a teacher"
-        ids = inputs.masked_ids if masked else inputs.input_ids
+        ids, mask = inputs.masked_ids if masked else inputs.input_ids, inputs.attention_mask
         trunk = self.anatomy.trunk(self.teacher)
-        return trunk(input_ids=ids[rows], attention_mask=inputs.attention_mask[rows]).last_hidden_state
+        if rows is None:
+            return last_hidden_states(trunk, ids, mask, inputs.widths)
+        return last_hidden_states(trunk, ids[rows], mask[rows], ())
 
     @torch.no_grad()
     def _teacher_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -192,33 +208,31 @@ class TrainingModel(nn.Module):
         return self._logits(self.teacher, hidden, positions)
 
     def masked_sums(self, inputs: ModelInputs) -> Tensor:
-        """Sum of cross-entropies, number of labels, and correct guesses of the masked text: (3,) fp64."""
-        trunk = self.anatomy.trunk(self.lm)
-        hidden = trunk(input_ids=inputs.masked_ids, attention_mask=inputs.attention_mask).last_hidden_state
-        logits = self._logits(self.lm, hidden, inputs.positions)
-        sums = (
-            _cross_entropies(logits, inputs.labels).sum(),
-            (inputs.labels != IGNORED).sum(),
-            (logits.argmax(dim=-1) == inputs.labels).sum(),
+        """Of each row, sum of cross-entropies, labels and correct guesses: (B, 3) fp64; masked text."""
+        hidden = last_hidden_states(
+            self.anatomy.trunk(self.lm), inputs.masked_ids, inputs.attention_mask, inputs.widths
         )
-        return torch.stack([value.double() for value in sums])
+        logits = self._logits(self.lm, hidden, inputs.positions)
+        found = (
+            _cross_entropies(logits, inputs.labels),
+            inputs.labels != IGNORED,
+            logits.argmax(dim=-1) == inputs.labels,
+        )
+        of_slots = torch.stack([value.double() for value in found], dim=1)  # (N, 3)
+        return of_slots.new_zeros(len(hidden), 3).index_add(0, inputs.rows, of_slots)
 
     def _logits(self, lm: PreTrainedModel, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Logits (B, M, V) at positions (B, M) of hidden states: only those go through the LM head."""
-        states = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        return self.anatomy.lm_logits(lm, states)
+        """Logits (N, V) at positions (N,) of hidden states: only those go through the LM head."""
+        return self.anatomy.lm_logits(lm, hidden.flatten(0, 1).index_select(0, positions))
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropies (B, M) in fp32 of logits (B, M, V) at labels (B, M), 0 where there is no label."""
-    flat = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return flat.view_as(labels)
+    """Cross-entropies (N,) in fp32 of logits (N, V) at labels (N,), 0 where there is no label."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
 
 
 @torch.no_grad()
-def evaluate_sums(model: TrainingModel, batch: InputTensors) -> Tensor:
+def evaluate_rows(model: TrainingModel, batch: InputTensors) -> Tensor:
     """Score a batch in eval mode.
 
     Args:
@@ -226,7 +240,8 @@ def evaluate_sums(model: TrainingModel, batch: InputTensors) -> Tensor:
         batch: its tensors on the model's device.
 
     Returns:
-        (3,) fp64 on that device: sum of cross-entropies over the labels, number of labels, correct guesses.
+        (B, 3) fp64 on that device: of each row the sum of cross-entropies over its labels, their number, and
+        the correct guesses.
 
     """
     training = model.training

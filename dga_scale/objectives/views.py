@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dga_scale.backbone.gates import Gates
+from dga_scale.backbone.row_groups import joined, row_groups
 
 
 class ModelInputs(NamedTuple):
@@ -16,9 +17,17 @@ class ModelInputs(NamedTuple):
     input_ids: Tensor  # (B, T)
     masked_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T)
-    positions: Tensor  # (B, M)
-    labels: Tensor  # (B, M), -100 where there is none
+    positions: Tensor  # (N,) row * T + token
+    labels: Tensor  # (N,), -100 where there is none
     sources: Tensor  # (B,) corpus of each row: 0 the domain's, 1, ... those mixed in
+    mixed_rows: Tensor  # (G,) rows of the mixed-in; [0] where there is none
+    mixed_slots: Tensor  # (K,) where theirs stand among the N, then -1
+    widths: tuple[int, ...] = ()  # of the groups that the rows are read in; see ``backbone.row_groups``
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of each position: (N,)."""
+        return self.positions // self.input_ids.shape[1]
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ def run_views(
 
     One pass holds all views stacked along the batch, so each draws its own dropout. ``split`` makes a pass
     for each, with activations of one view at a time in a pass; without dropout the numbers are the same.
+    Where the inputs have widths, each group of rows has passes of its own, and its states are zero behind its
+    width.
 
     Args:
         trunk: the model without its LM head.
@@ -70,21 +81,28 @@ def run_views(
 
     """
     groups = [[view] for view in views] if split else [list(views)]
-    size = len(inputs.input_ids)
-    found = States({}, {})
+    hidden: dict[str, list[Tensor]] = {view.name: [] for view in views}
+    embeddings: dict[str, list[Tensor]] = {view.name: [] for view in views if view.embeddings}
     for group in groups:
-        ids = torch.cat([inputs.masked_ids if view.masked else inputs.input_ids for view in group])
         wants = {"output_hidden_states": True} if any(view.embeddings for view in group) else {}
-        gates.set(_gate_rows(group, size, protection))
-        output = trunk(input_ids=ids, attention_mask=inputs.attention_mask.repeat(len(group), 1), **wants)
-        gates.set(None)
-        for view, of_view in zip(group, output.last_hidden_state.split(size), strict=True):
-            found.hidden[view.name] = of_view
-        if wants:
-            for view, of_view in zip(group, output.hidden_states[0].split(size), strict=True):
-                if view.embeddings:
-                    found.embeddings[view.name] = of_view
-    return found
+        for rows, width in row_groups(inputs.attention_mask, inputs.widths):
+            ids = [(inputs.masked_ids if view.masked else inputs.input_ids)[rows, :width] for view in group]
+            size = len(ids[0])
+            mask = inputs.attention_mask[rows, :width].repeat(len(group), 1)
+            gates.set(_gate_rows(group, size, protection))
+            output = trunk(input_ids=torch.cat(ids), attention_mask=mask, **wants)
+            gates.set(None)
+            for view, of_view in zip(group, output.last_hidden_state.split(size), strict=True):
+                hidden[view.name].append(of_view)
+            if wants:
+                for view, of_view in zip(group, output.hidden_states[0].split(size), strict=True):
+                    if view.embeddings:
+                        embeddings[view.name].append(of_view)
+    tokens = inputs.input_ids.shape[1]
+    return States(
+        {name: joined(parts, tokens) for name, parts in hidden.items()},
+        {name: joined(parts, tokens) for name, parts in embeddings.items()},
+    )
 
 
 def _gate_rows(

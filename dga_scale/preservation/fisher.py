@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.warmup import PredictionBatch
-from dga_scale.corpus.batches import IGNORED
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.preservation.anchors import FragmentKey, key_of
 from dga_scale.preservation.fragments import Fragment, Reduce
@@ -119,8 +119,12 @@ def _example_gradients(
     model: LanguageModel, batch: InputTensors, row: int, parameters: list[nn.Parameter]
 ) -> tuple[Sequence[Tensor | None], int]:
     """Gradients of one example's loss, times LOSS_SCALE, and whether it counts."""
-    tensors = batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels
-    one = tuple(tensor[row : row + 1] for tensor in tensors)
+    tensors = batch.input_ids, batch.masked_ids, batch.attention_mask
+    tokens = batch.input_ids.shape[1]
+    own = batch.positions // tokens == row  # (N,)
+    positions = torch.where(own, batch.positions - row * tokens, 0)
+    labels = batch.labels.masked_fill(~own, IGNORED)
+    one = (*(tensor[row : row + 1] for tensor in tensors), positions, labels)
     loss = model(*one, compute=lambda inputs: _example_loss(model, inputs))
     counts = bool((one[-1] != IGNORED).any())
     # The graph is walked without labels too: ZeRO-3's gathers are collective.
@@ -132,8 +136,8 @@ def _example_loss(model: LanguageModel, inputs: PredictionBatch) -> Tensor:
     """Mean cross-entropy of the labels of one example, scalar fp32; 0 without labels."""
     trunk = model.anatomy.trunk(model.lm)
     hidden = trunk(input_ids=inputs.masked_ids, attention_mask=inputs.attention_mask).last_hidden_state
-    logits = model.anatomy.lm_logits(model.lm, hidden[0, inputs.positions[0]])  # (M, V)
-    losses = F.cross_entropy(logits.float(), inputs.labels[0], ignore_index=IGNORED, reduction="sum")
+    logits = model.anatomy.lm_logits(model.lm, hidden[0, inputs.positions])  # (N, V)
+    losses = F.cross_entropy(logits.float(), inputs.labels, ignore_index=IGNORED, reduction="sum")
     return losses / (inputs.labels != IGNORED).sum().clamp(min=1)
 
 

@@ -23,7 +23,7 @@ from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.sealed_tensors import load_tensors, save_tensors
 from dga_scale.backbone.warmup import PredictionBatch
-from dga_scale.corpus.batches import IGNORED
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.preservation.divergence import kl_divergence
 from dga_scale.preservation.fragments import Reduce
@@ -230,7 +230,7 @@ def measure_importance(
                 )
                 for kind in kinds
             }
-            real = (batch.labels != IGNORED).any(dim=1)  # (B,)
+            real = _labels_by_row(batch) > 0  # (B,)
             losses, differences = _losses(model, batch, gates, loss, distribution)  # (B,), (B,)
             if loss == "proxy_kl" and number == 0:
                 _check_dropout(torch.where(real, differences, 0).sum(), real.sum(), reduce)
@@ -276,17 +276,17 @@ def _proxy_kl(
     tokens = inputs.attention_mask  # (B, T)
     hidden = _hidden(model, inputs.input_ids.repeat(2, 1), tokens.repeat(2, 1), doubled)  # (2B, T, H)
     if distribution == "vocabulary":
-        logits = _logits_at(model, hidden, inputs.positions.repeat(2, 1))  # (2B, M, V)
-        weights = inputs.labels != IGNORED  # (B, M)
+        places = inputs.positions
+        logits = _logits_at(model, hidden, torch.cat([places, places + tokens.numel()]))  # (2N, V)
+        losses = _row_means(inputs, kl_divergence(*logits.chunk(2)))
     elif distribution == "hidden":
-        logits, weights = hidden, tokens  # (2B, T, H), (B, T)
+        divergence = kl_divergence(*hidden.chunk(2))  # (B, T)
+        losses = (divergence * tokens).sum(dim=1) / tokens.sum(dim=1).clamp(min=1)
     else:
         padding = tokens.repeat(2, 1).unsqueeze(-1) == 0
         # Not -inf, whose product with a probability of 0 is NaN.
         logits = hidden.masked_fill(padding, torch.finfo(hidden.dtype).min).transpose(1, 2)  # (2B, H, T)
-        weights = torch.ones_like(logits[: len(tokens), :, 0])  # (B, H)
-    divergence = kl_divergence(*logits.chunk(2))  # (B, items)
-    losses = (divergence * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        losses = kl_divergence(*logits.chunk(2)).mean(dim=1)  # over H
     first, second = (hidden.detach() * tokens.repeat(2, 1).unsqueeze(-1)).float().chunk(2)
     differences = (first - second).abs().amax(dim=(1, 2)) / first.abs().amax(dim=(1, 2))
     return losses, differences
@@ -295,11 +295,26 @@ def _proxy_kl(
 def _masked_lm_losses(model: GatedModel, inputs: InputTensors, gates: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of each example's masked positions (B,)."""
     hidden = _hidden(model, inputs.masked_ids, inputs.attention_mask, gates)
-    logits = _logits_at(model, hidden, inputs.positions)  # (B, M, V)
-    losses = F.cross_entropy(
-        logits.transpose(1, 2), inputs.labels, reduction="none"
-    )  # (B, M), 0 where ignored
-    return losses.sum(dim=1) / (inputs.labels != IGNORED).sum(dim=1).clamp(min=1)
+    logits = _logits_at(model, hidden, inputs.positions)  # (N, V)
+    return _row_means(inputs, F.cross_entropy(logits, inputs.labels, reduction="none"))
+
+
+def _row_means(inputs: InputTensors, values: Tensor) -> Tensor:
+    """Mean of values (N,) over the labels of each row: (B,), 0 where it has none."""
+    counted = values.masked_fill(inputs.labels == IGNORED, 0)
+    sums = values.new_zeros(len(inputs.input_ids)).index_add(0, _rows(inputs), counted)
+    return sums / _labels_by_row(inputs).clamp(min=1)
+
+
+def _labels_by_row(inputs: InputTensors) -> Tensor:
+    """Labels of each row: (B,) long."""
+    counts = inputs.labels.new_zeros(len(inputs.input_ids))
+    return counts.index_add(0, _rows(inputs), (inputs.labels != IGNORED).long())
+
+
+def _rows(inputs: InputTensors) -> Tensor:
+    """The row of each position (N,)."""
+    return inputs.positions // inputs.input_ids.shape[1]
 
 
 def _hidden(model: GatedModel, ids: Tensor, attention_mask: Tensor, gates: dict[str, Tensor]) -> Tensor:
@@ -310,9 +325,8 @@ def _hidden(model: GatedModel, ids: Tensor, attention_mask: Tensor, gates: dict[
 
 
 def _logits_at(model: GatedModel, hidden: Tensor, positions: Tensor) -> Tensor:
-    """Logits (B, M, V) in fp32 at positions (B, M): only those rows go through the LM head."""
-    states = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-    return model.anatomy.lm_logits(model.lm, states).float()
+    """Logits (N, V) in fp32 at positions (N,) of the flattened (B, T): only those go through the LM head."""
+    return model.anatomy.lm_logits(model.lm, hidden.flatten(0, 1).index_select(0, positions)).float()
 
 
 @contextmanager

@@ -26,18 +26,22 @@ def batches(number: int, rows: int = 4) -> Iterator[SimpleNamespace]:
         labels = ids.gather(1, positions)
         labels[::2, 2] = -100
         masked = ids.scatter(1, positions, 4)
+        places = (12 * torch.arange(rows)[:, None] + positions).flatten()
         yield SimpleNamespace(
-            masked_ids=masked, attention_mask=torch.ones_like(ids), positions=positions, labels=labels
+            masked_ids=masked,
+            attention_mask=torch.ones_like(ids),
+            positions=places,
+            labels=labels.flatten(),
+            widths=(),
         )
 
 
 def full_loss(model: PreTrainedModel, batch: SimpleNamespace) -> Tensor:
     """The stock model's own masked-LM loss, over full logits."""
     labels = torch.full_like(batch.masked_ids, -100)
-    for row, (positions, values) in enumerate(zip(batch.positions, batch.labels, strict=True)):
-        for position, value in zip(positions.tolist(), values.tolist(), strict=True):
-            if value != -100:
-                labels[row, position] = value
+    for place, value in zip(batch.positions.tolist(), batch.labels.tolist(), strict=True):
+        if value != -100:
+            labels[place // 12, place % 12] = value
     logits = model(input_ids=batch.masked_ids, attention_mask=batch.attention_mask).logits
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 

@@ -10,23 +10,16 @@ import pytest
 import torch
 from scipy import stats
 
-from dga_scale.corpus.batches import (
-    IGNORED,
-    Batch,
-    BatchStream,
-    EvalBatches,
-    MaskingPolicy,
-    StepBatches,
-    build_batch,
-    label_counts,
-    masked_count,
-)
+from dga_scale.corpus.batches import BatchStream, EvalBatches, StepBatches, build_batch
+from dga_scale.corpus.masking import IGNORED, MaskingPolicy, label_counts, masked_count
 from dga_scale.corpus.mixture import Mixture
 from dga_scale.corpus.order import SampleOrder
+from dga_scale.corpus.shapes import rounded_up, row_groups
 from dga_scale.corpus.sharding import shard_corpus
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.spool import ShardSettings
 from dga_scale.errors import UserError
+from tests.batches import contents, dense_labels, joined
 from tests.corpus import tiny
 
 LENGTH = 48
@@ -58,6 +51,12 @@ def masking(corpus: Corpus) -> MaskingPolicy:
     return MaskingPolicy.for_corpus(corpus, probability=0.15)
 
 
+@pytest.fixture(scope="module")
+def chunks(wordpiece: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Rows of one length, but the last."""
+    return make(wordpiece, tmp_path_factory.mktemp("chunks"), "chunk")
+
+
 def stream(
     corpus: Corpus, masking: MaskingPolicy | None, rank: int = 0, world_size: int = 1, **changes: int
 ) -> BatchStream:
@@ -78,13 +77,10 @@ def test_masked_count(probability: float) -> None:
 def test_every_row_is_masked_as_told(corpus: Corpus, masking: MaskingPolicy) -> None:
     rows = np.arange(len(corpus))
     batch = build_batch(corpus, rows, 0, masking, seed=1)
-    special = set(corpus.manifest.all_special_ids)
-    cap = round(0.15 * (LENGTH - 2))
-    assert (
-        batch.input_ids.shape == batch.masked_ids.shape == batch.attention_mask.shape == (len(corpus), LENGTH)
-    )
-    assert batch.positions.shape == batch.labels.shape == (len(corpus), cap)
-    assert all(t.dtype == torch.int64 for t in vars(batch).values())
+    special, labels = set(corpus.manifest.all_special_ids), dense_labels(batch)
+    shape = (len(corpus), LENGTH)
+    assert batch.input_ids.shape == batch.masked_ids.shape == batch.attention_mask.shape == shape
+    assert all(t.dtype == torch.int64 for t in vars(batch).values() if isinstance(t, torch.Tensor))
     counts = label_counts(corpus, rows, masking)
     for index in rows:
         ids = corpus.row(index).tolist()
@@ -93,15 +89,17 @@ def test_every_row_is_masked_as_told(corpus: Corpus, masking: MaskingPolicy) -> 
         assert batch.attention_mask[index].tolist() == [1] * len(ids) + [0] * padding
         ordinary = sum(i not in special for i in ids)
         count = max(1, round(0.15 * ordinary))
-        assert counts[index] == count
-        labels, positions = batch.labels[index].tolist(), batch.positions[index].tolist()
-        assert labels[count:] == [IGNORED] * (cap - count)
-        assert positions[count:] == [0] * (cap - count)
-        assert positions[:count] == sorted(set(positions[:count]))
-        assert labels[:count] == [ids[p] for p in positions[:count]]
-        assert not special & set(labels[:count])
+        positions = np.flatnonzero(labels[index] != IGNORED)
+        assert counts[index] == count == len(positions)
+        assert labels[index, positions].tolist() == [ids[p] for p in positions]
+        assert not special & set(labels[index, positions].tolist())
         changed = np.flatnonzero(batch.masked_ids[index].numpy() != batch.input_ids[index].numpy())
-        assert set(changed) <= set(positions[:count])
+        assert set(changed) <= set(positions)
+    total = int(counts.sum())
+    assert len(batch.labels) == len(batch.positions) == rounded_up(total)
+    assert torch.equal(batch.positions[:total], batch.positions[:total].unique())  # rising
+    assert (batch.labels[total:] == IGNORED).all()
+    assert not batch.positions[total:].any()
 
 
 def test_positions_and_replacements_are_drawn_evenly(corpus: Corpus, masking: MaskingPolicy) -> None:
@@ -110,13 +108,13 @@ def test_positions_and_replacements_are_drawn_evenly(corpus: Corpus, masking: Ma
     ids = corpus.row(row)
     trials = 4000
     batch = build_batch(corpus, np.full(trials, row), np.arange(trials), masking, seed=1)
-    places = np.bincount(batch.positions[batch.labels != IGNORED].numpy(), minlength=LENGTH)
+    labelled = dense_labels(batch) != IGNORED
+    places = labelled.sum(dim=0).numpy()
     maskable = ~masking.is_special[ids]
     assert places[: len(ids)][~maskable].sum() == 0
     assert stats.chisquare(places[: len(ids)][maskable]).pvalue > 1e-3
 
-    at = torch.gather(batch.masked_ids, 1, batch.positions)[batch.labels != IGNORED]
-    labels = batch.labels[batch.labels != IGNORED]
+    at, labels = batch.masked_ids[labelled], batch.input_ids[labelled]
     total = len(labels)
     as_mask = (at == masking.mask_token_id).sum().item()
     as_other = ((at != masking.mask_token_id) & (at != labels)).sum().item()
@@ -133,19 +131,24 @@ def test_positions_and_replacements_are_drawn_evenly(corpus: Corpus, masking: Ma
 def test_shares_of_replacements_at_their_ends(mask: float, other: float, corpus: Corpus) -> None:
     masking = MaskingPolicy.for_corpus(corpus, 0.15, mask_replace_prob=mask, random_replace_prob=other)
     batch = build_batch(corpus, np.arange(200), 0, masking, seed=1)
-    at = torch.gather(batch.masked_ids, 1, batch.positions)[batch.labels != IGNORED]
-    labels = batch.labels[batch.labels != IGNORED]
+    labelled = dense_labels(batch) != IGNORED
+    at, labels = batch.masked_ids[labelled], batch.input_ids[labelled]
     assert ((at == masking.mask_token_id).float().mean() == 1.0) == (mask == 1.0)
     assert ((at == labels).float().mean() == 1.0) == (mask == other == 0.0)
 
 
 def test_a_mask_depends_on_seed_epoch_and_row_alone(corpus: Corpus, masking: MaskingPolicy) -> None:
+    """Not on the order of rows, nor on what they are padded to."""
     rows = np.arange(40)
     together = build_batch(corpus, rows, 3, masking, seed=1)
-    for row in (0, 17, 39):
+    widths = set()
+    for row in (*np.argsort(corpus.lengths[:40])[[0, 1, 20, 39]], 17):
         alone = build_batch(corpus, np.array([row]), 3, masking, seed=1)
-        assert torch.equal(alone.masked_ids[0], together.masked_ids[row])
-        assert torch.equal(alone.positions[0], together.positions[row])
+        widths.add(alone.input_ids.shape[1])
+        assert contents(alone)[0, row] == contents(together)[0, row]
+    assert widths == {32, LENGTH}
+    backwards = build_batch(corpus, rows[::-1], 3, masking, seed=1)
+    assert contents(backwards) == contents(together)
     mixed = build_batch(corpus, rows, rows % 5, masking, seed=1)
     assert torch.equal(mixed.masked_ids[3], together.masked_ids[3])
     for other in (
@@ -159,13 +162,14 @@ def test_causal_batches_predict_the_next_token(causal: Corpus) -> None:
     rows = np.arange(50)
     batch = build_batch(causal, rows, 0, None, seed=1)
     assert torch.equal(batch.masked_ids, batch.input_ids)
-    assert batch.positions.shape == (50, LENGTH - 1)
-    counts = label_counts(causal, rows, None)
+    counts, labels = label_counts(causal, rows, None), dense_labels(batch)
     for index in rows:
         ids = causal.row(index).tolist()
-        assert batch.labels[index].tolist() == ids[1:] + [IGNORED] * (LENGTH - len(ids))
-        assert batch.positions[index, : len(ids) - 1].tolist() == list(range(len(ids) - 1))
+        assert labels[index].tolist() == ids[1:] + [IGNORED] * (LENGTH - len(ids) + 1)
         assert counts[index] == len(ids) - 1
+    total = int(counts.sum())
+    assert len(batch.positions) == rounded_up(total)
+    assert (batch.labels[:total] != IGNORED).all()
 
 
 def test_masked_lm_needs_a_mask_token(causal: Corpus) -> None:
@@ -176,16 +180,17 @@ def test_masked_lm_needs_a_mask_token(causal: Corpus) -> None:
 # --- the stream ---
 
 
-def rows_of(steps: list[StepBatches]) -> list[list[int]]:
-    return [torch.cat([b.sample_ids for b in step.micro_batches]).tolist() for step in steps]
-
-
-def global_batch(per_rank: list[StepBatches]) -> Batch:
-    """The global batch in its order, from the parts of all ranks."""
-    micro = [
-        step.micro_batches[number] for number in range(len(per_rank[0].micro_batches)) for step in per_rank
+def read(per_rank: list[StepBatches]) -> list[dict[tuple[int, int], tuple[list[int], ...]]]:
+    """What each pass of all ranks reads, row by row."""
+    return [
+        contents(joined([step.micro_batches[number] for step in per_rank]))
+        for number in range(len(per_rank[0].micro_batches))
     ]
-    return Batch(**{name: torch.cat([getattr(b, name) for b in micro]) for name in vars(micro[0])})
+
+
+def all_of(per_rank: list[StepBatches]) -> dict[tuple[int, int], tuple[list[int], ...]]:
+    """The global batch, row by row."""
+    return {row: content for each in read(per_rank) for row, content in each.items()}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -193,53 +198,101 @@ def global_batch(per_rank: list[StepBatches]) -> Batch:
 def test_all_world_sizes_see_the_same(
     world_size: int, micro: int, corpus: Corpus, masking: MaskingPolicy
 ) -> None:
-    reference = build_batch(
-        corpus,
-        SampleOrder(len(corpus), 7).indices(2 * GLOBAL, 3 * GLOBAL),
-        SampleOrder(len(corpus), 7).epochs(2 * GLOBAL, 3 * GLOBAL),
-        masking,
-        seed=7,
-    )
+    order = SampleOrder(len(corpus), 7)
+    rows, epochs = order.indices(2 * GLOBAL, 3 * GLOBAL), order.epochs(2 * GLOBAL, 3 * GLOBAL)
+    reference = build_batch(corpus, rows, epochs, masking, seed=7)
     ranks = [
         list(stream(corpus, masking, rank, world_size, micro_batch_size=micro, num_steps=3))
         for rank in range(world_size)
     ]
     seen = [steps[2] for steps in ranks]
-    assert [len(step.micro_batches) for step in seen] == [GLOBAL // (micro * world_size)] * world_size
-    for name, value in vars(global_batch(seen)).items():
-        assert torch.equal(value, getattr(reference, name)), name
+    passes = GLOBAL // (micro * world_size)
+    assert [len(step.micro_batches) for step in seen] == [passes] * world_size
+    assert all_of(seen) == contents(reference)
+    # A pass holds a stretch of the order, whatever its lengths: they are not sorted across passes.
+    for each, stretch in zip(read(seen), rows.reshape(passes, -1), strict=True):
+        assert {row for _, row in each} == set(stretch.tolist())
     for step in seen:
         assert step.step == 2
         assert step.global_masked == ((reference.labels != IGNORED).sum(),)
         assert step.global_tokens == (reference.attention_mask.sum(),)
+        parts = [batch for own in seen for batch in own.micro_batches]
+        assert step.head_slots == sum(len(batch.labels) for batch in parts)
+        widths = [width for batch in parts for width in batch.widths for _ in range(micro)]
+        assert step.rows_by_width == {width: widths.count(width) for width in set(widths)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_documents_are_dealt_out_by_length(world_size: int, corpus: Corpus, masking: MaskingPolicy) -> None:
+    """Ranks alternate in the sorted rows; a group of rows is as long as its longest, in steps of 32."""
+    micro = GLOBAL // world_size
+    ranks = [
+        stream(corpus, masking, rank, world_size, micro_batch_size=micro, num_steps=3, groups=4)
+        for rank in range(world_size)
+    ]
+    found = set()
+    for steps in zip(*ranks, strict=True):
+        batches = [step.micro_batches[0] for step in steps]
+        lengths = [batch.attention_mask.sum(dim=1).tolist() for batch in batches]
+        dealt = [length for turn in zip(*lengths, strict=True) for length in turn]
+        assert dealt == sorted(dealt, reverse=True)
+        for batch, own in zip(batches, lengths, strict=True):
+            groups = [own[start : start + micro // 4] for start in range(0, micro, micro // 4)]
+            assert batch.widths == tuple(min(rounded_up(max(group)), LENGTH) for group in groups)
+            assert batch.input_ids.shape == (micro, max(batch.widths))
+            found |= set(batch.widths)
+    assert found == {32, LENGTH}
+
+
+def test_chunks_go_to_ranks_in_consecutive_parts(chunks: Corpus) -> None:
+    masking, order = MaskingPolicy.for_corpus(chunks, 0.15), SampleOrder(len(chunks), 7)
+    longest = chunks.manifest.sequence_length
+    assert (chunks.lengths == longest).mean() > 0.9  # some end a piece of the text
+    for rank in range(2):
+        for step in stream(chunks, masking, rank, 2, num_steps=2):
+            for number, batch in enumerate(step.micro_batches):
+                first = step.step * GLOBAL + (2 * number + rank) * 4
+                assert batch.sample_ids.tolist() == order.indices(first, first + 4).tolist()
+                assert batch.widths == (longest,)
+                assert len(batch.labels) == rounded_up(4 * 7) == 32
+
+
+@pytest.mark.parametrize(
+    ("packing", "rows", "groups"),
+    [("chunk", 8, 1), ("document", 8, 4), ("document", 6, 3), ("document", 1, 1)],
+)
+def test_number_of_row_groups(packing: str, rows: int, groups: int) -> None:
+    assert row_groups(packing, rows) == groups
 
 
 def test_resume_at_any_step_on_another_world_size(corpus: Corpus, masking: MaskingPolicy) -> None:
     # Long enough to come to the second epoch.
     total = len(corpus) // GLOBAL + 4
-    whole = [global_batch([step]) for step in stream(corpus, masking, num_steps=total)]
+    whole = [all_of([step]) for step in stream(corpus, masking, num_steps=total)]
     for start, world_size in ((1, 2), (total - 6, 4), (total - 1, 1)):
         ranks = [
             list(stream(corpus, masking, rank, world_size, start_step=start, num_steps=total - start))
             for rank in range(world_size)
         ]
         for number, parts in enumerate(zip(*ranks, strict=True)):
-            resumed = global_batch(list(parts))
-            for name, value in vars(resumed).items():
-                assert torch.equal(value, getattr(whole[start + number], name)), (start, number, name)
+            assert all_of(list(parts)) == whole[start + number], (start, number)
 
 
 def test_an_epoch_shows_every_row_once_and_masks_it_anew_in_the_next(
     corpus: Corpus, masking: MaskingPolicy
 ) -> None:
-    steps = list(stream(corpus, masking, num_steps=2 * len(corpus) // GLOBAL))
-    seen = [row for rows in rows_of(steps) for row in rows]
-    assert sorted(seen[: len(corpus)]) == list(range(len(corpus)))
+    seen = [
+        entry
+        for step in stream(corpus, masking, num_steps=2 * len(corpus) // GLOBAL)
+        for batch in step.micro_batches
+        for entry in contents(batch).items()
+    ]
+    first = [row for (_, row), _ in seen[: len(corpus) // GLOBAL * GLOBAL]]
+    assert len(set(first)) == len(first)
     longest = int(np.argmax(corpus.maskable))
-    first, second = np.flatnonzero(np.array(seen) == longest)[:2]
-    batches = [global_batch([steps[place // GLOBAL]]) for place in (first, second)]
-    positions = [b.positions[place % GLOBAL] for b, place in zip(batches, (first, second), strict=True)]
-    assert not torch.equal(*positions)
+    masked = [masked_ids for (_, row), (_, masked_ids, _) in seen if row == longest]
+    assert len(masked) == 2
+    assert masked[0] != masked[1]
 
 
 def test_prefetch_runs_ahead_in_the_background_and_no_further(corpus: Corpus, masking: MaskingPolicy) -> None:
@@ -302,13 +355,16 @@ def test_evaluation_covers_every_row_once(
     batches = [list(rank) for rank in ranks]
     assert len({len(rank) for rank in ranks}) == 1
     assert [len(rank) for rank in ranks] == [len(b) for b in batches]
-    assert {b.input_ids.shape for part in batches for b in part} == {(7, LENGTH)}
+    assert {b.input_ids.shape for part in batches for b in part} == {(7, 32), (7, LENGTH)}
     ids = torch.cat([b.sample_ids for part in batches for b in part])
     real = ids[ids >= 0]
     assert len(real) == len(set(real.tolist())) == min(len(corpus), max_rows or len(corpus))
-    labels = torch.cat([b.labels for part in batches for b in part])
-    assert (labels[ids < 0] == IGNORED).all()
-    assert ((labels[ids >= 0] != IGNORED).sum(1) > 0).all()
+    counts = torch.cat([(dense_labels(b) != IGNORED).sum(dim=1) for part in batches for b in part])
+    assert (counts[ids < 0] == 0).all()
+    assert (counts[ids >= 0] > 0).all()
+    in_order = [part[number] for number in range(len(ranks[0])) for part in batches]
+    lengths = torch.cat([b.attention_mask.sum(dim=1)[b.sample_ids >= 0] for b in in_order]).tolist()
+    assert lengths == sorted(lengths, reverse=True)
     # A row with nothing to attend to would give NaN in softmax.
     assert all((b.attention_mask.sum(1) > 0).all() for part in batches for b in part)
 
@@ -316,10 +372,10 @@ def test_evaluation_covers_every_row_once(
 def test_evaluation_masks_are_fixed(corpus: Corpus, masking: MaskingPolicy) -> None:
     def masks(world_size: int) -> dict[int, list[int]]:
         return {
-            int(row): batch.masked_ids[place].tolist()
+            row: masked_ids
             for rank in range(world_size)
             for batch in EvalBatches(corpus, masking, batch_size=5, rank=rank, world_size=world_size)
-            for place, row in enumerate(batch.sample_ids)
+            for (_, row), (_, masked_ids, _) in contents(batch).items()
             if row >= 0
         }
 

@@ -12,8 +12,9 @@ import yaml
 from scipy import stats
 from transformers import AutoModelForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 
-from dga_scale.corpus.batches import EvalBatches, MaskingPolicy
+from dga_scale.corpus.batches import EvalBatches
 from dga_scale.corpus.cli import main as shard
+from dga_scale.corpus.masking import MaskingPolicy
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.endtasks import evaluate as module
@@ -59,9 +60,9 @@ def adapt(base: Path, output: Path, corpus: Corpus, seed: int) -> None:
 def plain_loss(model: Any, batch: Any) -> torch.Tensor:
     """Cross-entropies of the predicted tokens, by the model's own forward."""
     logits = model(input_ids=batch.masked_ids, attention_mask=batch.attention_mask).logits
-    at = logits.gather(1, batch.positions[..., None].expand(-1, -1, logits.shape[-1]))
-    losses = F.cross_entropy(at.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="none")
-    return losses[batch.labels.flatten() != -100]
+    at = logits.flatten(0, 1)[batch.positions]
+    losses = F.cross_entropy(at, batch.labels, ignore_index=-100, reduction="none")
+    return losses[batch.labels != -100]
 
 
 def suite(world: Path, **changes: Any) -> str:

@@ -21,6 +21,7 @@ from dga_scale.errors import UserError
 from dga_scale.preservation.anchors import Anchor, FragmentKey, key_of
 from dga_scale.preservation.fisher import measure_fisher
 from dga_scale.preservation.fragments import Fragment
+from tests.batches import rows_of
 from tests.engine.test_optimizer_step import EVERY_OPTIMIZER
 from tests.engine.training import (
     LEARNING_RATE,
@@ -32,7 +33,7 @@ from tests.engine.training import (
     tiny_engine,
     train_step,
 )
-from tests.objectives.toy import rows_of, toy_batch
+from tests.objectives.toy import toy_batch
 from tests.ranks import run_ranks
 from tests.reference import per_example_fisher
 

@@ -17,8 +17,9 @@ from dga_scale.engine.optimizer_step import backward, wrap_optimizer_step
 from dga_scale.objectives.dga import DGA, DGASettings
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
+from tests.batches import rows_of
 from tests.engine.training import Setup, full_weights
-from tests.objectives.toy import HEADS, LAYERS, rows_of, tensors_of, toy_batch, toy_lm
+from tests.objectives.toy import HEADS, LAYERS, tensors_of, toy_batch, toy_lm
 from tests.ranks import run_ranks
 from tests.reference import Reference
 

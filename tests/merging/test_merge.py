@@ -17,6 +17,7 @@ from dga_scale.merging.folders import ModelFolder
 from dga_scale.merging.formulas import MergeSettings, merge_tensors
 from dga_scale.merging.merge import Merge
 from tests.backbone.tiny import TINY
+from tests.batches import dense_labels
 from tests.corpus.tiny import byte_bpe, wordpiece
 from tests.small import SmallWorld
 
@@ -214,7 +215,8 @@ def test_a_sweep_scores_without_writing_models(
 
 def masked_loss(folder: Path, corpus: Path) -> float:
     """The model's own loss, in fp32, over its full logits."""
-    from dga_scale.corpus.batches import EvalBatches, MaskingPolicy
+    from dga_scale.corpus.batches import EvalBatches
+    from dga_scale.corpus.masking import MaskingPolicy
     from dga_scale.corpus.shards import Corpus
 
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
@@ -223,12 +225,11 @@ def masked_loss(folder: Path, corpus: Path) -> float:
     for batch in EvalBatches(
         opened, MaskingPolicy.for_corpus(opened, 0.15), batch_size=8, rank=0, world_size=1
     ):
-        labels = torch.full_like(batch.input_ids, -100)
-        rows, slots = (batch.labels != -100).nonzero(as_tuple=True)
-        labels[rows, batch.positions[rows, slots]] = batch.labels[rows, slots]
+        labels = dense_labels(batch)
+        count_here = int((labels != -100).sum())
         with torch.no_grad():
             loss = model(batch.masked_ids, attention_mask=batch.attention_mask, labels=labels).loss
-        total, count = total + float(loss) * len(rows), count + len(rows)
+        total, count = total + float(loss) * count_here, count + count_here
     return total / count
 
 

@@ -16,10 +16,12 @@ from dga_scale.config import (
     RunSettings,
     TrainConfig,
 )
-from dga_scale.corpus.batches import IGNORED, Batch
+from dga_scale.corpus.batches import Batch
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.objectives import METHODS
 from dga_scale.objectives.method import Method, Workplace
 from dga_scale.objectives.training_model import TrainingModel
+from tests.batches import batch_of, dense_labels
 from tests.objectives.toy import PAD, tensors_of, toy_lm
 
 
@@ -94,14 +96,6 @@ def states_of(lm: PreTrainedModel, batch: Batch, masked: bool) -> list[Tensor]:
     return [lm.base_model(ids[None, row, :n]).last_hidden_state[0] for row, n in enumerate(lengths)]
 
 
-def masked_places(batch: Batch) -> list[list[int]]:
-    """Masked positions of each row."""
-    return [
-        [p for p, label in zip(positions, labels, strict=True) if label != IGNORED]
-        for positions, labels in zip(batch.positions.tolist(), batch.labels.tolist(), strict=True)
-    ]
-
-
 def info_nce(anchors: list[Tensor], keys: list[Tensor], temperature: float) -> Tensor:
     """Mean of -log e^{cos(a_i, k_i)/tau} / sum_j e^{cos(a_i, k_j)/tau}, as written; fp64."""
 
@@ -134,11 +128,12 @@ def wider(batch: Batch, columns: int) -> Batch:
     def padded(tensor: Tensor, value: int) -> Tensor:
         return torch.cat([tensor, tensor.new_full((len(tensor), columns), value)], dim=1)
 
-    return dataclasses.replace(
-        batch,
-        input_ids=padded(batch.input_ids, PAD),
-        masked_ids=padded(batch.masked_ids, PAD),
-        attention_mask=padded(batch.attention_mask, 0),
+    return batch_of(
+        padded(batch.input_ids, PAD),
+        padded(batch.masked_ids, PAD),
+        padded(batch.attention_mask, 0),
+        padded(dense_labels(batch), IGNORED),
+        sources=batch.sources,
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.objectives.training_model import TrainingModel
 from tests.backbone.tiny import TINY
+from tests.batches import rows_of
 from tests.objectives.comparison import (
     assert_same_gradients,
     config_of,
@@ -19,7 +20,7 @@ from tests.objectives.comparison import (
     wider,
     workplace_of,
 )
-from tests.objectives.toy import rows_of, toy_batch
+from tests.objectives.toy import toy_batch
 from tests.ranks import run_ranks
 
 METHODS = ("kd", "simcse", "tacl", "infoword", "adapted_deit")

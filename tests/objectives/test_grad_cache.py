@@ -9,8 +9,9 @@ from dga_scale.objectives.grad_cache import cache_contrast
 from dga_scale.objectives.method import LM_VIEW
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.objectives.views import ModelInputs, run_views
+from tests.batches import rows_of
 from tests.objectives.comparison import assert_same_gradients, gradients_of, labels_in
-from tests.objectives.toy import rows_of, tensors_of, toy_batch, toy_lm, toy_model, toy_protection
+from tests.objectives.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
 from tests.ranks import run_ranks
 from tests.reference import Reference
 
@@ -129,10 +130,9 @@ def test_second_readings_repeat_the_dropout_of_the_first(
         if hidden is None:
             hidden = trunk(inputs.masked_ids, attention_mask=inputs.attention_mask).last_hidden_state
         logits = plain.anatomy.lm_logits(plain.lm, hidden)  # (B, T, V)
-        for row, (positions, wanted) in enumerate(zip(inputs.positions, inputs.labels, strict=True)):
-            kept = wanted != -100
-            scores = logits[row, positions[kept]].log_softmax(dim=-1)
-            mlm.append(-scores.gather(1, wanted[kept, None]).sum())
+        kept = inputs.labels != -100
+        scores = logits.flatten(0, 1)[inputs.positions[kept]].log_softmax(dim=-1)
+        mlm.append(-scores.gather(1, inputs.labels[kept, None]).sum())
     loss = torch.stack(mlm).sum() / labels + contrastive
     loss.backward()
 

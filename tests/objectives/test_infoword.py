@@ -5,16 +5,15 @@ import math
 import pytest
 import torch
 
-from dga_scale.corpus.batches import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.objectives.infoword import pool_masked_words
 from dga_scale.objectives.views import ModelInputs
+from tests.batches import masked_places, rows_of, without_labels
 from tests.objectives.comparison import (
     assert_gradients_of_mlm_and,
     config_of,
     info_nce,
     loss_of,
-    masked_places,
     method_of,
     states_of,
     training_model,
@@ -40,15 +39,13 @@ def test_term_and_gradient_are_the_references(temperature: float) -> None:
 
 def test_sentences_that_are_alike_give_log_of_their_number() -> None:
     batch = toy_batch(4)
-    for tensor in vars(batch).values():
-        tensor.copy_(tensor[:1].clone().expand_as(tensor))
+    batch = rows_of(batch, [0, 0, 0, 0])
     _, terms = loss_of(training_model("infoword"), batch)
     assert terms["infoword"].item() == pytest.approx(math.log(4), rel=1e-5)
 
 
 def test_a_sentence_without_masked_words_is_pooled_whole() -> None:
-    batch = toy_batch(2)
-    batch.labels[0] = IGNORED
+    batch = without_labels(toy_batch(2), 0)
     hidden = torch.randn(*batch.input_ids.shape, 5)
     pooled = pool_masked_words(hidden, ModelInputs(*tensors_of(batch)))
     length = int(batch.attention_mask[0].sum())

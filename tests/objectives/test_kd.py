@@ -8,12 +8,12 @@ from torch.distributions import Categorical
 from transformers import PreTrainedModel
 
 from dga_scale.corpus.batches import Batch
+from tests.batches import masked_places
 from tests.objectives.comparison import (
     assert_same_gradients,
     gradients_of,
     labels_in,
     loss_of,
-    masked_places,
     training_model,
 )
 from tests.objectives.toy import toy_batch, toy_lm

@@ -14,9 +14,10 @@ from dga_scale.engine.deepspeed import build_engine, set_learning_rate
 from dga_scale.engine.optimizer_step import backward
 from dga_scale.objectives.kl import KL, KLSettings
 from dga_scale.objectives.training_model import TrainingModel
+from tests.batches import masked_places, rows_of
 from tests.engine.training import Setup, full_weights
 from tests.objectives.test_rehearsal import labels_of, mean_loss, mixed
-from tests.objectives.toy import rows_of, tensors_of, toy_lm
+from tests.objectives.toy import tensors_of, toy_lm
 from tests.ranks import run_ranks
 
 SETTINGS = KLSettings(kl_weight=0.8, kl_temperature=2.0, kl_mlm_weight=0.3)
@@ -38,10 +39,9 @@ def expected_kl(student: Any, base: Any, batch: Batch, temperature: float) -> Te
             "attention_mask": batch.attention_mask[row : row + 1],
         }
         ours, theirs = student(**inputs).logits[0], base(**inputs).logits[0].detach()
-        for place, label in zip(batch.positions[row].tolist(), batch.labels[row].tolist(), strict=True):
-            if label != -100:
-                p = (theirs[place] / temperature).softmax(0)
-                divergences.append((p * (p.log() - (ours[place] / temperature).log_softmax(0))).sum())
+        for place in masked_places(batch)[row]:
+            p = (theirs[place] / temperature).softmax(0)
+            divergences.append((p * (p.log() - (ours[place] / temperature).log_softmax(0))).sum())
     return torch.stack(divergences).mean() * temperature**2
 
 

@@ -22,9 +22,17 @@ from dga_scale.engine.cluster import join_cluster
 from dga_scale.engine.consolidate import consolidate
 from dga_scale.engine.optimizer_step import backward
 from dga_scale.errors import UserError
+from tests.batches import rows_of
 from tests.engine.training import Setup, full_weights, save, tiny_engine
-from tests.objectives.comparison import config_of, labels_in, loss_of, method_of, training_model, workplace_of
-from tests.objectives.toy import rows_of, tensors_of, toy_batch, toy_lm
+from tests.objectives.comparison import (
+    config_of,
+    labels_in,
+    loss_of,
+    method_of,
+    training_model,
+    workplace_of,
+)
+from tests.objectives.toy import tensors_of, toy_batch, toy_lm
 from tests.ranks import RankError, run_ranks
 from tests.small import make_world
 from tests.test_train import arguments, run_training

@@ -1,6 +1,5 @@
 """Rehearsal's weights against the two means written out."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -12,24 +11,27 @@ from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.corpus.batches import Batch
 from dga_scale.objectives.rehearsal import Rehearsal, RehearsalSettings
 from dga_scale.objectives.training_model import TrainingModel
-from tests.objectives.toy import rows_of, tensors_of, toy_batch, toy_lm
+from tests.batches import batch_of, dense_labels, rows_of
+from tests.objectives.toy import tensors_of, toy_batch, toy_lm
 
 SOURCES = torch.tensor([0, 2, 0, 1, 1, 0, 0, 2])
 
 
 def mixed() -> Batch:
-    return dataclasses.replace(toy_batch(8), sources=SOURCES)
+    batch = toy_batch(8)
+    return batch_of(
+        batch.input_ids, batch.masked_ids, batch.attention_mask, dense_labels(batch), sources=SOURCES
+    )
 
 
 def labels_of(batch: Batch, sources: int = 3) -> list[int]:
-    return [int((batch.labels[batch.sources == k] != -100).sum()) for k in range(sources)]
+    return [int((dense_labels(batch)[batch.sources == k] != -100).sum()) for k in range(sources)]
 
 
 def mean_loss(lm: Any, batch: Batch) -> Tensor:
     """Mean cross-entropy over the labels of some rows, from the stock model's full logits."""
     logits = lm(input_ids=batch.masked_ids, attention_mask=batch.attention_mask).logits
-    chosen = torch.stack([row[places] for row, places in zip(logits, batch.positions, strict=True)])
-    return F.cross_entropy(chosen.flatten(0, 1), batch.labels.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), dense_labels(batch).flatten())
 
 
 def build(weight: float | None) -> TrainingModel:

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from dga_scale.errors import UserError
+from tests.batches import masked_places
 from tests.objectives.comparison import (
     assert_same_gradients,
     config_of,
     gradients_of,
     labels_in,
     loss_of,
-    masked_places,
     method_of,
     states_of,
     training_model,

@@ -9,6 +9,7 @@ from dga_scale.corpus.batches import Batch
 from dga_scale.errors import UserError
 from dga_scale.objectives import taco
 from dga_scale.objectives.taco import near_tokens, tokens_of_others
+from tests.batches import rows_of
 from tests.objectives.comparison import (
     assert_gradients_of_mlm_and,
     config_of,
@@ -16,7 +17,7 @@ from tests.objectives.comparison import (
     method_of,
     training_model,
 )
-from tests.objectives.toy import rows_of, toy_batch, toy_lm
+from tests.objectives.toy import toy_batch, toy_lm
 
 WINDOW, NEGATIVES = 2, 7
 

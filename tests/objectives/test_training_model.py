@@ -9,16 +9,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.config import MethodSettings
-from dga_scale.corpus.batches import IGNORED, Batch
+from dga_scale.corpus.batches import Batch
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.objectives import METHODS
 from dga_scale.objectives.dga import DGA, DGASettings
 from dga_scale.objectives.mlm import MaskedLM
-from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
+from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from tests.backbone.tiny import TINY
+from tests.batches import dense_labels, joined, rows_of, without_labels
 from tests.objectives.toy import (
     HIDDEN,
     VOCAB,
-    rows_of,
     tensors_of,
     toy_batch,
     toy_lm,
@@ -168,14 +169,13 @@ def test_evaluation_scores_as_the_stock_model_does(name: str) -> None:
     lm = TINY[name].model()
     batch = toy_batch()
     model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MethodSettings())).train()
-    loss, count, correct = evaluate_sums(model, batch).tolist()
+    loss, count, correct = evaluate_rows(model, batch).sum(dim=0).tolist()
     assert model.training
     lm.eval()
     with torch.no_grad():
         logits = lm(input_ids=batch.masked_ids, attention_mask=batch.attention_mask).logits
-    labelled = batch.labels != IGNORED
-    rows = torch.arange(ROWS)[:, None].expand_as(labelled)[labelled]
-    picked, labels = logits[rows, batch.positions[labelled]].double(), batch.labels[labelled]
+    dense = dense_labels(batch)
+    picked, labels = logits[dense != IGNORED].double(), dense[dense != IGNORED]
     assert loss == pytest.approx(F.cross_entropy(picked, labels, reduction="sum").item(), rel=1e-5)
     assert count == len(labels)
     assert correct == (picked.argmax(dim=-1) == labels).sum().item()
@@ -185,16 +185,18 @@ def test_rows_without_labels_do_not_count() -> None:
     """Padding a batch with an empty row changes no sum, also where nothing can be attended to."""
     batch = toy_batch()
     model = toy_model("mlm")
-    expected = evaluate_sums(model, batch)
-    padded = Batch(**{name: torch.cat([tensor, tensor[:1]]) for name, tensor in vars(batch).items()})
-    padded.labels[-1], padded.attention_mask[-1] = IGNORED, 0
-    torch.testing.assert_close(evaluate_sums(model, padded), expected)
+    expected = evaluate_rows(model, batch)
+    padded = without_labels(joined([batch, rows_of(batch, [0])]), -1)
+    padded.attention_mask[-1] = 0
+    found = evaluate_rows(model, padded)
+    torch.testing.assert_close(found[:-1], expected)
+    assert not found[-1].any()
 
 
 def test_lm_head_and_loss_run_on_masked_positions_of_the_mlm_view_only() -> None:
-    """FLOPs as counted by torch: the head on B * M rows, the trunk on four views of B * T tokens."""
+    """FLOPs as counted by torch: the head on N places, the trunk on four views of B * T tokens."""
     batch = toy_batch()
-    rows, masked = batch.positions.shape
+    assert len(batch.positions) == 32  # for 17 labels
 
     def flops(method: str) -> tuple[int, int]:
         model = toy_model(method)
@@ -205,7 +207,7 @@ def test_lm_head_and_loss_run_on_masked_positions_of_the_mlm_view_only() -> None
         return sum(counts["TrainingModel.lm.cls"].values()), sum(counts["TrainingModel.lm.bert"].values())
 
     head, trunk = flops("dga")
-    assert head == 2 * rows * masked * (HIDDEN * HIDDEN + HIDDEN * VOCAB)
+    assert head == 2 * 32 * (HIDDEN * HIDDEN + HIDDEN * VOCAB)
     assert (head, trunk) == (flops("mlm")[0], 4 * flops("mlm")[1])
 
 
@@ -214,7 +216,7 @@ def test_causal_models_train_on_the_next_token(name: str) -> None:
     """The positions and labels of a causal batch give the loss of the stock model's own ``labels``."""
     lm = TINY[name].model()  # in eval mode: GPT-2 has dropout
     ids = torch.randint(3, 90, (4, 9))
-    positions = torch.arange(8).expand(4, 8)
+    positions = (9 * torch.arange(4)[:, None] + torch.arange(8)).flatten()
     model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MethodSettings()))
-    loss, _ = model(ids, ids, torch.ones_like(ids), positions, ids[:, 1:], masked=(32,))
+    loss, _ = model(ids, ids, torch.ones_like(ids), positions, ids[:, 1:].flatten(), masked=(32,))
     assert loss.item() == pytest.approx(lm(input_ids=ids, labels=ids).loss.item(), rel=1e-5)

@@ -7,9 +7,12 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.corpus.batches import IGNORED, Batch
+from dga_scale.corpus.batches import Batch
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.objectives import METHODS
 from dga_scale.objectives.training_model import TrainingModel
+from dga_scale.objectives.views import ModelInputs
+from tests.batches import batch_of
 
 VOCAB, LAYERS, HEADS, HIDDEN, INTERMEDIATE = 96, 2, 4, 32, 48
 PAD, MASK = 1, 3
@@ -62,29 +65,14 @@ def toy_batch(rows: int = 8, tokens: int = 12, seed: int = 0) -> Batch:
     attention_mask = (torch.arange(tokens) < lengths[:, None]).long()
     ids = ids.masked_fill(attention_mask == 0, PAD)
     masked_ids = ids.clone()
-    positions = torch.zeros(rows, 3, dtype=torch.long)
-    labels = torch.full((rows, 3), IGNORED)
+    labels = torch.full_like(ids, IGNORED)
     for row in range(rows):
         count = int(torch.randint(1, 4, (), generator=generator))
         chosen = torch.randperm(int(lengths[row]), generator=generator)[:count].sort().values
-        positions[row, :count], labels[row, :count] = chosen, ids[row, chosen]
-        masked_ids[row, chosen] = MASK
-    sources = torch.zeros(rows, dtype=torch.long)
-    return Batch(ids, masked_ids, attention_mask, positions, labels, torch.arange(rows), sources)
+        labels[row, chosen], masked_ids[row, chosen] = ids[row, chosen], MASK
+    return batch_of(ids, masked_ids, attention_mask, labels)
 
 
-def rows_of(batch: Batch, rows: slice | list[int]) -> Batch:
-    """Some rows of a batch."""
-    return Batch(**{name: tensor[rows] for name, tensor in vars(batch).items()})
-
-
-def tensors_of(batch: Batch) -> tuple[Tensor, ...]:
+def tensors_of(batch: Batch) -> tuple[Any, ...]:
     """What the training model is called with."""
-    return (
-        batch.input_ids,
-        batch.masked_ids,
-        batch.attention_mask,
-        batch.positions,
-        batch.labels,
-        batch.sources,
-    )
+    return tuple(getattr(batch, name) for name in ModelInputs._fields)

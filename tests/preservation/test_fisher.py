@@ -16,7 +16,8 @@ from dga_scale.errors import UserError
 from dga_scale.preservation.anchors import key_of
 from dga_scale.preservation.fisher import Fisher, measure_fisher
 from dga_scale.preservation.fragments import Fragment
-from tests.objectives.toy import rows_of, toy_batch, toy_lm
+from tests.batches import dense_labels, joined, rows_of, without_labels
+from tests.objectives.toy import toy_batch, toy_lm
 from tests.reference import per_example_fisher
 
 ROWS = 6
@@ -74,8 +75,7 @@ def test_squares_of_a_batchs_mean_gradient_would_be_something_else() -> None:
     """The usual mistake, for scale: far from the tolerance above."""
     batch, lm = toy_batch(ROWS), toy_lm().eval()
     logits = lm(input_ids=batch.masked_ids, attention_mask=batch.attention_mask).logits
-    chosen = logits.gather(1, batch.positions[..., None].expand(-1, -1, logits.shape[-1]))
-    F.cross_entropy(chosen.flatten(0, 1), batch.labels.flatten()).backward()
+    F.cross_entropy(logits.flatten(0, 1), dense_labels(batch).flatten()).backward()
     name, squares = next(iter(expected_fisher(batch).items()))
     mistaken = dict(lm.named_parameters())[name].grad.flatten() ** 2
     assert squares.sum() > 2 * mistaken.sum()
@@ -109,8 +109,7 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was() -> None:
 
 def test_rows_that_fill_up_and_pieces_of_parameters() -> None:
     batch, model = toy_batch(ROWS), Caller()
-    filled = Batch(**{name: torch.cat([t, t[:2]]) for name, t in vars(batch).items()})
-    filled.labels[ROWS:] = -100
+    filled = without_labels(joined([batch, rows_of(batch, [0, 1])]), slice(ROWS, None))
     halves = []
     for fragment in fragments_of(model):
         middle = len(fragment.values) // 3

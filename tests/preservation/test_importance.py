@@ -13,18 +13,19 @@ from torch import Tensor
 from transformers import BertForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.corpus.batches import IGNORED, Batch
+from dga_scale.corpus.batches import Batch
+from dga_scale.corpus.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.objectives.dga import DGA, DGASettings
-from dga_scale.objectives.training_model import TrainingModel, evaluate_sums
+from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from dga_scale.preservation.importance import Importance, measure_importance
 from tests.backbone.tiny import TINY
+from tests.batches import batch_of, dense_labels, joined, masked_places, rows_of, without_labels
 from tests.objectives.toy import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
     LAYERS,
-    rows_of,
     toy_batch,
     toy_lm,
     toy_model,
@@ -71,8 +72,7 @@ def importance_one_by_one(batch: Batch) -> dict[str, Tensor]:
         one = rows_of(batch, slice(row, row + 1))
         length = int(one.attention_mask.sum())
         logits = lm(input_ids=one.masked_ids[:, :length]).logits[0]
-        real = one.labels[0] != IGNORED
-        loss = F.cross_entropy(logits[one.positions[0][real]], one.labels[0][real])
+        loss = F.cross_entropy(logits, dense_labels(one)[0, :length])
         for kind, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
             sums[kind] += gradient.abs() / len(batch.input_ids)
         for handle in handles:
@@ -116,8 +116,8 @@ def test_examples_without_labels_do_not_count() -> None:
     """Rows that fill up the last batch, here even without a token to attend to."""
     batch = toy_batch()
     expected = measure_importance(toy_model(), [batch], loss="mlm")
-    padded = Batch(**{name: torch.cat([tensor, tensor[:2]]) for name, tensor in vars(batch).items()})
-    padded.labels[-2:], padded.attention_mask[-2:] = IGNORED, 0
+    padded = without_labels(joined([batch, rows_of(batch, [0, 1])]), slice(-2, None))
+    padded.attention_mask[-2:] = 0
     measured = measure_importance(toy_model(), split(padded, 5), loss="mlm")
     torch.testing.assert_close(measured.values["heads"], expected.values["heads"], rtol=1e-5, atol=1e-7)
     assert measured.settings["examples"] == 8
@@ -133,11 +133,7 @@ def test_rows_that_fill_up_a_batch_do_not_count_for_proxy_kl(distribution: str) 
         model = toy_model(dropout=0.1)
         return measure_importance(model, [batch], distribution=distribution).values["heads"]
 
-    alone = []
-    for filler in (0, 1):
-        batch = rows_of(both, [0, 1])
-        batch.labels[filler] = IGNORED
-        alone.append(measured(batch))
+    alone = [measured(without_labels(both, filler)) for filler in (0, 1)]
     torch.testing.assert_close(measured(both), (alone[0] + alone[1]) / 2, rtol=1e-5, atol=1e-7)
 
 
@@ -152,8 +148,7 @@ def proxy_kl_by_hand(model: TrainingModel, batch: Batch, distribution: str) -> T
     output = lm.bert(batch.input_ids.repeat(2, 1), attention_mask=batch.attention_mask.repeat(2, 1))
     hidden = output.last_hidden_state
     if distribution == "vocabulary":
-        real = batch.labels[0] != IGNORED
-        p = lm.cls(hidden)[:, batch.positions[0][real]].softmax(dim=-1)  # (2, labels, V)
+        p = lm.cls(hidden)[:, masked_places(batch)[0]].softmax(dim=-1)  # (2, labels, V)
     elif distribution == "hidden":
         p = hidden[:, :length].softmax(dim=-1)  # (2, T, H)
     else:
@@ -198,7 +193,7 @@ def test_parameters_and_gradients_are_left_as_they_were() -> None:
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {"lm.bert.embeddings.word_embeddings.weight"}
     assert all(bool((p.grad == 2).all()) for p in model.parameters() if p.requires_grad)
-    evaluate_sums(model, toy_batch(3))  # gates left behind would be those of 8 rows
+    evaluate_rows(model, toy_batch(3))  # gates left behind would be those of 8 rows
 
 
 def test_no_dropout_is_refused_with_what_to_pass() -> None:
@@ -241,15 +236,9 @@ def test_causal_models_and_fp16_are_measured() -> None:
     lm = TINY["llama"].model()
     model = TrainingModel(lm, anatomy_of(lm), DGA(DGASettings()))
     ids = torch.randint(3, 90, (4, 9))
-    batch = Batch(
-        ids,
-        ids,
-        torch.ones_like(ids),
-        torch.arange(8).expand(4, 8),
-        ids[:, 1:],
-        torch.arange(4),
-        torch.zeros(4),
-    )
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, :-1] = ids[:, 1:]
+    batch = batch_of(ids, ids, torch.ones_like(ids), labels)
     exact = measure_importance(model, [batch], loss="mlm").values["heads"]
     assert bool((exact > 0).all())
     model.to(torch.bfloat16)

@@ -9,18 +9,13 @@ from torch import Tensor
 
 from dga_scale.engine.deepspeed import build_engine, set_learning_rate
 from dga_scale.engine.optimizer_step import backward, local_fragments
-from dga_scale.objectives.training_model import evaluate_sums
+from dga_scale.objectives.training_model import evaluate_rows
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.preservation.movement import MovementTracker
 from dga_scale.preservation.soft_mask import GradientMask, mask_factors
+from tests.batches import rows_of
 from tests.engine.training import Setup, full_weights
-from tests.objectives.toy import (
-    rows_of,
-    tensors_of,
-    toy_batch,
-    toy_model,
-    toy_protection,
-)
+from tests.objectives.toy import tensors_of, toy_batch, toy_model, toy_protection
 from tests.ranks import run_ranks
 from tests.reference import Reference
 
@@ -50,7 +45,7 @@ def measured_and_trained(stage: int) -> dict[str, Any]:
 
     def state() -> tuple[Tensor, Tensor]:
         values = measure_importance(engine.module, [own(0), own(1)], loss="mlm", reduce=summed).values
-        return values["heads"], summed(evaluate_sums(engine.module, own(2)))
+        return values["heads"], summed(evaluate_rows(engine.module, own(2)).sum(dim=0))
 
     found: dict[str, Any] = {"before": state()}
     for step in range(2):
@@ -84,7 +79,7 @@ def expected() -> dict[str, Any]:
     def state() -> tuple[Tensor, Tensor]:
         batches = [toy_batch(ROWS, seed=seed) for seed in range(3)]
         values = measure_importance(model, batches[:2], loss="mlm").values
-        return values["heads"], evaluate_sums(model, batches[2])
+        return values["heads"], evaluate_rows(model, batches[2]).sum(dim=0)
 
     found: dict[str, Any] = {"before": state()}
     for step in range(2):
