@@ -82,6 +82,8 @@ def resolve_ds_config(
         ds.setdefault("communication_data_type", "fp32")
         if stage > 0 and accumulation > 1:
             ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    # DeepSpeed's own throughput timer, which nothing here reads, waits for the GPU twice in each pass.
+    ds.setdefault("timers", {"throughput": {"enabled": False}})
     if offload["optimizer"]:
         # torch's fused AdamW runs on the CPU too, without a compiler on the machine.
         ds["zero_force_ds_cpu_optimizer"] = False

@@ -121,8 +121,9 @@ class StopAgreement:
         """
         self._previous = self._read()
         device = self._cluster.device
-        flags = torch.tensor([float(requested), float(saves_written)], device=device)
-        sums = self._cluster.sum(torch.cat([torch.stack([t.float() for t in terms.values()]), flags]))
+        # Filled on the device: a copy of a tensor made here would wait for what the device is doing.
+        flags = [torch.full((), float(value), device=device) for value in (requested, saves_written)]
+        sums = self._cluster.sum(torch.stack([*(t.float() for t in terms.values()), *flags]))
         self._flags = sums[-2:].to("cpu", non_blocking=True)
         if device.type == "cuda":
             self._arrived = torch.cuda.Event()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.config import get_timers_config
 
 from dga_scale.config import TrainConfig
 from dga_scale.engine import ds_config
@@ -234,6 +235,13 @@ def test_16_bit_gradients_are_summed_in_fp32(stage: int) -> None:
     own = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
     kept = resolve(raw | own, passes).ds_config
     assert {key: kept[key] for key in own} == own
+
+
+def test_deepspeed_does_not_time_what_nothing_reads():
+    """Its timer synchronizes the device twice a pass; whoever wants its lines says so."""
+    assert get_timers_config(resolve({}).ds_config).enabled is False
+    own = {"timers": {"throughput": {"enabled": True}}}
+    assert resolve(own).ds_config["timers"] == own["timers"]
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
