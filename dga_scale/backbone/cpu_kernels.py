@@ -84,7 +84,9 @@ def attention(
     """
     unusual = any(kwargs.get(name) is not None for name in _UNUSUAL)
     # With dropout whatever the grad mode: a pass without gradient may be one that is repeated with it.
-    pays = dropout > 0 or (torch.is_grad_enabled() and query.dtype == torch.bfloat16)
+    # In train mode without gradients too: a pass that GradCache repeats with them gives the same.
+    differentiated = module.training or torch.is_grad_enabled()
+    pays = dropout > 0 or (differentiated and query.dtype == torch.bfloat16 and key.shape[2] <= _SHORT)
     if unusual or not pays or query.device.type != "cpu":
         return sdpa_attention_forward(
             module, query, key, value, attention_mask,
