@@ -1,6 +1,7 @@
 """The command ``dga-plan``; tools/plan.py calls the same function."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import NoReturn
@@ -31,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, required=True, help="GPUs of the run, one rank on each")
     add("--gpus_per_node", type=int, default=8, help="GPUs in one machine; default: 8")
     add("--gpu", required=True, metavar="NAME|FILE.yaml", help="h100, h200, a100, a100-40gb, or a YAML file")
+    add("--mfu", type=float, metavar="SHARE", help="of forward and backward passes, as measured "
+        "(mfu in a log); default: a roofline of the GPU's figures")  # fmt: skip
     add("--sequence_length", type=int, help="tokens a row; default: 512, or what the model takes if less")
     add("--scaling", action="store_true", help="also 1 to 1,024 GPUs with the configured rows a rank")
     add("--json", action="store_true", help="print JSON, in bytes and seconds, instead of tables")
@@ -47,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dga_scale.planning.gpus import find_gpu
 
     gpu = find_gpu(options.gpu)
+    if options.mfu is not None:
+        if not 0 < options.mfu <= 1:
+            raise UserError(f"--mfu {options.mfu}: must be a share above 0, at most 1")
+        gpu = dataclasses.replace(gpu, mfu=options.mfu)
     from dga_scale.engine.ds_keys import load_ds_config  # the imports below take seconds
     from dga_scale.objectives import read_config
     from dga_scale.planning.plan import Cluster, make_planner

@@ -7,6 +7,14 @@ differs in two points, both counted here. ZeRO-1 and 2 all-reduce gradients, tho
 only (``use_multi_rank_bucket_allreduce``): 3 P. And gradients travel in ``communication_data_type``, which is
 fp32 unless the JSON says otherwise. Stages 2 and 3 reduce after every pass, stage 3 gathers in every pass.
 
+A collective takes its bytes over the bandwidth plus a latency for every hop (the alpha-beta model; Thakur,
+Rabenseifner and Gropp 2005). Hops as NCCL counts them to choose how to send (``src/graph/tuning.cc``): a
+ring's all-gather and reduce-scatter go from rank to rank, N - 1 hops, its all-reduce twice as many; a tree's
+all-reduce goes up and down through the ranks of a machine and log2 of the machines. The fastest way counts.
+
+Compute is a roofline (Williams et al. 2009): matrix products at the peak, everything else at the memory's
+bandwidth, one after the other, as eager PyTorch runs them.
+
 A contrast over all ranks gathers ``sides * N * rows * hidden`` fp32 figures in each pass, or those of all
 passes at once, and scatters their gradients back: the only part that grows with the number of ranks.
 """
@@ -30,7 +38,10 @@ class Traffic:
         gathered_weights: in the passes of ZeRO-3.
         contrast: pooled states and their gradients.
         host: to and from the host's memory in offload.
-        collectives: number of calls, for their latency.
+        reductions: number of calls that reduce gradients, for their latency.
+        updates: number of calls that gather updated weights.
+        gathers: number of calls that gather weights for the passes.
+        contrasts: number of calls that gather keys or scatter their gradients.
 
     """
 
@@ -39,7 +50,10 @@ class Traffic:
     gathered_weights: float
     contrast: float
     host: float
-    collectives: int
+    reductions: int
+    updates: int
+    gathers: int
+    contrasts: int
 
     @property
     def total(self) -> float:
@@ -59,19 +73,13 @@ def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int) -> Tr
     all_reduced = zero.stage == 0 or (zero.stage < 3 and zero.all_reduce)
     gradients = trained * zero.communication_bytes * (2 if all_reduced else 1) * reductions
     updated = trained * width if zero.stage in (1, 2) else 0
-    sharded = sum(size for size in model.sizes.values() if size > zero.persistence)
-    gathers = passes * (trunk_passes(model, batch, passes) + 1)
+    large = [size for size in model.sizes.values() if size > zero.persistence]
+    sharded = sum(large)
+    gathers = passes * (trunk_passes(model, batch, passes) + 1 + model.method.needs_teacher)
     gathered = gathers * sharded * width if zero.stage == 3 else 0
-    if zero.stage == 3 and model.method.needs_teacher:
-        gathered += passes * sharded * width
     contrast = model.method.contrast()
     keys = gather_bytes(model, batch, zero.ranks, passes)
     contrasts = 1 if contrast is not None and contrast.spans(passes) else passes
-    calls = reductions * math.ceil(trained / max(1, zero.reduce_bucket)) + 2 * contrasts * (keys > 0)
-    if zero.stage in (1, 2):
-        calls += 1
-    elif zero.stage == 3:
-        calls += gathers * (model.anatomy.num_layers + 2)
     own = share(model, zero)
     host: float = own * (zero.communication_bytes + width) if zero.offload_optimizer else 0
     if zero.offload_parameters:
@@ -82,7 +90,10 @@ def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int) -> Tr
         gathered_weights=gathered * part,
         contrast=2 * contrasts * keys * part,
         host=host,
-        collectives=calls if zero.ranks > 1 else 0,
+        reductions=reductions * math.ceil(trained / max(1, zero.reduce_bucket)),
+        updates=int(zero.stage in (1, 2)),
+        gathers=gathers * len(large) if zero.stage == 3 else 0,  # each large parameter is a call of its own
+        contrasts=2 * contrasts * (keys > 0),
     )
 
 
@@ -141,8 +152,7 @@ def forward_backward_flops(
     counted = step_flops(
         model.anatomy,
         views=batch.views,
-        rows=rows,
-        sequence_length=batch.length,
+        rows_by_width={batch.length: rows},
         head_tokens=rows * batch.labels,
     )
     computed = counted
@@ -158,6 +168,34 @@ def forward_backward_flops(
     return counted, computed
 
 
+def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int, computed: float) -> float:
+    """Bytes that a rank's kernels other than matrix products read and write in a step's passes.
+
+    h, f and w as in ``memory.layer_activations``; per token and block, a kernel reads and writes its entries
+    once, and its backward kernel reads gradient and input and writes a gradient::
+
+        activation         5 f (10 f with a gate and its product)
+        residual sums      6 h forward, 6 h backward, two of them together
+        norms              4 h forward, 6 h backward, two of them together; in float32 four times the bytes
+        dropout            8 h, and its masks' bytes, 4 h, two of them together
+        attention          3 times queries, keys, values and output
+
+    A prediction takes 3 w + 24 bytes for each token of the vocabulary: logits, float32, log-softmax and back.
+    A trained weight's gradient is written, and copied into a bucket and what it travels in.
+    ``computed``: FLOPs of the passes over those of the model, since what is recomputed is moved again.
+    """
+    anatomy, w = model.anatomy, zero.weight_bytes
+    h, f = anatomy.hidden_size, anatomy.intermediate_size
+    entries = (10 if model.gated else 5) * f + 12 * h + 10 * h * (4 if model.fp32_norms else 1)
+    entries += 3 * 2 * (anatomy.num_heads * anatomy.head_dim + model.kv_size)
+    a_token = entries * w + (8 * w + 4) * h * model.dropout
+    blocks = batch.tokens * batch.views * anatomy.num_layers * a_token
+    head = batch.rows * batch.labels * anatomy.vocab_size * (3 * w + 24)
+    travels = 2 * (w + zero.communication_bytes) * (zero.communication_bytes != w and zero.ranks > 1)
+    gradients = model.trained_parameters * (w + (2 * w + travels if zero.stage else 0))
+    return passes * ((blocks + head) * computed + gradients)
+
+
 def bus_bandwidth(gpu: Gpu, ranks: int, ranks_per_node: int) -> float:
     """Bytes a second that each rank's links carry in a ring over all ranks.
 
@@ -168,6 +206,38 @@ def bus_bandwidth(gpu: Gpu, ranks: int, ranks_per_node: int) -> float:
     if ranks > ranks_per_node:
         link = min(link, gpu.inter_node_gbs * ranks_per_node)
     return link * 1e9 * gpu.link_efficiency
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of NCCL's ways to send: share of the bandwidth, seconds of a hop in a machine and between two."""
+
+    bandwidth: float
+    inside: float
+    between: float
+
+
+RINGS = (Way(0.25, 0.85e-6, 2.7e-6), Way(0.92, 1.9e-6, 4.0e-6), Way(1.0, 3.4e-6, 9.6e-6))
+TREES = (Way(0.24, 0.94e-6, 5.0e-6), Way(0.82, 1.2e-6, 8.5e-6))
+"""Protocols LL, LL128 and (of rings) Simple over NVLink and InfiniBand: ``src/graph/tuning.cc`` of NCCL."""
+
+
+def collective(
+    sent: float, calls: int, gpu: Gpu, ranks: int, ranks_per_node: int, *, all_reduce: bool = False
+) -> float:
+    """Seconds of ``calls`` collectives in which a rank sends ``sent`` bytes in all.
+
+    An all-gather or reduce-scatter, or with ``all_reduce`` what sends as much both ways.
+    """
+    if ranks == 1 or not calls:
+        return 0.0
+    nodes = math.ceil(ranks / ranks_per_node)
+    seconds = sent / bus_bandwidth(gpu, ranks, ranks_per_node)
+    rings = [(w, (ranks - nodes) * w.inside + (nodes - 1) * w.between) for w in RINGS]
+    if not all_reduce:
+        return min(seconds / way.bandwidth + calls * hops for way, hops in rings)
+    up = [(w, (min(ranks, ranks_per_node) - 1) * w.inside + math.log2(nodes) * w.between) for w in TREES]
+    return min(seconds / way.bandwidth + calls * 2 * hops for way, hops in (*rings, *up))
 
 
 def time(
@@ -182,35 +252,44 @@ def time(
 ) -> Time:
     """Estimate a step's seconds.
 
-    Matrix products run at ``mfu`` of the GPU's peak (the bytes of all other kernels are in that figure).
-    AdamW reads 16 and writes 12 bytes an entry, and the weights of the passes. The reduction of gradients,
-    except a last bucket, hides behind the backward pass with ``overlap_comm``; ZeRO-3's gathers behind both
-    passes, as it prefetches; at most ``overlap`` of a pass. What follows the step, and the contrast's keys,
-    which the loss waits for, do not hide.
+    Passes are a roofline (see above), or run at ``gpu.mfu`` where that was measured. AdamW reads 16 and
+    writes 12 bytes an entry, and the weights of the passes; before it, gradients are brought to fp32, their
+    norm is taken, and they are scaled: 20 bytes more. The reduction of gradients, except a last bucket, hides
+    behind the backward pass with ``overlap_comm``; ZeRO-3's gathers behind both passes, as it prefetches; at
+    most ``overlap`` of a pass. What follows the step, and the contrast's keys, which the loss waits for, do
+    not hide.
     """
-    _, flops = forward_backward_flops(
+    counted, flops = forward_backward_flops(
         model, batch, passes=passes, ranks=zero.ranks, checkpointing=checkpointing
     )
-    peak = gpu.fp32_tflops if zero.weight_bytes == 4 else gpu.bf16_tflops
-    compute = flops / zero.ranks / (peak * 1e12 * gpu.mfu)
-    entries = share(model, zero) * (28 + zero.weight_bytes)
-    memory_gbs = gpu.host_memory_gbs if zero.offload_optimizer else gpu.memory_gbs
-    moved = traffic(model, zero, batch, passes=passes)
-    bandwidth = bus_bandwidth(gpu, zero.ranks, ranks_per_node)
-    latency = moved.collectives * gpu.latency_us * 1e-6 * math.log2(max(2, zero.ranks))
+    peak = (gpu.fp32_tflops if zero.weight_bytes == 4 else gpu.bf16_tflops) * 1e12
+    bandwidth = gpu.memory_gbs * 1e9 * gpu.memory_efficiency
+    if gpu.mfu:
+        compute = flops / zero.ranks / (peak * gpu.mfu)
+    else:
+        moved_here = moved_bytes(model, zero, batch, passes=passes, computed=flops / counted)
+        compute = flops / zero.ranks / (peak * gpu.product_efficiency) + moved_here / bandwidth
+    entries = share(model, zero) * (48 + zero.weight_bytes)
+    if zero.offload_optimizer:
+        bandwidth = gpu.host_memory_gbs * 1e9
+    moved, links = traffic(model, zero, batch, passes=passes), (gpu, zero.ranks, ranks_per_node)
+    all_reduced = zero.stage == 0 or (zero.stage < 3 and zero.all_reduce)
+    gradients = collective(moved.gradients, moved.reductions, *links, all_reduce=all_reduced)
+    weights = collective(moved.gathered_weights, moved.gathers, *links)
+    updated = collective(moved.updated_weights, moved.updates, *links)
+    contrast = collective(moved.contrast, moved.contrasts, *links)
     # Gradients hide behind the backward pass of the passes that reduce; stage 0 starts after the last one.
     reducing = compute * 2 / 3 if zero.stage >= 2 else compute * 2 / 3 / passes
     behind_backward = gpu.overlap * reducing if zero.overlap and zero.stage else 0.0
-    hidden = min(moved.gradients / bandwidth, behind_backward)
+    hidden = min(gradients, behind_backward)
     if zero.stage == 3:
-        left = gpu.overlap * compute - hidden
-        hidden += min(moved.gathered_weights / bandwidth, left)
-    communication = moved.total / bandwidth + latency
+        hidden += min(weights, gpu.overlap * compute - hidden)
+    communication = gradients + weights + updated + contrast
     return Time(
         passes=compute,
-        optimizer=entries / (memory_gbs * 1e9),
+        optimizer=entries / bandwidth,
         communication=communication,
-        contrast=moved.contrast / bandwidth,
+        contrast=contrast,
         host=moved.host / (gpu.host_link_gbs * 1e9),
         exposed=communication - hidden,
     )

@@ -21,9 +21,10 @@ class Gpu:
         intra_node_gbs: to the GPUs of the same machine (NVLink).
         inter_node_gbs: to other machines, for each GPU: its own network card, or its share of a common one.
         reserved_gib: context, communication buffers, and what the allocator loses in fragments.
-        mfu: share of the peak that matrix products reach. An assumption: measure it (mfu in the log).
+        product_efficiency: share of the peak that matrix products reach.
+        memory_efficiency: share of the memory's bandwidth that all other kernels reach.
+        mfu: of forward and backward passes, where it was measured: counts in place of the last two.
         link_efficiency: share of the links' figures that collectives reach.
-        latency_us: of one collective per doubling of the ranks.
         overlap: share of the time of a pass behind which communication can hide, where DeepSpeed overlaps.
         host_link_gbs: between GPU and host (PCIe), for offload.
         host_memory_gbs: bandwidth of the host's memory, for each GPU: its share.
@@ -38,9 +39,10 @@ class Gpu:
     intra_node_gbs: float
     inter_node_gbs: float
     reserved_gib: float = 3.0
-    mfu: float = 0.4
+    product_efficiency: float = 0.7
+    memory_efficiency: float = 0.8
+    mfu: float | None = None
     link_efficiency: float = 0.8
-    latency_us: float = 10.0
     overlap: float = 0.7
     host_link_gbs: float = 50.0
     host_memory_gbs: float = 30.0
@@ -53,9 +55,12 @@ GPUS = {
     "h100": Gpu(79.1, 989, 67, 3350, 450, 50),
     "h200": Gpu(140.0, 989, 67, 4800, 450, 50),
 }
-"""SXM modules in machines of 8, by NVIDIA's data sheets: network cards of 200 (A100) and 400 Gb/s a GPU."""
+"""SXM modules in machines of 8, by NVIDIA's data sheets: network cards of 200 (A100) and 400 Gb/s a GPU.
 
-_SHARES = ("mfu", "link_efficiency", "overlap")
+The efficiencies are assumptions, as is ``overlap``: what a run reached stands in its log as ``mfu``.
+"""
+
+_SHARES = ("product_efficiency", "memory_efficiency", "mfu", "link_efficiency", "overlap")
 
 
 def find_gpu(name: str) -> Gpu:
@@ -86,7 +91,8 @@ def find_gpu(name: str) -> Gpu:
     for key, value in content.items():
         if key not in known:
             raise UserError(f"{name}: unknown figure {key!r}.{nearest(str(key), known)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        least = 0 if key == "overlap" else 1e-9  # a machine may hide nothing
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
             raise UserError(f"{name}: {key} is {value!r}, and must be a number above 0")
         if key in _SHARES and value > 1:
             raise UserError(f"{name}: {key} is {value}, and must be a share from 0 to 1")

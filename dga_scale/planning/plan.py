@@ -16,6 +16,8 @@ from dga_scale.planning.memory import Batch, Memory, Zero, memory
 from dga_scale.planning.models import PlannedModel, build_model
 
 GIB = 2**30
+ALIKE = 1.05
+"""Steps as long as this times the shortest are taken to be as short."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,9 @@ class Planner:
         """The largest micro-batch that fits, under the fastest stage that it fits.
 
         With recomputed activations too if that is faster, as it can be where a larger micro-batch means fewer
-        passes. Stages within 1% of the fastest are alike: the configured one, else the lowest, is taken.
-        Offload stays as the JSON has it. None: nothing fits, not even one row under ZeRO-3.
+        passes. Stages within 5% of the fastest are alike, as what a higher one's hooks cost the host is not
+        counted: the configured one, else the lowest, is taken. Offload stays as the JSON has it. None:
+        nothing fits, not even one row under ZeRO-3.
         """
         settings = sorted({self.config.model.gradient_checkpointing, True})
         found = [plan for plan in map(self._largest, settings) if plan is not None]
@@ -194,7 +197,7 @@ class Planner:
             plans = [self.of(Choice(stage, micro, checkpointing), total, gpus) for stage in stages]
             fitting = [plan for plan in plans if plan.fits]
             if fitting:
-                limit = 1.01 * min(plan.time.step for plan in fitting)
+                limit = ALIKE * min(plan.time.step for plan in fitting)
                 alike = [plan for plan in fitting if plan.time.step <= limit]
                 return min(alike, key=lambda p: (p.choice.stage != resolved.zero_stage, p.choice.stage))
         return None

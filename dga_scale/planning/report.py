@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from dga_scale.planning.cost import collective
+from dga_scale.planning.gpus import Gpu
 from dga_scale.planning.plan import GIB, Plan, Planner
 
 DAY = 86400
@@ -87,9 +89,7 @@ def _overview(planner: Planner, columns: dict[str, Plan]) -> Table:
             _size(p.traffic.total) for p in columns.values()
         ],
         "  of it the contrast's keys": [_size(p.traffic.contrast) for p in columns.values()],
-        f"step (matrix products at {gpu.mfu:.0%} of the peak)": [
-            _duration(p.time.step) for p in columns.values()
-        ],
+        f"step ({_assumed(gpu)})": [_duration(p.time.step) for p in columns.values()],
         "  forward and backward": [_duration(p.time.passes) for p in columns.values()],
         "  optimizer": [_duration(p.time.optimizer) for p in columns.values()],
         "  waiting for communication": [_duration(p.time.exposed) for p in columns.values()],
@@ -105,6 +105,13 @@ def _overview(planner: Planner, columns: dict[str, Plan]) -> Table:
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
+
+
+def _assumed(gpu: Gpu) -> str:
+    """What the time of the passes rests on."""
+    if gpu.mfu:
+        return f"passes at {gpu.mfu:.0%} MFU, as given"
+    return f"assumed: products at {gpu.product_efficiency:.0%}, memory at {gpu.memory_efficiency:.0%} of peak"
 
 
 def _memory(planner: Planner, columns: dict[str, Plan]) -> Table:
@@ -186,7 +193,31 @@ def print_scaling(planner: Planner) -> None:
     if last.traffic.contrast:
         where = f"from {matters:,} GPUs on" if matters else "nowhere up to 1,024 GPUs"
         console.print(f"The contrast's gathers take more than {MATTERS:.0%} of a step {where}.")
+    for line in (*_importance(planner, plans[0]), FORMULAS):
+        console.print(line, soft_wrap=True)
 
+
+def _importance(planner: Planner, plan: Plan) -> Iterable[str]:
+    """The all-reduce that ends the measuring of importance, on as many GPUs as ``plan`` has."""
+    model, cluster = planner.model, planner.cluster
+    kinds = model.method.kinds
+    if kinds:
+        size = 8 * model.anatomy.num_layers * sum(model.anatomy.units(kind) for kind in kinds)
+        ranks, calls = plan.zero.ranks, 3 + len(kinds)
+        seconds = collective(2 * size, calls, cluster.gpu, ranks, cluster.per_node, all_reduce=True)
+        yield (
+            f"Importance is reduced once a run, {_size(size)} in {calls} calls: {_duration(seconds)} on "
+            f"{ranks:,} GPUs, {seconds / plan.time.step:.1%} of one step."
+        )
+
+
+FORMULAS = """\
+Of S bytes over N ranks, a rank sends S (N-1)/N in an all-gather or reduce-scatter, twice that in an all-
+reduce (ZeRO, arXiv 1910.02054, section 7), over NVLink in a machine, its network cards between machines.
+Each call waits for its hops too: N-1 of a ring, twice that in its all-reduce, 2 log2 in a tree's, in the
+protocol that is fastest (NCCL's own cost model, src/graph/tuning.cc). ZeRO-1 and 2 all-reduce gradients, 3
+P in all, as DeepSpeed does by default (use_multi_rank_bucket_allreduce)."""
+"""What the shares are worked out from; ``cost.py`` says more."""
 
 MATTERS = 0.01
 """Share of a step from which the contrast's gathers are said to matter."""

@@ -73,6 +73,15 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "offload" in out.lower()
 
 
+def test_a_measured_mfu_takes_the_place_of_the_roofline(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [
+        planned(capsys, *arguments("roberta-base", 1, "--mfu", share))[1]["planned"]
+        for share in ("0.4", "0.2")
+    ]
+    assert found[1]["seconds"]["passes"] == pytest.approx(2 * found[0]["seconds"]["passes"])
+    assert found[0]["mfu"] == pytest.approx(0.4, rel=0.05)  # the optimizer's step besides
+
+
 def test_offload_keeps_to_its_stages() -> None:
     best = planner("xlm-roberta-xl", 8, config="zero3_offload").recommended()
     assert best is not None
@@ -100,7 +109,8 @@ def test_weak_scaling(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["gpus"] for row in rows[::4]] == [2**power for power in range(11)]
     for row in rows:
         assert row["micro_batch"] == found["planned"]["micro_batch"]
-        sent = sum(size for name, size in row["traffic_bytes"].items() if name not in ("host", "collectives"))
+        calls = ("reductions", "updates", "gathers", "contrasts")
+        sent = sum(size for name, size in row["traffic_bytes"].items() if name not in ("host", *calls))
         assert (sent == 0) == (row["gpus"] == 1)
     contrast = [row["traffic_bytes"]["contrast"] for row in rows[::4]]
     assert contrast[10] / contrast[9] == pytest.approx(1023 / 511)  # grows with the ranks, all else does not
@@ -136,6 +146,7 @@ def test_no_method_is_forgotten(method: str) -> None:
         (arguments("roberta-base", 8, gpu="h10"), "Did you mean h100"),
         (arguments("roberta-base", 24), "does not divide into 1 passes on each of 24 ranks"),
         (arguments("roberta-base", 0), "--gpus 0: must be at least 1"),
+        (arguments("roberta-base", 8, "--mfu", "40"), "--mfu 40.0: must be a share"),
         (arguments("roberta-base", 8, "--sequence_length", "513"), "takes 2 to 512 tokens"),
         (arguments("roberta-base", 8, "--methd", "mlm"), "Did you mean"),
         (arguments("roberta-bas", 8), "Did you mean roberta-base"),
