@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dga_scale.backbone.cpu_kernels import use_cpu_kernels
 from dga_scale.objectives.grad_cache import cache_contrast
 from dga_scale.objectives.method import LM_VIEW
 from dga_scale.objectives.training_model import TrainingModel
@@ -104,16 +105,21 @@ def test_ranks_and_micro_steps_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("views", "split", "checkpointing"),
-    [("paper", False, False), ("paper", True, False), ("paper", False, True), ("shared", False, False)],
-)
+    ("views", "split", "checkpointing", "kernels"),
+    [
+        ("paper", False, False, False), ("paper", True, False, False), ("paper", False, True, False),
+        ("paper", False, False, True), ("shared", False, False, False),
+    ],
+)  # fmt: skip
 def test_second_readings_repeat_the_dropout_of_the_first(
-    views: str, split: bool, checkpointing: bool
+    views: str, split: bool, checkpointing: bool, kernels: bool
 ) -> None:
     """Plain: the states of all micro-batches drawn once, with gradient; then the LM loss's readings."""
     settings = {"contrast_views": views, "contrast_scope": "global_batch", "split_views": split}
     parts, labels = micro_batches(4), labels_in(toy_batch(ROWS))
     plain = protected_model("dga", dropout=0.1, **settings)
+    if kernels:
+        use_cpu_kernels(plain.lm)
     contrast = plain.method.contrast()
     assert contrast is not None
     torch.manual_seed(5)
@@ -137,6 +143,8 @@ def test_second_readings_repeat_the_dropout_of_the_first(
     loss.backward()
 
     model = protected_model("dga", dropout=0.1, **settings)
+    if kernels:
+        use_cpu_kernels(model.lm)
     if checkpointing:
         model.enable_gradient_checkpointing()
     torch.manual_seed(5)
