@@ -15,7 +15,8 @@ def clean(text: str) -> str:
     Returns:
         The cleaned text; "" if nothing a reader could see is left in it.
     """
-    text = _REMOVED.sub("", _LINE_BREAKS.sub("\n", text))
+    if not text.replace("\n", " ").isprintable():  # else nothing below is in it; ten times as fast to tell
+        text = _REMOVED.sub("", _LINE_BREAKS.sub("\n", text))
     text = unicodedata.normalize("NFC", text).strip()
     if any(unicodedata.category(character)[0] not in "CZ" for character in text):
         return text

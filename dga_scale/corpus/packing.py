@@ -1,7 +1,9 @@
 """Second half of sharding: documents tokenised, packed into rows and written as one Arrow shard."""
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +15,7 @@ import pyarrow as pa
 from dga_scale.corpus.files import atomic_file, write_json
 from dga_scale.corpus.shards import VALIDATION, Shard, file_sha256
 from dga_scale.corpus.spool import Work, duplicates_of, load_units, read_unit
-from dga_scale.corpus.tokenizer import cached_encoder
+from dga_scale.corpus.tokenizer import Encoder, cached_encoder
 from dga_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 
 PACKINGS = ("chunk", "document")
 
-_ROWS_PER_BATCH = 4096
-"""Rows in a record batch of a shard."""
+_ROWS_PER_WRITE = 4096
+_ROWS_PER_BATCH = 1000
+"""Rows in a record batch of a shard, at most: what ``datasets`` writes."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,8 @@ def load_tokenizer_file(path: Path) -> tuple[str, Layout, dict[str, int]]:
     return content["encoder"], Layout(**layout), content["special_ids"]
 
 
-def write_shard(folder: Path, task: ShardTask) -> None:
-    """Write a shard, then its record, which says that it is done."""
-    from datasets.arrow_writer import ArrowWriter
-
+def write_shard(folder: Path, task: ShardTask, threads: int) -> None:
+    """Write a shard, then its record, which says that it is done. ``threads`` of them tokenise."""
     work = Work(folder)
     spec, layout, _ = load_tokenizer_file(work.tokenizer_file)
     encoder, packer = cached_encoder(spec), Packer(layout)
@@ -161,14 +162,15 @@ def write_shard(folder: Path, task: ShardTask) -> None:
     path = work.shard_data(task.split, task.number)
     path.parent.mkdir(exist_ok=True)
     documents = 0
-    with atomic_file(path, work.scratch) as file:
-        writer = ArrowWriter(stream=file, features=features(layout.vocab_size))
-        for texts in _texts(work, task):
-            documents += len(texts)
-            writer_of_rows.add(packer.add(encoder(texts)), writer)
+    with (
+        atomic_file(path, work.scratch) as file,
+        pa.ipc.new_stream(file, schema(layout.vocab_size)) as writer,
+    ):
+        for ids in _tokenised(_texts(work, task), encoder, threads):
+            documents += len(ids)
+            writer_of_rows.add(packer.add(ids), writer)
         writer_of_rows.add(packer.finish(), writer)
         writer_of_rows.flush(writer)
-        writer.finalize(close_stream=False)
     shard = Shard(
         file=path.name,
         rows=writer_of_rows.rows,
@@ -193,16 +195,43 @@ def _texts(work: Work, task: ShardTask) -> Iterator[list[str]]:
                 wanted = ~wanted
             here = repeats[(repeats >= place) & (repeats < place + len(texts))] - np.uint64(place)
             wanted[here.astype(np.int64)] = False
-            yield [texts[number] for number in np.flatnonzero(wanted)]
+            yield texts.filter(pa.array(wanted)).to_pylist()
             place += len(texts)
 
 
-def features(vocab_size: int) -> Any:
-    """Columns of a shard, as ``datasets.Features``; ids in the smallest type that holds them."""
-    from datasets import Features, List, Value
+def _tokenised(batches: Iterator[list[str]], encoder: Encoder, threads: int) -> Iterator[list[np.ndarray]]:
+    """Ids of each batch, in order. Tokenizers let go of Python's lock: while they run, the caller reads on,
+    packs and writes.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[list[np.ndarray]]] = deque()
+        try:
+            for batch in batches:
+                running.append(pool.submit(encoder, batch))
+                if len(running) > threads + 1:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
 
-    ids = "uint16" if vocab_size <= 1 << 16 else "int32"
-    return Features({"input_ids": List(Value(ids)), "length": Value("int32"), "maskable": Value("int32")})
+
+def features(vocab_size: int) -> dict[str, Any]:
+    """Columns of a shard, as ``datasets`` describes them; ids in the smallest type that holds them."""
+    ids, number = ({"dtype": str(dtype), "_type": "Value"} for dtype in (_id_type(vocab_size), "int32"))
+    return {"input_ids": {"feature": ids, "_type": "List"}, "length": number, "maskable": number}
+
+
+def schema(vocab_size: int) -> pa.Schema:
+    """Columns of a shard, with the note by which ``datasets`` knows them."""
+    ids = pa.list_(pa.from_numpy_dtype(_id_type(vocab_size)))
+    columns = [("input_ids", ids), ("length", pa.int32()), ("maskable", pa.int32())]
+    return pa.schema(columns, {"huggingface": json.dumps({"info": {"features": features(vocab_size)}})})
+
+
+def _id_type(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 class _RowWriter:
@@ -211,7 +240,8 @@ class _RowWriter:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._prefix, self._suffix = np.array(layout.prefix, np.int32), np.array(layout.suffix, np.int32)
-        self._dtype = np.uint16 if layout.vocab_size <= 1 << 16 else np.int32
+        self._schema = schema(layout.vocab_size)
+        self._dtype = _id_type(layout.vocab_size)
         self._ordinary = np.ones(layout.vocab_size, dtype=bool)
         self._ordinary[list(layout.special_ids)] = False
         self._waiting: list[np.ndarray] = []
@@ -219,9 +249,9 @@ class _RowWriter:
 
     def add(self, contents: list[np.ndarray], writer: Any) -> None:
         self._waiting += contents
-        while len(self._waiting) >= _ROWS_PER_BATCH:
-            self._write(self._waiting[:_ROWS_PER_BATCH], writer)
-            self._waiting = self._waiting[_ROWS_PER_BATCH:]
+        while len(self._waiting) >= _ROWS_PER_WRITE:
+            self._write(self._waiting[:_ROWS_PER_WRITE], writer)
+            self._waiting = self._waiting[_ROWS_PER_WRITE:]
 
     def flush(self, writer: Any) -> None:
         if self._waiting:
@@ -238,7 +268,7 @@ class _RowWriter:
             pa.array(offsets.astype(np.int32)), pa.array(values.astype(self._dtype))
         )
         columns = [ids, pa.array(lengths.astype(np.int32)), pa.array(maskable.astype(np.int32))]
-        writer.write_table(pa.table(columns, names=["input_ids", "length", "maskable"]))
+        writer.write_table(pa.table(columns, schema=self._schema), _ROWS_PER_BATCH)
         self.rows += len(contents)
         self.tokens += len(values)
         self.maskable += int(maskable.sum())

@@ -241,7 +241,7 @@ def _complete(work: Work, team: Team, finished: Path) -> int:
         team.run(Phase("finding duplicates", calls, [work.duplicates(n) for n in numbers], finished))
 
     tasks = shard_tasks(units, plan.settings, partitions)
-    calls = [partial(write_shard, work.folder, task) for task in tasks]
+    calls = [partial(write_shard, work.folder, task, team.threads(len(tasks))) for task in tasks]
     markers = [work.shard(task.split, task.number) for task in tasks]
     team.run(Phase("tokenising", calls, markers, finished))
     team.on_first(lambda: _assemble(work, plan, units, tasks))
@@ -367,6 +367,6 @@ def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:
         "_split": manifest.split,
     }
     write_json(folder / "state.json", state, scratch)
-    info = {"features": features(manifest.vocab_size).to_dict()}
+    info = {"features": features(manifest.vocab_size)}
     write_json(folder / "dataset_info.json", info, scratch)
     write_json(folder / MANIFEST, seal(manifest.to_json()), scratch)

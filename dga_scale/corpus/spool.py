@@ -28,8 +28,10 @@ UNIT_DOCUMENTS = 1 << 18
 PARTITION_HASHES = 1 << 17
 """Hashes compared at once when duplicates are looked for, which takes about 15 MB of memory."""
 
-_BATCH_BYTES = 1 << 20
-_SCHEMA = pa.schema([("text", pa.large_string()), ("high", pa.uint64()), ("low", pa.uint64())])
+_BATCH_BYTES = 1 << 18
+"""Text in a batch of a unit, which is tokenised at once: a tokenizer needs many times the memory of it."""
+
+_SCHEMA = pa.schema([("text", pa.large_string()), ("low", pa.uint64())])
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,9 @@ class PieceReport:
     excluded: int = 0
 
 
-def document_hash(text: str, seed: int) -> bytes:
+def document_hash(text: bytes, seed: int) -> bytes:
     """16 bytes: the first half finds duplicates, the second decides the split. Other seeds, other splits."""
-    return hashlib.blake2b(text.encode(), digest_size=16, salt=seed.to_bytes(16, "little")).digest()
+    return hashlib.blake2b(text, digest_size=16, salt=seed.to_bytes(16, "little")).digest()
 
 
 def read_piece(folder: Path, number: int) -> None:
@@ -230,11 +232,12 @@ def _write_unit(
     seen: set[bytes] = set()
     size = 0
     with atomic_file(work.unit(name), work.scratch) as file:
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.ipc.new_stream(file, _SCHEMA, options=options) as writer:
-            batch: list[str] = []
+            batch: list[bytes] = []
             batch_bytes = 0
-            for text in documents:
+            for document in documents:
+                text = document.encode()
                 digest = document_hash(text, settings.seed)
                 if not settings.keep_duplicates:
                     if digest in seen:
@@ -243,7 +246,7 @@ def _write_unit(
                     seen.add(digest)
                 hashes.append(digest)
                 batch.append(text)
-                batch_bytes += len(text.encode())
+                batch_bytes += len(text)
                 full = size + batch_bytes >= settings.shard_bytes or len(hashes) >= UNIT_DOCUMENTS
                 if full or batch_bytes >= _BATCH_BYTES:
                     writer.write_batch(_record_batch(batch, hashes[-len(batch) :]))
@@ -266,18 +269,15 @@ def _pairs(hashes: list[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2).T.astype(np.uint64)
 
 
-def _record_batch(texts: list[str], hashes: list[bytes]) -> pa.RecordBatch:
-    high, low = _pairs(hashes)
-    return pa.record_batch(
-        [pa.array(texts, pa.large_string()), pa.array(high), pa.array(low)], schema=_SCHEMA
-    )
+def _record_batch(texts: list[bytes], hashes: list[bytes]) -> pa.RecordBatch:
+    return pa.record_batch([pa.array(texts, pa.large_string()), pa.array(_pairs(hashes)[1])], schema=_SCHEMA)
 
 
-def read_unit(work: Work, name: str) -> Iterator[tuple[list[str], np.ndarray]]:
+def read_unit(work: Work, name: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
     """The unit's documents with the second half of their hashes, (documents,) uint64, a batch at a time."""
     with open(work.unit(name), "rb") as file, pa.ipc.open_stream(file) as reader:
         for batch in reader:
-            yield batch.column("text").to_pylist(), batch.column("low").to_numpy()
+            yield batch.column("text"), batch.column("low").to_numpy()
 
 
 # --- duplicates ---

@@ -134,13 +134,13 @@ class Encoder:
 
 
 def _batches(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Neighbouring pieces, up to about four of the longest at a time."""
+    """Neighbouring pieces, up to about one of the longest at a time."""
     batch: list[tuple[int, str]] = []
     size = 0
     for owner, piece in pieces:
         batch.append((owner, piece))
         size += len(piece)
-        if size >= 4 * LONGEST_PIECE:
+        if size >= LONGEST_PIECE:
             yield batch
             batch, size = [], 0
     if batch:

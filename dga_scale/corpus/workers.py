@@ -27,6 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dga_scale.corpus.files import storage_errors
 from dga_scale.errors import EXIT_USER_ERROR, UserError
 
+_THREADS = 2
+"""Workers in one process. Tokenizers let go of Python's lock, and threads need no start, no second tokenizer
+and no shard of their own; reading, finding duplicates and packing are Python, and want processes."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -47,15 +51,16 @@ class Phase:
 
 
 class Team(AbstractContextManager["Team"]):
-    """A single process with its worker processes: does every item."""
+    """A single process, with worker processes from four workers on: does every item."""
 
     index = 0
     size = 1
 
     def __init__(self, num_workers: int, output: Path, show_progress: bool = True) -> None:
-        # One thread a process: `num_workers` says how many cores are used.
+        # The tokenizers' own threads stay off: `num_workers` says how many cores are used.
         os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
         self._num_workers = num_workers
+        self._processes = max(1, num_workers // _THREADS)
         self._output = output
         self._executor: ProcessPoolExecutor | None = None
         self._show_progress = show_progress
@@ -82,6 +87,10 @@ class Team(AbstractContextManager["Team"]):
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
+    def threads(self, items: int) -> int:
+        """Threads for each of ``items`` items that make use of several."""
+        return self._num_workers // min(self._processes, items)
+
     def on_first(self, action: Callable[[], Any]) -> None:
         """Run ``action`` once for the team; when it returns, its files are there for all."""
         action()
@@ -101,7 +110,7 @@ class Team(AbstractContextManager["Team"]):
 
     def _completed(self, calls: Sequence[Callable[[], None]]) -> Iterator[None]:
         """Yields after each item, in any order; an error ends it, items under way are finished."""
-        if self._num_workers == 1 or len(calls) == 1:
+        if self._processes == 1 or len(calls) == 1:
             for call in calls:
                 _run(call, self._output)
                 yield
@@ -109,7 +118,7 @@ class Team(AbstractContextManager["Team"]):
         if self._executor is None:
             # Spawned, not forked: MPI and the tokenizers' threads do not survive a fork.
             self._executor = ProcessPoolExecutor(
-                self._num_workers,
+                self._processes,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
             )

@@ -171,7 +171,7 @@ def test_long_and_short_units_give_one_corpus(raw: Path, wordpiece: Path, tmp_pa
 # --- the same bytes, whoever does the work and however often it is interrupted ---
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("num_workers", [2, 4])
 def test_workers(num_workers: int, raw: Path, wordpiece: Path, expected: Path, tmp_path: Path) -> None:
     shard_corpus([str(raw)], tmp_path / "corpus", settings(wordpiece), num_workers=num_workers)
     assert contents(tmp_path / "corpus") == contents(expected)
@@ -276,7 +276,7 @@ def test_killed_with_its_workers_on_the_command_line(
     big = tmp_path / "big.jsonl"
     tiny.write_jsonl(big, tiny.texts(15_000))
     command = [sys.executable, "tools/shard_corpus.py", str(big), "--tokenizer", str(wordpiece)]
-    command += ["--output", str(tmp_path / "corpus"), "--sequence_length", "32", "--num_workers", "2"]
+    command += ["--output", str(tmp_path / "corpus"), "--sequence_length", "32", "--num_workers", "4"]
     command += ["--shard_size", "0.2"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     markers = tmp_path / "corpus" / WORK_FOLDER
@@ -371,7 +371,7 @@ def test_nothing_to_train_on(wordpiece: Path, tmp_path: Path) -> None:
         shard_corpus([str(tmp_path / "one.txt")], tmp_path / "one", settings(wordpiece))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 4])
 def test_an_error_in_the_input_can_be_mended(num_workers: int, wordpiece: Path, tmp_path: Path) -> None:
     """The error of a worker process arrives as it is; the mended input is another corpus."""
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(50))
@@ -396,7 +396,7 @@ def small_disk(tmp_path: Path) -> Path:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 4])
 def test_full_disk(num_workers: int, wordpiece: Path, small_disk: Path, tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(3000))
     chosen = settings(wordpiece, shard_size=0.02)

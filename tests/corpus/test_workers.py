@@ -88,7 +88,7 @@ def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
     calls = [partial(os._exit, 9)] * 2
     phase = Phase("dying", calls, [tmp_path / "0", tmp_path / "1"], tmp_path / "finished")
     with (
-        Team(2, tmp_path) as team,
+        Team(4, tmp_path) as team,
         pytest.raises(UserError, match=r"worker process was killed.*run the same"),
     ):
         team.run(phase)
