@@ -47,16 +47,27 @@ for number, text in enumerate(wanted):  # grows: what those need is looked for t
         missing.append(f"{requirement.name}{requirement.specifier} (there is {found})")
     if requirement.name != "torch":
         wanted += requires(requirement.name) or []
+if any(name.startswith("deepspeed") for name in missing):  # what it needs can't be read yet
+    for name in ("einops", "hjson", "msgpack", "ninja", "py-cpuinfo", "pydantic", "tqdm"):
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
 if missing:
-    here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    plain = [name.split(" ")[0] for name in missing if not name.startswith("deepspeed")]
-    sys.exit(
-        f"missing for {sys.executable}: {', '.join(missing)}\n"
-        "Where there is a network: pip install them. Otherwise make a folder of wheels where there is one, with\n"
-        f"    pip download --only-binary=:all: --python-version {here} --no-deps -d WHEELS {' '.join(map(repr, plain))}\n"
-        "    DS_BUILD_OPS=0 pip wheel --no-deps -w WHEELS 'deepspeed>=0.19.8,<0.20'\n"
-        "and give it as WHEELS=FOLDER; what those need in turn is asked for then."
-    )
+    names = [repr(name.split(" ")[0]) for name in missing]
+    upon_torch = [name for name in names if name[1:].startswith(("torch", "transformers", "accelerate", "peft"))]
+    others = [name for name in names if name not in upon_torch and not name[1:].startswith("deepspeed")]
+    download = f"    pip download --only-binary=:all: --python-version {sys.version_info[0]}.{sys.version_info[1]} -d WHEELS"
+    commands = [f"{download} {' '.join(others)}"] if others else []
+    commands += [f"{download} --no-deps {' '.join(upon_torch)}"] if upon_torch else []
+    if any(name[1:].startswith("deepspeed") for name in names):
+        commands.append("    DS_BUILD_OPS=0 pip wheel --no-deps -w WHEELS 'deepspeed>=0.19.8,<0.20'")
+    sys.exit("\n".join([
+        f"missing for {sys.executable}: {', '.join(missing)}",
+        "Where there is a network: pip install them. Otherwise make a folder of wheels where there is one,",
+        *commands,
+        "and give it as WHEELS=FOLDER. What is installed here already need not stay in it.",
+    ]))
 import torch
 if not torch.cuda.is_available() and "--smoke" not in sys.argv:
     sys.exit(f"torch {torch.__version__} sees no GPU. --smoke tries the benchmark on a CPU")
