@@ -68,7 +68,9 @@ def main() -> int:
         until = budget.until(0.7 * number / len(world.models))
         shapes[shape] = measured(plan(world, shape, settings, until), budget)
     for shape, found in shapes.items():
-        besides(world, shape, found, settings, budget)
+        add_trainer(world, shape, found, budget)
+    for shape, found in shapes.items():
+        add_program(world, shape, found, settings, budget)
     output = options.output or (folder / "results.md" if options.smoke else RESULTS)
     output = output / "gpu.md" if output.is_dir() else output
     command = " ".join(["benchmarks/gpu.sh", *sys.argv[1:]])
@@ -111,23 +113,30 @@ def measured(todo: Plan, budget: Budget) -> dict[str, Any]:
     return found
 
 
-def besides(world: World, shape: str, found: dict[str, Any], settings: list[str], budget: Budget) -> None:
-    """Add the Trainer's steps and the real program's to what was found of a shape."""
-    sizes = {name: ours["micro_batch"] for name, ours in found["runs"].items()}
-    if "mlm" in sizes:
-        found["trainer"] = []
-        # Logits of every position: it may not fit where ours do.
-        for rows in (sizes["mlm"], sizes["mlm"] // 2):
-            seconds, why = trainer(world, shape, rows, budget)
-            found["trainer"].append({"rows": rows, "sequence_length": world.scale.sequence_length})
-            if seconds:
-                found["trainer"][-1]["seconds"] = seconds
-                break
-            found["failed"][f"transformers' Trainer, {rows} rows"] = why
-    if "dga update" in sizes:
-        found["program"], why = program(world, shape, sizes["dga update"], settings, budget)
-        if why:
-            found["failed"]["the real program"] = why
+def add_trainer(world: World, shape: str, found: dict[str, Any], budget: Budget) -> None:
+    """Add the Trainer's steps to what was found of a shape, at our best batch for MLM or half of it."""
+    if "mlm" not in found["runs"]:
+        return
+    found["trainer"] = []
+    size = found["runs"]["mlm"]["micro_batch"]
+    # Logits of every position: it may not fit where ours do.
+    for rows in (size, size // 2):
+        seconds, why = trainer(world, shape, rows, budget)
+        found["trainer"].append({"rows": rows, "sequence_length": world.scale.sequence_length})
+        if seconds:
+            found["trainer"][-1]["seconds"] = seconds
+            break
+        found["failed"][f"transformers' Trainer, {rows} rows"] = why
+
+
+def add_program(world: World, shape: str, found: dict[str, Any], settings: list[str], budget: Budget) -> None:
+    """Add the real program's steps, in DGA with masks on the update, to what was found of a shape."""
+    if "dga update" not in found["runs"]:
+        return
+    size = found["runs"]["dga update"]["micro_batch"]
+    found["program"], why = program(world, shape, size, settings, budget)
+    if why:
+        found["failed"]["the real program"] = why
 
 
 def trainer(world: World, shape: str, rows: int, budget: Budget) -> tuple[list[float], str]:

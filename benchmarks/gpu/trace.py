@@ -122,7 +122,7 @@ def waits(run: Callable[[], object], device: torch.device) -> Counter[str]:
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    return Counter(_place(w.filename, w.lineno) for w in caught if "synchroniz" in str(w.message))
+    return Counter(_place(w.filename, w.lineno) for w in caught if "called a synchronizing" in str(w.message))
 
 
 def _place(filename: str, line: int) -> str:
