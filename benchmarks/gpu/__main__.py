@@ -93,6 +93,7 @@ def plan(world: World, shape: str, settings: list[str], until: float) -> Plan:
         rounds=scale.rounds,
         warm_up=scale.warm_up,
         importance_rows=scale.importance_rows,
+        stages=list(scale.stages),
         settings=settings,
         until=until,
     )

@@ -56,7 +56,7 @@ class Plan:
         model, corpus: folders.
         folder: for what runs write.
         result: file for what was found.
-        global_batch, micro_batches, steps, rounds, warm_up, importance_rows: see ``world.Scale``.
+        global_batch, micro_batches, steps, rounds, warm_up, importance_rows, stages: see ``world.Scale``.
         settings: of every run, on top of the benchmark's own.
         until: ``time.time()`` after which nothing more is begun.
 
@@ -72,6 +72,7 @@ class Plan:
     rounds: int
     warm_up: int
     importance_rows: int
+    stages: list[int]
     settings: list[str]
     until: float
 
@@ -115,7 +116,7 @@ class Bench:
 
     def _variants(self, size: int) -> None:
         """Other ways to run DGA with masks on the update, beside ZeRO-2 and SDPA."""
-        variants = {f"ZeRO-{stage}": self.flags("dga", "update", size, stage) for stage in (0, 1)}
+        variants = {f"ZeRO-{stage}": self.flags("dga", "update", size, stage) for stage in self.plan.stages}
         if importlib.util.find_spec("flash_attn"):
             flags = self.flags("dga", "update", size)
             variants["flash_attention_2"] = [*flags, "--attn_implementation", "flash_attention_2"]

@@ -34,6 +34,7 @@ class Scale:
         documents: of the corpus; some rows each.
         steps, rounds, warm_up: a figure is the median of ``rounds`` averages over ``steps`` steps.
         importance_rows: over which the importance pass is timed.
+        stages: of ZeRO, that DGA is tried with beside stage 2.
         program_steps: of the real program, and of the Trainer.
 
     """
@@ -48,6 +49,7 @@ class Scale:
     rounds: int
     warm_up: int
     importance_rows: int
+    stages: tuple[int, ...]
     program_steps: int
 
 
@@ -71,6 +73,7 @@ PAPERS = Scale(
     rounds=4,
     warm_up=4,
     importance_rows=1024,
+    stages=(0, 1),
     program_steps=40,
 )
 SMOKE = Scale(
@@ -78,12 +81,13 @@ SMOKE = Scale(
     vocabulary=200,
     sequence_length=16,
     global_batch=8,
-    micro_batches={"mlm": (4, 8), "dga": (4, 8)},
+    micro_batches={"mlm": (4, 8), "dga": (8,)},
     documents=64,
     steps=1,
     rounds=2,
     warm_up=1,
     importance_rows=16,
+    stages=(0,),
     program_steps=2,
 )
 

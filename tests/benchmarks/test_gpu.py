@@ -23,7 +23,7 @@ def _measured(folder: Path) -> dict[str, Any]:
 
 
 def test_smoke_form_measures_all_there_is(tmp_path: Path) -> None:
-    (found,) = run_ranks(1, _measured, tmp_path)
+    (found,) = run_ranks(1, _measured, tmp_path, timeout=300)
     assert found["failed"] == {}
     assert found["sweeps"]["mlm"][0]["micro_batch"] == 4
     assert list(found["runs"]) == [
@@ -31,7 +31,6 @@ def test_smoke_form_measures_all_there_is(tmp_path: Path) -> None:
         "dga update",
         "dga gradient",
         "dga update, ZeRO-0",
-        "dga update, ZeRO-1",
     ]
     for name, run in found["runs"].items():
         assert run["refused_steps"] == 0
