@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dga_scale.corpus.cli import main as shard
 from dga_scale.engine.checkpoint_folder import newest_verified
 from dga_scale.engine.cluster import single_process
 from dga_scale.engine.inputs import check_inputs
@@ -30,6 +31,7 @@ from dga_scale.engine.tensor_files import PieceReader
 from dga_scale.errors import UserError
 from dga_scale.objectives import read_config
 from dga_scale.preservation.importance import Importance
+from tests.batches import contents
 from tests.forks import launch
 from tests.ranks import REPOSITORY
 from tests.small import SmallWorld
@@ -57,6 +59,8 @@ Samples = dict[str, list[list[int]]]
 
 def flags_of(world: SmallWorld, run: Path, method: str, stage: int, **settings: Any) -> list[str]:
     own = {"dropout": 0.0, "method": method} | OWN[method] | settings
+    if method == "mlm":
+        own["corpus"] = documents_of(world)
     if method == "ewc":
         own["general_corpus"] = world.general_corpus
     if method == "cse":
@@ -68,6 +72,16 @@ def flags_of(world: SmallWorld, run: Path, method: str, stage: int, **settings: 
     )  # fmt: skip
 
 
+def documents_of(world: SmallWorld) -> Path:
+    """The domain's text packed by document: rows of 22 to 61 tokens, which are sorted and read in groups."""
+    folder = world.corpus.with_name("documents")
+    if not folder.exists():
+        shard([str(world.domain_text), "--tokenizer", str(world.model), "--sequence_length", "64",
+               "--packing", "document", "--validation_share", "0.1", "--num_workers", "1",
+               "--output", str(folder)])  # fmt: skip
+    return folder
+
+
 def leg(flags: list[str], stop_after: int, importance: Path, folder: Path) -> int:
     """Train until ``stop_after`` steps are done; DGA's importance is given, as proxy KL needs dropout."""
     rank, seen, measured = os.environ["RANK"], {}, Session.protect
@@ -75,10 +89,7 @@ def leg(flags: list[str], stop_after: int, importance: Path, folder: Path) -> in
     @contextlib.contextmanager
     def listening(session: Session, batches: Any) -> Iterator[None]:
         seen[batches.step] = [
-            [
-                (int(row), hash(tuple(ids.tolist())))
-                for row, ids in zip(batch.sample_ids, batch.masked_ids, strict=True)
-            ]
+            [(row, hash(tuple(masked_ids))) for (_, row), (_, masked_ids, _) in contents(batch).items()]
             for batch in batches.micro_batches
         ]
         yield
@@ -95,12 +106,20 @@ def leg(flags: list[str], stop_after: int, importance: Path, folder: Path) -> in
 
 
 def trained(ranks: int, stop_after: int, flags: list[str], importance: Path, folder: Path) -> Samples:
-    """Run a leg; each step's samples in the order of the global batch, which is that of passes and ranks."""
+    """Run a leg; each step's samples in the order of the global batch.
+
+    Chunks: that of passes and ranks. Documents: one pass, whose sorted rows the ranks take in turn.
+    """
     folder.mkdir(parents=True)
     launched = launch(ranks, leg, flags, stop_after, importance, folder)
     codes = launched.wait(600)
     assert codes == [EXIT_STOPPED] * ranks, [launched.output(rank)[-2000:] for rank in range(ranks)]
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    if any(flag.endswith("/documents") for flag in flags):
+        return {
+            step: [row for turn in zip(*(own[step][0] for own in seen), strict=True) for row in turn]
+            for step in seen[0]
+        }
     return {
         step: [
             row for each in zip(*(own[step] for own in seen), strict=True) for rows in each for row in rows
