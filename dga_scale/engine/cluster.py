@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from dga_scale.engine.meeting import JOIN_TIMEOUT, meet
 from dga_scale.engine.place import Place, read_place
+from dga_scale.engine.threads import share_cores
 from dga_scale.errors import EXIT_USER_ERROR, UserError
 
 T = TypeVar("T")
@@ -166,9 +167,11 @@ def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
     if not dist.is_initialized():
         store = meet(place, address, port, _name_of_gpu(device), timeout)
         _start_group(place, device, store, timeout)
-    return Cluster(
+    cluster = Cluster(
         place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size, device
     )
+    share_cores(cluster.all_gather_object)
+    return cluster
 
 
 def _start_group(place: Place, device: torch.device, store: dist.Store, timeout: timedelta) -> None:
