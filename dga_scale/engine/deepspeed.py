@@ -9,7 +9,7 @@ import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dga_scale.engine.ds_config import ResolvedConfig
@@ -103,7 +103,10 @@ def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
         group["lr"] = learning_rate * group["lr_scale"]
 
 
-def global_grad_norm(engine: DeepSpeedEngine) -> float:
-    """Read the last step's gradient norm over all parameters and ranks, before clipping; inf if refused."""
+def global_grad_norm(engine: DeepSpeedEngine) -> float | Tensor:
+    """Give the last step's gradient norm over all parameters and ranks, before clipping; inf if refused.
+
+    A scalar on the device where it still lies there: reading it would wait for the device.
+    """
     norm: Any = engine.get_global_grad_norm()
-    return float(norm)
+    return norm.reshape(()) if isinstance(norm, Tensor) else float(norm)

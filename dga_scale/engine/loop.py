@@ -119,16 +119,18 @@ class _Run:
                 self.done = batches.step + 1
                 note_step(self.done)
                 invariants.after_step(batches)
-                terms = agreement.average(terms, stop.requested, self.saves.written)
+                logs = log.logs(self.done)
+                own = {"memory_gib": memory_gib(self.cluster.device)} if logs else {}
+                figures = agreement.average(terms, stop.requested, self.saves.written, own)
                 if agreement.written(self.saves.begun):
                     self._finish_save()
                 self._count_refused()
-                if log.logs(self.done):
+                if logs:
                     values: dict[str, Value] = {"step": self.done}
-                    values |= {f"loss/{name}": value for name, value in terms.items()}
+                    values |= {name if name in own else f"loss/{name}": v for name, v in figures.items()}
                     values |= session.penalty()
                     values |= {"grad_norm": global_grad_norm(session.engine), "learning_rate": learning_rate}
-                    values |= {"data_wait_seconds": wait, "memory_gib": self._memory()}
+                    values |= {"data_wait_seconds": wait}
                     log.step(values | self._rates(batches, time.perf_counter() - started))
                 stopping = agreement.reached() and self.done < self.total
                 self._between_steps(stopping)
@@ -226,13 +228,6 @@ class _Run:
                 f"checkpoint: {good.path if good else 'none'}. Lower --learning_rate, or use --bf16 "
                 "instead of fp16."
             )
-
-    def _memory(self) -> list[float]:
-        """GiB of each rank."""
-        own = torch.zeros(self.cluster.world_size, dtype=torch.float64)
-        own[self.cluster.rank] = memory_gib(self.cluster.device)
-        memory: list[float] = self.cluster.sum(own).tolist()
-        return memory
 
     def _rates(self, batches: StepBatches, seconds: float) -> dict[str, float]:
         flops = step_flops(

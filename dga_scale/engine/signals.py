@@ -105,7 +105,8 @@ class StopAgreement:
     """All ranks stop after the same step, whichever of them got the signal.
 
     The flag travels with the loss terms in the one small reduction that a step makes anyway, and is read one
-    step later, when it has long arrived: no device is waited for. So does how many saves were written.
+    step later, when it has long arrived: no device is waited for. So does how many saves were written. What
+    each rank has to say for the log goes along too.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -114,22 +115,44 @@ class StopAgreement:
         self._arrived: torch.cuda.Event | None = None
         self._previous = [0.0, 0.0]
 
-    def average(self, terms: dict[str, Tensor], requested: bool, saves_written: int = 0) -> dict[str, Tensor]:
+    def average(
+        self,
+        terms: dict[str, Tensor],
+        requested: bool,
+        saves_written: int = 0,
+        own: dict[str, float] | None = None,
+    ) -> dict[str, Tensor]:
         """Mean of each term (a scalar) over ranks; remembers whether any rank asked to stop.
 
-        Every rank has to call it once a step. ``saves_written``: by this rank since the run began.
+        Every rank has to call it once a step.
+
+        Args:
+            terms: of this rank.
+            requested: whether this rank is asked to stop.
+            saves_written: by this rank since the run began.
+            own: numbers of this rank that all are to see: each comes back as (ranks,), in rank order. All
+                ranks have to give the same names.
+
         """
         self._previous = self._read()
-        device = self._cluster.device
+        cluster, own = self._cluster, own or {}
         # Filled on the device: a copy of a tensor made here would wait for what the device is doing.
-        flags = [torch.full((), float(value), device=device) for value in (requested, saves_written)]
-        sums = self._cluster.sum(torch.stack([*(t.float() for t in terms.values()), *flags]))
-        self._flags = sums[-2:].to("cpu", non_blocking=True)
-        if device.type == "cuda":
+        flags = torch.zeros(2, device=cluster.device)
+        ranks = torch.zeros(len(own), cluster.world_size, device=cluster.device)
+        for place, value in zip(
+            (*flags, *ranks[:, cluster.rank]), (requested, saves_written, *own.values()), strict=True
+        ):
+            place.fill_(float(value))
+        sums = cluster.sum(
+            torch.cat([torch.stack([t.float() for t in terms.values()]), flags, ranks.flatten()])
+        )
+        means, flags, ranks = sums.split([len(terms), 2, ranks.numel()])
+        self._flags = flags.to("cpu", non_blocking=True)
+        if cluster.device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        means = sums[:-2] / self._cluster.world_size
-        return dict(zip(terms, means, strict=True))
+        found = dict(zip(terms, means / cluster.world_size, strict=True))
+        return found | dict(zip(own, ranks.view(len(own), cluster.world_size), strict=True))
 
     def now(self, requested: bool) -> bool:
         """Whether any rank asks to stop, where nothing else is being reduced; every rank has to call it."""

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ from dga_scale.monitoring import plots
 T = TypeVar("T")
 
 Value = float | int | Tensor | Sequence[float]
-"""One number, a tensor of one number, or one number a rank."""
+"""One number, one number a rank, or a tensor of either: a scalar, or (ranks,)."""
 
 LOG_FILE = "log.jsonl"
 _LINE_UNITS: dict[str, tuple[str, Callable[[Sequence[float]], float]]] = {
@@ -283,14 +284,14 @@ def read_values(values: Mapping[str, Value]) -> dict[str, float | list[float]]:
     numbers: dict[str, float | list[float]] = {}
     if tensors:
         device = next(iter(tensors.values())).device
-        stacked = torch.stack([t.detach().reshape(()).to(device, torch.float32) for t in tensors.values()])
-        fetched = dict(zip(tensors, stacked.tolist(), strict=True))
+        flat = torch.cat([t.detach().reshape(-1).to(device, torch.float32) for t in tensors.values()])
+        read = iter(flat.tolist())
+        for name, tensor in tensors.items():
+            numbers[name] = list(islice(read, len(tensor))) if tensor.dim() else next(read)
     for name, value in values.items():
-        if name == "step":
+        if name == "step" or isinstance(value, Tensor):
             continue
-        if isinstance(value, Tensor):
-            numbers[name] = fetched[name]
-        elif isinstance(value, int | float):
+        if isinstance(value, int | float):
             numbers[name] = value
         else:
             numbers[name] = [float(v) for v in value]

@@ -75,7 +75,7 @@ def _poisoned(setups: Sequence[Setup], poison: str) -> list[dict[str, Any]]:
         train_step(engine, 1, poison)
         report = {
             "refused": (first_refused, step_was_refused(engine)),
-            "norm": global_grad_norm(engine),
+            "norm": float(global_grad_norm(engine)),
             "changed": _same(before, _everything(engine)),
         }
         train_step(engine, 2)

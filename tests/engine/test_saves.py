@@ -72,8 +72,11 @@ def agreed(lag: int) -> list[bool]:
     agreement, known = StopAgreement(cluster), []
     for step in range(lag + 3):
         written = 2 if cluster.rank == 0 or step >= lag else 1
-        terms = agreement.average({"loss": torch.tensor(float(cluster.rank))}, False, written)
-        assert terms["loss"] == 0.5
+        own = {"memory": cluster.rank + 0.25, "other": 7.0} if step != 1 else {}
+        terms = agreement.average({"loss": torch.tensor(float(cluster.rank))}, False, written, own)
+        assert {name: value.tolist() for name, value in terms.items()} == (
+            {"loss": 0.5, "memory": [0.25, 1.25], "other": [7.0, 7.0]} if own else {"loss": 0.5}
+        )
         known.append(agreement.written(2))
     return known
 

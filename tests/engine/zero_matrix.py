@@ -150,7 +150,7 @@ def run_cell(cell: Cell, from_zero_init: bool = False) -> Outcome:
             backward(engine, loss)
             engine.step()
         torch.distributed.all_reduce(total)
-        norms.append(global_grad_norm(engine))
+        norms.append(float(global_grad_norm(engine)))
         losses.append(total.item())
     outcome = Outcome(full_weights(engine), norms, losses)
     engine.destroy()

@@ -24,12 +24,12 @@ def values_at(step: int) -> dict[str, Any]:
         "loss/total": torch.tensor(4.0 / step),
         "loss/mlm": torch.tensor(3.0 / step, dtype=torch.float64),
         "loss/contrastive": 1.0 / step,
-        "grad_norm": torch.tensor([0.5]),
+        "grad_norm": torch.tensor(0.5),
         "learning_rate": 1e-4,
         "tokens_per_second": 1234.5,
         "data_wait_seconds": 0.001,
         "step_seconds": 0.25,
-        "memory_gib": [1.0, 1.5],
+        "memory_gib": torch.tensor([1.0, 1.5]),
     }
 
 
