@@ -4,7 +4,8 @@ trainer    transformers' Trainer with DataCollatorForLanguageModeling: logits of
            padded to its longest row, as run_mlm.py does.
 plain_dga  DGA written down naively: a pass of the whole model for each reading, logits of every position in
            all of them, masks on the gradient.
-bare       our model and batches in a loop of three lines, without logging, signals or evaluation.
+bare       our model and batches under a run's DeepSpeed settings, in a loop of three lines, without logging,
+           signals or evaluation.
 
 Started by ``steps.py`` through the deepspeed launcher; rank 0 prints one line of JSON, the seconds of steps.
 """
@@ -30,6 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from dga_scale.backbone.cpu_kernels import use_cpu_kernels
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.loading import load_model
 from dga_scale.corpus.batches import Batch, BatchStream
@@ -119,15 +121,15 @@ def batches(options: argparse.Namespace) -> Iterator[tuple[Batch, tuple[int, ...
             yield step.micro_batches[0], step.global_masked
 
 
-def engine_of(model: nn.Module, options: argparse.Namespace) -> Any:
-    """A DeepSpeed engine with the shared JSON, its "auto" filled in."""
+def engine_of(model: nn.Module, options: argparse.Namespace, **settings: Any) -> Any:
+    """A DeepSpeed engine with the shared JSON, its "auto" filled in, and further settings."""
     config = json.loads(DS_CONFIG.read_text())
     config |= {
         "train_micro_batch_size_per_gpu": options.batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
-    }
+    } | settings
     del config["train_batch_size"], config["fp16"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -146,10 +148,18 @@ def loop(
 
 
 def bare(options: argparse.Namespace) -> list[float]:
-    """Our training model, stepped by nothing but DeepSpeed."""
+    """Our training model as a run has it, stepped by nothing but DeepSpeed, with a run's settings."""
     loaded = load_model(options.model)
+    if not torch.cuda.is_available():
+        use_cpu_kernels(loaded.model)
     model = TrainingModel(loaded.model, loaded.anatomy, MaskedLM(MaskedLM.Settings())).train()
-    engine = engine_of(model, options)
+    engine = engine_of(
+        model,
+        options,
+        bf16={"enabled": True, "check_grad_overflow": True},
+        communication_data_type="fp32",
+        timers={"throughput": {"enabled": False}},
+    )
     passes = float(torch.distributed.get_world_size())
 
     def loss_of(batch: Batch, masked: tuple[int, ...]) -> Tensor:
