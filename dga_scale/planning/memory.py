@@ -308,8 +308,9 @@ def memory(
 
     That is at the logits (all activations, no gradients yet, unless earlier passes or a buffer hold them); in
     the backward pass of the last block (the largest gradient too, tied embeddings', and the buckets, which
-    the first gradient calls for); at the end of the backward pass (all gradients, some on their way to other
-    ranks); in the optimizer's step (gradients once more in fp32); or where the keys of a contrast over all
+    the first gradient calls for); at the end of the backward pass (tied embeddings' gradients add up; or all
+    gradients, some on their way to other ranks); where gradients are made ready for the optimizer (once more
+    flat, and in fp32); in its step (what masks keep aside too); or where the keys of a contrast over all
     passes are gathered.
     """
     kept, own, width = states(model, zero, groups), share(model, zero, groups), zero.weight_bytes
@@ -356,12 +357,19 @@ def memory(
         # ZeRO-3 lets go of each block on its way back; the embeddings' gradient is the last.
         "gathered weights": min(held["gathered weights"], width * model.largest),
     }
-    step = {"gradients": gradients, "fp32 gradients of the step": _step(zero, own)}
+    # The LM head's gradient of tied embeddings, the lookup's, and their sum.
+    tied = {**ends, "gradients": gradients + 2 * width * model.largest * model.tied, "buckets": staged}
+    if zero.stage == 3:  # whose gradients are shares
+        tied["gradients"] += width * model.largest
+    flat, fp32 = _step(zero, own)
+    ready = {"gradients": gradients + flat, "fp32 gradients of the step": fp32}
+    # ZeRO-1 and 2 let go of the 16-bit gradients before the optimizer steps.
+    step = {"gradients": 0 if zero.stage in (1, 2) else gradients, "fp32 gradients of the step": fp32}
     if soft_mask == "update" and not zero.offload_optimizer:
         step["masked weights of the step"] = 8 * model.masked // (zero.ranks if zero.stage else 1)
     # Before a contrast over all passes is cached there are no activations and no gradients.
     first = {"keys of the contrast": cached + keys}
-    fullest = max(head, blocks, ends, step, first, key=lambda part: sum(part.values()))
+    fullest = max(head, blocks, tied, ends, ready, step, first, key=lambda part: sum(part.values()))
     return Memory({name: size for name, size in {**always, **fullest}.items() if size}, host)
 
 
@@ -382,7 +390,7 @@ def _buckets(model: PlannedModel, zero: Zero) -> tuple[int, int]:
     copies = 2 if zero.overlap and zero.stage < 3 else 1
     if zero.stage == 3:
         cast += zero.communication_bytes
-    moved = _reduced_at_once(model, zero) * (zero.ranks > 1)
+    moved = _reduced_at_once(model, zero) * (zero.ranks > 1 or zero.stage == 3)
     return zero.reduce_bucket * zero.weight_bytes * copies, moved * cast
 
 
@@ -397,10 +405,9 @@ def gathered_weights(model: PlannedModel, zero: Zero) -> int:
     return min(large, max(zero.live, model.largest)) * zero.weight_bytes
 
 
-def _step(zero: Zero, own: int) -> int:
-    """Bytes of gradients ready for the optimizer: fp32, by sub-group in ZeRO-3, flat first in 1 and 2."""
+def _step(zero: Zero, own: int) -> tuple[int, int]:
+    """Bytes of gradients made ready for the optimizer: flat, then in fp32; by sub-group in ZeRO-3."""
     if zero.offload_optimizer or (zero.weight_bytes == 4 and zero.stage == 0):
-        return 0
-    if zero.stage == 3:
-        return 4 * min(zero.sub_group, own)
-    return own * (4 + (zero.accumulation_bytes if zero.stage else 0))
+        return 0, 0
+    entries = min(zero.sub_group, own) if zero.stage == 3 else own
+    return entries * (zero.accumulation_bytes if zero.stage else 0), 4 * entries

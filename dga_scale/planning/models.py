@@ -106,6 +106,12 @@ class PlannedModel:
         return sum(self.sizes[name] for name in self.trained)
 
     @property
+    def tied(self) -> bool:
+        """Whether the LM head's matrix is the embeddings'."""
+        table = self.anatomy.vocab_size * self.anatomy.hidden_size
+        return sum(size >= table for size in self.sizes.values()) == 1
+
+    @property
     def largest(self) -> int:
         """Entries of the largest parameter."""
         return max(self.sizes.values())
