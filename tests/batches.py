@@ -41,7 +41,7 @@ def batch_of(
 
 
 def _filled(values: Tensor, filler: int) -> Tensor:
-    return torch.cat([values, values.new_full((rounded_up(len(values)) - len(values),), filler)])
+    return torch.cat([values, values.new_full((int(rounded_up(len(values))) - len(values),), filler)])
 
 
 def dense_labels(batch: Batch) -> Tensor:

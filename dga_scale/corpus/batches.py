@@ -16,7 +16,7 @@ import torch
 from dga_scale.corpus.masking import IGNORED, MaskingPolicy, label_counts, mask_tokens
 from dga_scale.corpus.mixture import Mixture, Picks
 from dga_scale.corpus.order import SampleOrder
-from dga_scale.corpus.shapes import dealt_out, rounded_up, rows_by_width, widths_of
+from dga_scale.corpus.shapes import dealt_out, rounded_up, widths_of
 from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
 
@@ -63,7 +63,7 @@ def build_batch(
         fillers: So many rows at the end only fill up the batch: they get no labels.
     """
     widths = widths_of(corpus.lengths[rows], groups, corpus.manifest.sequence_length)
-    read = _read(corpus, rows, epochs, masking, seed, max(widths))
+    read = _read(corpus, rows, epochs, masking, seed, int(widths.max()))
     sample_ids = np.array(rows, dtype=np.int64)
     if fillers:
         read.labels[-fillers:] = IGNORED
@@ -79,7 +79,7 @@ def mixed_batch(mixture: Mixture, picks: Picks, masking: MaskingPolicy | None, g
     for source, where in mixture.by_source(picks):
         own, seed = picks.part(where), mixture.orders[source].seed
         places.append(where)
-        parts.append(_read(mixture.corpora[source], own.rows, own.epochs, masking, seed, max(widths)))
+        parts.append(_read(mixture.corpora[source], own.rows, own.epochs, masking, seed, int(widths.max())))
     back = np.argsort(np.concatenate(places))
     read = _Rows(*(np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True)))
     return _batch(read, picks.rows, picks.sources, widths)
@@ -115,7 +115,7 @@ def _read(
     return _Rows(ids, *mask_tokens(ids, real, rows, epochs, masking, seed))
 
 
-def _batch(read: _Rows, sample_ids: np.ndarray, sources: np.ndarray, widths: tuple[int, ...]) -> Batch:
+def _batch(read: _Rows, sample_ids: np.ndarray, sources: np.ndarray, widths: np.ndarray) -> Batch:
     places = np.flatnonzero(read.labels != IGNORED)
     rows = places // read.ids.shape[1]
     mixed_rows, mixed_slots = np.flatnonzero(sources), np.flatnonzero(sources[rows])
@@ -130,11 +130,13 @@ def _batch(read: _Rows, sample_ids: np.ndarray, sources: np.ndarray, widths: tup
         "mixed_rows": mixed_rows if len(mixed_rows) else np.zeros(1, dtype=np.int64),
         "mixed_slots": _filled_up(mixed_slots, -1),
     }
-    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()}, widths=widths)
+    return Batch(
+        **{name: torch.from_numpy(array) for name, array in arrays.items()}, widths=tuple(widths.tolist())
+    )
 
 
 def _filled_up(values: np.ndarray, filler: int) -> np.ndarray:
-    filled = np.full(rounded_up(len(values)), filler, dtype=np.int64)
+    filled = np.full(int(rounded_up(len(values))), filler, dtype=np.int64)
     filled[: len(values)] = values
     return filled
 
@@ -226,21 +228,25 @@ class BatchStream:
         for source, where in mixture.by_source(picks):
             labels[where] = label_counts(mixture.corpora[source], picks.rows[where], masking)
             masked[source], tokens[source] = int(labels[where].sum()), int(lengths[where].sum())
-        own, widths, head_slots = [], [], 0
-        for first in range(0, self._global, self._world_size * self._micro):
-            stretch = slice(first, first + self._world_size * self._micro)
-            parts = dealt_out(lengths[stretch], manifest.packing, self._world_size) + first
-            own.append(parts[self._rank])
-            for part in parts:
-                widths.append(widths_of(lengths[part], self._groups, manifest.sequence_length))
-                head_slots += rounded_up(int(labels[part].sum()))
+        rows = self._world_size * self._micro  # of one pass of all ranks
+        parts = np.stack(
+            [
+                first + dealt_out(lengths[first : first + rows], manifest.packing, self._world_size)
+                for first in range(0, self._global, rows)
+            ]
+        )  # (passes, ranks, micro-batch)
+        widths = widths_of(lengths[parts], self._groups, manifest.sequence_length)
+        found, groups = np.unique(widths, return_counts=True)
+        of_group = self._micro // self._groups
         return StepBatches(
             step=step,
-            micro_batches=[mixed_batch(mixture, picks.part(part), masking, self._groups) for part in own],
+            micro_batches=[
+                mixed_batch(mixture, picks.part(part), masking, self._groups) for part in parts[:, self._rank]
+            ],
             global_masked=tuple(masked),
             global_tokens=tuple(tokens),
-            rows_by_width=rows_by_width(widths, self._micro),
-            head_slots=head_slots,
+            rows_by_width={int(width): int(n) * of_group for width, n in zip(found, groups, strict=True)},
+            head_slots=int(rounded_up(labels[parts].sum(axis=2)).sum()),
         )
 
     def __iter__(self) -> Iterator[StepBatches]:

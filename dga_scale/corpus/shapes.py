@@ -6,8 +6,6 @@ groups, each a pass of the trunk of its own, as long as its longest row. Lengths
 rounded up: kernels are chosen, and memory is laid out, for each new shape.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 MULTIPLE = 32
@@ -17,9 +15,9 @@ MOST_GROUPS = 4
 """Row groups of a rank's micro-batch. Of 1, 2, 4 and 8 the fastest on short reviews."""
 
 
-def rounded_up(count: int) -> int:
-    """The next multiple of ``MULTIPLE``, at least one."""
-    return max(1, -(-count // MULTIPLE)) * MULTIPLE
+def rounded_up(counts: np.ndarray | int) -> np.ndarray:
+    """The next multiples of ``MULTIPLE``, at least one."""
+    return np.maximum(1, -(-np.asarray(counts) // MULTIPLE)) * MULTIPLE
 
 
 def row_groups(packing: str, micro_batch_size: int) -> int:
@@ -33,15 +31,20 @@ def row_groups(packing: str, micro_batch_size: int) -> int:
     return max(groups for groups in range(1, MOST_GROUPS + 1) if micro_batch_size % groups == 0)
 
 
-def widths_of(lengths: np.ndarray, groups: int, longest: int) -> tuple[int, ...]:
+def widths_of(lengths: np.ndarray, groups: int, longest: int) -> np.ndarray:
     """Tokens that each group of rows is padded to: its longest row's, rounded up, at most ``longest``.
 
     Args:
-        lengths: (B,) of the rows in their order.
+        lengths: (..., B) of the rows in their order.
         groups: consecutive groups of equally many rows.
         longest: the corpus's ``sequence_length``.
+
+    Returns:
+        (..., groups)
+
     """
-    return tuple(min(rounded_up(int(length)), longest) for length in lengths.reshape(groups, -1).max(axis=1))
+    by_group = lengths.reshape(*lengths.shape[:-1], groups, -1).max(axis=-1)
+    return np.minimum(rounded_up(by_group), longest)
 
 
 def dealt_out(lengths: np.ndarray, packing: str, ranks: int) -> np.ndarray:
@@ -53,12 +56,3 @@ def dealt_out(lengths: np.ndarray, packing: str, ranks: int) -> np.ndarray:
     if packing == "chunk":
         return np.arange(len(lengths)).reshape(ranks, -1)
     return np.argsort(-lengths.astype(np.int64), kind="stable").reshape(-1, ranks).T
-
-
-def rows_by_width(widths: Sequence[tuple[int, ...]], rows: int) -> dict[int, int]:
-    """How many rows are padded to which width, for several micro-batches of ``rows`` rows each."""
-    found: dict[int, int] = {}
-    for each in widths:
-        for width in each:
-            found[width] = found.get(width, 0) + rows // len(each)
-    return found
