@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_workers",
         type=int,
         default=1 if under_mpi() else len(os.sched_getaffinity(0)),
-        help="processes, of each rank or part; the default is all cores, 1 under mpirun",
+        help="cores to use, of each rank or part; the default is all, 1 under mpirun",
     )
     add(
         "--part",

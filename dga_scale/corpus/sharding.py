@@ -82,7 +82,7 @@ def shard_corpus(
         inputs: Files, folders and globs.
         output: The corpus folder: new, empty, or of an earlier call with the same inputs and settings.
         settings: What decides the bytes; ``tokenizer_hash`` and ``exclude_hash`` are filled in here.
-        num_workers: Processes (of each rank or part).
+        num_workers: Cores to use (of each rank or part).
         part: (i, N): do the i-th of N shares, counted from 0; for job arrays.
         part_patience: Seconds without any progress after which a part does the others' shares.
 

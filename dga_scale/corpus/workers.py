@@ -228,7 +228,7 @@ class PartTeam(Team):
             if time.monotonic() - last_change > self._patience:
                 # Each waiting task begins elsewhere, and looks again after each round.
                 first = self.index * len(missing) // self.size
-                self._do(phase, (missing[first:] + missing[:first])[: self._num_workers])
+                self._do(phase, (missing[first:] + missing[:first])[: self._processes])
             else:
                 time.sleep(min(1.0, self._patience / 10))
 

@@ -42,3 +42,16 @@ def test_what_is_left_is_valid_unicode() -> None:
     left.encode("utf-8")
     assert unicodedata.is_normalized("NFC", left)
     assert {c for c in left if unicodedata.category(c) == "Cc"} == {"\t", "\n"}
+
+
+def test_each_character_alone() -> None:
+    """Text with nothing to remove is told at a look: nothing else may pass by it."""
+    for code in range(0x10000):
+        character = chr(code)
+        if character in "\n\r\x0b\x0c\x85\u2028\u2029":
+            kept = "\n"
+        elif character == "\ufeff" or 0xFDD0 <= code <= 0xFDEF or code >= 0xFFFE:
+            kept = ""
+        else:
+            kept = "" if unicodedata.category(character) in ("Cc", "Cs") and code != 9 else character
+        assert clean(f"a{character}b") == unicodedata.normalize("NFC", f"a{kept}b"), hex(code)

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from datasets import Features, List, Value
 
-from dga_scale.corpus.packing import Layout, Packer
+from dga_scale.corpus.packing import Layout, Packer, features, schema
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
 
@@ -79,3 +80,11 @@ def test_layout_of_tokenizers(wordpiece: str, byte_bpe: str, slow_sentencepiece:
     masked.sep_token = masked.cls_token = None
     with pytest.raises(UserError, match="the tokenizer of 'x' has no CLS and SEP"):
         Layout.of(masked, "x", "chunk", 32)
+
+
+@pytest.mark.parametrize("vocab_size", [1 << 16, (1 << 16) + 1])
+def test_columns_are_described_as_datasets_does(vocab_size: int) -> None:
+    ids = "uint16" if vocab_size == 1 << 16 else "int32"
+    theirs = Features({"input_ids": List(Value(ids)), "length": Value("int32"), "maskable": Value("int32")})
+    assert features(vocab_size) == theirs.to_dict()
+    assert schema(vocab_size).equals(theirs.arrow_schema, check_metadata=True)
