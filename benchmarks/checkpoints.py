@@ -1,4 +1,4 @@
-"""Time and memory of checkpoints: saving, resuming, and consolidation, against DeepSpeed's own and torch.save.
+"""Time and memory of saving, resuming and consolidating, against DeepSpeed's own and torch.save.
 
     python -m benchmarks.checkpoints [--rounds 3] [--stages 2 3] [--layers 12]
 
@@ -119,11 +119,9 @@ def on_each_rank(folder: Path, stage: int, rounds: int, layers: int) -> Figures:
         assert checkpoint is not None
         load_checkpoint(engine, checkpoint, cluster)
 
-    def tensors() -> dict[str, torch.Tensor]:
-        return {entry.name: entry.produce() for entry in Save(
-            engine, tiny_tokenizer(), folder / "never written", TrainerState(1), cluster).entries}  # fmt: skip
-
-    content, file = tensors(), plain / f"{cluster.rank}.pt"
+    described = Save(engine, tiny_tokenizer(), folder / "never written", TrainerState(1), cluster)
+    content = {entry.name: entry.produce() for entry in described.entries}
+    file = plain / f"{cluster.rank}.pt"
 
     def load_plain() -> None:
         for name, tensor in torch.load(file).items():
@@ -202,8 +200,10 @@ def main() -> None:
     options = parser.parse_args()
     from benchmarks import checkpoints  # this file by the name under which the ranks can import it
 
-    lines = [f"{RANKS} ranks, medians of {options.rounds} rounds in turns, load {os.getloadavg()[0]:.1f} at the "
-             "start. \"to ours\": seconds over ours, so above 1 we are faster."]  # fmt: skip
+    lines = [
+        f"{RANKS} ranks, {options.rounds} rounds in turns, load {os.getloadavg()[0]:.1f} at the start.",
+        'Seconds of the slower rank; "to ours" is over ours: above 1, we are faster.',
+    ]
     for stage in options.stages:
         folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
         try:

@@ -1,6 +1,9 @@
 """Safetensors written as a stream: as the library reads them; ranges over several files."""
 
+import errno
+import hashlib
 import json
+import os
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dga_scale.engine.tensor_files import Entry, PieceReader, record_of, write_safetensors
+from dga_scale.engine import tensor_files
+from dga_scale.engine.tensor_files import Entry, FileRecord, PieceReader, record_of, write_safetensors
 
 
 def entry(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Entry:
@@ -71,6 +75,32 @@ def test_a_gap_is_noticed(tmp_path: Path) -> None:
         assert reader.read("weight:w", 5, torch.empty(20)) == 10
         with pytest.raises(AssertionError, match="has gaps"):
             reader.full("weight:w")
+
+
+def test_a_file_synced_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In small parts: the content is whole, and a disk that fails on the way is not passed over."""
+    monkeypatch.setattr(tensor_files, "_CHUNK", 1000)
+    monkeypatch.setattr(tensor_files, "_SYNC_EVERY", 2000)
+    tensors = {f"t{i}": torch.randn(1234) for i in range(5)}
+    entries = [entry(n, t) for n, t in tensors.items()]
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_size), sync(file)))
+    record = write_safetensors(tmp_path / "x", entries, {})
+    assert len(synced) > 1
+    assert synced[-1] == record.bytes
+    assert record == FileRecord(
+        record.bytes, hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+    ) == record_of(tmp_path / "x")  # fmt: skip
+    for name, tensor in load_file(tmp_path / "x").items():
+        assert torch.equal(tensor, tensors[name])
+
+    def fail_once(file: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(OSError, match="broken"):
+        write_safetensors(tmp_path / "y", entries, {})
 
 
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
