@@ -30,6 +30,7 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig
 
@@ -148,7 +149,9 @@ def ours(planner: Planner, shape: Shape) -> tuple[Any, Callable[[], Tensor], Any
     mask_of_rows = torch.ones_like(ids)
     positions = mask_of_rows.cumsum(dim=1).le(labelled).flatten().nonzero().flatten()
     masked = (labelled * shape.rows * ranks,)
-    inputs = (ids, ids, mask_of_rows, positions, ids.flatten()[positions])
+    labels = ids.flatten()[positions]
+    fillers = planner.as_configured().batch.head_slots - len(positions)
+    inputs = (ids, ids, mask_of_rows, F.pad(positions, (0, fillers)), F.pad(labels, (0, fillers), value=-100))
     return engine, lambda: engine(*inputs, masked=masked, passes=float(ranks))[0], tracker
 
 
@@ -174,7 +177,7 @@ def predicted(planner: Planner) -> tuple[int, int, int]:
         del parts["gradients"]  # gone after the step
     soft_mask = getattr(planner.config.method, "soft_mask", "none")
     held = sum(parts.values()) + sum(extras(model, plan.zero, soft_mask).values())
-    width, positions = plan.zero.weight_bytes, plan.batch.rows * plan.batch.labels
+    width, positions = plan.zero.weight_bytes, plan.batch.head_slots
     kept = activations(model, plan.batch, width, checkpointing=False)
     kept += positions * 4 * (model.anatomy.vocab_size + width * model.anatomy.hidden_size)  # no gradients yet
     return held, kept, plan.memory.total

@@ -148,12 +148,12 @@ def forward_backward_flops(
     Recomputed blocks add a forward pass; a teacher a forward pass of one reading; a contrast over all passes
     one of the readings contrasted. A model whose lower part is frozen is counted as if it were not.
     """
-    rows = batch.rows * passes * ranks
+    rows, head_slots = batch.rows * passes * ranks, batch.head_slots * passes * ranks
     counted = step_flops(
         model.anatomy,
         views=batch.views,
         rows_by_width={batch.length: rows},
-        head_tokens=rows * batch.labels,
+        head_tokens=head_slots,
     )
     computed = counted
     if checkpointing:
@@ -164,7 +164,7 @@ def forward_backward_flops(
         tokens = len(contrast.sides) * rows * batch.length
         computed += model.anatomy.forward_flops(tokens, batch.length, 0)
     if model.method.needs_teacher:
-        computed += model.anatomy.forward_flops(rows * batch.length, batch.length, rows * batch.labels)
+        computed += model.anatomy.forward_flops(rows * batch.length, batch.length, head_slots)
     return counted, computed
 
 
@@ -190,7 +190,7 @@ def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int, c
     entries += 3 * 2 * (anatomy.num_heads * anatomy.head_dim + model.kv_size)
     a_token = entries * w + (8 * w + 4) * h * model.dropout
     blocks = batch.tokens * batch.views * anatomy.num_layers * a_token
-    head = batch.rows * batch.labels * anatomy.vocab_size * (3 * w + 24)
+    head = batch.head_slots * anatomy.vocab_size * (3 * w + 24)
     travels = 2 * (w + zero.communication_bytes) * (zero.communication_bytes != w and zero.ranks > 1)
     gradients = model.trained_parameters * (w + (2 * w + travels if zero.stage else 0))
     return passes * ((blocks + head) * computed + gradients)

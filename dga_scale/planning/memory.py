@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dga_scale.corpus.shapes import rounded_up
 from dga_scale.engine.ds_config import ResolvedConfig
 from dga_scale.planning.models import PlannedModel
 
@@ -40,6 +41,11 @@ class Batch:
     def tokens(self) -> int:
         """Of the micro-batch, each row once."""
         return self.rows * self.length
+
+    @property
+    def head_slots(self) -> int:
+        """Places that go through the LM head: the labels of all rows, filled up (``corpus.shapes``)."""
+        return int(rounded_up(self.rows * self.labels))
 
 
 @dataclass(frozen=True)
@@ -246,7 +252,7 @@ def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
     gradient of the logits (w). A teacher's are another w + 4, with two log-softmaxes and their divergence in
     fp32 (3 x 4). Before that, the head keeps four states of the hidden size.
     """
-    positions = batch.rows * batch.labels
+    positions = batch.head_slots
     widths = 2 * width + 8
     if model.method.compares_vocabulary:
         widths += 16 + width
