@@ -15,7 +15,7 @@ def clean(text: str) -> str:
     Returns:
         The cleaned text; "" if nothing a reader could see is left in it.
     """
-    if not text.replace("\n", " ").isprintable():  # many times as fast to tell
+    if not text.replace("\n", " ").isprintable():  # what is removed is not, and this is faster to tell
         text = _REMOVED.sub("", _LINE_BREAKS.sub("\n", text))
     text = unicodedata.normalize("NFC", text).strip()
     if any(unicodedata.category(character)[0] not in "CZ" for character in text):
