@@ -1,6 +1,6 @@
 """What DGA's parts cost beside a step: masks, importance, the contrast's gather, GradCache, shared readings.
 
-    python benchmarks/overheads.py DATA [--shape minilm|roberta-base] [--rounds 12]
+    python benchmarks/overheads.py DATA [--shape minilm|roberta-base] [--rounds 10]
 
 DATA as for ``steps.py``; ZeRO-2 in bf16, packed rows of 128 tokens, one thread a rank. Masks, readings and
 contrasts take turns step by step in one process on the same batches: medians of the paired ratios, with 95%
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--shape", choices=["minilm", "roberta-base"], default="minilm")
     parser.add_argument("--batch_size", type=int, default=16, help="rows of one rank")
-    parser.add_argument("--rounds", type=int, default=12, help="turns of each variant")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each variant")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes of the gather")
     options = parser.parse_args()
     options.text = "packed"
