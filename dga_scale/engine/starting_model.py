@@ -67,10 +67,10 @@ def starting_model(
     freeze(loaded.model, loaded.anatomy, optimization.freeze_layers, optimization.freeze_embeddings)
     seed_everything(inputs.config.run.seed, PREPARE_STREAM, 0, 0)  # new parameters are equal on all ranks
     changed = method.prepare(_workplace(loaded, inputs, cluster, log, resuming))
+    if cluster.device.type == "cpu":
+        use_cpu_kernels(changed or loaded.model)  # in what the method has added too
     if changed is None:
         return StartingModel(loaded.model, loaded.anatomy, loaded.config, teacher)
-    if cluster.device.type == "cpu":
-        use_cpu_kernels(changed)  # of what the method has added
     anatomy = anatomy_of(changed)
     check_sequence_length(inputs.corpus.manifest, anatomy.max_positions)  # soft tokens take some positions
     return StartingModel(changed, anatomy, _published(changed.config, loaded.config), teacher)
