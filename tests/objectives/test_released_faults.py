@@ -99,9 +99,9 @@ def signed_and_accumulated(batches: list[Batch]) -> Tensor:
 def toy_loss(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean over examples of the masked LM loss of each, under the gates that are set."""
     hidden = model.lm.bert(batch.masked_ids, attention_mask=batch.attention_mask).last_hidden_state
-    states = hidden.gather(1, batch.positions.unsqueeze(-1).expand(-1, -1, HIDDEN))
-    losses = F.cross_entropy(model.lm.cls(states).transpose(1, 2), batch.labels, reduction="none")
-    per_example = losses.sum(dim=1) / (batch.labels != -100).sum(dim=1)
+    labels = dense_labels(batch)
+    losses = F.cross_entropy(model.lm.cls(hidden).transpose(1, 2), labels, reduction="none")  # (B, T)
+    per_example = losses.sum(dim=1) / (labels != -100).sum(dim=1)
     return per_example.mean(), per_example
 
 

@@ -7,6 +7,7 @@ import torch
 
 from dga_scale.errors import UserError
 from dga_scale.objectives.views import ModelInputs, View, run_views
+from tests.batches import rows_of
 from tests.objectives.comparison import config_of, info_nce, loss_of, method_of, training_model, workplace_of
 from tests.objectives.toy import tensors_of, toy_batch, toy_lm
 
@@ -32,9 +33,7 @@ def test_term_is_the_formula_on_the_states_of_the_two_draws(temperature: float) 
 
 def test_draws_that_are_alike_and_sentences_that_are_alike() -> None:
     """Without dropout the positive's cosine is 1: with all sentences the same, the loss is log(B)."""
-    batch = toy_batch(4)
-    for tensor in vars(batch).values():
-        tensor.copy_(tensor[:1].clone().expand_as(tensor))
+    batch = rows_of(toy_batch(4), [0, 0, 0, 0])
     model = training_model("simcse", prepared=False)
     assert loss_of(model, batch)[1]["simcse"].item() == pytest.approx(math.log(4), rel=1e-5)
 
