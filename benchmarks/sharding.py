@@ -149,7 +149,8 @@ def datatrove(model: Path, parts: Sequence[Path], output: Path, workers: int) ->
     writer = DocumentTokenizer(
         str(output / "tokens"), str(model / "tokenizer.json"), eos_token="[SEP]", shuffle_documents=False
     )
-    executor = LocalPipelineExecutor([reader, writer], tasks=workers, workers=workers)
+    logs = str(output / "logs")
+    executor = LocalPipelineExecutor([reader, writer], tasks=workers, workers=workers, logging_dir=logs)
     started = time.perf_counter()
     executor.run()
     seconds = time.perf_counter() - started
