@@ -209,7 +209,7 @@ def main() -> None:
         sizes = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
         config = RobertaConfig(num_hidden_layers=options.layers, **sizes)
         model.write_text(json.dumps(config.to_dict()), encoding="utf-8")
-        shape = Shape(str(model), options.rows, options.sequence_length)
+        shape = plan_accuracy.Shape(str(model), options.rows, options.sequence_length)
         for ranks, stage in itertools.product(options.ranks, options.stages):
             started = time.monotonic()
             found: dict[str, Found] = {}
