@@ -150,7 +150,7 @@ def test_a_run_leaves_all_that_it_promises(finished: Path, world: SmallWorld):
 def test_update_masks_hold_what_they_promise(finished: Path):
     """Each step is 1 - a of the optimizer's; so is movement, to the noise of heads whose own steps differ.
 
-    That noise grows with the steps, which cancel in one head more than in another: movement is looked at early.
+    That noise grows with the steps, which cancel in one head more than in another: it is looked at early.
     """
     records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     protections = [record for record in records if record.get("event") == "protection"]
