@@ -9,10 +9,11 @@ rounded up: kernels are chosen, and memory is laid out, for each new shape.
 import numpy as np
 
 MULTIPLE = 32
-"""Lengths and numbers of labels are rounded up to a multiple of it. 16 and 64 were slower or no faster."""
+"""Lengths and numbers of labels are rounded up to a multiple of it. Less would
+make more shapes, more would leave more padding."""
 
 MOST_GROUPS = 4
-"""Row groups of a rank's micro-batch. Of 1, 2, 4 and 8 the fastest on short reviews."""
+"""Row groups of a rank's micro-batch: more would leave less padding, in passes of fewer rows."""
 
 
 def rounded_up(counts: np.ndarray | int) -> np.ndarray:
