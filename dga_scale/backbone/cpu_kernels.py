@@ -83,8 +83,7 @@ def attention(
 
     """
     unusual = any(kwargs.get(name) is not None for name in _UNUSUAL)
-    # With dropout whatever the grad mode: a pass without gradient may be one that is repeated with it.
-    # In train mode without gradients too: a pass that GradCache repeats with them gives the same.
+    # In train mode whatever the grad mode: GradCache repeats a pass without gradients with them, to the bit.
     differentiated = module.training or torch.is_grad_enabled()
     pays = dropout > 0 or (differentiated and query.dtype == torch.bfloat16 and key.shape[2] <= _SHORT)
     if unusual or not pays or query.device.type != "cpu":
