@@ -9,7 +9,7 @@ rounded up: kernels are chosen, and memory is laid out, for each new shape.
 import numpy as np
 
 MULTIPLE = 32
-"""Lengths and numbers of labels are rounded up to a multiple of it: less makes more shapes, more pads more."""
+"""Lengths and numbers of labels are rounded up to a multiple of it: less makes more shapes, more pads."""
 
 MOST_GROUPS = 4
 """Row groups of a rank's micro-batch: more would leave less padding, in passes of fewer rows."""
