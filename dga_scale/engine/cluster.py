@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dga_scale.engine.cpu_memory import keep_freed_memory
 from dga_scale.engine.meeting import JOIN_TIMEOUT, meet
 from dga_scale.engine.place import Place, read_place
 from dga_scale.engine.threads import share_cores
@@ -171,6 +172,8 @@ def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
         place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size, device
     )
     share_cores(cluster.all_gather_object)
+    if device.type == "cpu":
+        keep_freed_memory()
     return cluster
 
 
