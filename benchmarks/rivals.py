@@ -37,7 +37,6 @@ from dga_scale.backbone.loading import load_model
 from dga_scale.corpus.batches import Batch, BatchStream
 from dga_scale.corpus.masking import MaskingPolicy
 from dga_scale.corpus.mixture import Mixture
-from dga_scale.corpus.shapes import row_groups
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.engine.tensors import to_device
@@ -114,7 +113,7 @@ def batches(options: argparse.Namespace) -> Iterator[tuple[Batch, tuple[int, ...
         world_size=world_size,
         start_step=0,
         num_steps=options.steps,
-        groups=row_groups(corpus.manifest.packing, options.batch_size),
+        pack=True,
     )
     with stream:
         for step in stream:

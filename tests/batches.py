@@ -18,7 +18,7 @@ def batch_of(
     *,
     sample_ids: Tensor | None = None,
     sources: Tensor | None = None,
-    widths: tuple[int, ...] = (),
+    packed: Tensor | None = None,
 ) -> Batch:
     """A batch of rows (B, T) with labels (B, T), IGNORED where nothing is predicted."""
     rows = len(input_ids)
@@ -36,7 +36,8 @@ def batch_of(
         sources,
         mixed if len(mixed) else torch.zeros(1, dtype=torch.long),
         _filled(slots, -1),
-        widths or (input_ids.shape[1],),
+        packed,
+        not bool(attention_mask.all()),
     )
 
 
@@ -58,7 +59,7 @@ def masked_places(batch: Batch) -> list[list[int]]:
 
 
 def rows_of(batch: Batch, rows: slice | list[int] | Tensor) -> Batch:
-    """Some rows of a batch, as long as all; read in one group."""
+    """Some rows of a batch, as long as all; not packed."""
     return batch_of(
         batch.input_ids[rows],
         batch.masked_ids[rows],
@@ -99,7 +100,7 @@ def without_labels(batch: Batch, rows: slice | list[int] | int) -> Batch:
         labels,
         sample_ids=batch.sample_ids,
         sources=batch.sources,
-        widths=batch.widths,
+        packed=batch.packed,
     )
 
 

@@ -54,6 +54,8 @@ class Anatomy:
     causal: bool
     max_positions: int
     """Longest sequence, in tokens, that the model has positions for."""
+    first_position: int | None
+    """Position id of a row's first token, where several rows can be read in one (``packed_rows``)."""
     slabs: tuple[Slab, ...]
     attention_outputs: tuple[str, ...]
     """Per layer: module name of the attention output projection; its input is (..., heads * head_dim)."""
@@ -193,6 +195,7 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
     head = [_module(model, name) for name in layout.head]
     parts = _parts(layout, sizes)
     relative = [name for name in (layout.relative_query, layout.relative_key) if name]
+    first_position = config.pad_token_id + 1 if layout.positions_after_padding else 0
     # By identity: named_parameters() may name tied embeddings by the decoder (XLM-R's head comes first).
     trunk = {id(parameter) for parameter in model.base_model.parameters()}
     return Anatomy(
@@ -204,8 +207,8 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
         intermediate_size=sizes.intermediate,
         vocab_size=config.vocab_size,
         causal=layout.causal or getattr(config, "is_decoder", False),
-        max_positions=config.max_position_embeddings
-        - (config.pad_token_id + 1 if layout.positions_after_padding else 0),
+        max_positions=config.max_position_embeddings - first_position,
+        first_position=first_position if layout.packs else None,
         slabs=tuple(
             slab
             for layer, block in enumerate(blocks)

@@ -43,6 +43,8 @@ class Layout:
     causal: bool = False
     positions_after_padding: bool = False
     """Position ids start at ``pad_token_id + 1``, so the table holds that many positions no token can use."""
+    packs: bool = False
+    """Takes position ids, and masks of queries by keys, so that several rows can be read in one."""
 
 
 _BERT = Layout(
@@ -54,6 +56,7 @@ _BERT = Layout(
     up=("intermediate.dense",),
     down="output.dense",
     head=("cls",),
+    packs=True,
 )
 _ROBERTA = replace(_BERT, block="roberta.encoder.layer.{}", head=("lm_head",), positions_after_padding=True)
 _LLAMA = Layout(
@@ -66,6 +69,7 @@ _LLAMA = Layout(
     down="mlp.down_proj",
     head=("lm_head",),
     causal=True,
+    packs=True,
 )
 
 LAYOUTS: dict[str, Layout] = {
@@ -86,6 +90,7 @@ LAYOUTS: dict[str, Layout] = {
         up=("ffn.lin1",),
         down="ffn.lin2",
         head=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+        packs=True,
     ),
     "modernbert": Layout(
         block="model.layers.{}",
@@ -95,6 +100,7 @@ LAYOUTS: dict[str, Layout] = {
         stacked_up=2,
         down="mlp.Wo",
         head=("head", "decoder"),
+        packs=True,
     ),
     "deberta-v2": replace(
         _BERT,
@@ -102,6 +108,7 @@ LAYOUTS: dict[str, Layout] = {
         query="attention.self.query_proj",
         key="attention.self.key_proj",
         value="attention.self.value_proj",
+        packs=False,
     ),
     "gpt2": Layout(
         block="transformer.h.{}",
@@ -111,6 +118,7 @@ LAYOUTS: dict[str, Layout] = {
         down="mlp.c_proj",
         head=("lm_head",),
         causal=True,
+        packs=True,
     ),
     "gpt_neox": Layout(
         block="gpt_neox.layers.{}",
@@ -121,6 +129,7 @@ LAYOUTS: dict[str, Layout] = {
         down="mlp.dense_4h_to_h",
         head=("lm_head",),
         causal=True,
+        packs=True,
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -135,6 +144,7 @@ LAYOUTS: dict[str, Layout] = {
         down="mlp.down_proj",
         head=("lm_head",),
         causal=True,
+        packs=True,
     ),
 }
 """Layout of each architecture by its ``config.model_type``."""

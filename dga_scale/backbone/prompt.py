@@ -72,7 +72,7 @@ def apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anatom
     trunk.add_module(PROMPT, SoftPrompt(tokens, width, std, base.dtype))
     trunk.register_forward_pre_hook(_put_before, with_kwargs=True)
     trunk.register_forward_hook(_take_off)
-    return dataclasses.replace(anatomy, max_positions=anatomy.max_positions - tokens)
+    return dataclasses.replace(anatomy, max_positions=anatomy.max_positions - tokens, first_position=None)
 
 
 def _put_before(

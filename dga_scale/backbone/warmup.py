@@ -1,6 +1,6 @@
 """Head warm-up: an encoder saved without its LM head (a sentence encoder, say) becomes a masked LM."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
-from dga_scale.backbone.row_groups import last_hidden_states
+from dga_scale.backbone.packed_rows import last_hidden_states
 from dga_scale.backbone.sealed_tensors import load_tensors, save_tensors
 from dga_scale.errors import UserError
 
@@ -32,7 +32,7 @@ class PredictionBatch(Protocol):
     def labels(self) -> Tensor: ...  # (N,), -100 where there is none
 
     @property
-    def widths(self) -> Sequence[int]: ...  # of the groups of rows; see ``row_groups``
+    def packed(self) -> Tensor | None: ...  # (P, T), the rows end to end; see ``packed_rows``
 
 
 def warm_up_head(
@@ -74,7 +74,7 @@ def warm_up_head(
         with torch.autocast(batch.labels.device.type, autocast, enabled=autocast is not None):
             with torch.set_grad_enabled(train_trunk):
                 hidden = last_hidden_states(
-                    anatomy.trunk(model), batch.masked_ids, batch.attention_mask, batch.widths
+                    anatomy.trunk(model), anatomy, batch.masked_ids, batch.attention_mask, batch.packed
                 )  # (B, T, H)
             states = hidden.flatten(0, 1).index_select(0, batch.positions)
             logits = anatomy.lm_logits(model, states)  # (N, vocab)

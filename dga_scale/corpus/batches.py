@@ -16,7 +16,7 @@ import torch
 from dga_scale.corpus.masking import IGNORED, MaskingPolicy, label_counts, mask_tokens
 from dga_scale.corpus.mixture import Mixture, Picks
 from dga_scale.corpus.order import SampleOrder
-from dga_scale.corpus.shapes import dealt_out, rounded_up, widths_of
+from dga_scale.corpus.shapes import dealt_out, height_of, packed, places_of, rounded_up, width_of
 from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
 
@@ -37,8 +37,10 @@ class Batch:
     sources: torch.Tensor  # (B,) number of its corpus in the mixture
     mixed_rows: torch.Tensor  # (G,) rows of the corpora mixed in; [0] where there is none
     mixed_slots: torch.Tensor  # (K,) where in ``labels`` theirs stand, then -1
-    widths: tuple[int, ...]
-    """Longest row, rounded up, of each of equally large groups of consecutive rows; T is the largest."""
+    packed: torch.Tensor | None
+    """(P, T) the rows end to end: what each place of fewer rows reads, or -1; None: rows as they stand."""
+    padded: bool
+    """Whether any row is shorter than T."""
 
 
 def build_batch(
@@ -48,7 +50,6 @@ def build_batch(
     masking: MaskingPolicy | None,
     seed: int,
     *,
-    groups: int = 1,
     fillers: int = 0,
 ) -> Batch:
     """Read and mask ``rows``.
@@ -59,30 +60,34 @@ def build_batch(
         epochs: (B,) or one: the epoch of each row, from which (with seed and row) its mask is drawn.
         masking: None for a causal model, whose labels are the next tokens.
         seed: 64 bits.
-        groups: That the rows are cut into, each with a width of its own.
         fillers: So many rows at the end only fill up the batch: they get no labels.
     """
-    widths = widths_of(corpus.lengths[rows], groups, corpus.manifest.sequence_length)
-    read = _read(corpus, rows, epochs, masking, seed, int(widths.max()))
+    width = width_of(corpus.lengths[rows], corpus.manifest.sequence_length)
+    read = _read(corpus, rows, epochs, masking, seed, width)
     sample_ids = np.array(rows, dtype=np.int64)
     if fillers:
         read.labels[-fillers:] = IGNORED
         sample_ids[-fillers:] = -1
-    return _batch(read, sample_ids, np.zeros(len(rows), dtype=np.int64), widths)
+    return _batch(read, sample_ids, np.zeros(len(rows), dtype=np.int64))
 
 
-def mixed_batch(mixture: Mixture, picks: Picks, masking: MaskingPolicy | None, groups: int = 1) -> Batch:
-    """Read and mask rows of several corpora, in the order of ``picks``; each draws as in its corpus alone."""
-    longest = mixture.corpora[0].manifest.sequence_length
-    widths = widths_of(mixture.lengths(picks), groups, longest)
+def mixed_batch(
+    mixture: Mixture, picks: Picks, masking: MaskingPolicy | None, *, pack: bool = False
+) -> Batch:
+    """Read and mask rows of several corpora, in the order of ``picks``; each draws as in its corpus alone.
+
+    ``pack``: put them end to end as well; see ``Batch.packed``.
+    """
+    lengths = mixture.lengths(picks)
+    width = width_of(lengths, mixture.corpora[0].manifest.sequence_length)
     places, parts = [], []
     for source, where in mixture.by_source(picks):
         own, seed = picks.part(where), mixture.orders[source].seed
         places.append(where)
-        parts.append(_read(mixture.corpora[source], own.rows, own.epochs, masking, seed, int(widths.max())))
+        parts.append(_read(mixture.corpora[source], own.rows, own.epochs, masking, seed, width))
     back = np.argsort(np.concatenate(places))
     read = _Rows(*(np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True)))
-    return _batch(read, picks.rows, picks.sources, widths)
+    return _batch(read, picks.rows, picks.sources, places_of(lengths.tolist(), width) if pack else None)
 
 
 class _Rows(NamedTuple):
@@ -115,7 +120,9 @@ def _read(
     return _Rows(ids, *mask_tokens(ids, real, rows, epochs, masking, seed))
 
 
-def _batch(read: _Rows, sample_ids: np.ndarray, sources: np.ndarray, widths: np.ndarray) -> Batch:
+def _batch(
+    read: _Rows, sample_ids: np.ndarray, sources: np.ndarray, packed: np.ndarray | None = None
+) -> Batch:
     places = np.flatnonzero(read.labels != IGNORED)
     rows = places // read.ids.shape[1]
     mixed_rows, mixed_slots = np.flatnonzero(sources), np.flatnonzero(sources[rows])
@@ -131,7 +138,9 @@ def _batch(read: _Rows, sample_ids: np.ndarray, sources: np.ndarray, widths: np.
         "mixed_slots": _filled_up(mixed_slots, -1),
     }
     return Batch(
-        **{name: torch.from_numpy(array) for name, array in arrays.items()}, widths=tuple(widths.tolist())
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        packed=None if packed is None else torch.from_numpy(packed),
+        padded=not bool(read.real.all()),
     )
 
 
@@ -152,7 +161,7 @@ class StepBatches:
     global_tokens: tuple[int, ...]
     """By source, real tokens of the global batch."""
     rows_by_width: dict[int, int]
-    """Rows of the global batch by the tokens they are padded to: what a view's pass of the trunk reads."""
+    """Rows of the global batch, packed where they are, by their tokens: what a view's trunk pass reads."""
     head_slots: int
     """Places of the global batch that go through the LM head, those that only fill up among them."""
 
@@ -175,7 +184,7 @@ class BatchStream:
         start_step: The first step.
         num_steps: How many.
         prefetch: See above.
-        groups: That a rank's micro-batch is cut into; see ``corpus.shapes.row_groups``.
+        pack: Put documents end to end; see ``Batch.packed``. Chunks are full as they are.
 
     Example::
 
@@ -200,7 +209,7 @@ class BatchStream:
         start_step: int,
         num_steps: int,
         prefetch: int = 4,
-        groups: int = 1,
+        pack: bool = False,
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         if global_batch_size % (micro_batch_size * world_size):
@@ -211,7 +220,8 @@ class BatchStream:
         mixture.check_one_batch(global_batch_size)
         self._mixture, self._masking = mixture, masking
         self._global, self._micro = global_batch_size, micro_batch_size
-        self._rank, self._world_size, self._groups = rank, world_size, groups
+        self._rank, self._world_size = rank, world_size
+        self._pack = pack and mixture.corpora[0].manifest.packing != "chunk"
         self._steps = range(start_step, start_step + num_steps)
         self._queue: queue.SimpleQueue[StepBatches | BaseException] = queue.SimpleQueue()
         self._free_slots = threading.Semaphore(prefetch)
@@ -235,17 +245,20 @@ class BatchStream:
                 for first in range(0, self._global, rows)
             ]
         )  # (passes, ranks, micro-batch)
-        widths = widths_of(lengths[parts], self._groups, manifest.sequence_length)
-        found, groups = np.unique(widths, return_counts=True)
-        of_group = self._micro // self._groups
+        rows_by_width: dict[int, int] = {}
+        for own in lengths[parts].reshape(-1, self._micro):
+            width = width_of(own, manifest.sequence_length)
+            height = height_of(len(packed(own.tolist(), width)), self._micro) if self._pack else self._micro
+            rows_by_width[width] = rows_by_width.get(width, 0) + height
         return StepBatches(
             step=step,
             micro_batches=[
-                mixed_batch(mixture, picks.part(part), masking, self._groups) for part in parts[:, self._rank]
+                mixed_batch(mixture, picks.part(part), masking, pack=self._pack)
+                for part in parts[:, self._rank]
             ],
             global_masked=tuple(masked),
             global_tokens=tuple(tokens),
-            rows_by_width={int(width): int(n) * of_group for width, n in zip(found, groups, strict=True)},
+            rows_by_width=rows_by_width,
             head_slots=int(rounded_up(labels[parts].sum(axis=2)).sum()),
         )
 

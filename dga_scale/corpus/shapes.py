@@ -1,18 +1,21 @@
 """Shapes of batches: as little padding as a few fixed sizes allow.
 
 Rows packed by document (reviews, say) are mostly far shorter than the longest. The rows that all ranks read
-in one pass are sorted by length and dealt out, so that ranks have like work; a rank's rows are cut into
-groups, each a pass of the trunk of its own, as long as its longest row. Lengths and numbers of labels are
-rounded up: kernels are chosen, and memory is laid out, for each new shape.
+in one pass are sorted by length and dealt out, so that ranks have like work; a rank's rows are then put end
+to end into as few rows of the longest's length as hold them. Lengths and numbers of labels are rounded up:
+kernels are chosen, and memory is laid out, for each new shape.
 """
+
+import bisect
+from collections.abc import Sequence
 
 import numpy as np
 
 MULTIPLE = 32
 """Lengths and numbers of labels are rounded up to a multiple of it: less makes more shapes, more pads."""
 
-MOST_GROUPS = 4
-"""Row groups of a rank's micro-batch: more would leave less padding, in passes of fewer rows."""
+MOST_HEIGHTS = 16
+"""A micro-batch has at most as many numbers of packed rows; of large ones the number is rounded up."""
 
 
 def rounded_up(counts: np.ndarray | int) -> np.ndarray:
@@ -20,31 +23,45 @@ def rounded_up(counts: np.ndarray | int) -> np.ndarray:
     return np.maximum(1, -(-np.asarray(counts) // MULTIPLE)) * MULTIPLE
 
 
-def row_groups(packing: str, micro_batch_size: int) -> int:
-    """Groups that a micro-batch's rows are cut into, the same for a whole run and on all ranks.
+def width_of(lengths: np.ndarray, longest: int) -> int:
+    """Tokens that rows of some lengths are padded to: the longest's, rounded up, at most ``longest``."""
+    return min(int(rounded_up(int(lengths.max()))), longest)
 
-    Under ZeRO-3, whose gathers are collective, every rank has to call the trunk as often. Rows packed in
-    chunks are equally long: one group.
+
+def packed(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Put rows into packed rows of ``width`` tokens: the numbers of the rows in each, in their order.
+
+    Best fit: a row goes where it leaves least room, or opens a new packed row. For rows with the longest
+    first that takes at most 11/9 of the fewest possible (Johnson et al., SIAM J. Comput. 3, 1974).
     """
-    if packing == "chunk":
-        return 1
-    return max(groups for groups in range(1, MOST_GROUPS + 1) if micro_batch_size % groups == 0)
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, packed row), rising
+    for number, length in enumerate(lengths):
+        at = bisect.bisect_left(room, (length, 0))
+        left, into = room.pop(at) if at < len(room) else (width, len(bins))
+        if into == len(bins):
+            bins.append([])
+        bins[into].append(number)
+        bisect.insort(room, (left - length, into))
+    return bins
 
 
-def widths_of(lengths: np.ndarray, groups: int, longest: int) -> np.ndarray:
-    """Tokens that each group of rows is padded to: its longest row's, rounded up, at most ``longest``.
+def height_of(packed_rows: int, rows: int) -> int:
+    """Packed rows of a micro-batch of ``rows`` with those that only fill up: few numbers of them occur."""
+    unit = -(-rows // MOST_HEIGHTS)
+    return -(-packed_rows // unit) * unit
 
-    Args:
-        lengths: (..., B) of the rows in their order.
-        groups: consecutive groups of equally many rows.
-        longest: the corpus's ``sequence_length``.
 
-    Returns:
-        (..., groups)
-
-    """
-    by_group = lengths.reshape(*lengths.shape[:-1], groups, -1).max(axis=-1)
-    return np.minimum(rounded_up(by_group), longest)
+def places_of(lengths: Sequence[int], width: int) -> np.ndarray:
+    """What each place of the packed rows reads: (``height_of``, width) int64, row * width + token, or -1."""
+    bins = packed(lengths, width)
+    places = np.full((height_of(len(bins), len(lengths)), width), -1, dtype=np.int64)
+    for into, rows in zip(places, bins, strict=False):
+        start = 0
+        for row in rows:
+            into[start : start + lengths[row]] = row * width + np.arange(lengths[row])
+            start += lengths[row]
+    return places
 
 
 def dealt_out(lengths: np.ndarray, packing: str, ranks: int) -> np.ndarray:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dga_scale.backbone.layers import learning_rate_scales
+from dga_scale.backbone.packed_rows import can_pack
 from dga_scale.corpus.batches import BatchStream, EvalBatches, StepBatches
-from dga_scale.corpus.shapes import row_groups
 from dga_scale.engine.anchoring import build_anchor
 from dga_scale.engine.checkpoint import Save, TrainerState, load_checkpoint
 from dga_scale.engine.checkpoint_folder import Checkpoint
@@ -20,7 +20,6 @@ from dga_scale.engine.schedule import learning_rate_at
 from dga_scale.engine.starting_model import starting_model
 from dga_scale.engine.tensors import IMPORTANCE_STREAM, seed_everything, to_device
 from dga_scale.errors import UserError
-from dga_scale.experts.extension import has_experts
 from dga_scale.monitoring.metrics import RunLog
 from dga_scale.objectives import build_method
 from dga_scale.objectives.grad_cache import CachedContrast, cache_contrast
@@ -59,9 +58,7 @@ class Session:
         self.model.train()  # from_pretrained leaves dropout off
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        packing, micro_batch_size = inputs.corpus.manifest.packing, inputs.resolved.micro_batch_size
-        # The centres of experts move by whole passes.
-        self._row_groups = 1 if has_experts(start.lm) else row_groups(packing, micro_batch_size)
+        self._pack = can_pack(start.lm, start.anatomy)
         kinds = self.method.kinds
         self._soft_mask = config.method.soft_mask if kinds else "none"
         self._gradient_mask: GradientMask | None = None
@@ -138,7 +135,7 @@ class Session:
             start_step=completed_steps,
             num_steps=optimization.max_steps - completed_steps,
             prefetch=self.config.data.prefetch_steps,
-            groups=self._row_groups,
+            pack=self._pack,
         )
 
     def train_step(self, batches: StepBatches) -> tuple[dict[str, Tensor], float]:

@@ -14,10 +14,10 @@ from dga_scale.backbone.cpu_kernels import use_cpu_kernels
 from dga_scale.backbone.extended import ExtendedConfig
 from dga_scale.backbone.layers import freeze
 from dga_scale.backbone.loading import LoadedModel, load_model, load_model_config
+from dga_scale.backbone.packed_rows import can_pack
 from dga_scale.backbone.warmup import load_head, save_head, warm_up_head
 from dga_scale.corpus.batches import BatchStream, mixed_batch
 from dga_scale.corpus.mixture import Mixture
-from dga_scale.corpus.shapes import row_groups
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.deepspeed import partitioned_loading
@@ -155,7 +155,7 @@ def _give_head(loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLo
         world_size=cluster.world_size,
         start_step=0,
         num_steps=steps,
-        groups=row_groups(inputs.corpus.manifest.packing, resolved.micro_batch_size),
+        pack=can_pack(loaded.model, loaded.anatomy),
     )
     lm: torch.nn.Module = loaded.model
     lm.to(cluster.device)

@@ -1,5 +1,7 @@
 """Batches on the device, and the seeds of what is drawn there."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -12,11 +14,13 @@ WARMUP_STREAM, IMPORTANCE_STREAM, PREPARE_STREAM, INITIAL_STREAM = 1, 2, 3, 4
 
 def to_device(batch: Batch, device: torch.device) -> ModelInputs:
     """The tensors of a batch that the model reads, on its device; on CUDA copied without waiting."""
-    tensors = [getattr(batch, name) for name in ModelInputs._fields if name != "widths"]
-    if device.type == "cuda":
-        tensors = [t.pin_memory() for t in tensors]
-    moved = [t.to(device, non_blocking=True) for t in tensors]
-    return ModelInputs._make([*moved, batch.widths])
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+    return ModelInputs._make(moved(getattr(batch, name)) for name in ModelInputs._fields)
 
 
 def seed_of(seed: int, stream: int, step: int, rank: int) -> int:

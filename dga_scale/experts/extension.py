@@ -1,5 +1,6 @@
 """Sparse experts as an extension of a model: built from its config, or out of a dense model's clusters."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -181,7 +182,7 @@ def update_centres_every(model: ExtendedPreTrainedModel, passes: int) -> None:
         sublayer.passes.per_update = passes
 
 
-def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> None:
+def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anatomy:
     """Add routers and copies of the dense sublayers; equal weights, centres still to be set or loaded."""
     if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
         raise UserError(
@@ -205,6 +206,7 @@ def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> None:
         home.get_submodule(CHILD).add_module(sublayer, sparse)
     base.config.use_cache = False  # a route is chosen for a whole sequence, not for its next token
     base._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "router"}
+    return dataclasses.replace(anatomy, first_position=None)  # and rows read as one would go one way
 
 
 register_extension(EXPERTS, _apply)

@@ -6,14 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
-from dga_scale.backbone.row_groups import last_hidden_states
+from dga_scale.backbone.packed_rows import last_hidden_states
 from dga_scale.corpus.masking import IGNORED
+from dga_scale.objectives.cross_entropy import cross_entropies
 from dga_scale.objectives.grad_cache import CachedContrast
 from dga_scale.objectives.method import LM_VIEW, Method, Reading
 from dga_scale.objectives.views import ModelInputs, States, View, run_views
@@ -86,7 +86,8 @@ class TrainingModel(nn.Module):
         sources: Tensor | None = None,
         mixed_rows: Tensor | None = None,
         mixed_slots: Tensor | None = None,
-        widths: tuple[int, ...] = (),
+        packed: Tensor | None = None,
+        padded: bool = True,
         *,
         masked: Sequence[int] = (1,),
         passes: float = 1.0,
@@ -98,7 +99,8 @@ class TrainingModel(nn.Module):
         Args:
             input_ids, masked_ids, attention_mask: (B, T).
             positions, labels: (N,), positions in the flattened (B, T), labels -100 where there is none.
-            sources, mixed_rows, mixed_slots, widths: see ``ModelInputs``; left out: one corpus, one group.
+            sources, mixed_rows, mixed_slots, packed, padded: see ``ModelInputs``; left out: one corpus, rows
+                as they stand.
             masked: labels of the global batch, by source.
             passes: ranks * micro-steps of a global batch. DeepSpeed takes the mean of the gradients over
                 them; times this, a sum over this pass's positions counts towards one over the global batch.
@@ -123,7 +125,8 @@ class TrainingModel(nn.Module):
             sources,
             mixed_rows,
             mixed_slots,
-            widths,
+            packed,
+            padded,
         )
         if compute is not None:
             return compute(inputs)
@@ -181,7 +184,7 @@ class TrainingModel(nn.Module):
         self, logits: Tensor, inputs: ModelInputs, masked: Sequence[int], passes: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of logits (N, V), weighted by source as the method says; and what is logged."""
-        losses = _cross_entropies(logits, inputs.labels)  # (N,)
+        losses = cross_entropies(logits, inputs.labels)  # (N,)
         if len(masked) == 1:
             loss = losses.sum() * (self.method.token_weights(masked)[0] * passes)
             return loss, {"mlm": loss.detach()}
@@ -196,11 +199,11 @@ class TrainingModel(nn.Module):
     @torch.no_grad()
     def _teacher_hidden(self, inputs: ModelInputs, masked: bool, rows: Tensor | None = None) -> Tensor:
         assert self.teacher is not None, "the method did not say that it needs a teacher"
-        ids, mask = inputs.masked_ids if masked else inputs.input_ids, inputs.attention_mask
+        ids = inputs.masked_ids if masked else inputs.input_ids
         trunk = self.anatomy.trunk(self.teacher)
         if rows is None:
-            return last_hidden_states(trunk, ids, mask, inputs.widths)
-        return last_hidden_states(trunk, ids[rows], mask[rows], ())
+            return last_hidden_states(trunk, self.anatomy, ids, inputs.key_mask, inputs.packed)
+        return last_hidden_states(trunk, self.anatomy, ids[rows], inputs.attention_mask[rows])
 
     @torch.no_grad()
     def _teacher_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -209,12 +212,11 @@ class TrainingModel(nn.Module):
 
     def masked_sums(self, inputs: ModelInputs) -> Tensor:
         """Of each row, sum of cross-entropies, labels and correct guesses: (B, 3) fp64; masked text."""
-        hidden = last_hidden_states(
-            self.anatomy.trunk(self.lm), inputs.masked_ids, inputs.attention_mask, inputs.widths
-        )
+        trunk = self.anatomy.trunk(self.lm)
+        hidden = last_hidden_states(trunk, self.anatomy, inputs.masked_ids, inputs.key_mask, inputs.packed)
         logits = self._logits(self.lm, hidden, inputs.positions)
         found = (
-            _cross_entropies(logits, inputs.labels),
+            cross_entropies(logits, inputs.labels),
             inputs.labels != IGNORED,
             logits.argmax(dim=-1) == inputs.labels,
         )
@@ -224,11 +226,6 @@ class TrainingModel(nn.Module):
     def _logits(self, lm: PreTrainedModel, hidden: Tensor, positions: Tensor) -> Tensor:
         """Logits (N, V) at positions (N,) of hidden states: only those go through the LM head."""
         return self.anatomy.lm_logits(lm, hidden.flatten(0, 1).index_select(0, positions))
-
-
-def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropies (N,) in fp32 of logits (N, V) at labels (N,), 0 where there is no label."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
 
 
 @torch.no_grad()

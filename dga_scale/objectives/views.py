@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dga_scale.backbone.gates import Gates
-from dga_scale.backbone.row_groups import joined, row_groups
+from dga_scale.backbone.packed_rows import read_rows
 
 
 class ModelInputs(NamedTuple):
@@ -22,7 +22,13 @@ class ModelInputs(NamedTuple):
     sources: Tensor  # (B,) corpus of each row: 0 the domain's, 1, ... those mixed in
     mixed_rows: Tensor  # (G,) rows of the mixed-in; [0] where there is none
     mixed_slots: Tensor  # (K,) where theirs stand among the N, then -1
-    widths: tuple[int, ...] = ()  # of the groups that the rows are read in; see ``backbone.row_groups``
+    packed: Tensor | None = None  # (P, T) row * T + token, or -1: the rows end to end; see ``packed_rows``
+    padded: bool = True  # whether any row is shorter than T
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        """The attention mask where there is padding: to see that it masks nothing, a device is waited for."""
+        return self.attention_mask if self.padded else None
 
     @property
     def rows(self) -> Tensor:
@@ -68,8 +74,7 @@ def run_views(
 
     One pass holds all views stacked along the batch, so each draws its own dropout. ``split`` makes a pass
     for each, with activations of one view at a time in a pass; without dropout the numbers are the same.
-    Where the inputs have widths, each group of rows has passes of its own, and its states are zero behind its
-    width.
+    Where the inputs are packed, the trunk reads the packed rows, and states are zero at padding.
 
     Args:
         trunk: the model without its LM head.
@@ -80,40 +85,35 @@ def run_views(
         split: see above.
 
     """
-    groups = [[view] for view in views] if split else [list(views)]
-    hidden: dict[str, list[Tensor]] = {view.name: [] for view in views}
-    embeddings: dict[str, list[Tensor]] = {view.name: [] for view in views if view.embeddings}
-    for group in groups:
-        wants = {"output_hidden_states": True} if any(view.embeddings for view in group) else {}
-        for rows, width in row_groups(inputs.attention_mask, inputs.widths):
-            ids = [(inputs.masked_ids if view.masked else inputs.input_ids)[rows, :width] for view in group]
-            size = len(ids[0])
-            mask = inputs.attention_mask[rows, :width].repeat(len(group), 1)
-            gates.set(_gate_rows(group, size, protection))
-            output = trunk(input_ids=torch.cat(ids), attention_mask=mask, **wants)
-            gates.set(None)
-            for view, of_view in zip(group, output.last_hidden_state.split(size), strict=True):
-                hidden[view.name].append(of_view)
-            if wants:
-                for view, of_view in zip(group, output.hidden_states[0].split(size), strict=True):
-                    if view.embeddings:
-                        embeddings[view.name].append(of_view)
-    tokens = inputs.input_ids.shape[1]
-    return States(
-        {name: joined(parts, tokens) for name, parts in hidden.items()},
-        {name: joined(parts, tokens) for name, parts in embeddings.items()},
-    )
+    hidden: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
+    rows = len(inputs.input_ids if inputs.packed is None else inputs.packed)  # that the trunk reads
+    for group in [[view] for view in views] if split else [list(views)]:
+        gates.set(_gate_rows(group, rows, protection))
+        last, first = read_rows(
+            trunk,
+            gates.anatomy,
+            [inputs.masked_ids if view.masked else inputs.input_ids for view in group],
+            inputs.key_mask,
+            inputs.packed,
+            embeddings=any(view.embeddings for view in group),
+        )
+        gates.set(None)
+        hidden |= {view.name: states for view, states in zip(group, last, strict=True)}
+        # Empty where no view of the group asked for it.
+        embeddings |= {view.name: e for view, e in zip(group, first, strict=False) if view.embeddings}
+    return States(hidden, embeddings)
 
 
 def _gate_rows(
-    group: Sequence[View], size: int, protection: Mapping[str, Tensor]
+    group: Sequence[View], rows: int, protection: Mapping[str, Tensor]
 ) -> dict[str, Tensor] | None:
-    """Gates (views * B, layers, units) by kind; None where no view is gated."""
+    """Gates (views * rows, layers, units) by kind; None where no view is gated."""
     if not any(view.gated for view in group):
         return None
     assert protection, "a gated view needs the protection to be set"
     return {
-        kind: torch.cat([(a if view.gated else torch.ones_like(a)).expand(size, -1, -1) for view in group])
+        kind: torch.cat([(a if view.gated else torch.ones_like(a)).expand(rows, -1, -1) for view in group])
         for kind, a in protection.items()
     }
 

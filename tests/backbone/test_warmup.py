@@ -32,7 +32,7 @@ def batches(number: int, rows: int = 4) -> Iterator[SimpleNamespace]:
             attention_mask=torch.ones_like(ids),
             positions=places,
             labels=labels.flatten(),
-            widths=(),
+            packed=None,
         )
 
 
@@ -146,7 +146,7 @@ def warmed_up(rank: int | None = None, world_size: int = 1) -> tuple[dict[str, T
             attention_mask=batch.attention_mask[own],
             positions=batch.positions[slots] - 12 * first,
             labels=batch.labels[slots],
-            widths=(),
+            packed=None,
         )
 
     def total(tensor: Tensor) -> Tensor:

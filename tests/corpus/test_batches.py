@@ -14,7 +14,7 @@ from dga_scale.corpus.batches import BatchStream, EvalBatches, StepBatches, buil
 from dga_scale.corpus.masking import IGNORED, MaskingPolicy, label_counts, masked_count
 from dga_scale.corpus.mixture import Mixture
 from dga_scale.corpus.order import SampleOrder
-from dga_scale.corpus.shapes import rounded_up, row_groups
+from dga_scale.corpus.shapes import height_of, packed, places_of, rounded_up
 from dga_scale.corpus.sharding import shard_corpus
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.spool import ShardSettings
@@ -218,30 +218,56 @@ def test_all_world_sizes_see_the_same(
         assert step.global_tokens == (reference.attention_mask.sum(),)
         parts = [batch for own in seen for batch in own.micro_batches]
         assert step.head_slots == sum(len(batch.labels) for batch in parts)
-        widths = [width for batch in parts for width in batch.widths for _ in range(micro)]
+        widths = [batch.input_ids.shape[1] for batch in parts for _ in range(micro)]
         assert step.rows_by_width == {width: widths.count(width) for width in set(widths)}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_documents_are_dealt_out_by_length(world_size: int, corpus: Corpus, masking: MaskingPolicy) -> None:
-    """Ranks alternate in the sorted rows; a group of rows is as long as its longest, in steps of 32."""
+    """Ranks alternate in the sorted rows; a batch is as long as its longest, in steps of 32."""
     micro = GLOBAL // world_size
     ranks = [
-        stream(corpus, masking, rank, world_size, micro_batch_size=micro, num_steps=3, groups=4)
+        stream(corpus, masking, rank, world_size, micro_batch_size=micro, num_steps=3, pack=True)
         for rank in range(world_size)
     ]
-    found = set()
     for steps in zip(*ranks, strict=True):
         batches = [step.micro_batches[0] for step in steps]
+        read: dict[int, int] = {}
         lengths = [batch.attention_mask.sum(dim=1).tolist() for batch in batches]
         dealt = [length for turn in zip(*lengths, strict=True) for length in turn]
         assert dealt == sorted(dealt, reverse=True)
         for batch, own in zip(batches, lengths, strict=True):
-            groups = [own[start : start + micro // 4] for start in range(0, micro, micro // 4)]
-            assert batch.widths == tuple(min(rounded_up(max(group)), LENGTH) for group in groups)
-            assert batch.input_ids.shape == (micro, max(batch.widths))
-            found |= set(batch.widths)
-    assert found == {32, LENGTH}
+            width = min(rounded_up(max(own)), LENGTH)
+            assert batch.input_ids.shape == (micro, width)
+            assert batch.padded
+            # Each real token has one place in the packed rows, which are fewer.
+            assert batch.packed is not None
+            assert batch.packed.shape[1] == width
+            assert sum(own) / width <= len(batch.packed) < micro
+            real = batch.attention_mask.flatten().nonzero().flatten()
+            assert batch.packed[batch.packed >= 0].sort().values.equal(real)
+            read[width] = read.get(width, 0) + len(batch.packed)
+        assert all(step.rows_by_width == read for step in steps)
+
+
+def test_rows_are_put_where_they_leave_least_room() -> None:
+    assert packed([9, 7, 5, 3, 3, 1], 10) == [[0, 5], [1, 3], [2, 4]]
+    assert packed([4, 4, 4], 4) == [[0], [1], [2]]
+    assert places_of([3, 2, 1], 4).tolist() == [[0, 1, 2, 8], [4, 5, -1, -1]]
+    generator = np.random.default_rng(0)
+    for lengths in generator.integers(1, 129, (50, 64)):
+        rows = packed(sorted(lengths.tolist(), reverse=True), 128)
+        assert sorted(row for own in rows for row in own) == list(range(64))
+        fewest = -(-int(lengths.sum()) // 128)
+        assert len(rows) <= fewest * 11 / 9 + 1
+
+
+def test_few_numbers_of_packed_rows_occur() -> None:
+    for rows in (1, 16, 64, 100):
+        heights = {height_of(number, rows) for number in range(1, rows + 1)}
+        assert len(heights) <= 16
+        assert all(0 <= height_of(n, rows) - n < -(-rows // 16) for n in range(1, rows + 1))
+    assert places_of([100] * 33 + [28] * 33, 128).shape == (35, 128)
 
 
 def test_chunks_go_to_ranks_in_consecutive_parts(chunks: Corpus) -> None:
@@ -249,20 +275,14 @@ def test_chunks_go_to_ranks_in_consecutive_parts(chunks: Corpus) -> None:
     longest = chunks.manifest.sequence_length
     assert (chunks.lengths == longest).mean() > 0.9  # some end a piece of the text
     for rank in range(2):
-        for step in stream(chunks, masking, rank, 2, num_steps=2):
+        for step in stream(chunks, masking, rank, 2, num_steps=2, pack=True):
             for number, batch in enumerate(step.micro_batches):
                 first = step.step * GLOBAL + (2 * number + rank) * 4
                 assert batch.sample_ids.tolist() == order.indices(first, first + 4).tolist()
-                assert batch.widths == (longest,)
+                assert batch.input_ids.shape == (4, longest)
+                assert batch.padded == bool((chunks.lengths[batch.sample_ids.numpy()] < longest).any())
+                assert batch.packed is None
                 assert len(batch.labels) == rounded_up(4 * 7) == 32
-
-
-@pytest.mark.parametrize(
-    ("packing", "rows", "groups"),
-    [("chunk", 8, 1), ("document", 8, 4), ("document", 6, 3), ("document", 1, 1)],
-)
-def test_number_of_row_groups(packing: str, rows: int, groups: int) -> None:
-    assert row_groups(packing, rows) == groups
 
 
 def test_resume_at_any_step_on_another_world_size(corpus: Corpus, masking: MaskingPolicy) -> None:

@@ -1,18 +1,23 @@
-"""Sorted rows read in groups, each as long as its longest row, against the same rows in one padded pass."""
+"""Rows put end to end and read in fewer, against the same rows read padded."""
 
 from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.backbone.row_groups import joined, last_hidden_states, row_groups
+from dga_scale.backbone.cpu_kernels import use_cpu_kernels
+from dga_scale.backbone.packed_rows import can_pack, last_hidden_states
 from dga_scale.corpus.batches import Batch
+from dga_scale.corpus.shapes import places_of
 from dga_scale.engine.deepspeed import build_engine, set_learning_rate
 from dga_scale.engine.optimizer_step import backward
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
+from dga_scale.objectives.views import ModelInputs
 from tests.backbone.tiny import TINY
 from tests.batches import batch_of, dense_labels, rows_of
 from tests.engine.training import Setup, full_weights
@@ -47,28 +52,29 @@ def by_length() -> Batch:
     )
 
 
-def in_groups(batch: Batch, groups: int) -> Batch:
-    """The same rows, each group cut to the even number of tokens that its longest row needs."""
-    lengths = batch.attention_mask.sum(dim=1)
-    widths = tuple(int(own.max() + own.max() % 2) for own in lengths.chunk(groups))
-    cut = slice(0, max(widths))
+def end_to_end(batch: Batch) -> Batch:
+    """The same rows cut to the longest, and packed."""
+    lengths = batch.attention_mask.sum(dim=1).tolist()
+    cut = slice(0, max(lengths))
+    places = torch.from_numpy(places_of(lengths, max(lengths)))
+    # One more packed row that nothing stands in, as rounding their number up makes.
     return batch_of(
         batch.input_ids[:, cut],
         batch.masked_ids[:, cut],
         batch.attention_mask[:, cut],
         dense_labels(batch)[:, cut],
         sources=batch.sources,
-        widths=widths,
+        packed=F.pad(places, (0, 0, 0, 1), value=-1),
     )
 
 
-def compare(model: TrainingModel, groups: int = 4) -> None:
-    """Loss, its terms and all gradients of the rows in groups are those of the padded rows."""
-    padded, parts = by_length(), in_groups(by_length(), groups)
-    assert len(set(parts.widths)) > 1
-    assert max(parts.widths) < TOKENS
+def compare(model: TrainingModel) -> None:
+    """Loss, its terms and all gradients of the packed rows are those of the padded rows."""
+    padded, packed = by_length(), end_to_end(by_length())
+    assert packed.packed is not None
+    assert len(packed.packed) < ROWS
     found = []
-    for batch in (padded, parts):
+    for batch in (padded, packed):
         model.zero_grad()
         labels = [int((dense_labels(batch)[batch.sources == source] != -100).sum()) for source in range(3)]
         torch.manual_seed(0)
@@ -81,13 +87,59 @@ def compare(model: TrainingModel, groups: int = 4) -> None:
     assert_same_gradients(gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_every_architecture_reads_groups_as_it_reads_padded_rows(name: str) -> None:
-    lm = TINY[name].model()
-    method = method_of("dga")
-    model = TrainingModel(lm, anatomy_of(lm), method)  # in eval mode: no dropout
+def dga_of(lm: PreTrainedModel) -> TrainingModel:
+    model = TrainingModel(lm, anatomy_of(lm), method_of("dga"))  # in eval mode: no dropout
     model.set_protection({"heads": toy_protection()})
-    compare(model)
+    return model
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith("deberta")])
+def test_every_architecture_reads_packed_rows_as_it_reads_padded_ones(name: str, attention: str) -> None:
+    lm = TINY[name].model(attn_implementation=attention)
+    assert can_pack(lm, anatomy_of(lm))
+    compare(dga_of(lm))
+
+
+WINDOWS = {
+    "mistral": {"sliding_window": 4},
+    "phi3": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "modernbert": {"local_attention": 6},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_of_attention_shorter_than_the_rows(name: str) -> None:
+    compare(dga_of(TINY[name].model(attn_implementation="sdpa", **WINDOWS[name])))
+
+
+def test_the_cpus_own_attention() -> None:
+    """In bf16, which it is for: states of about 1, rounded to 1/256 in each of a few operations."""
+    lm = TINY["roberta"].model(attn_implementation="sdpa").bfloat16()
+    use_cpu_kernels(lm)
+    anatomy = anatomy_of(lm)
+    assert can_pack(lm, anatomy)
+    padded, packed = by_length(), end_to_end(by_length())
+    found = [
+        last_hidden_states(lm.roberta, anatomy, b.input_ids, b.attention_mask, b.packed)
+        for b in (padded, packed)
+    ]
+    real = packed.attention_mask == 1
+    expected, ours = found[0][:, : real.shape[1]][real], found[1][real]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.06)
+
+
+def test_what_can_not_be_packed() -> None:
+    deberta = TINY["deberta-v2"].model()
+    assert not can_pack(deberta, anatomy_of(deberta))
+    prompt = training_model("prompt", prompt_tokens=3)
+    assert not can_pack(prompt.lm, prompt.anatomy)
+    bert = TINY["bert"].model()
+    assert can_pack(bert, anatomy_of(bert))
+    bert.config._attn_implementation = "flash_attention_2"
+    assert not can_pack(bert, anatomy_of(bert))
 
 
 @pytest.mark.parametrize("name", ["kd", "kl", "tacl", "infoword", "simcse", "adapted_deit", "rehearsal"])
@@ -95,10 +147,9 @@ def test_every_method_finds_what_it_reads(name: str) -> None:
     compare(training_model(name, prepared=name != "simcse"))  # which asks for dropout
 
 
-@pytest.mark.parametrize("name", ["adapter", "prompt", "lora"])
+@pytest.mark.parametrize("name", ["adapter", "lora"])
 def test_models_with_something_added(name: str) -> None:
-    own = {"prompt_tokens": 3} if name == "prompt" else {}
-    compare(training_model(name, **own))
+    compare(training_model(name))
 
 
 @pytest.mark.parametrize(("split", "checkpointing"), [(True, False), (False, True)])
@@ -107,10 +158,10 @@ def test_split_views_and_activation_checkpointing(split: bool, checkpointing: bo
     model.set_protection({"heads": toy_protection()})
     if checkpointing:
         model.enable_gradient_checkpointing()
-    compare(model, groups=2)
+    compare(model)
 
 
-def test_checkpointing_repeats_the_gates_and_the_dropout_of_each_group() -> None:
+def test_checkpointing_repeats_the_gates_and_the_dropout_of_packed_rows() -> None:
     found = []
     for checkpointing in (False, True):
         model = toy_model("dga", dropout=0.1)
@@ -118,29 +169,43 @@ def test_checkpointing_repeats_the_gates_and_the_dropout_of_each_group() -> None
         if checkpointing:
             model.enable_gradient_checkpointing()
         torch.manual_seed(1)
-        loss, _ = loss_of(model, in_groups(by_length(), 4), labels=10)
+        loss, _ = loss_of(model, end_to_end(by_length()), labels=10)
         loss.backward()
         found.append((loss.item(), gradients_of(model.lm)))
     assert found[0][0] == found[1][0]
     assert_same_gradients(found[1][1], found[0][1])
 
 
-def test_evaluation_and_the_parts_of_a_batch() -> None:
+def test_evaluation_and_the_states_of_padding() -> None:
     batch, model = by_length(), toy_model("mlm")
-    parts = in_groups(batch, 4)
-    torch.testing.assert_close(evaluate_rows(model, parts), evaluate_rows(model, batch), rtol=1e-5, atol=1e-6)
-    hidden = last_hidden_states(model.lm.bert, parts.input_ids, parts.attention_mask, parts.widths)
-    for rows, width in row_groups(parts.attention_mask, parts.widths):
-        assert hidden[rows, :width].any(dim=-1).all()
-        assert not hidden[rows, width:].any()
-    one = torch.ones(2, 3, 4)
-    assert joined([one], 3) is one  # nothing to pad, nothing copied
+    packed = end_to_end(batch)
+    inputs = ModelInputs._make(tensors_of(packed))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.eval().masked_sums(inputs), evaluate_rows(model, batch), rtol=1e-5, atol=1e-6
+        )
+    hidden = last_hidden_states(
+        model.lm.bert, model.anatomy, packed.input_ids, packed.attention_mask, packed.packed
+    )
+    assert hidden[packed.attention_mask == 1].any(dim=-1).all()
+    assert not hidden[packed.attention_mask == 0].any()
+
+
+def test_a_full_batch_needs_no_attention_mask() -> None:
+    full = toy_batch(4, 6, seed=1)
+    assert not full.padded
+    assert ModelInputs._make(tensors_of(full)).key_mask is None
+    model, found = toy_model("mlm"), []
+    for told in (True, False):
+        tensors = ModelInputs._make(tensors_of(full))._replace(padded=told)
+        found.append(model(*tensors, masked=(labels_in(full),))[0].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def trained(stages: Sequence[int]) -> list[dict[str, Tensor]]:
-    """Two DGA steps; sorted rows are dealt out to the ranks, whose groups have lengths of their own."""
+    """Two DGA steps; sorted rows are dealt out to the ranks, each of which packs its own."""
     found, ranks = [], dist.get_world_size()
-    own = in_groups(rows_of(by_length(), slice(dist.get_rank(), None, ranks)), 2)
+    own = end_to_end(rows_of(by_length(), slice(dist.get_rank(), None, ranks)))
     for stage in stages:
         model = toy_model("dga")
         engine = build_engine(model, Setup(stage, clipping=0.0, epsilon=1e-2).resolved(ranks))
@@ -156,7 +221,6 @@ def trained(stages: Sequence[int]) -> list[dict[str, Tensor]]:
 
 
 def test_two_ranks_train_dga_as_one_process_does_on_padded_rows() -> None:
-    """ZeRO-3 gathers with each of the trunk's passes: as many on every rank, whatever their lengths."""
     reference = Reference(toy_lm(), protection=toy_protection(), learning_rate=1e-2, eps=1e-2)
     for _ in range(2):
         reference.step(by_length())
