@@ -180,7 +180,8 @@ def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int, c
         dropout            8 h, and its masks' bytes, 4 h, two of them together
         attention          3 times queries, keys, values and output
 
-    A prediction takes 3 w + 24 bytes for each token of the vocabulary: logits, float32, log-softmax and back.
+    A prediction takes 4 w + 36 bytes for each token of the vocabulary: logits; float32 and log-softmax;
+    float32 and softmax again, weighted and rounded.
     A trained weight's gradient is written, and copied into a bucket and what it travels in.
     ``computed``: FLOPs of the passes over those of the model, since what is recomputed is moved again.
     """
@@ -190,7 +191,7 @@ def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int, c
     entries += 3 * 2 * (anatomy.num_heads * anatomy.head_dim + model.kv_size)
     a_token = entries * w + (8 * w + 4) * h * model.dropout
     blocks = batch.tokens * batch.views * anatomy.num_layers * a_token
-    head = batch.head_slots * anatomy.vocab_size * (3 * w + 24)
+    head = batch.head_slots * anatomy.vocab_size * (4 * w + 36)
     travels = 2 * (w + zero.communication_bytes) * (zero.communication_bytes != w and zero.ranks > 1)
     gradients = model.trained_parameters * (w + (2 * w + travels if zero.stage else 0))
     return passes * ((blocks + head) * computed + gradients)

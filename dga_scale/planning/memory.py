@@ -248,9 +248,9 @@ def working_memory(model: PlannedModel, batch: Batch, width: int, checkpointing:
 def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
     """Bytes of the LM head and the loss at their fullest, for the masked positions only.
 
-    A position has logits over V tokens (w), their log-softmax in fp32 and its gradient (4 + 4), and the
-    gradient of the logits (w). A teacher's are another w + 4, with two log-softmaxes and their divergence in
-    fp32 (3 x 4). Before that, the head keeps four states of the hidden size.
+    A position has logits over V tokens and their gradient (w each): fp32 is made for a few at a time
+    (``objectives.cross_entropy``). A teacher's are another w + 4, with two log-softmaxes and their divergence
+    in fp32 (3 x 4). Before that, the head keeps four states of the hidden size.
     """
     positions = batch.head_slots
     widths = 2 * width + 8

@@ -1,6 +1,7 @@
 """Bytes of a rank against the ZeRO paper's formulas, real DeepSpeed engines, and what autograd saves."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.objectives import build_method, read_config
+from dga_scale.objectives.cross_entropy import cross_entropies
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.planning.memory import (
     Batch,
@@ -23,6 +25,7 @@ from dga_scale.planning.memory import (
     states,
     working_memory,
 )
+from dga_scale.planning.memory import vocabulary as head_bytes
 from dga_scale.planning.models import PlannedModel, build_model
 from tests.engine.training import MaskedLM, Setup, tiny_bert, tiny_engine, train_step
 from tests.planning.engines import held_bytes, saved_bytes
@@ -168,6 +171,22 @@ def test_reducing_the_embeddings_is_the_fullest_moment_of_a_large_vocabulary() -
         assert besides == largest * (2 + max(2 + copies * travels, 3 * 2)) + 1000 * 2
     alone = memory(model, zero(3, 1), batch, checkpointing=False)
     assert "gathered weights" not in alone.device
+
+
+def test_logits_and_their_gradient_are_what_the_head_takes(roberta: PlannedModel) -> None:
+    """In bf16, by autograd: what a larger vocabulary adds to what is kept, and as much for the gradient."""
+    positions, vocabulary = 64, 5000
+    hidden = torch.randn(positions, 16, dtype=torch.bfloat16)
+    decoder = torch.nn.Linear(16, vocabulary, dtype=torch.bfloat16)
+    labels = torch.arange(positions)
+    kept = saved_bytes(decoder, lambda: cross_entropies(decoder(hidden), labels))[1]
+    few = Batch(rows=1, length=64, labels=positions, views=1, stacked=1)
+    vocabulary_of = partial(dataclasses.replace, roberta.anatomy)
+    sizes = [
+        head_bytes(dataclasses.replace(roberta, anatomy=vocabulary_of(vocab_size=size)), few, 2)
+        for size in (30_000, 30_000 + vocabulary)
+    ]
+    assert sizes[1] - sizes[0] == pytest.approx(kept + 2 * positions * vocabulary, rel=0.01)
 
 
 def test_offload_moves_the_optimizer_to_the_host(roberta: PlannedModel) -> None:
