@@ -253,7 +253,7 @@ def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
     in fp32 (3 x 4). Before that, the head keeps four states of the hidden size.
     """
     positions = batch.head_slots
-    widths = 2 * width + 8
+    widths = 2 * width
     if model.method.compares_vocabulary:
         widths += 16 + width
     return positions * (model.anatomy.vocab_size * widths + 4 * width * model.anatomy.hidden_size)
