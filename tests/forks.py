@@ -172,8 +172,14 @@ def _import_all() -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
     import torch
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from dga_scale.monitoring.throughput import device_peak
 
     torch.set_num_threads(1)
+    # What each would work out anew, for half a second: found once a process.
+    device_peak(torch.device("cpu"), torch.float32)
+    get_checkpoint_conversion_mapping("bert")
 
 
 def _fork(

@@ -22,6 +22,7 @@ from dga_scale.engine.signals import EXIT_STOPPED
 from dga_scale.errors import UserError
 from dga_scale.objectives import read_config
 from dga_scale.preservation.importance import Importance
+from tests.pictures import no_pictures
 from tests.ranks import REPOSITORY, RankError, run_ranks
 from tests.small import SmallWorld
 
@@ -54,6 +55,11 @@ def arguments(world: SmallWorld, run: Path, **settings: Any) -> list[str]:
 
 
 def run_training(flags: list[str]) -> int:
+    with no_pictures():
+        return run_and_draw(flags)
+
+
+def run_and_draw(flags: list[str]) -> int:
     return train(read_config(flags), join_cluster())
 
 
@@ -119,7 +125,7 @@ def losses(run: Path) -> list[float]:
 def finished(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks under ZeRO-2, ended."""
     run = tmp_path_factory.mktemp("runs") / "finished"
-    assert run_ranks(2, run_training, arguments(world, run, soft_mask="update")) == [0, 0]
+    assert run_ranks(2, run_and_draw, arguments(world, run, soft_mask="update")) == [0, 0]
     return run
 
 
@@ -172,7 +178,7 @@ def test_the_model_loads_and_has_learnt(finished: Path, world: SmallWorld):
 
 def test_a_finished_run_says_so_and_changes_nothing(finished: Path, world: SmallWorld):
     before = {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
-    assert run_ranks(2, run_training, arguments(world, finished, soft_mask="update")) == [0, 0]
+    assert run_ranks(2, run_and_draw, arguments(world, finished, soft_mask="update")) == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")} == before
     assert len(losses(finished)) == STEPS
 

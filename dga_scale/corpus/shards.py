@@ -147,17 +147,21 @@ class _OpenShard:
     """Numpy views of one memory-mapped shard; a row is a slice of its record batch's values."""
 
     def __init__(self, path: Path) -> None:
-        from datasets import Dataset  # costs half a second to import
+        # As ``datasets`` opens a shard, whose import alone would cost each rank half a second.
+        import pyarrow
 
-        table = Dataset.from_file(str(path)).data
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            table = stream.read_all()
         self._values: list[np.ndarray] = []
         self._offsets: list[np.ndarray] = []
         for chunk in table.column("input_ids").chunks:
-            self._values.append(chunk.values.to_numpy(zero_copy_only=True))
-            self._offsets.append(chunk.offsets.to_numpy(zero_copy_only=True))
+            self._values.append(np.from_dlpack(chunk.values))  # to_numpy() would import pandas
+            self._offsets.append(np.from_dlpack(chunk.offsets))
         self._starts = np.cumsum([0] + [len(offsets) - 1 for offsets in self._offsets])
-        self.lengths = table.column("length").to_numpy()
-        self.maskable = table.column("maskable").to_numpy()
+        self.lengths, self.maskable = (
+            np.concatenate([np.empty(0, np.int32), *map(np.from_dlpack, table.column(name).chunks)])
+            for name in ("length", "maskable")
+        )
 
     def row(self, index: int) -> np.ndarray:
         """Ids of row ``index``, a view of the file."""

@@ -1,6 +1,7 @@
 """The DeepSpeed engine: built from a resolved configuration, its learning rate set, its norm read."""
 
 import contextlib
+import importlib
 import io
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime import compiler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -53,6 +55,7 @@ def build_engine(
         eps=settings.adam_epsilon,
         fused=True,
     )
+    _import_muon()
     # References, not copies: DeepSpeed's cast to 16 bits would otherwise be the last of these numbers.
     originals = {name: p.data for name, p in model.named_parameters() if not hasattr(p, "ds_id")}
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory
@@ -71,6 +74,19 @@ def build_engine(
         _restore_masters(engine, originals)
         keep_frozen_weights(engine, originals)
     return engine
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's optimizer Muon, which its ZeRO compares ours with, and leave it uncompiled.
+
+    Nobody calls it; ``torch.compile`` would import the whole of Inductor to wrap it, for over a second.
+    """
+    compiling = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiling
 
 
 def _groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ model's matrix products need for forward and backward, over what the devices cou
 Recomputed activations (gradient checkpointing) are not counted: they are no progress.
 """
 
+import functools
 import re
 import time
 from collections.abc import Mapping
@@ -62,8 +63,8 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """Peak FLOP/s of one device for products in ``dtype``.
 
     From the maker's data sheet for a known GPU in bf16 or fp16, measured with a short matrix product
-    otherwise (a CPU, an unknown GPU, float32). All ranks of a machine should call it at once, as they
-    share its cores.
+    otherwise (a CPU, an unknown GPU, float32), once a process. All ranks of a machine should call it at once,
+    as they share its cores.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
@@ -73,6 +74,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(measured_flops(device, dtype), f"measured with a {str(dtype).removeprefix('torch.')} product")
 
 
+@functools.cache
 def measured_flops(
     device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3
 ) -> float:
