@@ -112,7 +112,8 @@ def alone(folder: Path, model: Path, rounds: int) -> dict[str, list[float]]:
     )
     our_loader = partial(
         BatchStream, Mixture([corpus], [], seed=0), MaskingPolicy.for_corpus(corpus, 0.15), rank=0,
-        global_batch_size=BATCH, micro_batch_size=BATCH, world_size=1, start_step=0, num_steps=STEPS, pack=True,
+        global_batch_size=BATCH, micro_batch_size=BATCH, world_size=1, start_step=0, num_steps=STEPS,
+        pack=True,
     )  # fmt: skip
     loaders: dict[str, Callable[[], Iterable[Any]]] = {
         "BatchStream": our_loader,

@@ -62,15 +62,22 @@ class Block:
     dim: int = 0
     lines: Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """Number of lines."""
+        return (self.rows, self.columns)[self.dim] if self.lines is None else len(self.lines)
+
     def span(self, dim: int) -> slice:
         """Return the stretch of the parameter's axis ``dim`` that the rectangle covers."""
         first, size = (self.first_row, self.rows) if dim == 0 else (self.first_column, self.columns)
         return slice(first, first + size)
 
-    def take(self, values: Tensor) -> Tensor:
-        """Copy the lines out of a fragment's values."""
+    def take(self, values: Tensor, into: Tensor | None = None) -> Tensor:
+        """Copy the lines out of a fragment's values, into a new tensor or a contiguous one."""
         matrix = self._matrix(values)
-        return matrix.clone() if self.lines is None else matrix.index_select(self.dim, self.lines)
+        if self.lines is None:
+            return matrix.clone() if into is None else into.copy_(matrix)
+        return torch.index_select(matrix, self.dim, self.lines, out=into)
 
     def put(self, values: Tensor, content: Tensor) -> None:
         """Write the lines back."""

@@ -31,6 +31,9 @@ class Factor:
     scale: Tensor
 
 
+_CPU_ENTRIES, _GPU_ENTRIES = 1 << 18, 1 << 24
+"""Of the lines that one operation of ``UpdateMask`` scales, where it has the choice."""
+
 Factors = dict[str, tuple[Factor, ...]]
 """By parameter name; a parameter masked along two axes has two, one that nothing protects is absent."""
 
@@ -139,10 +142,12 @@ class GradientMask:
 
 
 @dataclass(frozen=True)
-class _MaskedBlock:
-    """Lines of a fragment whose step is scaled, with everything that needs on the fragment's device.
+class _MaskedLines:
+    """Lines of fragments whose step is scaled in one go, with everything that needs on their device.
 
     Attributes:
+        parts: number of the fragment and block in it, one or several; several have rows of equal length for
+            lines, one below the other.
         scale: 1 - a, broadcastable to the lines.
         frozen: where 1 - a is 0, broadcastable, or None if nowhere: there the old bits are kept.
         free: where 1 - a is 1 inside the lines, or None if nowhere: there the new bits are kept.
@@ -150,13 +155,79 @@ class _MaskedBlock:
 
     """
 
-    block: Block
+    parts: tuple[tuple[int, Block], ...]
     scale: Tensor
     frozen: Tensor | None
     free: Tensor | None
     kind: str = ""
     unit_dim: int = 0
     units: Tensor | None = None
+
+    def take(self, fragments: Sequence[Fragment]) -> Tensor:
+        """Copy the lines out of the fragments' values."""
+        if len(self.parts) == 1:
+            ((number, block),) = self.parts
+            return block.take(fragments[number].values)
+        content = fragments[self.parts[0][0]].values.new_empty(len(self.scale), self.parts[0][1].columns)
+        for (number, block), into in zip(self.parts, self._split(content), strict=True):
+            block.take(fragments[number].values, into)
+        return content
+
+    def put(self, fragments: Sequence[Fragment], content: Tensor) -> None:
+        """Write the lines back."""
+        contents = self._split(content) if len(self.parts) > 1 else (content,)
+        for (number, block), part in zip(self.parts, contents, strict=True):
+            block.put(fragments[number].values, part)
+
+    def _split(self, content: Tensor) -> tuple[Tensor, ...]:
+        return content.split([block.count for _, block in self.parts])
+
+
+def _stacked(found: Iterable[_MaskedLines]) -> list[_MaskedLines]:
+    """Put lines together that one operation can scale: a large model has hundreds of blocks.
+
+    So that an operation is worth its launch, but on a CPU stays within the cache, and never takes much memory
+    beside what is kept aside.
+    """
+    groups: dict[object, list[list[_MaskedLines]]] = {}
+    sizes: dict[object, int] = {}
+    for number, lines in enumerate(found):
+        ((_, block),) = lines.parts
+        rows_only = block.dim == 0 and lines.scale.shape[1] == 1 and lines.unit_dim == 0
+        device = lines.scale.device
+        key = (device, block.columns, lines.kind, lines.units is None) if rows_only else number
+        size, most = block.count * block.columns, _CPU_ENTRIES if device.type == "cpu" else _GPU_ENTRIES
+        if key not in groups or sizes[key] + size > most:
+            groups.setdefault(key, []).append([])
+            sizes[key] = 0
+        groups[key][-1].append(lines)
+        sizes[key] += size
+    return [_joined(group) for of_key in groups.values() for group in of_key]
+
+
+def _joined(group: Sequence[_MaskedLines]) -> _MaskedLines:
+    if len(group) == 1:
+        return group[0]
+    units = [lines.units for lines in group if lines.units is not None]
+    return _masked_lines(
+        tuple(part for lines in group for part in lines.parts),
+        torch.cat([lines.scale for lines in group]),
+        group[0].kind,
+        0,
+        torch.cat(units) if units else None,
+    )
+
+
+def _masked_lines(
+    parts: tuple[tuple[int, Block], ...],
+    scale: Tensor,
+    kind: str = "",
+    unit_dim: int = 0,
+    units: Tensor | None = None,
+) -> _MaskedLines:
+    frozen, free = scale == 0, scale == 1
+    masks = frozen if bool(frozen.any()) else None, free if bool(free.any()) else None
+    return _MaskedLines(parts, scale, *masks, kind, unit_dim, units)
 
 
 class UpdateMask:
@@ -172,8 +243,9 @@ class UpdateMask:
         self._kinds = tuple(kinds)
         self._anatomy = anatomy
         self._own_rows = own_rows(anatomy, kinds)
-        self._plans: dict[tuple[str, int, int, torch.device], list[_MaskedBlock]] = {}
-        self._before: list[list[Tensor]] = []
+        self._planned: list[tuple[str, int, int, torch.device]] = []
+        self._plan: list[_MaskedLines] = []
+        self._before: list[Tensor] = []
         self._reset_sums()
 
     def _reset_sums(self) -> None:
@@ -183,26 +255,28 @@ class UpdateMask:
     @torch.no_grad()
     def before_step(self, fragments: Sequence[Fragment]) -> None:
         """Remember the masked lines of all local fragments, right before the optimizer's step."""
-        self._before = [
-            [masked.block.take(fragment.values) for masked in self._plan(fragment)] for fragment in fragments
-        ]
+        keys = [fragment.key for fragment in fragments]
+        if keys != self._planned:  # once, as long as the shards stay where they are
+            blocks = (each for place in enumerate(fragments) for each in self._masked_blocks(*place))
+            self._planned, self._plan = keys, _stacked(blocks)
+        self._before = [lines.take(fragments) for lines in self._plan]
 
     @torch.no_grad()
     def after_step(self, fragments: Sequence[Fragment]) -> None:
         """Scale what the optimizer did since ``before_step``; the same fragments in the same order."""
-        for fragment, kept in zip(fragments, self._before, strict=True):
-            for masked, before in zip(self._plan(fragment), kept, strict=True):
-                after = masked.block.take(fragment.values)
-                step = after - before
-                self._count(self._wanted, masked, step)
-                step *= masked.scale
-                self._count(self._applied, masked, step)
-                step += before
-                if masked.frozen is not None:
-                    step = torch.where(masked.frozen, before, step)
-                if masked.free is not None:
-                    step = torch.where(masked.free, after, step)
-                masked.block.put(fragment.values, step)
+        assert [fragment.key for fragment in fragments] == self._planned
+        for lines, before in zip(self._plan, self._before, strict=True):
+            after = lines.take(fragments)
+            step = after - before
+            self._count(self._wanted, lines, step)
+            step *= lines.scale
+            self._count(self._applied, lines, step)
+            step += before
+            if lines.frozen is not None:
+                step = torch.where(lines.frozen, before, step)
+            if lines.free is not None:
+                step = torch.where(lines.free, after, step)
+            lines.put(fragments, step)
         self._before = []
 
     def applied_over_wanted(self, reduce: Reduce) -> dict[str, Tensor]:
@@ -221,43 +295,32 @@ class UpdateMask:
         self._reset_sums()
         return ratios
 
-    def _count(self, sums: UnitSums, masked: _MaskedBlock, step: Tensor) -> None:
-        if masked.units is not None:
+    def _count(self, sums: UnitSums, lines: _MaskedLines, step: Tensor) -> None:
+        if lines.units is not None:
             # A norm makes no copy of the step, as its square would: a quarter of what an update mask takes.
-            norms = torch.linalg.vector_norm(step, dim=1 - masked.unit_dim, dtype=torch.float32)
-            sums.add(masked.kind, masked.units, norms.square())
+            norms = torch.linalg.vector_norm(step, dim=1 - lines.unit_dim, dtype=torch.float32)
+            sums.add(lines.kind, lines.units, norms.square())
 
-    def _plan(self, fragment: Fragment) -> list[_MaskedBlock]:
-        """Say what to do with a fragment: found once, as long as the shard stays where it is."""
-        if fragment.name not in self.factors:
-            return []
-        plan = self._plans.get(fragment.key)
-        if plan is None:
-            plan = self._plans[fragment.key] = list(self._masked_blocks(fragment))
-        return plan
-
-    def _masked_blocks(self, fragment: Fragment) -> Iterator[_MaskedBlock]:
-        factors = self.factors[fragment.name]
+    def _masked_blocks(self, number: int, fragment: Fragment) -> Iterator[_MaskedLines]:
+        factors = self.factors.get(fragment.name, ())
         device = fragment.values.device
         if len(factors) == 1:
             (factor,) = factors
             for block in blocks_of(fragment, factor.dim, factor.scale != 1):
                 scale = factor.scale[block.span(factor.dim)].to(device)[block.lines]
-                yield self._masked_block(fragment, block, scale.unsqueeze(1 - factor.dim))
-        else:
+                yield self._masked_block(number, fragment, block, scale.unsqueeze(1 - factor.dim))
+        elif factors:
             for block in rectangles_of(fragment):
                 scale = torch.ones(block.rows, block.columns)
                 for factor in factors:
                     scale *= factor.scale[block.span(factor.dim)].unsqueeze(1 - factor.dim)
-                yield self._masked_block(fragment, block, scale.to(device))
+                yield self._masked_block(number, fragment, block, scale.to(device))
 
-    def _masked_block(self, fragment: Fragment, block: Block, scale: Tensor) -> _MaskedBlock:
-        frozen, free = scale == 0, scale == 1
-        masks = frozen if bool(frozen.any()) else None, free if bool(free.any()) else None
+    def _masked_block(self, number: int, fragment: Fragment, block: Block, scale: Tensor) -> _MaskedLines:
         rows = self._own_rows.get(fragment.name)
         if rows is None:
-            return _MaskedBlock(block, scale, *masks)
+            return _masked_lines(((number, block),), scale)
         units = rows.units[block.span(rows.dim)].to(scale.device)
         if block.lines is not None and block.dim == rows.dim:
             units = units[block.lines]
-        return _MaskedBlock(block, scale, *masks, rows.kind, rows.dim, units)
+        return _masked_lines(((number, block),), scale, rows.kind, rows.dim, units)
