@@ -39,6 +39,7 @@ from dga_scale.corpus.masking import MaskingPolicy
 from dga_scale.corpus.mixture import Mixture
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.engine.cpu_memory import keep_freed_memory
 from dga_scale.engine.tensors import to_device
 from dga_scale.objectives.contrast import contrastive_loss
 from dga_scale.objectives.mlm import MaskedLM
@@ -151,6 +152,7 @@ def bare(options: argparse.Namespace) -> list[float]:
     loaded = load_model(options.model)
     if not torch.cuda.is_available():
         use_cpu_kernels(loaded.model)
+        keep_freed_memory()
     model = TrainingModel(loaded.model, loaded.anatomy, MaskedLM(MaskedLM.Settings())).train()
     engine = engine_of(
         model,

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dga_scale.corpus.files import sync
 from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.run_folder import write_text
@@ -244,7 +246,7 @@ def _damaged(checkpoint: Checkpoint, cluster: Cluster) -> list[str]:
         except OSError as error:
             return f"{file}: {error.strerror}"
 
-    cores = len(os.sched_getaffinity(0)) // cluster.local_world_size
-    with ThreadPoolExecutor(max(1, min(cores, MOST_FILES_AT_ONCE))) as threads:
+    cores = torch.get_num_threads()  # this rank's share of its machine's (``threads.share_cores``)
+    with ThreadPoolExecutor(min(cores, MOST_FILES_AT_ONCE)) as threads:
         found = threads.map(problem, ordered[cluster.rank :: cluster.world_size])
     return [each for each in found if each is not None]
