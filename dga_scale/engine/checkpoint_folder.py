@@ -7,7 +7,6 @@ and points ``latest`` at it. A process killed at any moment leaves the older che
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
