@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dga_scale.backbone.layers import learning_rate_scales
 from dga_scale.backbone.packed_rows import can_pack
-from dga_scale.corpus.batches import BatchStream, EvalBatches, StepBatches
+from dga_scale.corpus.batches import Batch, BatchStream, EvalBatches, StepBatches
 from dga_scale.engine.anchoring import build_anchor
 from dga_scale.engine.checkpoint import Save, TrainerState, load_checkpoint
 from dga_scale.engine.checkpoint_folder import Checkpoint
@@ -151,9 +151,7 @@ class Session:
         seed_everything(self.config.run.seed, 0, batches.step, self.cluster.rank)
         passes = float(self.cluster.world_size * resolved.accumulation_steps)
         sums: dict[str, Tensor] = {}
-        micro_batches = [to_device(batch, self.cluster.device) for batch in batches.micro_batches]
-        contrasts = self._cached_contrasts(micro_batches)
-        for inputs, cached in zip(micro_batches, contrasts, strict=True):
+        for inputs, cached in self._passes(batches.micro_batches):
             loss, terms = self.engine(*inputs, masked=batches.global_masked, passes=passes, cached=cached)
             backward(self.engine, loss)
             self.engine.step()
@@ -161,15 +159,19 @@ class Session:
                 sums[name] = sums.get(name, 0.0) + value / resolved.accumulation_steps
         return sums, learning_rate
 
-    def _cached_contrasts(self, micro_batches: Sequence[ModelInputs]) -> Sequence[CachedContrast | None]:
-        """Of each micro-batch, if the method contrasts examples over all of them."""
+    def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[ModelInputs, CachedContrast | None]]:
+        """Each micro-batch on the device, and its part of a contrast over all of them where there is one."""
         contrast, model = self.method.contrast(), self.engine.module
-        if contrast is None or not contrast.spans(len(micro_batches)):
-            return [None] * len(micro_batches)
-        # Through the module's call, which gathers ZeRO-3's parameters, but past the engine's.
-        return cache_contrast(
-            contrast, micro_batches, lambda inputs: model(*inputs, compute=model.contrasted)
-        )
+        moved = (to_device(batch, self.cluster.device) for batch in batches)
+        if contrast is None or not contrast.spans(len(batches)):
+            yield from ((inputs, None) for inputs in moved)
+        else:
+            together = list(moved)
+            # Through the module's call, which gathers ZeRO-3's parameters, but past the engine's.
+            cached = cache_contrast(
+                contrast, together, lambda inputs: model(*inputs, compute=model.contrasted)
+            )
+            yield from zip(together, cached, strict=True)
 
     def _by_corpus(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms, with a mixture's sources called by their names."""
