@@ -18,6 +18,12 @@ from tests.small import SmallWorld, make_world
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other and for the ranks' pools
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: the last of them would keep one worker while the others idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Find the folder of corpora, end tasks and models beside the repository (``../shared/data``)."""

@@ -65,7 +65,7 @@ class Launch:
             self.codes[rank] = _the_template().ask(("reap", self.pids[rank]))
         return len(self.codes) == len(self.pids)
 
-    def wait(self, timeout: float = 60.0) -> list[int]:
+    def wait(self, timeout: float = 240.0) -> list[int]:
         """Exit codes by rank (a signal's number, negative, where one ended it).
 
         Raises:

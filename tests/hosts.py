@@ -19,7 +19,7 @@ from pathlib import Path
 HOSTS = {"alpha": "10.199.71.1", "beta": "10.199.71.2"}
 """Name and address of each."""
 _PROGRAMS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "sshd", "pdsh")
-_START_SECONDS = 30.0
+_START_SECONDS = 120.0
 
 _SSHD = """\
 HostKey {folder}/host_key

@@ -44,7 +44,7 @@ class RankError(Exception):
         self.errors = errors
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
     """Call ``fn(*args)`` on every rank of a group of ``world_size`` processes; the results in rank order.
 
     The group is initialised (``torch.distributed`` and DeepSpeed), RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR

@@ -7,8 +7,12 @@ import itertools
 import random
 from pathlib import Path
 
+import pytest
+
 from tests.kills import Outcome, Soak
 from tests.small import make_world
+
+pytestmark = pytest.mark.slow
 
 KILLS = 50
 SEED = 5

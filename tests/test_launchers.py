@@ -15,6 +15,8 @@ from tests.ranks import REPOSITORY, free_port, run_ranks
 from tests.small import SmallWorld, make_world
 from tests.test_train import losses, run_training
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = REPOSITORY / "launchers" / "mpi"
 TIMEOUT = 280.0
 SETTINGS = {

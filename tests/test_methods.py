@@ -17,6 +17,8 @@ from tests.ranks import REPOSITORY, run_ranks
 from tests.small import SmallWorld
 from tests.test_train import arguments, run_training
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 OWN: dict[str, dict[str, Any]] = {
     "das": {

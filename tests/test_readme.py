@@ -13,6 +13,8 @@ from dga_scale.objectives import read_config
 from tests.ranks import REPOSITORY, free_port
 from tests.small import DOMAIN, GENERAL, make_model, make_tokenizer, write_text
 
+pytestmark = pytest.mark.slow
+
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SMALLER = {
     "--num_workers 8": "--num_workers 1",
@@ -47,7 +49,7 @@ def test_the_walk_on_ones_own_data(tmp_path: Path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"}
     result = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=540
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "dry run: nothing was written" in result.stdout

@@ -37,6 +37,8 @@ from tests.ranks import REPOSITORY
 from tests.small import SmallWorld
 from tests.test_train import arguments, around_steps, losses, run_until
 
+pytestmark = pytest.mark.slow
+
 STEPS, ROWS = 8, 12
 MANY, FEW = ((4, 2), (2, 4), (1, 6), (3, STEPS)), ((2, 4), (3, STEPS))
 """Ranks, and the step after which they stop, asked by a signal to one of them."""

@@ -25,6 +25,8 @@ from tests.endtasks.tiny import tiny_model, write_task
 from tests.ranks import REPOSITORY
 from tests.small import DOMAIN, GENERAL, write_text
 
+pytestmark = pytest.mark.slow
+
 FOLDER = REPOSITORY / "benchmarks" / "paper_tables"
 
 SMALL: dict[str, Any] = {

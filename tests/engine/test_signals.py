@@ -41,6 +41,6 @@ def test_a_second_signal(environment: dict[str, str], said: str, code: int) -> N
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert (result.stdout, result.returncode) == (said, code), result.stderr

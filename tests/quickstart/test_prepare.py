@@ -14,6 +14,8 @@ from dga_scale.quickstart import demo, prepare
 from dga_scale.quickstart.text import docstrings
 from tests.ranks import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 def complete(folder: Path) -> Path:
     """A demo folder in which every step is done."""
@@ -136,7 +138,7 @@ def test_the_demo_end_to_end_in_small(
     flags |= {"learning_rate": prepare.RUN_SETTINGS["learning_rate"]}
     again = subprocess.run(
         [*bare, *(f"--{name}={value}" for name, value in flags.items())],
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     ranks, demo_line = again.stdout.splitlines()[:2]

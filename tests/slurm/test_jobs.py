@@ -24,10 +24,12 @@ from tests.small import SmallWorld, make_world
 
 pytestmark = [
     pytest.mark.slurm,
+    pytest.mark.slow,
     pytest.mark.timeout(900),
 ]
 
-STEPS = 60
+STEPS = 120
+"""So many that a signal after the third comes well before the end on a busy machine too."""
 PATIENCE = 400.0
 """Seconds for what takes ten on a quiet machine."""
 SEEDS = (1, 2)
