@@ -138,14 +138,11 @@ def write_model_files(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Read a whole file for its size and hash; the next part is read while the last one is hashed."""
+    """Read a whole file for its size and hash."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream, ThreadPoolExecutor(1) as thread:
-        hashing = thread.submit(digest.update, b"")
+    with open(path, "rb") as stream:
         while chunk := stream.read(_CHUNK):
-            hashing.result()
-            hashing = thread.submit(digest.update, chunk)
-        hashing.result()
+            digest.update(chunk)
         return FileRecord(stream.tell(), digest.hexdigest())
 
 
