@@ -179,7 +179,7 @@ def predicted(planner: Planner) -> tuple[int, int, int]:
     held = sum(parts.values()) + sum(extras(model, plan.zero, soft_mask).values())
     width, positions = plan.zero.weight_bytes, plan.batch.head_slots
     kept = activations(model, plan.batch, width, checkpointing=False)
-    kept += positions * 4 * (model.anatomy.vocab_size + width * model.anatomy.hidden_size)  # no gradients yet
+    kept += positions * width * (model.anatomy.vocab_size + 4 * model.anatomy.hidden_size)  # no gradients yet
     return held, kept, plan.memory.total
 
 
