@@ -243,8 +243,7 @@ class UpdateMask:
         self._kinds = tuple(kinds)
         self._anatomy = anatomy
         self._own_rows = own_rows(anatomy, kinds)
-        self._planned: list[tuple[str, int, int, torch.device]] = []
-        self._plan: list[_MaskedLines] = []
+        self._plans: dict[tuple[object, ...], list[_MaskedLines]] = {}
         self._before: list[Tensor] = []
         self._reset_sums()
 
@@ -255,17 +254,12 @@ class UpdateMask:
     @torch.no_grad()
     def before_step(self, fragments: Sequence[Fragment]) -> None:
         """Remember the masked lines of all local fragments, right before the optimizer's step."""
-        keys = [fragment.key for fragment in fragments]
-        if keys != self._planned:  # once, as long as the shards stay where they are
-            blocks = (each for place in enumerate(fragments) for each in self._masked_blocks(*place))
-            self._planned, self._plan = keys, _stacked(blocks)
-        self._before = [lines.take(fragments) for lines in self._plan]
+        self._before = [lines.take(fragments) for lines in self._plan(fragments)]
 
     @torch.no_grad()
     def after_step(self, fragments: Sequence[Fragment]) -> None:
         """Scale what the optimizer did since ``before_step``; the same fragments in the same order."""
-        assert [fragment.key for fragment in fragments] == self._planned
-        for lines, before in zip(self._plan, self._before, strict=True):
+        for lines, before in zip(self._plan(fragments), self._before, strict=True):
             after = lines.take(fragments)
             step = after - before
             self._count(self._wanted, lines, step)
@@ -300,6 +294,18 @@ class UpdateMask:
             # A norm makes no copy of the step, as its square would: a quarter of what an update mask takes.
             norms = torch.linalg.vector_norm(step, dim=1 - lines.unit_dim, dtype=torch.float32)
             sums.add(lines.kind, lines.units, norms.square())
+
+    def _plan(self, fragments: Sequence[Fragment]) -> list[_MaskedLines]:
+        """Say what to do with fragments: found once, as long as the shards stay where they are.
+
+        A step may come in several calls, one for each of the optimizer's groups.
+        """
+        keys = tuple(fragment.key for fragment in fragments)
+        plan = self._plans.get(keys)
+        if plan is None:
+            blocks = (each for place in enumerate(fragments) for each in self._masked_blocks(*place))
+            plan = self._plans[keys] = _stacked(blocks)
+        return plan
 
     def _masked_blocks(self, number: int, fragment: Fragment) -> Iterator[_MaskedLines]:
         factors = self.factors.get(fragment.name, ())

@@ -80,3 +80,20 @@ def test_fragments_that_moved_are_planned_anew() -> None:
         mask.after_step(fragments)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, before[name] + (0.5 if name in factors else 1))
+
+
+def test_a_step_in_several_calls_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-1 and 2 step weights with decay and without apart, ZeRO-3 each of its sub-groups."""
+    planned = []
+    stacked = soft_mask._stacked
+    monkeypatch.setattr(soft_mask, "_stacked", lambda found: planned.append(stacked(found)) or planned[-1])
+    lm = TINY["bert"].model()
+    anatomy = anatomy_of(lm)
+    factors = mask_factors(anatomy, {"heads": torch.full((anatomy.num_layers, anatomy.num_heads), 0.5)})
+    fragments = cut({n: p.detach() for n, p in lm.named_parameters()}, 1, torch.Generator().manual_seed(1))
+    mask = UpdateMask(anatomy, factors)
+    for _ in range(3):
+        for group in (fragments[::2], fragments[1::2]):
+            mask.before_step(group)
+            mask.after_step(group)
+    assert len(planned) == 2
