@@ -10,8 +10,7 @@ gates, movement tracker and masked updates. Without dropout, whose masks take tw
 by their storages. ``kept`` is what a forward pass leaves for the backward pass. ``peak`` is ``held`` and the
 most that torch's allocator had given out beyond it during a step. A process has a constant besides, on a CPU
 as on a GPU: interpreter, libraries, communication buffers, and what malloc does not give back. It is in none
-of them; ``resident`` shows what the operating system counts once a step is done, less what the process took
-before the model was built. Predictions are ``dga-plan``'s own.
+of them. Predictions are ``dga-plan``'s own.
 """
 
 import argparse
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -75,7 +73,6 @@ class Found(NamedTuple):
     held: int
     kept: int
     peak: int
-    resident: int
 
 
 def planner_of(shape: Shape, method: str, stage: int, ranks: int) -> Planner:
@@ -90,7 +87,7 @@ def measure(shape: Shape, way: str, stage: int) -> Found:
     """What this rank takes in one way to train."""
     planner = planner_of(shape, "mlm" if way == "bare" else way, stage, dist.get_world_size())
     gc.collect()
-    before, resident = set(live_storages()), psutil.Process().memory_info().rss
+    before = set(live_storages())
     engine, forward, parts = (bare if way == "bare" else ours)(planner, shape)
     loss, kept = saved_bytes(engine.module, forward)
     backward(engine, loss)
@@ -98,7 +95,6 @@ def measure(shape: Shape, way: str, stage: int) -> Found:
     engine.step()
     gc.collect()
     held = sum(size for at, size in live_storages().items() if at not in before)
-    grown = psutil.Process().memory_info().rss - resident
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:
@@ -107,7 +103,7 @@ def measure(shape: Shape, way: str, stage: int) -> Found:
     peak = held + _highest(profiler)
     del parts
     engine.destroy()
-    return Found(held, kept, peak, grown)
+    return Found(held, kept, peak)
 
 
 def live_storages() -> dict[int, int]:
@@ -200,8 +196,8 @@ def main() -> None:
         f"|{'---|' * 12}",
     ]
     theory = [
-        "| ZeRO | ranks | theory, MiB | bare engine | ours, DGA | our parts | resident, bare | ours |",
-        f"|{'---|' * 8}",
+        "| ZeRO | ranks | theory, MiB | bare engine | ours, DGA | our parts |",
+        f"|{'---|' * 6}",
     ]
     worst: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +215,7 @@ def main() -> None:
             for method in METHODS:
                 expected = predicted(planner_of(shape, method, stage, ranks))
                 cells = []
-                for name, real, number in zip(Found._fields, found[method], expected, strict=False):
+                for name, real, number in zip(Found._fields, found[method], expected, strict=True):
                     error = number / real - 1
                     worst[name] = max(worst.get(name, 0.0), error, key=abs)
                     cells.append(f"{real / MIB:.1f} | {number / MIB:.1f} | {error:+.1%}")
@@ -253,8 +249,7 @@ def theory_row(stage: int, ranks: int, parameters: int, found: dict[str, Found])
     bare_, dga = found["bare"], found["dga"]
     cells: Iterable[float] = (paper, bare_.held, dga.held)
     own = f"{(dga.held - bare_.held) / MIB:+.1f} ({dga.held / bare_.held - 1:+.2%})"
-    resident = f"{bare_.resident / MIB:.0f} | {dga.resident / MIB:.0f}"
-    return f"| {stage} | {ranks} | {' | '.join(f'{c / MIB:.1f}' for c in cells)} | {own} | {resident} |"
+    return f"| {stage} | {ranks} | {' | '.join(f'{c / MIB:.1f}' for c in cells)} | {own} |"
 
 
 if __name__ == "__main__":
