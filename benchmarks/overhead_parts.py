@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from dga_scale.engine.cluster import join_cluster
 from dga_scale.engine.inputs import check_inputs
-from dga_scale.engine.optimizer_step import wrap_optimizer_step
+from dga_scale.engine.optimizer_step import Mask, wrap_optimizer_step
 from dga_scale.engine.session import Session
 from dga_scale.engine.tensors import to_device
 from dga_scale.monitoring.metrics import RunLog
@@ -129,16 +129,25 @@ def masks(session: Session, factors: Any, rounds: int) -> dict[str, Any]:
     timed = (GradientMask, "_masked"), (UpdateMask, "before_step"), (UpdateMask, "after_step")
     with inside(*timed) as clock:
         update = UpdateMask(session.anatomy, factors, session.method.kinds)
-        wrap_optimizer_step(session.engine, update.before_step, update.after_step)
+        masked = [False]
 
-        def variant(of_gradient: Any, of_update: Any) -> Callable[[], None]:
+        def where_masked(mask: Mask) -> Mask:
+            return lambda fragments: mask(fragments) if masked[0] else None
+
+        wrap_optimizer_step(session.engine, where_masked(update.before_step), where_masked(update.after_step))
+
+        def variant(of_gradient: Any, of_update: bool) -> Callable[[], None]:
             def apply() -> None:
                 hooks.set(of_gradient)
-                update.factors = of_update
+                masked[0] = of_update
 
             return apply
 
-        variants = {"none": variant({}, {}), "gradient": variant(factors, {}), "update": variant({}, factors)}
+        variants = {
+            "none": variant({}, False),
+            "gradient": variant(factors, False),
+            "update": variant({}, True),
+        }
         seconds, of_masks = turns(session, variants, rounds, clock)
         variants["none"]()
     return {"steps": seconds, "inside": of_masks}

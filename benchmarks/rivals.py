@@ -231,6 +231,7 @@ def main() -> None:
     ends = SYSTEMS[options.system](options)
     if torch.distributed.get_rank() == 0:
         print(json.dumps([b - a for a, b in pairwise(ends)]), flush=True)
+    torch.distributed.destroy_process_group()  # or gloo's threads may abort the process at its end
 
 
 if __name__ == "__main__":
