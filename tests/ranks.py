@@ -154,7 +154,10 @@ class _Pool:
         """Ask for the Python stack of a rank that does not answer, innermost call first."""
         before = self._log(rank).stat().st_size
         self.processes[rank].send_signal(signal.SIGUSR1)
-        time.sleep(0.5)
+        deadline = time.monotonic() + 20
+        while self._log(rank).stat().st_size == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # until it has written the last line
         with open(self._log(rank), "rb") as log:
             log.seek(before)
             stack = [

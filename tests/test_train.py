@@ -3,9 +3,7 @@
 import contextlib
 import io
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,6 +23,7 @@ from dga_scale.preservation.importance import Importance
 from tests.pictures import no_pictures
 from tests.ranks import REPOSITORY, RankError, run_ranks
 from tests.small import SmallWorld
+from tests.stops import ask_to_stop
 
 STEPS = 6
 
@@ -85,7 +84,7 @@ def run_until(flags: list[str], step: int, rank: int) -> int:
     @contextlib.contextmanager
     def signalled(session: Session, batches: Any) -> Iterator[None]:
         if batches.step == step and session.cluster.rank == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            ask_to_stop()
         yield
 
     with around_steps(signalled):

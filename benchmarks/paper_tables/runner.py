@@ -123,6 +123,8 @@ class Runner:
                 start_new_session=True,
                 pass_fds=[self._lock.fileno()],
             )
+            if self._stopped:  # while it started
+                os.killpg(self._process.pid, signal.SIGTERM)
             code = self._process.wait()
         if self._stopped or code == EXIT_STOPPED:
             return False

@@ -4,6 +4,7 @@ Before any process group is up they meet in a key-value store that rank 0 holds 
 (torchrun holds one itself). Rank 0 looks at who came, and all get its verdict.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -101,10 +102,12 @@ def _judge(store: dist.Store, world_size: int, timeout: timedelta) -> str:
     deadline = time.monotonic() + timeout.total_seconds()
     missing = []
     for rank in range(world_size):
-        left = max(deadline - time.monotonic(), 0.001)
-        try:
-            store.wait([f"rank/{rank}"], timedelta(seconds=left))
-        except dist.DistError:
+        left = deadline - time.monotonic()
+        if left >= 0.001:  # the store counts milliseconds, and takes none for no limit
+            with contextlib.suppress(dist.DistError):
+                store.wait([f"rank/{rank}"], timedelta(seconds=left))
+        # Asked, not waited for: once the time is up, a wait may end before the store has answered.
+        if not store.check([f"rank/{rank}"]):
             missing.append(rank)
     arrivals = {
         rank: Arrival(**json.loads(store.get(f"rank/{rank}")))

@@ -23,6 +23,7 @@ from dga_scale.engine.cluster import Cluster
 from dga_scale.engine.inputs import default_output_dir, held_out_part, makes_several_runs, open_corpus
 from dga_scale.engine.loop import train
 from dga_scale.engine.run_folder import RunFolder, write_text
+from dga_scale.engine.signals import StopRequest
 from dga_scale.errors import UserError
 from dga_scale.monitoring.report import write_report
 from dga_scale.objectives import METHODS
@@ -44,15 +45,16 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
         return train(
             stages[-1].replace(model=config.model.model, random_init=config.model.random_init), cluster
         )
-    for settings in stages:
-        if cluster.run_on_first(partial(_complete, settings)):
-            continue
-        code = train(settings, cluster)
-        if code != 0:
-            return code
-        gc.collect()  # the engine holds itself in cycles: its memory is needed by the next
-        if cluster.device.type == "cuda":
-            torch.cuda.empty_cache()
+    with StopRequest():  # what is asked for in a run's last steps ends the next before it begins
+        for settings in stages:
+            if cluster.run_on_first(partial(_complete, settings)):
+                continue
+            code = train(settings, cluster)
+            if code != 0:
+                return code
+            gc.collect()  # the engine holds itself in cycles: its memory is needed by the next
+            if cluster.device.type == "cuda":
+                torch.cuda.empty_cache()
     if len(config.data.corpus or []) > 1:
         cluster.run_on_first(lambda: _hand_over(config, stages))
     return 0

@@ -1,13 +1,16 @@
 """Ranks that find each other, and what those are told that do not."""
 
+import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
-from dga_scale.engine.meeting import Arrival, _contradiction, meet
+from dga_scale.engine.meeting import Arrival, _contradiction, _judge, meet
 from dga_scale.engine.place import Place
 from dga_scale.errors import UserError
 from tests.ranks import free_port
@@ -50,6 +53,21 @@ def test_a_rank_that_never_comes_is_named_to_all() -> None:
     assert found[0].startswith(
         f"2 of 4 ranks did not come within 1.5 s: 1, 3 missing, there: 0 on {HERE}, 2 on"
     )
+
+
+def test_a_rank_that_came_is_there_however_late_the_store_answers() -> None:
+    """Rank 1's time is all the time: when rank 2's turn comes, nothing is left to wait for the answer."""
+
+    class Slow(dist.HashStore):
+        def wait(self, keys: list[str], timeout: timedelta) -> None:
+            time.sleep(timeout.total_seconds())
+            raise dist.DistStoreError("no answer in time")
+
+    store = Slow()
+    for rank in (0, 2):
+        store.set(f"rank/{rank}", json.dumps(asdict(Arrival("srun", 4, HERE, "10.0.0.1", None))))
+    found = _judge(store, 4, timedelta(seconds=0.1))
+    assert found.startswith("2 of 4 ranks did not come within 0.1 s: 1, 3 missing, there: 0 on")
 
 
 def test_rank_0_out_of_reach() -> None:

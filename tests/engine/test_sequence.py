@@ -3,8 +3,6 @@
 import contextlib
 import json
 import math
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from dga_scale.engine.signals import EXIT_STOPPED
 from dga_scale.objectives import read_config
 from tests.ranks import RankError, run_ranks
 from tests.small import DOMAIN, GENERAL, SmallWorld, make_world, write_text
+from tests.stops import ask_to_stop
 from tests.test_train import arguments, around_steps
 
 NAMES = ("corpus", "general_corpus", "third")
@@ -47,8 +46,11 @@ def run_sequence(flags: list[str]) -> int:
     return train_sequence(read_config(flags), join_cluster())
 
 
-def run_and_watch(flags: list[str], stop_in: str | None = None) -> tuple[int, dict[str, Any]]:
-    """The exit code, and by domain: its protection and the factors of its update mask. May stop in one."""
+def run_and_watch(flags: list[str], stop_in: str = "", stop_at: int = 0) -> tuple[int, dict[str, Any]]:
+    """The exit code, and by domain: its protection and the factors of its update mask.
+
+    A signal comes in step ``stop_at`` of the domain ``stop_in``.
+    """
     seen: dict[str, Any] = {}
 
     @contextlib.contextmanager
@@ -60,8 +62,8 @@ def run_and_watch(flags: list[str], stop_in: str | None = None) -> tuple[int, di
         }
         seen.setdefault(domain, (dict(session.protection), factors))
         yield
-        if domain == stop_in and batches.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if domain == stop_in and batches.step == stop_at:
+            ask_to_stop()
 
     with around_steps(watched):
         return run_sequence(flags), seen
@@ -121,13 +123,15 @@ def test_each_domains_importance_protects_it_from_the_later_ones(world: SmallWor
 def test_a_sequence_goes_on_inside_and_between_domains(world: SmallWorld, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_ranks(2, run_sequence, flags_of(world, whole)) == [0, 0]
-    results = run_ranks(2, run_and_watch, flags_of(world, parts), "general_corpus")
-    assert [code for code, _ in results] == [EXIT_STOPPED] * 2
-    assert not (parts / "2-general_corpus" / "model").exists()
+    for step in (1, 3):
+        results = run_ranks(2, run_and_watch, flags_of(world, parts), "general_corpus", step)
+        assert [code for code, _ in results] == [EXIT_STOPPED] * 2
+        assert (parts / "2-general_corpus" / "model").exists() == (step == 3)  # the last one
+        assert not (parts / "3-third" / "checkpoints").exists()
     before = (parts / "1-corpus" / "model" / "model.safetensors").stat().st_mtime_ns
     results = run_ranks(2, run_and_watch, flags_of(world, parts))
     assert [code for code, _ in results] == [0, 0]
-    assert list(results[0][1]) == ["general_corpus", "third"]  # the first was complete
+    assert list(results[0][1]) == ["third"]  # the others were complete
     assert (parts / "1-corpus" / "model" / "model.safetensors").stat().st_mtime_ns == before
     one, other = (load_file(run / "3-third" / "model" / "model.safetensors") for run in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -15,12 +15,12 @@ from dga_scale.engine.signals import ONE_REQUEST, StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)  # the echo
-    time.sleep(0.1)
-    assert stop.requested
+    while not stop.requested:
+        time.sleep(0.01)
     print("echo survived", flush=True)
-    time.sleep(ONE_REQUEST + 0.1)
+    time.sleep(ONE_REQUEST + 0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(0.5 if "SLURM_STEP_ID" in os.environ else 100)
 print("second survived", flush=True)
 os.kill(os.getpid(), signal.SIGTERM)  # the former handler is back
 """
