@@ -124,7 +124,7 @@ class Runner:
                 pass_fds=[self._lock.fileno()],
             )
             if self._stopped:  # while it started
-                os.killpg(self._process.pid, signal.SIGTERM)
+                self._pass_on(signal.SIGTERM)
             code = self._process.wait()
         if self._stopped or code == EXIT_STOPPED:
             return False
@@ -137,6 +137,9 @@ class Runner:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopped = True
         print("stopping: the running piece saves what it has", flush=True)
+        self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, number)
 

@@ -4,7 +4,6 @@ Before any process group is up they meet in a key-value store that rank 0 holds 
 (torchrun holds one itself). Rank 0 looks at who came, and all get its verdict.
 """
 
-import contextlib
 import json
 import os
 import socket
@@ -99,20 +98,15 @@ def _open_store(place: Place, address: str, port: int, timeout: timedelta) -> di
 
 def _judge(store: dist.Store, world_size: int, timeout: timedelta) -> str:
     """What is wrong with the ranks that came in time; empty if nothing."""
-    deadline = time.monotonic() + timeout.total_seconds()
+    keys = [f"rank/{rank}" for rank in range(world_size)]
     missing = []
-    for rank in range(world_size):
-        left = deadline - time.monotonic()
-        if left >= 0.001:  # the store counts milliseconds, and takes none for no limit
-            with contextlib.suppress(dist.DistError):
-                store.wait([f"rank/{rank}"], timedelta(seconds=left))
-        # Asked, not waited for: once the time is up, a wait may end before the store has answered.
-        if not store.check([f"rank/{rank}"]):
-            missing.append(rank)
+    try:
+        store.wait(keys, timeout)
+    except dist.DistError:
+        # Asked one by one, not waited for: a short wait may end before a busy store has answered.
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
     arrivals = {
-        rank: Arrival(**json.loads(store.get(f"rank/{rank}")))
-        for rank in range(world_size)
-        if rank not in missing
+        rank: Arrival(**json.loads(store.get(key))) for rank, key in enumerate(keys) if rank not in missing
     }
     if missing:
         there = ", ".join(f"{rank} on {arrival.host}" for rank, arrival in list(arrivals.items())[:8])

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -168,6 +169,19 @@ def test_two_at_work_in_one_folder_are_refused(tmp_path: Path):
         Runner(tmp_path).__enter__()
     with Runner(tmp_path) as runner:
         assert runner.run(Piece("sleep", "sleep", ("true",)), environment())
+
+
+def test_a_signal_while_a_piece_starts_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(*arguments, **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with Runner(tmp_path) as runner:
+        piece = Piece("sleep", "sleep", ("sh", "-c", f"sleep 5; touch {tmp_path / 'slept'}"))
+        assert not runner.run(piece, environment())
+    assert not (tmp_path / "slept").exists()
 
 
 def test_what_is_left_is_said_by_what_was_finished(tmp_path: Path):

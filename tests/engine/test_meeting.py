@@ -56,7 +56,7 @@ def test_a_rank_that_never_comes_is_named_to_all() -> None:
 
 
 def test_a_rank_that_came_is_there_however_late_the_store_answers() -> None:
-    """Rank 1's time is all the time: when rank 2's turn comes, nothing is left to wait for the answer."""
+    """Those that are missing take all the time: nothing is left to wait for the store's answer on rank 2."""
 
     class Slow(dist.HashStore):
         def wait(self, keys: list[str], timeout: timedelta) -> None:

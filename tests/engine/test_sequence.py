@@ -126,6 +126,7 @@ def test_a_sequence_goes_on_inside_and_between_domains(world: SmallWorld, tmp_pa
     for step in (1, 3):
         results = run_ranks(2, run_and_watch, flags_of(world, parts), "general_corpus", step)
         assert [code for code, _ in results] == [EXIT_STOPPED] * 2
+        assert list(results[0][1]) == {1: ["corpus", "general_corpus"], 3: ["general_corpus"]}[step]
         assert (parts / "2-general_corpus" / "model").exists() == (step == 3)  # the last one
         assert not (parts / "3-third" / "checkpoints").exists()
     before = (parts / "1-corpus" / "model" / "model.safetensors").stat().st_mtime_ns
