@@ -19,12 +19,12 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from benchmarks.results import append_section
-from dga_scale.engine.checkpoint import Save, TrainerState
-from dga_scale.engine.cluster import join_cluster
-from dga_scale.engine.saves import Saves
-from dga_scale.engine.signals import StopAgreement
-from tests.engine.training import MaskedLM, Setup, tiny_engine, tiny_tokenizer, train_step
-from tests.ranks import run_ranks
+from dga_scale.checkpoint.async_save import Saves
+from dga_scale.checkpoint.state import Save, TrainerState
+from dga_scale.launch.preemption import StopAgreement
+from dga_scale.launch.world import join_cluster
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import MaskedLM, Setup, tiny_engine, tiny_tokenizer, train_step
 
 RANKS = 2
 

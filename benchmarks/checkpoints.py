@@ -33,13 +33,13 @@ import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from benchmarks.results import append_section
-from dga_scale.corpus.files import sync
-from dga_scale.engine.checkpoint import Save, TrainerState, load_checkpoint
-from dga_scale.engine.checkpoint_folder import find_resume_point
-from dga_scale.engine.cluster import join_cluster
-from dga_scale.engine.consolidate import consolidate
-from tests.engine.training import MaskedLM, Setup, tiny_engine, tiny_tokenizer, train_step
-from tests.ranks import run_ranks
+from dga_scale.checkpoint.export import consolidate
+from dga_scale.checkpoint.state import Save, TrainerState, load_checkpoint
+from dga_scale.checkpoint.store import find_resume_point
+from dga_scale.launch.world import join_cluster
+from dga_scale.storage.atomic import sync
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import MaskedLM, Setup, tiny_engine, tiny_tokenizer, train_step
 
 RANKS = 2
 MIB = 2**20

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.kill_soak --kills 500``: each run has to end with the losses, bit for bit, and the
 model (sha256) of a run that nobody disturbed, and leave no temporary file. Prints a table of what was tried
-(``tests/kills.py`` says what the faults are), and stops at the first run that is not so.
+(``tests/helpers/kills.py`` says what the faults are), and stops at the first run that is not so.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from benchmarks.results import append_section
-from tests.kills import Outcome, Soak
-from tests.small import make_world
+from tests.helpers.kills import Outcome, Soak
+from tests.helpers.small import make_world
 
 NAMES = {
     "time": "kill -9 at a random time",

@@ -30,13 +30,13 @@ from steps import free_port
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling
 
-from dga_scale.corpus.batches import BatchStream
-from dga_scale.corpus.masking import MaskingPolicy
-from dga_scale.corpus.mixture import Mixture
-from dga_scale.corpus.order import SampleOrder
-from dga_scale.corpus.sharding import shard_corpus
+from dga_scale.corpus.loading.batches import BatchStream
+from dga_scale.corpus.loading.masking import MaskingPolicy
+from dga_scale.corpus.loading.mixture import Mixture
+from dga_scale.corpus.loading.order import SampleOrder
+from dga_scale.corpus.sharding.pipeline import shard_corpus
+from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus
-from dga_scale.corpus.spool import ShardSettings
 from dga_scale.corpus.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -85,9 +85,9 @@ def rank() -> None:
     """Train as the real program does, with a clock on the engine's calls."""
     from deepspeed import DeepSpeedEngine
 
-    from dga_scale.engine.cli import train_command
-    from dga_scale.engine.session import Session
-    from dga_scale.engine.signals import StopAgreement
+    from dga_scale.launch.preemption import StopAgreement
+    from dga_scale.train.cli import train_command
+    from dga_scale.train.trainer import Session
 
     steps: list[dict[str, float]] = []
 

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dga_scale.engine.cluster import join_cluster
-from dga_scale.engine.inputs import check_inputs
-from dga_scale.engine.optimizer_step import Mask, wrap_optimizer_step
-from dga_scale.engine.session import Session
-from dga_scale.engine.tensors import to_device
-from dga_scale.monitoring.metrics import RunLog
-from dga_scale.objectives import read_config
+from dga_scale.launch.world import join_cluster
+from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.contrast import contrastive_loss
+from dga_scale.objectives.methods import read_config
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
+from dga_scale.train.batches import to_device
+from dga_scale.train.inputs import check_inputs
+from dga_scale.train.trainer import Session
+from dga_scale.zero.optimizer_hooks import Mask, wrap_optimizer_step
 
 WARM_UP = 2
 GATHERS = 100

@@ -35,19 +35,19 @@ from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig
 from benchmarks.results import append_section
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.loading import set_dropout
-from dga_scale.engine.deepspeed import build_engine, partitioned_loading, set_learning_rate
-from dga_scale.engine.ds_keys import load_ds_config
-from dga_scale.engine.optimizer_step import backward, local_fragments, wrap_optimizer_step
-from dga_scale.objectives import build_method, read_config
+from dga_scale.objectives.methods import build_method, read_config
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.planning.gpus import GPUS
 from dga_scale.planning.memory import activations, extras, states
 from dga_scale.planning.plan import Cluster, Planner, make_planner
 from dga_scale.preservation.movement import MovementTracker
 from dga_scale.preservation.soft_mask import UpdateMask, mask_factors
-from tests.engine.training import MaskedLM
-from tests.planning.engines import saved_bytes, storages
-from tests.ranks import run_ranks
+from dga_scale.zero.ds_keys import load_ds_config
+from dga_scale.zero.engine import build_engine, partitioned_loading, set_learning_rate
+from dga_scale.zero.optimizer_hooks import backward, local_fragments, wrap_optimizer_step
+from tests.helpers.engines import saved_bytes, storages
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import MaskedLM
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 MIB = 2**20

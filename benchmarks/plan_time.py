@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoTokenizer, RobertaConfig
 
 from benchmarks.results import append_section
 from dga_scale.backbone.cpu_kernels import Dropout
-from tests.ranks import free_port, run_ranks
+from tests.helpers.ranks import free_port, run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "plan_time"

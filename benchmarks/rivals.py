@@ -34,18 +34,18 @@ from transformers import (
 from dga_scale.backbone.cpu_kernels import use_cpu_kernels
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.loading import load_model
-from dga_scale.corpus.batches import Batch, BatchStream
-from dga_scale.corpus.masking import MaskingPolicy
-from dga_scale.corpus.mixture import Mixture
+from dga_scale.corpus.loading.batches import Batch, BatchStream
+from dga_scale.corpus.loading.masking import MaskingPolicy
+from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
-from dga_scale.engine.cpu_memory import keep_freed_memory
-from dga_scale.engine.tensors import to_device
+from dga_scale.launch.cpu_malloc import keep_freed_memory
 from dga_scale.objectives.contrast import contrastive_loss
-from dga_scale.objectives.mlm import MaskedLM
+from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.objectives.views import mean_pool
 from dga_scale.preservation.soft_mask import GradientMask, mask_factors
+from dga_scale.train.batches import to_device
 
 DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 LEARNING_RATE = 1e-4

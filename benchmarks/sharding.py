@@ -34,9 +34,9 @@ from pathlib import Path
 import psutil
 from results import append_section
 
-from dga_scale.corpus.sharding import shard_corpus
+from dga_scale.corpus.sharding.pipeline import shard_corpus
+from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus
-from dga_scale.corpus.spool import ShardSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "sharding"

@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 
 from benchmarks.results import append_section
-from tests.ranks import REPOSITORY, close_pools, run_ranks
-from tests.slurm.cluster import SlurmCluster, job_states, run, wait_until
+from tests.helpers.ranks import REPOSITORY, close_pools, run_ranks
+from tests.helpers.slurm_cluster import SlurmCluster, job_states, run, wait_until
+from tests.helpers.small import make_world
 from tests.slurm.test_jobs import SETUP, losses, submit, train_ranks, wake
-from tests.small import make_world
 
 STEPS = 900
 PATIENCE = 900.0

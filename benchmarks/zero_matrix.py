@@ -1,13 +1,13 @@
 """Print how far both soft-masks under every ZeRO stage are from plain PyTorch.
 
 ``python -m benchmarks.zero_matrix``: all 672 combinations of mode, stage, offload, precision, accumulation,
-clipping, recomputation and 1, 2, 4 ranks, three optimizer steps each, against tests/reference.py.
+clipping, recomputation and 1, 2, 4 ranks, three optimizer steps each, against tests/helpers/reference.py.
 """
 
 import argparse
 from collections import defaultdict
 
-from tests.engine.zero_matrix import (
+from tests.helpers.zero_matrix import (
     Cell,
     Outcome,
     all_cells,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import REPOSITORY, close_pools
-from tests.small import SmallWorld, make_world
+from tests.helpers.ranks import REPOSITORY, close_pools
+from tests.helpers.small import SmallWorld, make_world
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other and for the ranks' pools
 

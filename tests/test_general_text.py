@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dga_scale.engine.signals import EXIT_STOPPED
-from tests.ranks import RankError, run_ranks
-from tests.small import SmallWorld
+from dga_scale.launch.preemption import EXIT_STOPPED
+from tests.helpers.ranks import RankError, run_ranks
+from tests.helpers.small import SmallWorld
 from tests.test_train import REPOSITORY, arguments, run_training, run_until
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kills import Outcome, Soak
-from tests.small import make_world
+from tests.helpers.kills import Outcome, Soak
+from tests.helpers.small import make_world
 
 pytestmark = pytest.mark.slow
 

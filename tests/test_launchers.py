@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import HOSTS, Hosts, what_is_missing
-from tests.mpi import PROGRAMS, mpich, open_mpi
-from tests.ranks import REPOSITORY, free_port, run_ranks
-from tests.small import SmallWorld, make_world
+from tests.helpers.hosts import HOSTS, Hosts, what_is_missing
+from tests.helpers.mpi import PROGRAMS, mpich, open_mpi
+from tests.helpers.ranks import REPOSITORY, free_port, run_ranks
+from tests.helpers.small import SmallWorld, make_world
 from tests.test_train import losses, run_training
 
 pytestmark = pytest.mark.slow
@@ -137,7 +137,7 @@ def test_mpiexec(world: SmallWorld, expected: dict[int, list[float]], tmp_path: 
 JOIN = """
 import sys
 from datetime import timedelta
-from dga_scale.engine.cluster import join_cluster
+from dga_scale.launch.world import join_cluster
 from dga_scale.errors import run_main
 def main():
     with join_cluster(timedelta(seconds=float(sys.argv[1]))) as cluster:

@@ -12,9 +12,9 @@ from transformers import AutoModelForMaskedLM
 
 import dga_scale.backbone.extended  # noqa: F401 - registers the classes that adapters, prompts and experts need
 from dga_scale.errors import UserError
-from dga_scale.objectives import METHODS, read_config
-from tests.ranks import REPOSITORY, run_ranks
-from tests.small import SmallWorld
+from dga_scale.objectives.methods import METHODS, read_config
+from tests.helpers.ranks import REPOSITORY, run_ranks
+from tests.helpers.small import SmallWorld
 from tests.test_train import arguments, run_training
 
 pytestmark = pytest.mark.slow

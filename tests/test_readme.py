@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dga_scale.objectives import read_config
-from tests.ranks import REPOSITORY, free_port
-from tests.small import DOMAIN, GENERAL, make_model, make_tokenizer, write_text
+from dga_scale.objectives.methods import read_config
+from tests.helpers.ranks import REPOSITORY, free_port
+from tests.helpers.small import DOMAIN, GENERAL, make_model, make_tokenizer, write_text
 
 pytestmark = pytest.mark.slow
 

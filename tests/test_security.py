@@ -26,30 +26,30 @@ import yaml
 
 from dga_scale.backbone.loading import load_model
 from dga_scale.backbone.warmup import load_head, save_head
+from dga_scale.checkpoint.export import consolidate
+from dga_scale.checkpoint.fisher import load_fisher, save_fisher
 from dga_scale.corpus.cli import main as shard
+from dga_scale.corpus.reading.sources import Reading, find_sources, read_segment, segments
 from dga_scale.corpus.shards import Corpus
-from dga_scale.corpus.sources import Reading, find_sources, read_segment, segments
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.endtasks.datasets_tasks import exported
 from dga_scale.endtasks.finetune import load_classifier
 from dga_scale.endtasks.suite import load_suite
 from dga_scale.endtasks.tasks import load_task
-from dga_scale.engine.anchor_files import load_fisher, save_fisher
-from dga_scale.engine.cluster import single_process
-from dga_scale.engine.consolidate import consolidate
-from dga_scale.engine.tensor_files import record_of
 from dga_scale.errors import UserError, run_main
+from dga_scale.launch.world import single_process
 from dga_scale.merging.folders import ModelFolder
-from dga_scale.monitoring.report import write_report
-from dga_scale.objectives import read_config
-from dga_scale.objectives.cse import _read as read_experts
+from dga_scale.objectives.methods import read_config
+from dga_scale.objectives.methods.cse import _read as read_experts
 from dga_scale.planning.gpus import find_gpu
 from dga_scale.preservation.anchors import key_of
 from dga_scale.preservation.fragments import Fragment
 from dga_scale.preservation.importance import Importance
-from dga_scale.sealed import seal, unseal
-from tests.ranks import REPOSITORY, run_ranks
-from tests.small import SmallWorld
+from dga_scale.report.report import write_report
+from dga_scale.storage.checked_json import seal, unseal
+from dga_scale.storage.safetensors_stream import record_of
+from tests.helpers.ranks import REPOSITORY, run_ranks
+from tests.helpers.small import SmallWorld
 from tests.test_train import arguments, run_training
 
 SOURCES = [p for folder in ("dga_scale", "launchers", "tools") for p in (REPOSITORY / folder).rglob("*.py")]

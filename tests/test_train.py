@@ -13,17 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
-from dga_scale.engine.cluster import Cluster, join_cluster
-from dga_scale.engine.loop import train
-from dga_scale.engine.session import Session
-from dga_scale.engine.signals import EXIT_STOPPED
 from dga_scale.errors import UserError
-from dga_scale.objectives import read_config
+from dga_scale.launch.preemption import EXIT_STOPPED
+from dga_scale.launch.world import Cluster, join_cluster
+from dga_scale.objectives.methods import read_config
 from dga_scale.preservation.importance import Importance
-from tests.pictures import no_pictures
-from tests.ranks import REPOSITORY, RankError, run_ranks
-from tests.small import SmallWorld
-from tests.stops import ask_to_stop
+from dga_scale.train.loop import train
+from dga_scale.train.trainer import Session
+from tests.helpers.pictures import no_pictures
+from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
+from tests.helpers.small import SmallWorld
+from tests.helpers.stops import ask_to_stop
 
 STEPS = 6
 

@@ -21,20 +21,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from dga_scale.checkpoint.store import newest_verified
 from dga_scale.corpus.cli import main as shard
-from dga_scale.engine.checkpoint_folder import newest_verified
-from dga_scale.engine.cluster import single_process
-from dga_scale.engine.inputs import check_inputs
-from dga_scale.engine.session import Session
-from dga_scale.engine.signals import EXIT_STOPPED
-from dga_scale.engine.tensor_files import PieceReader
 from dga_scale.errors import UserError
-from dga_scale.objectives import read_config
+from dga_scale.launch.preemption import EXIT_STOPPED
+from dga_scale.launch.world import single_process
+from dga_scale.objectives.methods import read_config
 from dga_scale.preservation.importance import Importance
-from tests.batches import contents
-from tests.forks import launch
-from tests.ranks import REPOSITORY
-from tests.small import SmallWorld
+from dga_scale.storage.safetensors_stream import PieceReader
+from dga_scale.train.inputs import check_inputs
+from dga_scale.train.trainer import Session
+from tests.helpers.batches import contents
+from tests.helpers.forks import launch
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.small import SmallWorld
 from tests.test_train import arguments, around_steps, losses, run_until
 
 pytestmark = pytest.mark.slow

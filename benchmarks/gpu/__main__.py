@@ -22,9 +22,9 @@ from benchmarks.gpu.measure import Plan
 from benchmarks.gpu.tables import report
 from benchmarks.gpu.world import PAPERS, SMOKE, World, make_world
 from benchmarks.results import RESULTS, append_section
-from dga_scale.arguments import Parser
+from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError, run_main
-from dga_scale.monitoring.metrics import read_log
+from dga_scale.logging.metrics import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTLED = 10

@@ -26,19 +26,19 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.gpu.trace import record, waits
-from dga_scale.corpus.batches import EvalBatches, StepBatches
-from dga_scale.engine.cluster import Cluster, join_cluster
-from dga_scale.engine.inputs import check_inputs
-from dga_scale.engine.optimizer_step import step_was_refused
-from dga_scale.engine.session import Session
-from dga_scale.engine.signals import StopAgreement
-from dga_scale.engine.tensors import IMPORTANCE_STREAM, seed_everything, to_device
-from dga_scale.monitoring.environment import describe_environment, device_name
-from dga_scale.monitoring.metrics import RunLog
-from dga_scale.monitoring.quiet import quiet_libraries
-from dga_scale.monitoring.throughput import device_peak, measured_flops, memory_gib, step_flops, wait_for
-from dga_scale.objectives import read_config
+from dga_scale.corpus.loading.batches import EvalBatches, StepBatches
+from dga_scale.launch.preemption import StopAgreement
+from dga_scale.launch.world import Cluster, join_cluster
+from dga_scale.logging.environment import describe_environment, device_name
+from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.quiet import quiet_libraries
+from dga_scale.logging.throughput import device_peak, measured_flops, memory_gib, step_flops, wait_for
+from dga_scale.objectives.methods import read_config
 from dga_scale.preservation.importance import measure_importance
+from dga_scale.train.batches import IMPORTANCE_STREAM, seed_everything, to_device
+from dga_scale.train.inputs import check_inputs
+from dga_scale.train.trainer import Session
+from dga_scale.zero.optimizer_hooks import step_was_refused
 
 T = TypeVar("T")
 

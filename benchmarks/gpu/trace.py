@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dga_scale.monitoring.throughput import wait_for
+from dga_scale.logging.throughput import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = (

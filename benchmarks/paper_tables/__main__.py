@@ -14,9 +14,9 @@ from benchmarks.paper_tables.pieces import Work
 from benchmarks.paper_tables.runner import Runner, environment
 from benchmarks.paper_tables.settings import load_settings
 from benchmarks.paper_tables.tables import write_tables
-from dga_scale.arguments import Parser
-from dga_scale.engine.signals import EXIT_STOPPED
+from dga_scale.config.arguments import Parser
 from dga_scale.errors import run_main
+from dga_scale.launch.preemption import EXIT_STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from benchmarks.paper_tables.settings import Flags, Settings, as_flags
 from benchmarks.paper_tables.tables import table
-from dga_scale.engine.ds_keys import load_ds_config
 from dga_scale.errors import UserError
-from dga_scale.objectives import read_config
+from dga_scale.objectives.methods import read_config
 from dga_scale.planning.gpus import find_gpu
 from dga_scale.planning.plan import Cluster, Plan, make_planner
+from dga_scale.zero.ds_keys import load_ds_config
 
 HOUR = 3600
 

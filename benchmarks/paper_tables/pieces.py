@@ -13,7 +13,7 @@ import yaml
 from benchmarks.paper_tables.settings import DomainSequence, Flags, Settings, as_flags, label
 from dga_scale.endtasks.evaluate import BASE
 from dga_scale.endtasks.tasks import load_task
-from dga_scale.engine.run_folder import write_text
+from dga_scale.run_folder import write_text
 
 PYTHON = sys.executable
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.paper_tables.pieces import Piece
 from benchmarks.paper_tables.settings import label
-from dga_scale.engine.run_folder import write_text
-from dga_scale.engine.signals import EXIT_STOPPED
 from dga_scale.errors import UserError
+from dga_scale.launch.preemption import EXIT_STOPPED
+from dga_scale.run_folder import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,8 @@ from benchmarks.paper_tables.settings import label
 from dga_scale.corpus.shards import MANIFEST, Corpus
 from dga_scale.endtasks.evaluate import BASE
 from dga_scale.endtasks.significance import Difference, difference, ratio_difference
-from dga_scale.engine.run_folder import write_text
-from dga_scale.monitoring.scores import RESULTS
+from dga_scale.report.scores import RESULTS
+from dga_scale.run_folder import write_text
 
 NONE = "none"
 """The base's name in the tables: no adaptation."""

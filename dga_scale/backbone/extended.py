@@ -64,8 +64,8 @@ EXTENSIONS: dict[str, Apply] = {}
 
 BUILT_IN = {
     "experts": "dga_scale.experts.extension",
-    "adapter": "dga_scale.backbone.adapters",
-    "prompt": "dga_scale.backbone.prompt",
+    "adapter": "dga_scale.backbone.peft.adapters",
+    "prompt": "dga_scale.backbone.peft.prompt",
 }
 """Modules that register an extension when they are imported."""
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.packed_rows import last_hidden_states
-from dga_scale.backbone.sealed_tensors import load_tensors, save_tensors
 from dga_scale.errors import UserError
+from dga_scale.storage.checked_tensors import load_tensors, save_tensors
 
 
 class PredictionBatch(Protocol):

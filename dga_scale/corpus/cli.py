@@ -7,12 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from dga_scale.arguments import Parser
-from dga_scale.corpus.packing import PACKINGS
-from dga_scale.corpus.sharding import DOCUMENT_MODES, ShardReport, shard_corpus
+from dga_scale.config.arguments import Parser
+from dga_scale.corpus.sharding.executor import under_mpi
+from dga_scale.corpus.sharding.packing import PACKINGS
+from dga_scale.corpus.sharding.pipeline import DOCUMENT_MODES, ShardReport, shard_corpus
+from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import VALIDATION
-from dga_scale.corpus.spool import ShardSettings
-from dga_scale.corpus.workers import under_mpi
 from dga_scale.errors import run_main
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from dga_scale.corpus.tokenizer import special_ids, tokenizer_hash
 from dga_scale.errors import UserError
-from dga_scale.sealed import unseal
+from dga_scale.storage.checked_json import unseal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

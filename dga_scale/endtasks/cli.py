@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dga_scale.arguments import Parser
+from dga_scale.config.arguments import Parser
 from dga_scale.endtasks.datasets_tasks import exported
 from dga_scale.endtasks.metrics import CLASSIFICATION, REGRESSION
 from dga_scale.endtasks.recipes import LIMITS, OVERRIDES, Recipe, load_with_recipe
 from dga_scale.endtasks.tasks import Task, class_shares, majority_share, split_folder
 from dga_scale.errors import UserError, run_main
-from dga_scale.monitoring.quiet import quiet_libraries
+from dga_scale.logging.quiet import quiet_libraries
 
 
 def finetune_command() -> NoReturn:
@@ -91,7 +91,7 @@ def forgetting(arguments: Sequence[str] | None = None) -> int:
     from rich.table import Table
 
     from dga_scale.endtasks.forgetting import measure_forgetting
-    from dga_scale.monitoring.plots import forgetting_figure, save_png
+    from dga_scale.report.plots import forgetting_figure, save_png
 
     result = measure_forgetting(options.run, tasks, _seeds(options), jobs=options.jobs)
     domains = result["domains"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dga_scale.engine.run_folder import write_text
 from dga_scale.errors import UserError
+from dga_scale.run_folder import write_text
 
 SPLITS = {"train": ("train",), "dev": ("validation", "dev", "valid", "validation_matched"), "test": ("test",)}
 """Our splits, and what they are called elsewhere."""

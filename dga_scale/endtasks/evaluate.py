@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from dga_scale.backbone.loading import load_model, load_model_config
-from dga_scale.corpus.overlap import Overlap, found_in_text
+from dga_scale.corpus.reading.overlap import Overlap, found_in_text
+from dga_scale.corpus.reading.sources import Reading
 from dga_scale.corpus.shards import Corpus, check_sequence_length, file_sha256
-from dga_scale.corpus.sources import Reading
 from dga_scale.corpus.tokenizer import load_tokenizer, tokenizer_hash
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.seeds import FineTuning, model_fingerprint, run_missing, summarize
@@ -36,12 +36,12 @@ from dga_scale.endtasks.significance import (
 )
 from dga_scale.endtasks.suite import Suite
 from dga_scale.endtasks.tasks import Task, majority_share
-from dga_scale.engine.run_folder import write_text
 from dga_scale.errors import UserError
 from dga_scale.merging.sweep import batch_sums, held_out
-from dga_scale.monitoring.scores import FORMAT, RESULTS
-from dga_scale.objectives.mlm import MaskedLM
+from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel
+from dga_scale.report.scores import FORMAT, RESULTS
+from dga_scale.run_folder import write_text
 
 BASE = "base"
 """Label of the model that all are compared with."""

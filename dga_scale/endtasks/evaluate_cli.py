@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dga_scale.arguments import Parser
+from dga_scale.config.arguments import Parser
 from dga_scale.endtasks.suite import load_suite
 from dga_scale.errors import run_main
-from dga_scale.monitoring.quiet import quiet_libraries
+from dga_scale.logging.quiet import quiet_libraries
 
 
 def evaluate_command() -> NoReturn:
@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     suite = load_suite(options.suite)
     from dga_scale.endtasks.evaluate import evaluate, parse_contenders  # transformers' import takes seconds
-    from dga_scale.monitoring.plots import comparison_figure, save_png
-    from dga_scale.monitoring.scores import RESULTS, trade_off
+    from dga_scale.report.plots import comparison_figure, save_png
+    from dga_scale.report.scores import RESULTS, trade_off
 
     result = evaluate(options.base, parse_contenders(options.model), suite, options.output_dir)
     _print(result)
@@ -73,7 +73,7 @@ def _print(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dga_scale.monitoring.scores import COLUMNS, remarks, score_sections
+    from dga_scale.report.scores import COLUMNS, remarks, score_sections
 
     table = Table(title=f"against {result['base']}")
     for column in ("", *COLUMNS):

@@ -11,8 +11,8 @@ from typing import Any
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.seeds import run_seeds, spread
 from dga_scale.endtasks.tasks import Task
-from dga_scale.engine.run_folder import write_text
 from dga_scale.errors import UserError
+from dga_scale.run_folder import write_text
 
 _STAGE = re.compile(r"(\d+)-(.+)")
 

@@ -14,9 +14,9 @@ from typing import Any
 from dga_scale.corpus.shards import file_sha256
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.tasks import Task, majority_share
-from dga_scale.engine.run_folder import write_text
 from dga_scale.errors import UserError
-from dga_scale.monitoring.quiet import quiet_libraries
+from dga_scale.logging.quiet import quiet_libraries
+from dga_scale.run_folder import write_text
 
 
 @dataclass(frozen=True)

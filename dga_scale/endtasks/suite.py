@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dga_scale.arguments import nearest
+from dga_scale.config.arguments import nearest
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.endtasks.recipes import LIMITS, OVERRIDES, Recipe, load_with_recipe
 from dga_scale.endtasks.tasks import Task

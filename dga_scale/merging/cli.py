@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dga_scale.arguments import Parser
+from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError, run_main
+from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.merging.formulas import METHODS, MergeSettings
-from dga_scale.monitoring.quiet import quiet_libraries
 
 
 def merge_command() -> NoReturn:
@@ -95,9 +95,9 @@ def _sweep(merge: Any, settings: Sequence[MergeSettings], options: argparse.Name
     from rich.console import Console
     from rich.table import Table
 
-    from dga_scale.engine.run_folder import write_text
     from dga_scale.merging.sweep import held_out, sweep
-    from dga_scale.monitoring.plots import save_png, trade_off_figure
+    from dga_scale.report.plots import save_png, trade_off_figure
+    from dga_scale.run_folder import write_text
 
     corpora = {
         "domain": held_out(options.corpus, "--corpus", merge.base.tokenizer),

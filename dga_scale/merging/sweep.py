@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dga_scale.backbone.loading import load_model
-from dga_scale.corpus.batches import EvalBatches
-from dga_scale.corpus.masking import MaskingPolicy
+from dga_scale.corpus.loading.batches import EvalBatches
+from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches, check_sequence_length
-from dga_scale.engine.tensors import to_device
 from dga_scale.errors import UserError
 from dga_scale.merging.formulas import MergeSettings
 from dga_scale.merging.merge import Merge
-from dga_scale.objectives.mlm import MaskedLM
+from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
+from dga_scale.train.batches import to_device
 
 MASK_PROBABILITY = 0.15
 

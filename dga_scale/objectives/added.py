@@ -4,7 +4,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.extended import ExtendedConfig, Settings, extend
-from dga_scale.config import TrainConfig
+from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
 
 

@@ -10,7 +10,7 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from dga_scale.config import MethodSettings, setting
+from dga_scale.config.settings import MethodSettings, setting
 from dga_scale.objectives.views import ModelInputs, View, mean_pool
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dga_scale.corpus.masking import IGNORED
+from dga_scale.corpus.loading.masking import IGNORED
 
 
 class _CrossEntropies(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
-from dga_scale.config import MethodSettings, TrainConfig
+from dga_scale.config.settings import MethodSettings, TrainConfig
 from dga_scale.objectives.contrast import Contrast
 from dga_scale.objectives.views import ModelInputs, View
 from dga_scale.preservation.anchors import AnchorPlan

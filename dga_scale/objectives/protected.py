@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dga_scale.config import AT_LEAST_1, MethodSettings, Rules, setting
+from dga_scale.config.settings import AT_LEAST_1, MethodSettings, Rules, setting
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.packed_rows import last_hidden_states
-from dga_scale.corpus.masking import IGNORED
+from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.cross_entropy import cross_entropies
 from dga_scale.objectives.grad_cache import CachedContrast
 from dga_scale.objectives.method import LM_VIEW, Method, Reading

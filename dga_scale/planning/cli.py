@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dga_scale.arguments import Parser
+from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError, run_main
-from dga_scale.monitoring.quiet import quiet_libraries
+from dga_scale.logging.quiet import quiet_libraries
 
 
 def plan_command() -> NoReturn:
@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 0 < options.mfu <= 1:
             raise UserError(f"--mfu {options.mfu}: must be a share above 0, at most 1")
         gpu = dataclasses.replace(gpu, mfu=options.mfu)
-    from dga_scale.engine.ds_keys import load_ds_config  # the imports below take seconds
-    from dga_scale.objectives import read_config
+    from dga_scale.objectives.methods import read_config
     from dga_scale.planning.plan import Cluster, make_planner
     from dga_scale.planning.report import as_json, print_plan, print_scaling, scaling_as_json
+    from dga_scale.zero.ds_keys import load_ds_config  # the imports below take seconds
 
     # The corpus is not looked at, but training's parser wants one beside a model.
     config = read_config(["--corpus", "any", *settings])

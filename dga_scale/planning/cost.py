@@ -22,7 +22,7 @@ passes at once, and scatters their gradients back: the only part that grows with
 import math
 from dataclasses import dataclass
 
-from dga_scale.monitoring.throughput import step_flops
+from dga_scale.logging.throughput import step_flops
 from dga_scale.planning.gpus import Gpu
 from dga_scale.planning.memory import Batch, Zero, gather_bytes, share
 from dga_scale.planning.models import PlannedModel

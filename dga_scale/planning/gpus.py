@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from dga_scale.arguments import nearest
+from dga_scale.config.arguments import nearest
 from dga_scale.errors import UserError
 
 

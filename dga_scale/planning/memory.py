@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dga_scale.corpus.shapes import rounded_up
-from dga_scale.engine.ds_config import ResolvedConfig
+from dga_scale.corpus.loading.shapes import rounded_up
 from dga_scale.planning.models import PlannedModel
+from dga_scale.zero.ds_config import ResolvedConfig
 
 
 @dataclass(frozen=True)

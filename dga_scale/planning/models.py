@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
-from dga_scale.arguments import nearest
 from dga_scale.backbone.anatomy import Anatomy, Slab, anatomy_of, check_known
 from dga_scale.backbone.extended import is_masked
 from dga_scale.backbone.layers import EMBEDDINGS, freeze, parameter_layers
 from dga_scale.backbone.loading import has_dropout, load_model_config, set_dropout
-from dga_scale.backbone.prompt import PROMPT
-from dga_scale.config import TrainConfig
+from dga_scale.backbone.peft.prompt import PROMPT
+from dga_scale.config.arguments import nearest
+from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
-from dga_scale.objectives import build_method
 from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.methods import build_method
 
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}

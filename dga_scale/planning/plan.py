@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from dga_scale.config import TrainConfig
-from dga_scale.engine.ds_config import ResolvedConfig, resolve_ds_config
+from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
 from dga_scale.planning.cost import Time, Traffic, forward_backward_flops, time, traffic
 from dga_scale.planning.gpus import Gpu
 from dga_scale.planning.memory import Batch, Memory, Zero, memory
 from dga_scale.planning.models import PlannedModel, build_model
+from dga_scale.zero.ds_config import ResolvedConfig, resolve_ds_config
 
 GIB = 2**30
 ALIKE = 1.05

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.warmup import PredictionBatch
-from dga_scale.corpus.masking import IGNORED
+from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.preservation.anchors import FragmentKey, key_of
 from dga_scale.preservation.fragments import Fragment, Reduce

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
-from dga_scale.backbone.sealed_tensors import load_tensors, save_tensors
 from dga_scale.backbone.warmup import PredictionBatch
-from dga_scale.corpus.masking import IGNORED
+from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.preservation.divergence import kl_divergence
 from dga_scale.preservation.fragments import Reduce
+from dga_scale.storage.checked_tensors import load_tensors, save_tensors
 
 LOSSES = ("proxy_kl", "mlm")
 DISTRIBUTIONS = ("vocabulary", "hidden", "sequence")

@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dga_scale.arguments import Parser
+from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError, run_main
-from dga_scale.monitoring.quiet import quiet_libraries
+from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.slurm.options import STAGES, add_options, make_options
 from dga_scale.slurm.render import render
 from dga_scale.slurm.stages import Job, make_job

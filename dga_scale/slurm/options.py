@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dga_scale.arguments import Parser
+from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError
 
 STAGES = ("shard", "train", "evaluate")

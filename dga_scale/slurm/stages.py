@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dga_scale.config import TrainConfig
-from dga_scale.corpus.mixture import parse_mix
+from dga_scale.config.settings import TrainConfig
+from dga_scale.corpus.loading.mixture import parse_mix
 from dga_scale.corpus.shards import read_manifest
 from dga_scale.errors import UserError
 from dga_scale.slurm.options import JobOptions
@@ -71,7 +71,7 @@ def make_job(stage: str, options: JobOptions, arguments: Sequence[str], before: 
 
 def _shard(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
     from dga_scale.corpus.cli import build_parser
-    from dga_scale.corpus.sources import find_sources
+    from dga_scale.corpus.reading.sources import find_sources
 
     found = build_parser().parse_args(arguments)
     if found.part is not None:
@@ -92,11 +92,11 @@ def _shard(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
 def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
     import torch
 
-    from dga_scale.engine.ds_config import resolve_ds_config
-    from dga_scale.engine.ds_keys import load_ds_config
-    from dga_scale.engine.inputs import default_output_dir, makes_several_runs
-    from dga_scale.engine.run_folder import RunFolder
-    from dga_scale.objectives import read_config
+    from dga_scale.objectives.methods import read_config
+    from dga_scale.run_folder import RunFolder
+    from dga_scale.train.inputs import default_output_dir, makes_several_runs
+    from dga_scale.zero.ds_config import resolve_ds_config
+    from dga_scale.zero.ds_keys import load_ds_config
 
     config = read_config(arguments)
     if options.seeds and "seed" in config.explicit:

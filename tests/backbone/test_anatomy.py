@@ -14,8 +14,8 @@ from dga_scale.backbone import anatomy as anatomy_module
 from dga_scale.backbone.anatomy import KINDS, Anatomy, Slab, anatomy_of, register
 from dga_scale.backbone.gates import Gates
 from dga_scale.errors import UserError
-from tests.backbone.tiny import COMMON, SIZES, TINY, VOCAB, batch
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import COMMON, SIZES, TINY, VOCAB, batch
 
 every_architecture = pytest.mark.parametrize("name", TINY)
 

@@ -14,8 +14,8 @@ from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.cpu_kernels import ATTENTION, Dropout, attention, use_cpu_kernels
 from dga_scale.backbone.extended import extend
 from dga_scale.backbone.loading import set_dropout
-from tests.backbone.test_adapters import SETTINGS
-from tests.backbone.tiny import TINY, batch
+from tests.backbone.peft.test_adapters import SETTINGS
+from tests.helpers.tiny_models import TINY, batch
 
 NOTHING_DROPPED = 1e-6
 """A probability that rounds to 0: attention takes the way of dropout, and drops nothing."""

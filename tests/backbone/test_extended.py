@@ -19,7 +19,7 @@ from dga_scale.backbone.extended import EXTENSIONS, ExtendedConfig, extend, mode
 from dga_scale.backbone.loading import load_model, load_model_config, set_dropout
 from dga_scale.errors import UserError
 from tests.backbone.test_loading import write_tokenizer
-from tests.backbone.tiny import TINY, batch
+from tests.helpers.tiny_models import TINY, batch
 
 PLAIN = ["bert", "roberta", "gpt2", "llama tied"]
 BATCH = batch()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.anatomy import KINDS, anatomy_of
 from dga_scale.backbone.gates import Gates
 from dga_scale.errors import UserError
-from tests.backbone.tiny import TINY, VOCAB, batch
+from tests.helpers.tiny_models import TINY, VOCAB, batch
 
 every_architecture = pytest.mark.parametrize("name", TINY)
 

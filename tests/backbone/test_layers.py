@@ -9,7 +9,7 @@ from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.extended import extend, register_extension
 from dga_scale.backbone.layers import freeze, learning_rate_scales, parameter_layers
 from dga_scale.errors import UserError
-from tests.backbone.tiny import TINY, batch
+from tests.helpers.tiny_models import TINY, batch
 
 every_architecture = pytest.mark.parametrize("name", TINY)
 

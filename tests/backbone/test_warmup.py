@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.warmup import warm_up_head
-from tests.backbone.tiny import TINY, VOCAB
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import TINY, VOCAB
 
 
 def batches(number: int, rows: int = 4) -> Iterator[SimpleNamespace]:

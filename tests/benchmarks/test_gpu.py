@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.gpu.tables import report
 from benchmarks.gpu.trace import Kernel, summary
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 
 def _measured(folder: Path) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def _measured(folder: Path) -> dict[str, Any]:
     from benchmarks.gpu.__main__ import plan
     from benchmarks.gpu.measure import Bench
     from benchmarks.gpu.world import SMOKE, make_world
-    from dga_scale.engine.cluster import join_cluster
+    from dga_scale.launch.world import join_cluster
 
     world = make_world(folder, SMOKE, ["tiny"])
     return Bench(plan(world, "tiny", [], until=time.time() + 600), join_cluster()).measure()

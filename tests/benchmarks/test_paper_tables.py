@@ -20,11 +20,11 @@ from benchmarks.paper_tables.pieces import Piece, Work
 from benchmarks.paper_tables.runner import Ledger, Runner, environment
 from benchmarks.paper_tables.settings import load_settings
 from benchmarks.paper_tables.tables import load_published, write_tables
-from dga_scale.engine.signals import EXIT_STOPPED
 from dga_scale.errors import UserError
-from tests.endtasks.tiny import tiny_model, write_task
-from tests.ranks import REPOSITORY
-from tests.small import DOMAIN, GENERAL, write_text
+from dga_scale.launch.preemption import EXIT_STOPPED
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.small import DOMAIN, GENERAL, write_text
+from tests.helpers.tiny_tasks import tiny_model, write_task
 
 pytestmark = pytest.mark.slow
 

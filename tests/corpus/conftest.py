@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus import tiny
+from tests.helpers import tiny_corpora as tiny
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from dga_scale.corpus.cli import build_parser, main
+from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus
-from dga_scale.corpus.spool import ShardSettings
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import EXIT_USER_ERROR, UserError
-from tests.corpus import tiny
-from tests.ranks import REPOSITORY
+from tests.helpers import tiny_corpora as tiny
+from tests.helpers.ranks import REPOSITORY
 
 
 def test_help_documents_every_option_with_its_default() -> None:

@@ -13,13 +13,13 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dga_scale.corpus.sharding import shard_corpus
+from dga_scale.corpus.sharding.pipeline import shard_corpus
+from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus, check_matches, check_sequence_length
-from dga_scale.corpus.spool import ShardSettings
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
-from tests.corpus import tiny
-from tests.damage import DAMAGES, every_damage, flip
+from tests.helpers import tiny_corpora as tiny
+from tests.helpers.damage import DAMAGES, every_damage, flip
 
 UNREAD = ("dataset_info.json", "state.json", "validation/dataset_info.json", "validation/state.json")
 """For ``datasets.load_from_disk``; a run does without."""

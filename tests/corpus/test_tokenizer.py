@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from dga_scale.corpus import tokenizer
 from dga_scale.corpus.tokenizer import Encoder, encoder_spec, load_tokenizer, split_long, tokenizer_hash
 from dga_scale.errors import UserError
-from tests.corpus import tiny
+from tests.helpers import tiny_corpora as tiny
 
 
 def encoder(folder: Path) -> Encoder:

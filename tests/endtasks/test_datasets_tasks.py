@@ -13,8 +13,8 @@ from dga_scale.endtasks.cli import finetune
 from dga_scale.endtasks.datasets_tasks import exported
 from dga_scale.endtasks.tasks import class_shares, load_task, split_folder
 from dga_scale.errors import UserError
-from tests.endtasks.tiny import examples, tiny_model, write_task
-from tests.ranks import REPOSITORY
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.tiny_tasks import examples, tiny_model, write_task
 
 
 def save_glue(folder: Path, hidden: int = -1) -> Path:

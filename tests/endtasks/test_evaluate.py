@@ -12,19 +12,19 @@ import yaml
 from scipy import stats
 from transformers import AutoModelForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 
-from dga_scale.corpus.batches import EvalBatches
 from dga_scale.corpus.cli import main as shard
-from dga_scale.corpus.masking import MaskingPolicy
+from dga_scale.corpus.loading.batches import EvalBatches
+from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.endtasks import evaluate as module
 from dga_scale.endtasks.evaluate import parse_contenders
 from dga_scale.endtasks.evaluate_cli import main
 from dga_scale.errors import UserError
-from dga_scale.monitoring.plots import comparison_figure
-from dga_scale.monitoring.scores import load_scores
-from tests.endtasks.tiny import examples, tiny_model, write_split, write_task
-from tests.small import DOMAIN, GENERAL, write_text
+from dga_scale.report.plots import comparison_figure
+from dga_scale.report.scores import load_scores
+from tests.helpers.small import DOMAIN, GENERAL, write_text
+from tests.helpers.tiny_tasks import examples, tiny_model, write_split, write_task
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from dga_scale.endtasks.metrics import classification_scores, regression_scores
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.tasks import Example, Task, load_task
 from dga_scale.errors import UserError
-from tests.backbone.tiny import TINY
-from tests.corpus.tiny import byte_bpe, wordpiece
-from tests.endtasks.tiny import tiny_model, write_split, write_task
+from tests.helpers.tiny_corpora import byte_bpe, wordpiece
+from tests.helpers.tiny_models import TINY
+from tests.helpers.tiny_tasks import tiny_model, write_split, write_task
 
 QUICK = Recipe(epochs=8, learning_rate=5e-3, metric="accuracy")
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from dga_scale.endtasks import seeds as module
 from dga_scale.endtasks.cli import finetune, forgetting
 from dga_scale.endtasks.forgetting import find_stages, forgetting_rate
 from dga_scale.errors import UserError
-from tests.endtasks.tiny import tiny_model, write_task
+from tests.helpers.tiny_tasks import tiny_model, write_task
 
 FLAGS = ["--epochs", "2", "--learning_rate", "3e-3", "--metric", "accuracy"]
 

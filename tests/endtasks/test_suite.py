@@ -7,8 +7,8 @@ import yaml
 
 from dga_scale.endtasks.suite import Suite, load_suite
 from dga_scale.errors import UserError
-from tests.endtasks.tiny import write_task
-from tests.ranks import REPOSITORY
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.tiny_tasks import write_task
 
 TASK = "domain_tasks: tasks/aclarc_citation_intent\n"
 

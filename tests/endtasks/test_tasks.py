@@ -9,7 +9,7 @@ import pytest
 from dga_scale.endtasks.recipes import recipe_for
 from dga_scale.endtasks.tasks import load_task, majority_share
 from dga_scale.errors import UserError
-from tests.endtasks.tiny import examples, write_split, write_task
+from tests.helpers.tiny_tasks import examples, write_split, write_task
 
 
 def test_splits_labels_and_pairs(tmp_path: Path):

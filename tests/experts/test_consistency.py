@@ -16,8 +16,8 @@ from dga_scale.experts.consistency import (
     sequence_gradients,
     shared_direction,
 )
-from tests.backbone.tiny import TINY, batch
-from tests.small import make_world
+from tests.helpers.small import make_world
+from tests.helpers.tiny_models import TINY, batch
 
 
 def gradients(count: int, seed: int, towards: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_one_block_and_sequence() -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dga_scale.monitoring.consistency import main
+    from dga_scale.report.consistency import main
 
     world = make_world(tmp_path)
     output = tmp_path / "out"

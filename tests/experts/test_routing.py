@@ -11,8 +11,8 @@ from dga_scale.errors import UserError
 from dga_scale.experts.extension import collect_features, places_of, sparse_sublayers
 from dga_scale.experts.routing import Router
 from dga_scale.experts.sublayers import sublayer_modules
-from tests.backbone.tiny import TINY
-from tests.experts.small import ALPHA, ROWS, move_apart, only, with_experts
+from tests.helpers.small_experts import ALPHA, ROWS, move_apart, only, with_experts
+from tests.helpers.tiny_models import TINY
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -9,11 +9,9 @@ from transformers import AutoModelForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.extended import ExtendedPreTrainedModel
-from dga_scale.engine.checkpoint import load_checkpoint
-from dga_scale.engine.checkpoint_folder import newest_complete
-from dga_scale.engine.cluster import join_cluster
-from dga_scale.engine.consolidate import consolidate
-from dga_scale.engine.deepspeed import partitioned_loading
+from dga_scale.checkpoint.export import consolidate
+from dga_scale.checkpoint.state import load_checkpoint
+from dga_scale.checkpoint.store import newest_complete
 from dga_scale.errors import UserError
 from dga_scale.experts.extension import (
     add_experts,
@@ -22,7 +20,11 @@ from dga_scale.experts.extension import (
     sparse_sublayers,
     update_centres_every,
 )
-from tests.engine.training import (
+from dga_scale.launch.world import join_cluster
+from dga_scale.zero.engine import partitioned_loading
+from tests.helpers.ranks import run_ranks
+from tests.helpers.small_experts import clusters_around
+from tests.helpers.training import (
     LEARNING_RATE,
     MaskedLM,
     Setup,
@@ -33,8 +35,6 @@ from tests.engine.training import (
     tiny_engine,
     train_step,
 )
-from tests.experts.small import clusters_around
-from tests.ranks import run_ranks
 
 STEPS = 4
 EPSILON = 1e-3  # gradients that are 0 but for rounding (of biases of keys) stay small

@@ -10,16 +10,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from dga_scale.corpus.tokenizer import load_tokenizer, tokenizer_hash
-from dga_scale.engine import tensor_files
 from dga_scale.errors import UserError
 from dga_scale.merging.cli import main
 from dga_scale.merging.folders import ModelFolder
 from dga_scale.merging.formulas import MergeSettings, merge_tensors
 from dga_scale.merging.merge import Merge
-from tests.backbone.tiny import TINY
-from tests.batches import dense_labels
-from tests.corpus.tiny import byte_bpe, wordpiece
-from tests.small import SmallWorld
+from dga_scale.storage import safetensors_stream as tensor_files
+from tests.helpers.batches import dense_labels
+from tests.helpers.small import SmallWorld
+from tests.helpers.tiny_corpora import byte_bpe, wordpiece
+from tests.helpers.tiny_models import TINY
 
 
 def save(folder: Path, model: PreTrainedModel, tokenizer: Path, **how: object) -> Path:
@@ -215,8 +215,8 @@ def test_a_sweep_scores_without_writing_models(
 
 def masked_loss(folder: Path, corpus: Path) -> float:
     """The model's own loss, in fp32, over its full logits."""
-    from dga_scale.corpus.batches import EvalBatches
-    from dga_scale.corpus.masking import MaskingPolicy
+    from dga_scale.corpus.loading.batches import EvalBatches
+    from dga_scale.corpus.loading.masking import MaskingPolicy
     from dga_scale.corpus.shards import Corpus
 
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()

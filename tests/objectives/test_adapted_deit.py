@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.objectives.training_model import TrainingModel
-from tests.backbone.tiny import TINY
-from tests.objectives.comparison import (
+from tests.helpers.comparison import (
     config_of,
     gradients_of,
     loss_of,
@@ -16,7 +15,8 @@ from tests.objectives.comparison import (
     training_model,
     workplace_of,
 )
-from tests.objectives.toy import VOCAB, toy_batch, toy_lm
+from tests.helpers.tiny_models import TINY
+from tests.helpers.toy import VOCAB, toy_batch, toy_lm
 
 
 def test_term_is_that_of_a_word_whose_embedding_is_the_token() -> None:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.objectives.training_model import TrainingModel
-from tests.backbone.tiny import TINY
-from tests.batches import rows_of
-from tests.objectives.comparison import (
+from tests.helpers.batches import rows_of
+from tests.helpers.comparison import (
     assert_same_gradients,
     config_of,
     gradients_of,
@@ -20,8 +19,9 @@ from tests.objectives.comparison import (
     wider,
     workplace_of,
 )
-from tests.objectives.toy import toy_batch
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import TINY
+from tests.helpers.toy import toy_batch
 
 METHODS = ("kd", "simcse", "tacl", "infoword", "adapted_deit")
 MEANS = ("kd", "tacl", "adapted_deit")

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dga_scale.objectives.contrast import contrastive_logits, contrastive_loss
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 TEMPERATURE = 0.05
 

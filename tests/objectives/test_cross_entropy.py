@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dga_scale.objectives.cross_entropy import cross_entropies
-from tests.planning.engines import saved_bytes
+from tests.helpers.engines import saved_bytes
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = 90_001

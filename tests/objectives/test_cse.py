@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from dga_scale.backbone.extended import ExtendedForMaskedLM
-from dga_scale.engine.signals import EXIT_STOPPED
 from dga_scale.experts.clustering import NoClusters
 from dga_scale.experts.extension import Place, Sample, sparse_sublayers
-from dga_scale.objectives.cse import CSE, CSESettings
-from tests.ranks import REPOSITORY, RankError, run_ranks
-from tests.small import SmallWorld
+from dga_scale.launch.preemption import EXIT_STOPPED
+from dga_scale.objectives.methods.cse import CSE, CSESettings
+from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
+from tests.helpers.small import SmallWorld
 from tests.test_train import STEPS, arguments, losses, run_and_listen, run_training, run_until
 
 

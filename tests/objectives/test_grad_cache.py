@@ -10,11 +10,11 @@ from dga_scale.objectives.grad_cache import cache_contrast
 from dga_scale.objectives.method import LM_VIEW
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.objectives.views import ModelInputs, run_views
-from tests.batches import rows_of
-from tests.objectives.comparison import assert_same_gradients, gradients_of, labels_in
-from tests.objectives.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
-from tests.ranks import run_ranks
-from tests.reference import Reference
+from tests.helpers.batches import rows_of
+from tests.helpers.comparison import assert_same_gradients, gradients_of, labels_in
+from tests.helpers.ranks import run_ranks
+from tests.helpers.reference import Reference
+from tests.helpers.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
 
 ROWS = 8
 METHODS = ("dga", "das", "simcse", "infoword")

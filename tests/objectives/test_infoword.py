@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dga_scale.errors import UserError
-from dga_scale.objectives.infoword import pool_masked_words
+from dga_scale.objectives.methods.infoword import pool_masked_words
 from dga_scale.objectives.views import ModelInputs
-from tests.batches import masked_places, rows_of, without_labels
-from tests.objectives.comparison import (
+from tests.helpers.batches import masked_places, rows_of, without_labels
+from tests.helpers.comparison import (
     assert_gradients_of_mlm_and,
     config_of,
     info_nce,
@@ -18,7 +18,7 @@ from tests.objectives.comparison import (
     states_of,
     training_model,
 )
-from tests.objectives.toy import tensors_of, toy_batch, toy_lm
+from tests.helpers.toy import tensors_of, toy_batch, toy_lm
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])

@@ -7,16 +7,16 @@ from torch import Tensor
 from torch.distributions import Categorical
 from transformers import PreTrainedModel
 
-from dga_scale.corpus.batches import Batch
-from tests.batches import masked_places
-from tests.objectives.comparison import (
+from dga_scale.corpus.loading.batches import Batch
+from tests.helpers.batches import masked_places
+from tests.helpers.comparison import (
     assert_same_gradients,
     gradients_of,
     labels_in,
     loss_of,
     training_model,
 )
-from tests.objectives.toy import toy_batch, toy_lm
+from tests.helpers.toy import toy_batch, toy_lm
 
 
 def logits_of(lm: PreTrainedModel, batch: Batch) -> list[Tensor]:

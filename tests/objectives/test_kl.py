@@ -9,16 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.corpus.batches import Batch
-from dga_scale.engine.deepspeed import build_engine, set_learning_rate
-from dga_scale.engine.optimizer_step import backward
-from dga_scale.objectives.kl import KL, KLSettings
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.objectives.methods.kl import KL, KLSettings
 from dga_scale.objectives.training_model import TrainingModel
-from tests.batches import masked_places, rows_of
-from tests.engine.training import Setup, full_weights
+from dga_scale.zero.engine import build_engine, set_learning_rate
+from dga_scale.zero.optimizer_hooks import backward
+from tests.helpers.batches import masked_places, rows_of
+from tests.helpers.ranks import run_ranks
+from tests.helpers.toy import tensors_of, toy_lm
+from tests.helpers.training import Setup, full_weights
 from tests.objectives.test_rehearsal import labels_of, mean_loss, mixed
-from tests.objectives.toy import tensors_of, toy_lm
-from tests.ranks import run_ranks
 
 SETTINGS = KLSettings(kl_weight=0.8, kl_temperature=2.0, kl_mlm_weight=0.3)
 TEACHER = 5

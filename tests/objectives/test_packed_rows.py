@@ -12,16 +12,14 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.cpu_kernels import use_cpu_kernels
 from dga_scale.backbone.packed_rows import can_pack, last_hidden_states
-from dga_scale.corpus.batches import Batch
-from dga_scale.corpus.shapes import places_of
-from dga_scale.engine.deepspeed import build_engine, set_learning_rate
-from dga_scale.engine.optimizer_step import backward
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.shapes import places_of
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from dga_scale.objectives.views import ModelInputs
-from tests.backbone.tiny import TINY
-from tests.batches import batch_of, dense_labels, rows_of
-from tests.engine.training import Setup, full_weights
-from tests.objectives.comparison import (
+from dga_scale.zero.engine import build_engine, set_learning_rate
+from dga_scale.zero.optimizer_hooks import backward
+from tests.helpers.batches import batch_of, dense_labels, rows_of
+from tests.helpers.comparison import (
     assert_same_gradients,
     gradients_of,
     labels_in,
@@ -29,9 +27,11 @@ from tests.objectives.comparison import (
     method_of,
     training_model,
 )
-from tests.objectives.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
-from tests.ranks import run_ranks
-from tests.reference import Reference
+from tests.helpers.ranks import run_ranks
+from tests.helpers.reference import Reference
+from tests.helpers.tiny_models import TINY
+from tests.helpers.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
+from tests.helpers.training import Setup, full_weights
 
 ROWS, TOKENS = 8, 20
 

@@ -14,17 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 import dga_scale.backbone.extended  # noqa: F401  # what a user imports to load the models handed back
-from dga_scale.backbone.lora import FOLDER
-from dga_scale.corpus.batches import Batch
-from dga_scale.engine.checkpoint import load_checkpoint
-from dga_scale.engine.checkpoint_folder import newest_verified
-from dga_scale.engine.cluster import join_cluster
-from dga_scale.engine.consolidate import consolidate
-from dga_scale.engine.optimizer_step import backward
+from dga_scale.backbone.peft.lora import FOLDER
+from dga_scale.checkpoint.export import consolidate
+from dga_scale.checkpoint.state import load_checkpoint
+from dga_scale.checkpoint.store import newest_verified
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.errors import UserError
-from tests.batches import rows_of
-from tests.engine.training import Setup, full_weights, save, tiny_engine
-from tests.objectives.comparison import (
+from dga_scale.launch.world import join_cluster
+from dga_scale.zero.optimizer_hooks import backward
+from tests.helpers.batches import rows_of
+from tests.helpers.comparison import (
     config_of,
     labels_in,
     loss_of,
@@ -32,9 +31,10 @@ from tests.objectives.comparison import (
     training_model,
     workplace_of,
 )
-from tests.objectives.toy import tensors_of, toy_batch, toy_lm
-from tests.ranks import RankError, run_ranks
-from tests.small import make_world
+from tests.helpers.ranks import RankError, run_ranks
+from tests.helpers.small import make_world
+from tests.helpers.toy import tensors_of, toy_batch, toy_lm
+from tests.helpers.training import Setup, full_weights, save, tiny_engine
 from tests.test_train import arguments, run_training
 
 SETTINGS: dict[str, dict[str, Any]] = {

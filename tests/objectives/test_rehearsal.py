@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.corpus.batches import Batch
-from dga_scale.objectives.rehearsal import Rehearsal, RehearsalSettings
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.objectives.methods.rehearsal import Rehearsal, RehearsalSettings
 from dga_scale.objectives.training_model import TrainingModel
-from tests.batches import batch_of, dense_labels, rows_of
-from tests.objectives.toy import tensors_of, toy_batch, toy_lm
+from tests.helpers.batches import batch_of, dense_labels, rows_of
+from tests.helpers.toy import tensors_of, toy_batch, toy_lm
 
 SOURCES = torch.tensor([0, 2, 0, 1, 1, 0, 0, 2])
 

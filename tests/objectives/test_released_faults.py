@@ -2,7 +2,7 @@
 
 Each test holds the property that the fault breaks and, beside it, the faulty computation, to show that the
 check tells the two apart. Fault 10, a schedule that ignores the step budget, is that of
-tests/engine/test_schedule.py.
+tests/train/test_schedule.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils.flop_counter import FlopCounterMode
 
-from dga_scale.corpus.batches import Batch
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.errors import UserError
 from dga_scale.objectives.contrast import contrastive_loss
 from dga_scale.objectives.views import ModelInputs, mean_pool, run_views
 from dga_scale.preservation.divergence import kl_divergence
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
-from tests.batches import batch_of, dense_labels, rows_of
-from tests.objectives.toy import (
+from tests.helpers.batches import batch_of, dense_labels, rows_of
+from tests.helpers.ranks import run_ranks
+from tests.helpers.toy import (
     HEADS,
     HIDDEN,
     LAYERS,
@@ -35,7 +36,6 @@ from tests.objectives.toy import (
     toy_protection,
 )
 from tests.preservation.test_soft_mask import cut
-from tests.ranks import run_ranks
 
 ROWS = 8
 

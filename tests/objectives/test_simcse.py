@@ -7,9 +7,9 @@ import torch
 
 from dga_scale.errors import UserError
 from dga_scale.objectives.views import ModelInputs, View, run_views
-from tests.batches import rows_of
-from tests.objectives.comparison import config_of, info_nce, loss_of, method_of, training_model, workplace_of
-from tests.objectives.toy import tensors_of, toy_batch, toy_lm
+from tests.helpers.batches import rows_of
+from tests.helpers.comparison import config_of, info_nce, loss_of, method_of, training_model, workplace_of
+from tests.helpers.toy import tensors_of, toy_batch, toy_lm
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dga_scale.errors import UserError
-from tests.batches import masked_places
-from tests.objectives.comparison import (
+from tests.helpers.batches import masked_places
+from tests.helpers.comparison import (
     assert_same_gradients,
     config_of,
     gradients_of,
@@ -18,7 +18,7 @@ from tests.objectives.comparison import (
     states_of,
     training_model,
 )
-from tests.objectives.toy import toy_batch, toy_lm
+from tests.helpers.toy import toy_batch, toy_lm
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.2])

@@ -5,19 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dga_scale.corpus.batches import Batch
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.errors import UserError
-from dga_scale.objectives import taco
-from dga_scale.objectives.taco import near_tokens, tokens_of_others
-from tests.batches import rows_of
-from tests.objectives.comparison import (
+from dga_scale.objectives.methods import taco
+from dga_scale.objectives.methods.taco import near_tokens, tokens_of_others
+from tests.helpers.batches import rows_of
+from tests.helpers.comparison import (
     assert_gradients_of_mlm_and,
     config_of,
     loss_of,
     method_of,
     training_model,
 )
-from tests.objectives.toy import toy_batch, toy_lm
+from tests.helpers.toy import toy_batch, toy_lm
 
 WINDOW, NEGATIVES = 2, 7
 

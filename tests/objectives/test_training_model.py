@@ -8,16 +8,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.config import MethodSettings
-from dga_scale.corpus.batches import Batch
-from dga_scale.corpus.masking import IGNORED
-from dga_scale.objectives import METHODS
-from dga_scale.objectives.dga import DGA, DGASettings
-from dga_scale.objectives.mlm import MaskedLM
+from dga_scale.config.settings import MethodSettings
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.masking import IGNORED
+from dga_scale.objectives.methods import METHODS
+from dga_scale.objectives.methods.dga import DGA, DGASettings
+from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
-from tests.backbone.tiny import TINY
-from tests.batches import dense_labels, joined, rows_of, without_labels
-from tests.objectives.toy import (
+from tests.helpers.batches import dense_labels, joined, rows_of, without_labels
+from tests.helpers.ranks import run_ranks
+from tests.helpers.reference import Reference
+from tests.helpers.tiny_models import TINY
+from tests.helpers.toy import (
     HIDDEN,
     VOCAB,
     tensors_of,
@@ -26,8 +28,6 @@ from tests.objectives.toy import (
     toy_model,
     toy_protection,
 )
-from tests.ranks import run_ranks
-from tests.reference import Reference
 
 ROWS = 8
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dga_scale.objectives.views import ModelInputs, View, mean_pool, run_views
-from tests.objectives.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
-from tests.reference import Reference
+from tests.helpers.reference import Reference
+from tests.helpers.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
 
 VIEWS = (View("mlm", masked=True), View("full"), View("general", gated=True))
 

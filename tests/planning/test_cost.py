@@ -21,7 +21,7 @@ from dga_scale.planning.cost import (
 from dga_scale.planning.gpus import GPUS
 from dga_scale.planning.memory import Batch, cached_states, gather_bytes, share
 from dga_scale.planning.models import PlannedModel
-from tests.engine.training import tiny_bert
+from tests.helpers.training import tiny_bert
 from tests.planning.test_memory import plan_of, zero
 
 BATCH = Batch(rows=8, length=128, labels=19, views=4, stacked=4)

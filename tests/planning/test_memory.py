@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.objectives import build_method, read_config
 from dga_scale.objectives.cross_entropy import cross_entropies
+from dga_scale.objectives.methods import build_method, read_config
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.planning.memory import (
     Batch,
@@ -27,9 +27,9 @@ from dga_scale.planning.memory import (
 )
 from dga_scale.planning.memory import vocabulary as head_bytes
 from dga_scale.planning.models import PlannedModel, build_model
-from tests.engine.training import MaskedLM, Setup, tiny_bert, tiny_engine, train_step
-from tests.planning.engines import held_bytes, saved_bytes
-from tests.ranks import run_ranks
+from tests.helpers.engines import held_bytes, saved_bytes
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import MaskedLM, Setup, tiny_bert, tiny_engine, train_step
 
 ZERO2 = str(Path(__file__).parents[2] / "ds_configs" / "zero2.json")
 

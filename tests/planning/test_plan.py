@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from dga_scale.engine.ds_keys import load_ds_config
 from dga_scale.errors import UserError
-from dga_scale.objectives import METHODS, read_config
+from dga_scale.objectives.methods import METHODS, read_config
 from dga_scale.planning.cli import main
 from dga_scale.planning.gpus import GPUS
 from dga_scale.planning.plan import Cluster, Planner, make_planner
+from dga_scale.zero.ds_keys import load_ds_config
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 

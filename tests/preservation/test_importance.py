@@ -13,15 +13,16 @@ from torch import Tensor
 from transformers import BertForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.corpus.batches import Batch
-from dga_scale.corpus.masking import IGNORED
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
-from dga_scale.objectives.dga import DGA, DGASettings
+from dga_scale.objectives.methods.dga import DGA, DGASettings
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from dga_scale.preservation.importance import Importance, measure_importance
-from tests.backbone.tiny import TINY
-from tests.batches import batch_of, dense_labels, joined, masked_places, rows_of, without_labels
-from tests.objectives.toy import (
+from tests.helpers.batches import batch_of, dense_labels, joined, masked_places, rows_of, without_labels
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import TINY
+from tests.helpers.toy import (
     HEADS,
     HIDDEN,
     INTERMEDIATE,
@@ -30,7 +31,6 @@ from tests.objectives.toy import (
     toy_lm,
     toy_model,
 )
-from tests.ranks import run_ranks
 
 KINDS = ("heads", "intermediate", "neurons")
 

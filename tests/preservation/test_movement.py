@@ -7,8 +7,8 @@ from torch import Tensor
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.preservation.movement import MovementTracker, compare
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
-from tests.backbone.tiny import TINY
-from tests.objectives.toy import LAYERS, tensors_of, toy_batch, toy_model, toy_protection
+from tests.helpers.tiny_models import TINY
+from tests.helpers.toy import LAYERS, tensors_of, toy_batch, toy_model, toy_protection
 from tests.preservation.test_soft_mask import cut
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from dga_scale.backbone.anatomy import Anatomy, Slab, anatomy_of
 from dga_scale.preservation.fragments import Fragment
 from dga_scale.preservation.soft_mask import Factor, GradientMask, UpdateMask, mask_factors
-from tests.backbone.tiny import TINY
-from tests.objectives.toy import HEADS, LAYERS, toy_lm, toy_protection
-from tests.reference import mask_of
+from tests.helpers.reference import mask_of
+from tests.helpers.tiny_models import TINY
+from tests.helpers.toy import HEADS, LAYERS, toy_lm, toy_protection
 
 
 def whole(factors: tuple[Factor, ...], shape: torch.Size) -> Tensor:

@@ -7,20 +7,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dga_scale.engine.deepspeed import build_engine, set_learning_rate
-from dga_scale.engine.optimizer_step import backward, local_fragments
 from dga_scale.objectives.training_model import evaluate_rows
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.preservation.movement import MovementTracker
 from dga_scale.preservation.soft_mask import GradientMask, mask_factors
-from tests.batches import rows_of
-from tests.engine.training import Setup, full_weights
-from tests.objectives.toy import tensors_of, toy_batch, toy_model, toy_protection
-from tests.ranks import run_ranks
-from tests.reference import Reference
+from dga_scale.zero.engine import build_engine, set_learning_rate
+from dga_scale.zero.optimizer_hooks import backward, local_fragments
+from tests.helpers.batches import rows_of
+from tests.helpers.ranks import run_ranks
+from tests.helpers.reference import Reference
+from tests.helpers.toy import tensors_of, toy_batch, toy_model, toy_protection
+from tests.helpers.training import Setup, full_weights
 
 ROWS, LEARNING_RATE = 8, 1e-3
-EPSILON = 1e-2  # see tests/reference.py
+EPSILON = 1e-2  # see tests/helpers/reference.py
 
 
 def summed(tensor: Tensor) -> Tensor:

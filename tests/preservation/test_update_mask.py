@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.preservation import soft_mask
 from dga_scale.preservation.soft_mask import UpdateMask, mask_factors
-from tests.backbone.tiny import TINY
+from tests.helpers.tiny_models import TINY
 from tests.preservation.test_soft_mask import cut
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dga_scale.errors import UserError
-from dga_scale.objectives import read_config
+from dga_scale.objectives.methods import read_config
 from dga_scale.quickstart import demo, prepare
 from dga_scale.quickstart.text import docstrings
-from tests.ranks import REPOSITORY
+from tests.helpers.ranks import REPOSITORY
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import SlurmCluster, missing_daemons
+from tests.helpers.slurm_cluster import SlurmCluster, missing_daemons
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import NODES, SlurmCluster
+from tests.helpers.slurm_cluster import NODES, SlurmCluster
 from tests.test_launchers import joining, launch
 
 pytestmark = pytest.mark.slurm

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from dga_scale.corpus.shards import read_manifest
-from dga_scale.engine.cluster import join_cluster
-from dga_scale.engine.loop import train
 from dga_scale.errors import UserError
-from dga_scale.objectives import read_config
+from dga_scale.launch.world import join_cluster
+from dga_scale.objectives.methods import read_config
 from dga_scale.slurm.cli import main
-from tests.ranks import REPOSITORY, run_ranks
-from tests.slurm.cluster import SlurmCluster, job_states, run, wait_until
-from tests.small import SmallWorld, make_world
+from dga_scale.train.loop import train
+from tests.helpers.ranks import REPOSITORY, run_ranks
+from tests.helpers.slurm_cluster import SlurmCluster, job_states, run, wait_until
+from tests.helpers.small import SmallWorld, make_world
 
 pytestmark = [
     pytest.mark.slurm,

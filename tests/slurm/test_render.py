@@ -15,8 +15,8 @@ from dga_scale.slurm.cli import build_parser, main, parse_chain
 from dga_scale.slurm.options import JobOptions, seconds
 from dga_scale.slurm.render import render
 from dga_scale.slurm.stages import Job
-from tests.ranks import REPOSITORY
-from tests.small import SmallWorld, make_world
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.small import SmallWorld, make_world
 
 ZERO2 = str(REPOSITORY / "ds_configs" / "zero2.json")
 

@@ -1,0 +1,95 @@
+"""A run's checkpoint as a Hugging Face model folder, put together tensor by tensor."""
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from dga_scale.backbone.extended import model_class
+from dga_scale.backbone.peft.lora import FOLDER, WEIGHTS, LoraWeights
+from dga_scale.backbone.tied import tied_names
+from dga_scale.checkpoint.model_card import model_card
+from dga_scale.checkpoint.state import MODEL
+from dga_scale.checkpoint.store import Checkpoint, checkpoint_path, newest_verified, verified
+from dga_scale.errors import UserError
+from dga_scale.launch.world import single_process
+from dga_scale.run_folder import new_folder, write_text
+from dga_scale.storage.safetensors_stream import Entry, PieceReader, write_model_files, write_safetensors
+
+WEIGHT = "weight:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def consolidate(run_dir: Path, step: int | None, output: Path, dtype: str = "float32") -> Path:
+    """Write safetensors, configuration, tokenizer and a model card that ``from_pretrained`` loads.
+
+    The weights are those that the optimizer steps (fp32 whatever the precision of the passes), saved as
+    ``dtype``: "float32" or "bfloat16". ``step``: None takes the newest complete checkpoint. Memory: the
+    largest tensor, twice. ``output`` appears whole or not at all.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one (naming the file), ``output`` exists, the disk is full.
+    """
+    checkpoint = _chosen(run_dir, step)
+    with new_folder(output) as folder, PieceReader(checkpoint.shards) as reader:
+        shutil.copytree(checkpoint.path / MODEL, folder)
+        _write_weights(folder, reader, dtype)
+        write_text(folder / "README.md", model_card(run_dir, checkpoint.step, folder / "config.json"))
+    return output
+
+
+def _chosen(run_dir: Path, step: int | None) -> Checkpoint:
+    if step is None:
+        found = newest_verified(run_dir, single_process())
+        if found is None:
+            raise UserError(f"{run_dir} holds no checkpoint. Give the folder of a run (its --output_dir).")
+        return found
+    found, problem = verified(checkpoint_path(run_dir, step), single_process())
+    if found is None:
+        there = ", ".join(path.name for path in sorted((run_dir / "checkpoints").glob("step-*[0-9]")))
+        raise UserError(f"--step {step}: {problem}. The run holds {there or 'no checkpoints'}.")
+    return found
+
+
+def _write_weights(folder: Path, reader: PieceReader, dtype: str) -> None:
+    """Write the weights as ``dtype``, and say so in the config."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
+    write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+
+    names = [key.removeprefix(WEIGHT) for key in reader.stored if key.startswith(WEIGHT)]
+    lora = LoraWeights.described_in(folder)
+    stored = lora.plain_names(names) if lora else {name: name for name in names}
+
+    def read(name: str) -> Tensor:
+        return reader.full(f"{WEIGHT}{name}")
+
+    def entry(name: str, source: str, parameter: bool) -> Entry:
+        # What a module counts or averages is not rounded.
+        kept = DTYPES[dtype] if parameter else torch.float32
+        shape = reader.stored[f"{WEIGHT}{source}"].shape
+        return Entry(name, kept, shape, lambda: lora.merged(source, read) if lora else read(source))
+
+    tensors = _tensors(folder, stored)
+    write_model_files(folder, [entry(name, stored[name], parameter) for name, parameter in tensors])
+    if lora:
+        own = [entry(name, source, True) for name, source in lora.adapter_names(names).items()]
+        write_safetensors(folder / FOLDER / WEIGHTS, own, {"format": "pt"})
+
+
+def _tensors(folder: Path, stored: Collection[str]) -> list[tuple[str, bool]]:
+    """List the model's tensors in its order, and whether each is a parameter; tied weights come once."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = model_class(config.architectures[0])(config)
+        model.tie_weights()
+    buffers = {name for name, _ in model.named_buffers()}
+    tensors = []
+    for group in tied_names(model):
+        kept = next((name for name in group if name in stored), None)
+        assert kept is not None, f"the checkpoint holds no {group[0]}"
+        tensors.append((kept, kept not in buffers))
+    return tensors

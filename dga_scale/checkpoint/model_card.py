@@ -1,0 +1,93 @@
+"""The README.md of a consolidated model: what it was made from, how, and what it measured."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import dga_scale
+from dga_scale.backbone.extended import MODEL_TYPE
+from dga_scale.logging.metrics import LOG_FILE, read_log
+from dga_scale.run_folder import RunFolder
+
+_PATHS = ("model", "corpus", "eval_corpus", "general_eval_corpus", "ds_config")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NOT_SHOWN = (
+    "output_dir",
+    "resume",
+    "dry_run",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "async_save",
+    "check_invariants",
+    "heartbeat_timeout",
+    "eval_steps",
+)
+
+
+def model_card(run_dir: Path, step: int, model_config: Path) -> str:
+    """Write the card of a run's model after ``step`` steps, from what the run recorded of itself."""
+    config = json.loads(model_config.read_text(encoding="utf-8"))
+    architecture = config["architectures"][0]
+    causal = "CausalLM" in architecture or architecture.endswith("LMHeadModel")
+    settings = _settings(run_dir)
+    base, corpus = settings.get("model", "a pretrained model"), settings.get("corpus", "a domain corpus")
+    auto_class = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
+    lines = [
+        "---",
+        *([f"base_model: {base}"] if _HUB_NAME.fullmatch(base) else []),
+        "library_name: transformers",
+        f"pipeline_tag: {'text-generation' if causal else 'fill-mask'}",
+        "tags: [domain-adaptation, continued-pretraining]",
+        "---",
+        f"# {base} adapted to {corpus}",
+        "",
+        f"Continued pre-training of {base} on {corpus}: {step} steps with dga_scale {dga_scale.__version__}.",
+        *_figures(run_dir, step),
+        "",
+        "## Use",
+        "",
+        "```python",
+        *(["import dga_scale.backbone.extended"] if config.get("model_type") == MODEL_TYPE else []),
+        f"from transformers import {auto_class}, AutoTokenizer",
+        "",
+        f'model = {auto_class}.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        "```",
+        "",
+        "## Settings of the run",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings.items() if name not in _NOT_SHOWN),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _settings(run_dir: Path) -> dict[str, Any]:
+    path = RunFolder(run_dir).config
+    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in _PATHS:
+        value = settings.get(name)
+        for given in value if isinstance(value, list) else [value]:
+            if given and (Path(given).exists() or not _HUB_NAME.fullmatch(given)):
+                settings[name] = Path(given).name  # where it lay on that machine is nobody's business
+    return settings
+
+
+def _figures(run_dir: Path, step: int) -> list[str]:
+    """Tabulate held-out figures before the first step and at the checkpoint's."""
+    log = run_dir / LOG_FILE
+    records = read_log(log) if log.is_file() else []
+    evaluations = [r for r in records if r.get("event") == "evaluation" and r["step"] <= step]
+    if not evaluations:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    names = [name for name in last if isinstance(last[name], float) and name in first]
+    rows = [f"| {name.replace('_', ' ')} | {first[name]:.4f} | {last[name]:.4f} |" for name in names]
+    header = f"| held-out text | step {first['step']} | step {last['step']} |"
+    return ["", "## Figures", "", header, "|---|---|---|", *rows]

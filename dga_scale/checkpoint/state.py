@@ -1,0 +1,257 @@
+"""Checkpoints of weights, moments and counters that load on any number of ranks and in any ZeRO stage.
+
+``RUN/checkpoints/step-000500`` holds, besides its manifest (see ``checkpoint_folder``):
+
+- ``rank-00000.safetensors``, ...: of each parameter the fp32 entries that this rank's optimizer steps, with
+  their moments, and where in the full parameter they belong. No pickle, and nothing depends on how many ranks
+  there were: a run resumed with others reads the ranges it needs, and nothing has to be converted.
+- ``model/``: configuration and tokenizer, for ``consolidate``.
+- ``trainer_state.json``: plain data.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from dga_scale.backbone.peft.lora import save_lora_config
+from dga_scale.checkpoint.store import (
+    Checkpoint,
+    checkpoint_path,
+    commit,
+    newest_complete,
+    prune,
+)
+from dga_scale.errors import UserError
+from dga_scale.launch.world import Cluster
+from dga_scale.run_folder import write_text
+from dga_scale.storage.atomic import sync
+from dga_scale.storage.safetensors_stream import Entry, FileRecord, PieceReader, record_of, write_safetensors
+from dga_scale.zero.shards import equal_share, frozen_shares, local_shards, refresh_model_weights
+
+STATE, MODEL = "trainer_state.json", "model"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a run knows besides weights and moments. Plain data.
+
+    Attributes:
+        step: optimizer steps done, refused ones included: where the data and the schedule go on.
+        corpus_hash: content hash of the training corpus; resuming on another one is refused.
+        refused_steps: how many of the steps were refused.
+        loss_scale: the state of fp16's dynamic loss scale; empty otherwise.
+
+    """
+
+    step: int
+    corpus_hash: str = ""
+    refused_steps: int = 0
+    loss_scale: dict[str, float] = field(default_factory=dict)
+
+
+class Save:
+    """A checkpoint on its way to the disk: described here, written by ``write``, committed by ``commit``.
+
+    Making one and ``commit`` communicate, so every rank's main thread does both; ``write`` does not, and may
+    run in another thread. What is described are views of the weights: they are written as they are then.
+    ``config`` is saved in place of the model's own, where the run changed that for itself (dropout, caching).
+
+    Raises:
+        UserError: on all ranks, if the folder can't be made.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        run_dir: Path,
+        state: TrainerState,
+        cluster: Cluster,
+        save_total_limit: int = 0,
+        config: PretrainedConfig | None = None,
+    ) -> None:
+        self.path = checkpoint_path(run_dir, state.step)
+        self.state = dataclasses.replace(
+            state, refused_steps=engine.skipped_steps, loss_scale=_loss_scale(engine.optimizer)
+        )
+        self.entries, self._metadata = _describe_shard(engine, cluster)
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._run_dir, self._limit, self._cluster = run_dir, save_total_limit, cluster
+        self._lm, self._tokenizer = engine.module.lm, tokenizer
+        self._config = config or self._lm.config
+        self._written: dict[str, FileRecord] = {}
+        self._error: Exception | None = None
+
+        def prepare() -> None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(parents=True)
+
+        cluster.run_on_first(lambda: _as_user_error(prepare, self.path))
+
+    def write(self) -> None:
+        """Write and sync this rank's files; an error is kept for ``commit``."""
+        try:
+            name = f"rank-{self._cluster.rank:05d}.safetensors"
+            self._written = {name: write_safetensors(self._temporary / name, self.entries, self._metadata)}
+            if self._cluster.rank == 0:
+                self._written |= self._write_plain_files()
+        except Exception as error:
+            self._error = error
+
+    def commit(self) -> Path:
+        """Make it a checkpoint, after ``write`` on every rank; remove the oldest beyond the limit (0: none).
+
+        Raises:
+            UserError: on all ranks, if any could not write. The older checkpoints are as they were, and
+                nothing is left of the new one.
+        """
+        cluster, final = self._cluster, self.path
+
+        def own() -> dict[str, FileRecord]:
+            if self._error is not None:
+                raise self._error
+            return self._written
+
+        def publish() -> None:
+            commit(self._temporary, final, files, self.state.step, cluster.world_size)
+
+        try:
+            written = cluster.run_on_all(lambda: _as_user_error(own, final))
+            files = {n: record for part in cluster.all_gather_object(written) for n, record in part.items()}
+            cluster.run_on_first(lambda: _as_user_error(publish, final))
+        except UserError:
+            if cluster.rank == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise
+        cluster.run_on_first(lambda: prune(self._run_dir, self._limit, self.state.step))
+        return final
+
+    def _write_plain_files(self) -> dict[str, FileRecord]:
+        """Write what is small and the same on all ranks; rank 0 does."""
+        folder, lm = self._temporary, self._lm
+        self._config.architectures = [type(lm).__name__]
+        self._config.save_pretrained(folder / MODEL)
+        save_lora_config(lm, folder / MODEL)
+        if getattr(lm, "generation_config", None) is not None and lm.can_generate():
+            lm.generation_config.save_pretrained(folder / MODEL)
+        self._tokenizer.save_pretrained(folder / MODEL)
+        write_text(folder / STATE, json.dumps(dataclasses.asdict(self.state), indent=2) + "\n")
+        paths = [folder / STATE, *(p for p in sorted((folder / MODEL).rglob("*")) if p.is_file())]
+        for path in (*paths, folder / MODEL):
+            sync(path)
+        return {str(path.relative_to(folder)): record_of(path) for path in paths}
+
+
+def _as_user_error(work: Callable[[], T], final: Path) -> T:
+    try:
+        return work()
+    except OSError as error:
+        older = newest_complete(final.parent.parent)
+        raise UserError(
+            f"checkpoint {final} could not be written: {error.strerror or error}. "
+            f"{f'The last complete one is {older.path}' if older else 'There is no complete one yet'}. "
+            "Free disk space, then start the same command again: it goes on from there."
+        ) from None
+
+
+def _describe_shard(engine: DeepSpeedEngine, cluster: Cluster) -> tuple[list[Entry], dict[str, str]]:
+    """Describe this rank's part: fragments of the trained parameters, their moments, shares of the rest."""
+    entries: list[Entry] = []
+    places: dict[str, tuple[int, tuple[int, ...]]] = {}
+    optimizer_steps = set()
+
+    def add(key: str, start: int, shape: tuple[int, ...], values: Tensor) -> None:
+        places[key] = (start, shape)
+        entries.append(Entry(key, values.dtype, tuple(values.shape), lambda: values))
+
+    for shard in local_shards(engine):
+        moments = engine.basic_optimizer.state.get(shard.stepped, {})
+        if moments:
+            optimizer_steps.add(float(moments["step"]))
+        for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
+            length = fragment.values.numel()
+            # In ZeRO-0 every rank holds everything: each writes an equal share.
+            first, last = equal_share(length) if engine.zero_optimization_stage() == 0 else (0, length)
+            if first == last:
+                continue
+            place = (fragment.start + first, fragment.shape)
+            add(f"weight:{fragment.name}", *place, fragment.values[first:last])
+            for kind in MOMENTS if moments else ():
+                add(f"{kind}:{fragment.name}", *place, moments[kind].view(-1)[offset + first : offset + last])
+    for name, start, shape, values in frozen_shares(engine):
+        add(f"weight:{name}", start, shape, values)
+    lm = engine.module.lm
+    if cluster.rank == 0:
+        kept = lm.state_dict(keep_vars=True).keys()
+        for name, buffer in lm.named_buffers():
+            if name in kept:
+                add(f"weight:{name}", 0, tuple(buffer.shape), buffer.reshape(-1))
+    assert len(optimizer_steps) <= 1, f"parameters have made different numbers of steps: {optimizer_steps}"
+    step = str(optimizer_steps.pop()) if optimizer_steps else ""
+    return entries, {"pieces": json.dumps(places), "optimizer_step": step}
+
+
+@torch.no_grad()
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, cluster: Cluster) -> TrainerState:
+    """Load weights, buffers, moments and counters into a fresh engine; every rank has to call it.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    cluster.run_on_all(lambda: _load_shard(engine, checkpoint))
+    refresh_model_weights(engine)
+    state = TrainerState(**json.loads((checkpoint.path / STATE).read_text(encoding="utf-8")))
+    engine.global_steps = state.step
+    engine.global_samples = state.step * engine.train_batch_size()
+    engine.skipped_steps = state.refused_steps
+    for holder in _loss_scalers(engine.optimizer):
+        vars(holder).update(state.loss_scale)
+    return state
+
+
+def _load_shard(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+    with PieceReader(checkpoint.shards) as reader:
+        for name, buffer in engine.module.lm.named_buffers():
+            if f"weight:{name}" in reader.stored:
+                reader.read(f"weight:{name}", 0, buffer.view(-1))
+        steps = {metadata["optimizer_step"] for metadata in reader.metadata} - {""}
+        for shard in local_shards(engine):
+            moments = {kind: torch.zeros_like(shard.stepped.data) for kind in MOMENTS if steps}
+            for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
+                stored = reader.stored.get(f"weight:{fragment.name}")
+                if stored is None or stored.shape != fragment.shape:
+                    is_there = f"shape {stored.shape}" if stored else "no such parameter"
+                    raise UserError(
+                        f"{checkpoint.path} is of another model: {fragment.name} has shape {fragment.shape} "
+                        f"in --model, {is_there} in the checkpoint. Give the model that the run started from."
+                    )
+                reader.read(f"weight:{fragment.name}", fragment.start, fragment.values)
+                for kind, moment in moments.items():
+                    part = moment.view(-1)[offset : offset + fragment.values.numel()]
+                    reader.read(f"{kind}:{fragment.name}", fragment.start, part)
+            if steps:
+                device = shard.stepped.device
+                step = torch.tensor(float(min(steps)), dtype=torch.float32, device=device)
+                engine.basic_optimizer.state[shard.stepped] = {"step": step, **moments}
+
+
+def _loss_scalers(optimizer: Any) -> list[Any]:
+    """The object that holds fp16's dynamic loss scale, under ZeRO 1 to 3."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return [scaler] if getattr(scaler, "dynamic", False) else []
+
+
+def _loss_scale(optimizer: Any) -> dict[str, float]:
+    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    return {name: getattr(scaler, name) for scaler in _loss_scalers(optimizer) for name in names}

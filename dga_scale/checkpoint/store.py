@@ -1,0 +1,251 @@
+"""Folders of checkpoints: committed or absent, verified against their manifest, pruned, chosen for a resume.
+
+A checkpoint is written as ``step-000500.tmp``: every rank writes its file and syncs it; then rank 0 checks
+that all files are there, writes ``manifest.json`` (every file with its size and sha256), renames the folder,
+and points ``latest`` at it. A process killed at any moment leaves the older checkpoints as they were.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dga_scale.errors import UserError
+from dga_scale.launch.world import Cluster
+from dga_scale.run_folder import write_text
+from dga_scale.storage.atomic import sync
+from dga_scale.storage.checked_json import seal, unseal
+from dga_scale.storage.safetensors_stream import FileRecord, record_of
+
+FORMAT = 1
+MANIFEST, LATEST = "manifest.json", "latest"
+MOST_FILES_AT_ONCE = 4
+"""That a rank verifies, where it has as many cores: more take memory, and the disk is the limit."""
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done.
+        world_size: ranks that wrote it.
+        files: every file in it besides the manifest.
+        passed_over: one line for each newer checkpoint that can't be used, and why.
+
+    """
+
+    path: Path
+    step: int
+    world_size: int
+    files: dict[str, FileRecord]
+    passed_over: tuple[str, ...] = ()
+
+    def lies_in(self, run_dir: Path) -> bool:
+        """Whether it is one of this run's own."""
+        return self.path.parent == run_dir / "checkpoints"
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(self.path / name for name in self.files if name.startswith("rank-"))
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Name the folder of a step's checkpoint."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def commit(temporary: Path, final: Path, files: dict[str, FileRecord], step: int, world_size: int) -> None:
+    """Turn a written folder into the checkpoint ``final``; one process does.
+
+    Raises:
+        UserError: a file that another rank wrote is not there.
+        OSError: the disk is full, or the folder can't be written.
+    """
+    for name, record in files.items():
+        path = temporary / name
+        if not path.is_file() or path.stat().st_size != record.bytes:
+            raise UserError(
+                f"checkpoint {final}: rank 0 does not see the {record.bytes} bytes of {name} that another "
+                "rank wrote. --output_dir has to lie on a file system that all nodes share."
+            )
+    write_manifest(temporary, files, step, world_size)
+    if final.exists():  # a damaged one that this run passed over, or the same step written again
+        replaced = final.with_name(final.name + ".old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        temporary.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        temporary.rename(final)
+    write_text(final.parent / LATEST, final.name + "\n")
+    sync(final.parent)
+
+
+def write_manifest(folder: Path, files: dict[str, FileRecord], step: int, world_size: int) -> None:
+    """Write last what lies in a folder, for ``verified``; wait until it is on the disk."""
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": world_size,
+        "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
+    }
+    write_text(folder / MANIFEST, json.dumps(seal(manifest), indent=2) + "\n")
+    sync(folder)
+
+
+def prune(run_dir: Path, limit: int, step: int) -> None:
+    """Remove the oldest checkpoints beyond ``limit``; 0 keeps all.
+
+    ``step``: that of the newest good one. Later ones, which were passed over, are not counted: they would
+    leave no room for it.
+    """
+    if limit > 0:
+        good = [path for path in _folders(run_dir / "checkpoints") if _step(path) <= step]
+        for path in good[limit:]:
+            condemned = path.with_name(path.name + ".tmp")
+            path.rename(condemned)  # a half-removed folder is no checkpoint
+            shutil.rmtree(condemned)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove the temporary files and folders of a run that was killed; one process does, before it goes on.
+
+    A checkpoint that was being replaced, and is not yet, is put back.
+    """
+    checkpoints = run_dir / "checkpoints"
+    for replaced in checkpoints.glob("step-*.old"):
+        if replaced.with_suffix("").exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(replaced.with_suffix(""))
+    for path in (*run_dir.glob("*.tmp"), *run_dir.glob(".shared"), *checkpoints.glob("*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Committed checkpoints, the newest first."""
+    return sorted((path for path in folder.glob("step-*") if _step(path) >= 0), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    """Steps by a folder's name; -1: it is no checkpoint's."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def newest_complete(run_dir: Path) -> Checkpoint | None:
+    """Find the newest checkpoint whose files are all there in their full size; hashes are not looked at."""
+    for path in _folders(run_dir / "checkpoints"):
+        found, _ = _inspect(path)
+        if found is not None:
+            return found
+    return None
+
+
+def _inspect(path: Path) -> tuple[Checkpoint | None, str]:
+    """Look at a checkpoint without reading its content: it, or what is wrong with it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return None, f"{path / MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
+        manifest = unseal(manifest)
+        if unknown := manifest.keys() - {"format", "step", "world_size", "files"}:
+            raise ValueError(f"unknown: {', '.join(unknown)}")
+        files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+        found = Checkpoint(path, manifest["step"], manifest["world_size"], files)
+    except FileNotFoundError:
+        return None, f"{path / MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{path / MANIFEST} is damaged ({error})"
+    for name, record in files.items():
+        file = path / name
+        if not file.is_file():
+            return None, f"{file} is missing"
+        if file.stat().st_size != record.bytes:
+            return None, f"{file} has {file.stat().st_size} bytes instead of {record.bytes}"
+    return found, ""
+
+
+def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoint | None:
+    """Choose the checkpoint to go on from; every rank has to call it and gets the same one.
+
+    All content is verified against its hashes, each file by one rank. ``resume``: "auto" takes the newest
+    complete one (``passed_over`` says which newer ones are damaged), "never" refuses a run that has any, else
+    it is the folder of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint asked for is incomplete (naming the file), or no checkpoint of the run is.
+    """
+    if resume not in ("auto", "never"):
+        found, problem = verified(Path(resume), cluster)
+        if found is None:
+            raise UserError(f"--resume {resume}: {problem}. Give the folder of a complete checkpoint.")
+        return found
+    if resume == "auto":
+        return newest_verified(run_dir, cluster)
+    folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
+    if folders:
+        raise UserError(
+            f"{run_dir} already holds {folders[0].name}. Give a new --output_dir, or --resume auto to go on."
+        )
+    return None
+
+
+def newest_verified(run_dir: Path, cluster: Cluster) -> Checkpoint | None:
+    """Find the newest checkpoint whose whole content is as it was written; every rank has to call it.
+
+    Raises:
+        UserError: there are checkpoints, but none is complete.
+    """
+    folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
+    passed_over: list[str] = []
+    for path in folders:
+        found, problem = verified(path, cluster)
+        if found is not None:
+            return dataclasses.replace(found, passed_over=tuple(passed_over))
+        passed_over.append(problem)
+    if passed_over:
+        raise UserError(
+            f"no checkpoint in {run_dir / 'checkpoints'} is complete: {'; '.join(passed_over)}. "
+            "Restore a file, or remove the folder to start from the beginning."
+        )
+    return None
+
+
+def verified(path: Path, cluster: Cluster) -> tuple[Checkpoint | None, str]:
+    """Read all of a checkpoint and compare hashes, the files spread over the ranks: it, or what is wrong."""
+    found, problem = cluster.broadcast_object(_inspect(path) if cluster.rank == 0 else (None, ""))
+    if found is None:
+        return None, problem
+    problems = [p for part in cluster.all_gather_object(_damaged(found, cluster)) for p in part]
+    return (None, problems[0]) if problems else (found, "")
+
+
+def _damaged(checkpoint: Checkpoint, cluster: Cluster) -> list[str]:
+    """What is wrong with this rank's share of the files: of the large ones, each rank has as many."""
+    ordered = sorted(checkpoint.files, key=lambda name: (-checkpoint.files[name].bytes, name))
+
+    def problem(name: str) -> str | None:
+        file = checkpoint.path / name
+        try:
+            if record_of(file) == checkpoint.files[name]:
+                return None
+            return f"{file} does not have the content that was written (sha256)"
+        except OSError as error:
+            return f"{file}: {error.strerror}"
+
+    cores = torch.get_num_threads()  # this rank's share of its machine's (``threads.share_cores``)
+    with ThreadPoolExecutor(min(cores, MOST_FILES_AT_ONCE)) as threads:
+        found = threads.map(problem, ordered[cluster.rank :: cluster.world_size])
+    return [each for each in found if each is not None]

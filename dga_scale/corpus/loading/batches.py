@@ -1,0 +1,354 @@
+"""Rows to batches: masking, padding to few shapes, the part of each rank, prefetch.
+
+What a row draws is decided by (seed, epoch, row) alone, so every number of ranks sees the same samples and
+the same masks for each global batch.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dga_scale.corpus.loading.masking import IGNORED, MaskingPolicy, label_counts, mask_tokens
+from dga_scale.corpus.loading.mixture import Mixture, Picks
+from dga_scale.corpus.loading.order import SampleOrder
+from dga_scale.corpus.loading.shapes import dealt_out, height_of, packed, places_of, rounded_up, width_of
+from dga_scale.corpus.shards import Corpus
+from dga_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one forward pass, on the CPU, int64: B rows of T tokens, N places with a label, or fillers.
+
+    T and N are rounded up to a few sizes (``corpus.shapes``). A place is row * T + token.
+    """
+
+    input_ids: torch.Tensor  # (B, T) as in the corpus, padded
+    masked_ids: torch.Tensor  # (B, T) with masked positions replaced; causal: the same as input_ids
+    attention_mask: torch.Tensor  # (B, T) 1 = a real token
+    positions: torch.Tensor  # (N,) predicted places in rising order, then zeros
+    labels: torch.Tensor  # (N,) the true ids there, then IGNORED; causal: the id after each place
+    sample_ids: torch.Tensor  # (B,) row in its corpus; -1 in a row that only fills up a batch
+    sources: torch.Tensor  # (B,) number of its corpus in the mixture
+    mixed_rows: torch.Tensor  # (G,) rows of the corpora mixed in; [0] where there is none
+    mixed_slots: torch.Tensor  # (K,) where in ``labels`` theirs stand, then -1
+    packed: torch.Tensor | None
+    """(P, T) the rows end to end: what each place of fewer rows reads, or -1; None: rows as they stand."""
+    padded: bool
+    """Whether any row is shorter than T."""
+
+
+def build_batch(
+    corpus: Corpus,
+    rows: np.ndarray,
+    epochs: np.ndarray | int,
+    masking: MaskingPolicy | None,
+    seed: int,
+    *,
+    fillers: int = 0,
+) -> Batch:
+    """Read and mask ``rows``.
+
+    Args:
+        corpus: Where the rows are read.
+        rows: (B,) row indices.
+        epochs: (B,) or one: the epoch of each row, from which (with seed and row) its mask is drawn.
+        masking: None for a causal model, whose labels are the next tokens.
+        seed: 64 bits.
+        fillers: So many rows at the end only fill up the batch: they get no labels.
+    """
+    width = width_of(corpus.lengths[rows], corpus.manifest.sequence_length)
+    read = _read(corpus, rows, epochs, masking, seed, width)
+    sample_ids = np.array(rows, dtype=np.int64)
+    if fillers:
+        read.labels[-fillers:] = IGNORED
+        sample_ids[-fillers:] = -1
+    return _batch(read, sample_ids, np.zeros(len(rows), dtype=np.int64))
+
+
+def mixed_batch(
+    mixture: Mixture, picks: Picks, masking: MaskingPolicy | None, *, pack: bool = False
+) -> Batch:
+    """Read and mask rows of several corpora, in the order of ``picks``; each draws as in its corpus alone.
+
+    ``pack``: put them end to end as well; see ``Batch.packed``.
+    """
+    lengths = mixture.lengths(picks)
+    width = width_of(lengths, mixture.corpora[0].manifest.sequence_length)
+    places, parts = [], []
+    for source, where in mixture.by_source(picks):
+        own, seed = picks.part(where), mixture.orders[source].seed
+        places.append(where)
+        parts.append(_read(mixture.corpora[source], own.rows, own.epochs, masking, seed, width))
+    back = np.argsort(np.concatenate(places))
+    read = _Rows(*(np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True)))
+    return _batch(read, picks.rows, picks.sources, places_of(lengths.tolist(), width) if pack else None)
+
+
+class _Rows(NamedTuple):
+    """Rows as they were read and masked, (B, T) each."""
+
+    ids: np.ndarray
+    masked_ids: np.ndarray
+    real: np.ndarray
+    labels: np.ndarray  # IGNORED where nothing is predicted
+
+
+def _read(
+    corpus: Corpus,
+    rows: np.ndarray,
+    epochs: np.ndarray | int,
+    masking: MaskingPolicy | None,
+    seed: int,
+    length: int,
+) -> _Rows:
+    ids = np.full((len(rows), length), corpus.manifest.special_ids.get("pad", 0), dtype=np.int64)
+    lengths = np.empty(len(rows), dtype=np.int64)
+    for number, row in enumerate(corpus.rows(rows)):
+        lengths[number] = len(row)
+        ids[number, : len(row)] = row
+    real = np.arange(length) < lengths[:, None]
+    if masking is None:
+        labels = np.full_like(ids, IGNORED)
+        labels[:, :-1] = np.where(real[:, 1:], ids[:, 1:], IGNORED)
+        return _Rows(ids, ids, real, labels)
+    return _Rows(ids, *mask_tokens(ids, real, rows, epochs, masking, seed))
+
+
+def _batch(
+    read: _Rows, sample_ids: np.ndarray, sources: np.ndarray, packed: np.ndarray | None = None
+) -> Batch:
+    places = np.flatnonzero(read.labels != IGNORED)
+    rows = places // read.ids.shape[1]
+    mixed_rows, mixed_slots = np.flatnonzero(sources), np.flatnonzero(sources[rows])
+    arrays = {
+        "input_ids": read.ids,
+        "masked_ids": read.masked_ids,
+        "attention_mask": read.real.astype(np.int64),
+        "positions": _filled_up(places, 0),
+        "labels": _filled_up(read.labels.flat[places], IGNORED),
+        "sample_ids": sample_ids,
+        "sources": sources,
+        "mixed_rows": mixed_rows if len(mixed_rows) else np.zeros(1, dtype=np.int64),
+        "mixed_slots": _filled_up(mixed_slots, -1),
+    }
+    return Batch(
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        packed=None if packed is None else torch.from_numpy(packed),
+        padded=not bool(read.real.all()),
+    )
+
+
+def _filled_up(values: np.ndarray, filler: int) -> np.ndarray:
+    filled = np.full(int(rounded_up(len(values))), filler, dtype=np.int64)
+    filled[: len(values)] = values
+    return filled
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank needs for one optimizer step."""
+
+    step: int
+    micro_batches: list[Batch]
+    global_masked: tuple[int, ...]
+    """By source, labels of the global batch: of all ranks and micro-steps."""
+    global_tokens: tuple[int, ...]
+    """By source, real tokens of the global batch."""
+    rows_by_width: dict[int, int]
+    """Rows of the global batch, packed where they are, by their tokens: what a view's trunk pass reads."""
+    head_slots: int
+    """Places of the global batch that go through the LM head, those that only fill up among them."""
+
+
+class BatchStream:
+    """One rank's micro-batches, step after step, prepared ahead by a background thread.
+
+    Step s trains on positions [s * G, (s + 1) * G) of the mixture, G the global batch size; micro-step m of
+    all W ranks on [m * W * b, (m + 1) * W * b) of those, b the micro-batch size. Of corpora packed in chunks
+    rank r takes the r-th part of these rows; documents are sorted by length, the longest first, and rank r
+    takes the rows r, r + W, ... (``corpus.shapes``). At most ``prefetch`` steps are prepared ahead.
+
+    Args:
+        mixture: What is trained on.
+        masking: None for a causal model.
+        global_batch_size: G.
+        micro_batch_size: b.
+        rank: This process, r.
+        world_size: Processes, W.
+        start_step: The first step.
+        num_steps: How many.
+        prefetch: See above.
+        pack: Put documents end to end; see ``Batch.packed``. Chunks are full as they are.
+
+    Example::
+
+        with BatchStream(mixture, masking, global_batch_size=256, micro_batch_size=32, rank=0, world_size=4,
+                         start_step=0, num_steps=1000) as stream:
+            for batches in stream:
+                ...
+
+    Raises:
+        UserError: batch sizes that do not divide, or a corpus with fewer rows than one global batch takes.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        masking: MaskingPolicy | None,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        num_steps: int,
+        prefetch: int = 4,
+        pack: bool = False,
+    ) -> None:
+        assert 0 <= rank < world_size, (rank, world_size)
+        if global_batch_size % (micro_batch_size * world_size):
+            raise UserError(
+                f"global batch size {global_batch_size} is not a multiple of {micro_batch_size} "
+                f"(micro-batch) x {world_size} (ranks). Choose a global batch size that divides"
+            )
+        mixture.check_one_batch(global_batch_size)
+        self._mixture, self._masking = mixture, masking
+        self._global, self._micro = global_batch_size, micro_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._pack = pack and mixture.corpora[0].manifest.packing != "chunk"
+        self._steps = range(start_step, start_step + num_steps)
+        self._queue: queue.SimpleQueue[StepBatches | BaseException] = queue.SimpleQueue()
+        self._free_slots = threading.Semaphore(prefetch)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def step(self, step: int) -> StepBatches:
+        """This rank's part of global batch ``step``."""
+        mixture, masking = self._mixture, self._masking
+        manifest = mixture.corpora[0].manifest  # packing and length are those of all
+        picks = mixture.picks(step * self._global, (step + 1) * self._global)
+        lengths, labels = mixture.lengths(picks), np.empty(len(picks.rows), dtype=np.int64)
+        masked, tokens = [0] * len(mixture.corpora), [0] * len(mixture.corpora)
+        for source, where in mixture.by_source(picks):
+            labels[where] = label_counts(mixture.corpora[source], picks.rows[where], masking)
+            masked[source], tokens[source] = int(labels[where].sum()), int(lengths[where].sum())
+        rows = self._world_size * self._micro  # of one pass of all ranks
+        parts = np.stack(
+            [
+                first + dealt_out(lengths[first : first + rows], manifest.packing, self._world_size)
+                for first in range(0, self._global, rows)
+            ]
+        )  # (passes, ranks, micro-batch)
+        rows_by_width: dict[int, int] = {}
+        for own in lengths[parts].reshape(-1, self._micro):
+            width = width_of(own, manifest.sequence_length)
+            height = height_of(len(packed(own.tolist(), width)), self._micro) if self._pack else self._micro
+            rows_by_width[width] = rows_by_width.get(width, 0) + height
+        return StepBatches(
+            step=step,
+            micro_batches=[
+                mixed_batch(mixture, picks.part(part), masking, pack=self._pack)
+                for part in parts[:, self._rank]
+            ],
+            global_masked=tuple(masked),
+            global_tokens=tuple(tokens),
+            rows_by_width=rows_by_width,
+            head_slots=int(rounded_up(labels[parts].sum(axis=2)).sum()),
+        )
+
+    def __iter__(self) -> Iterator[StepBatches]:
+        assert self._thread is None, "a stream is read once"
+        self._thread = threading.Thread(target=self._produce, name="prefetch", daemon=True)
+        self._thread.start()
+        try:
+            for _ in self._steps:
+                item = self._queue.get()
+                self._free_slots.release()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self.close()
+
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the background thread and wait for it."""
+        self._stop.set()
+        self._free_slots.release()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _produce(self) -> None:
+        try:
+            for step in self._steps:
+                self._free_slots.acquire()
+                if self._stop.is_set():
+                    return
+                self._queue.put(self.step(step))
+        except BaseException as error:  # handed over: it is raised where the batch is asked for
+            self._queue.put(error)
+
+
+class EvalBatches:
+    """Every row once with fixed masks, split over ranks; all ranks get the same number of batches.
+
+    Batch n of rank r holds rows [(n * world_size + r) * b, ...) of a fixed order, the longest first: rows of
+    one batch are about equally long. Where rows run out, a batch is filled up with repeated rows that have no
+    labels (sample_ids -1). Iterating again gives the same.
+
+    Args:
+        corpus: What is evaluated.
+        masking: None for a causal model.
+        batch_size: Rows a batch.
+        rank: This process.
+        world_size: Processes.
+        max_rows: Evaluate this many rows only, a fixed sample of the corpus; None: all.
+    """
+
+    SEED = 20_230_118
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        masking: MaskingPolicy | None,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        max_rows: int | None = None,
+    ) -> None:
+        assert 0 <= rank < world_size, (rank, world_size)
+        if not len(corpus):
+            raise UserError(
+                f"corpus {corpus.path} has no rows to evaluate. Hold out more: --validation_share"
+            )
+        self._corpus, self._masking = corpus, masking
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        count = len(corpus) if max_rows is None else min(max_rows, len(corpus))
+        # The order spreads a sample over the corpus: neighbouring chunks come from one document.
+        self.rows = np.sort(SampleOrder(len(corpus), self.SEED).indices(0, count))
+        """What is evaluated: rows in rising order."""
+        self._by_length = self.rows[np.argsort(-corpus.lengths[self.rows].astype(np.int64), kind="stable")]
+
+    def __len__(self) -> int:
+        """Batches of this rank, as of every rank."""
+        return -(-len(self.rows) // (self._batch_size * self._world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(len(self)):
+            first = (number * self._world_size + self._rank) * self._batch_size
+            rows = self._by_length[first : first + self._batch_size]
+            fillers = self._batch_size - len(rows)
+            filled = np.concatenate([rows, np.repeat(self._by_length[-1:], fillers)])
+            yield build_batch(self._corpus, filled, 0, self._masking, self.SEED, fillers=fillers)

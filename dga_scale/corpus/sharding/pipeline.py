@@ -1,0 +1,372 @@
+"""The sharder: raw text in, a corpus folder out.
+
+    plan -> read (pieces of the input) -> find duplicates -> write shards -> manifest
+
+Every step leaves files that are complete or absent, so a run that was killed goes on where it stopped, and
+the bytes do not depend on who did what.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dga_scale.corpus.reading.overlap import load_overlap
+from dga_scale.corpus.sharding.executor import MpiTeam, PartTeam, Phase, Team, under_mpi
+from dga_scale.corpus.sharding.packing import (
+    PACKINGS,
+    Layout,
+    ShardTask,
+    features,
+    load_tokenizer_file,
+    write_shard,
+    write_tokenizer_file,
+)
+from dga_scale.corpus.sharding.staging import (
+    PieceReport,
+    Plan,
+    ShardSettings,
+    Unit,
+    Work,
+    find_duplicates,
+    load_plan,
+    load_units,
+    number_of_partitions,
+    read_piece,
+)
+from dga_scale.corpus.shards import FORMAT, MANIFEST, VALIDATION, WORK_FOLDER, Manifest, Shard, read_manifest
+from dga_scale.corpus.tokenizer import encoder_spec, load_tokenizer, special_ids, tokenizer_hash
+from dga_scale.errors import UserError
+from dga_scale.storage.atomic import storage_errors, write_json
+from dga_scale.storage.checked_json import seal
+
+DOCUMENT_MODES = ("line", "file")
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a call of ``shard_corpus`` left."""
+
+    train: Manifest
+    validation: Manifest | None
+    """None where ``validation_share`` is 0."""
+    text_bytes: int
+    """Cleaned text that was sharded; 0 where the corpus was complete already."""
+    seconds: float
+    resumed: bool
+    """Whether another call had done part of the work, or is doing it."""
+    index: int
+    """Rank or part that this call was."""
+
+
+def shard_corpus(
+    inputs: Sequence[str],
+    output: Path,
+    settings: ShardSettings,
+    *,
+    num_workers: int = 1,
+    part: tuple[int, int] | None = None,
+    part_patience: float = 60.0,
+) -> ShardReport:
+    """Tokenise text into a corpus folder, which ``Corpus.open`` reads.
+
+    Started under ``mpirun``, the ranks share the work. The result is the same, byte for byte, for any number
+    of workers, ranks and parts, and after any number of interruptions.
+
+    Args:
+        inputs: Files, folders and globs.
+        output: The corpus folder: new, empty, or of an earlier call with the same inputs and settings.
+        settings: What decides the bytes; ``tokenizer_hash`` and ``exclude_hash`` are filled in here.
+        num_workers: Cores to use (of each rank or part).
+        part: (i, N): do the i-th of N shares, counted from 0; for job arrays.
+        part_patience: Seconds without any progress after which a part does the others' shares.
+
+    Raises:
+        UserError: any input, setting or folder that can't be used, or a full disk.
+    """
+    started = time.monotonic()
+    for cached in (load_plan, load_units, load_tokenizer_file, load_overlap):
+        cached.cache_clear()  # another call may have used the same folder for another corpus
+    _check_settings(settings, num_workers, part)
+    work = Work(output / WORK_FOLDER)
+    finished = output / MANIFEST
+    team = _team(num_workers, output, part, part_patience, work)
+    with team:
+        resumed = work.plan_file.exists() or finished.exists()
+        team.on_first(lambda: _begin(inputs, settings, work, finished))
+        text_bytes = 0
+        try:
+            if not finished.exists():
+                text_bytes = _complete(work, team, finished)
+        except FileNotFoundError:
+            # Another part did this one's work as well, ended, and removed the folder under our hands.
+            if not finished.exists():
+                raise
+        team.on_first(lambda: shutil.rmtree(work.folder, ignore_errors=True))
+    validation = output / VALIDATION
+    return ShardReport(
+        train=read_manifest(output),
+        validation=read_manifest(validation) if settings.validation_share else None,
+        text_bytes=text_bytes,
+        seconds=time.monotonic() - started,
+        resumed=resumed,
+        index=team.index,
+    )
+
+
+def _check_settings(settings: ShardSettings, num_workers: int, part: tuple[int, int] | None) -> None:
+    rules: list[tuple[bool, str]] = [
+        (settings.sequence_length >= 8, f"--sequence_length {settings.sequence_length}: must be at least 8"),
+        (settings.packing in PACKINGS, f"--packing {settings.packing}: must be one of {', '.join(PACKINGS)}"),
+        (
+            settings.document in DOCUMENT_MODES,
+            f"--document {settings.document}: must be one of {', '.join(DOCUMENT_MODES)}",
+        ),
+        (
+            0 <= settings.validation_share < 1,
+            f"--validation_share {settings.validation_share}: must be from 0 to below 1",
+        ),
+        (settings.shard_size > 0, f"--shard_size {settings.shard_size}: must be above 0"),
+        (settings.seed >= 0, f"--seed {settings.seed}: must be 0 or more"),
+        (num_workers >= 1, f"--num_workers {num_workers}: must be at least 1"),
+    ]
+    if part is not None:
+        rules.append(
+            (0 <= part[0] < part[1], f"--part {part[0]}/{part[1]}: parts of {part[1]} count from 0 to N - 1")
+        )
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
+def _team(num_workers: int, output: Path, part: tuple[int, int] | None, patience: float, work: Work) -> Team:
+    if under_mpi():
+        if part is not None:
+            raise UserError("--part under mpirun: the ranks share the work by themselves. Leave --part out")
+        return MpiTeam(num_workers, output)
+    if part is not None:
+        return PartTeam(num_workers, output, *part, patience, work.scratch)
+    return Team(num_workers, output)
+
+
+# --- the plan ---
+
+
+def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: Path) -> None:
+    """Decide the work and write it down, or check that it is the work that was begun here."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    settings = replace(settings, tokenizer_hash=tokenizer_hash(tokenizer))
+    if settings.exclude:
+        settings = replace(settings, exclude_hash=load_overlap(settings.exclude).content_hash)
+    layout = Layout.of(tokenizer, settings.tokenizer, settings.packing, settings.sequence_length)
+    if settings.sequence_length > tokenizer.model_max_length:
+        print(
+            f"note: --sequence_length {settings.sequence_length} is above {tokenizer.model_max_length}, the "
+            f"longest input that the tokenizer of {settings.tokenizer!r} states for its model",
+            file=sys.stderr,
+        )
+    plan = Plan.make(inputs, settings)
+    output = work.output
+    if finished.exists():
+        manifest = read_manifest(output)
+        _check_same(output, "holds", plan, manifest.settings, manifest.sources)
+        return
+    if work.plan_file.exists():
+        begun = json.loads(work.plan_file.read_text(encoding="utf-8"))
+        _check_same(output, "was begun with", plan, begun["settings"], begun["sources"])
+        if begun == plan.to_json():  # else the same inputs lie elsewhere now
+            return
+    elif output.exists() and (not output.is_dir() or _strangers(output)):
+        raise UserError(
+            f"--output {output} is not empty and holds no corpus: {', '.join(_strangers(output)[:3])}. "
+            "Choose a new folder"
+        )
+    with storage_errors(output):
+        work.folder.mkdir(parents=True, exist_ok=True)
+        spec = encoder_spec(tokenizer, settings.tokenizer)
+        write_tokenizer_file(work, spec, layout, special_ids(tokenizer))
+        write_json(work.plan_file, plan.to_json(), work.scratch)
+
+
+def _strangers(output: Path) -> list[str]:
+    if not output.is_dir():
+        return ["it is a file"]
+    return sorted(path.name for path in output.iterdir() if path.name != WORK_FOLDER)
+
+
+def _check_same(output: Path, state: str, plan: Plan, settings: dict, sources: Sequence[dict]) -> None:
+    """Refuse to go on with other settings or inputs than the folder's."""
+    ours = plan.to_json()
+    settings = {field.name: field.default for field in fields(ShardSettings)} | settings
+    differences = [
+        f"{name} {settings[name]!r}, now {value!r}"
+        for name, value in ours["settings"].items()
+        # The same tokenizer and examples may lie elsewhere now; their hashes tell.
+        if settings[name] != value and name not in ("tokenizer", "exclude")
+    ]
+    contents = [
+        [(source["bytes"], source["fingerprint"]) for source in side] for side in (sources, ours["sources"])
+    ]
+    if contents[0] != contents[1]:
+        differences.append(f"{len(contents[0])} input files, now {len(contents[1])} or others")
+    if differences:
+        raise UserError(
+            f"--output {output} {state} another corpus: {'; '.join(differences)}. Choose another --output, "
+            "or remove the folder first"
+        )
+
+
+# --- the work ---
+
+
+def _complete(work: Work, team: Team, finished: Path) -> int:
+    """Everything after the plan; returns the bytes of cleaned text."""
+    plan = load_plan(work.plan_file)
+    numbers = range(len(plan.pieces))
+    calls = [partial(read_piece, work.folder, number) for number in numbers]
+    team.run(Phase("reading", calls, [work.piece(number) for number in numbers], finished))
+    team.on_first(lambda: _gather_units(work, plan))
+    units = load_units(work.units_file)
+
+    partitions = 0
+    if not plan.settings.keep_duplicates:
+        partitions = number_of_partitions(units)
+        numbers = range(partitions)
+        calls = [partial(find_duplicates, work.folder, number, partitions) for number in numbers]
+        team.run(Phase("finding duplicates", calls, [work.duplicates(n) for n in numbers], finished))
+
+    tasks = shard_tasks(units, plan.settings, partitions)
+    calls = [partial(write_shard, work.folder, task, team.threads(len(tasks))) for task in tasks]
+    markers = [work.shard(task.split, task.number) for task in tasks]
+    team.run(Phase("tokenising", calls, markers, finished))
+    team.on_first(lambda: _assemble(work, plan, units, tasks))
+    return sum(unit.bytes for unit in units)
+
+
+def _gather_units(work: Work, plan: Plan) -> None:
+    """Write the list of all units, in the order of the input."""
+    report, units = PieceReport(), []
+    found: set[int] = set()
+    for number in range(len(plan.pieces)):
+        content = json.loads(work.piece(number).read_text(encoding="utf-8"))
+        units += content["units"]
+        found.update(content["examples_found"])
+        for name, value in content["report"].items():
+            setattr(report, name, getattr(report, name) + value)
+    if not units:
+        raise UserError(
+            f"no document with text in the inputs: {report.documents_read} read, {report.empty} of them "
+            f"empty, {report.control_only} of control characters only, {report.excluded} excluded"
+        )
+    overlap = load_overlap(plan.settings.exclude)
+    excluded = [
+        {**asdict(file), "found": count}
+        for file, count in zip(overlap.files, overlap.counts(found), strict=True)
+    ]
+    with storage_errors(work.output):
+        write_json(work.report_file, {**asdict(report), "excluded_files": excluded}, work.scratch)
+        write_json(work.units_file, units, work.scratch)
+
+
+def shard_tasks(units: Sequence[Unit], settings: ShardSettings, partitions: int) -> list[ShardTask]:
+    """The shards to write: neighbouring units up to a shard's size; the held-out ones first, being slow."""
+    share = settings.validation_share
+    threshold = int(share * 2**64)
+    lowest = min(unit.lowest for unit in units)
+    if share and lowest >= threshold:
+        # None of so few documents fell below: hold out the lowest, so that an evaluation corpus exists.
+        threshold = lowest + 1
+    tasks = []
+    for split, part in ((VALIDATION, share), ("train", 1.0)):
+        first, size = 0, 0.0
+        groups = []
+        for index, unit in enumerate(units):
+            size += unit.bytes * part
+            if size >= settings.shard_bytes or index + 1 == len(units):
+                groups.append((first, index + 1))
+                first, size = index + 1, 0.0
+        if part:
+            tasks += [
+                ShardTask(split, number, group, threshold, partitions) for number, group in enumerate(groups)
+            ]
+    return tasks
+
+
+# --- the manifest ---
+
+
+def _assemble(work: Work, plan: Plan, units: Sequence[Unit], tasks: Sequence[ShardTask]) -> None:
+    """Write both manifests, the training corpus's last: with it the folder is a corpus."""
+    report = json.loads(work.report_file.read_text(encoding="utf-8"))
+    shards = {
+        split: tuple(_finished_shard(work, task) for task in tasks if task.split == split)
+        for split in (VALIDATION, "train")
+    }
+    kept = sum(shard.documents for part in shards.values() for shard in part)
+    dropped = {
+        "empty": report["empty"],
+        "control_only": report["control_only"],
+        "duplicates": report["duplicates"] + sum(unit.documents for unit in units) - kept,
+    }
+    if plan.settings.exclude:
+        dropped["excluded"] = report["excluded"]
+    if not sum(shard.rows for shard in shards["train"]):
+        raise UserError(
+            f"nothing is left to train on: {report['documents_read']} documents read, dropped {dropped}, "
+            f"{sum(shard.documents for shard in shards[VALIDATION])} held out. Give more text, or a smaller "
+            "--validation_share (0: hold out nothing)"
+        )
+    _, layout, special = load_tokenizer_file(work.tokenizer_file)
+    for split, records in shards.items():
+        if not records:
+            continue
+        manifest = Manifest(
+            format=FORMAT,
+            split=split,
+            sequence_length=layout.sequence_length,
+            packing=layout.packing,
+            causal=layout.causal,
+            tokenizer=plan.settings.tokenizer,
+            tokenizer_hash=plan.settings.tokenizer_hash,
+            vocab_size=layout.vocab_size,
+            special_ids=special,
+            all_special_ids=layout.special_ids,
+            rows=sum(shard.rows for shard in records),
+            documents=sum(shard.documents for shard in records),
+            tokens=sum(shard.tokens for shard in records),
+            maskable=sum(shard.maskable for shard in records),
+            documents_read=report["documents_read"],
+            dropped=dropped,
+            settings=asdict(plan.settings),
+            sources=tuple(asdict(source) for source in plan.sources),
+            shards=records,
+            excluded=tuple(report["excluded_files"]),
+        )
+        with storage_errors(work.output):
+            _write_manifest(work.shard_data(split, 0).parent, manifest, work.scratch)
+
+
+def _finished_shard(work: Work, task: ShardTask) -> Shard:
+    return Shard(**json.loads(work.shard(task.split, task.number).read_text(encoding="utf-8")))
+
+
+def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:
+    """The manifest, after the two files with which ``datasets.load_from_disk`` opens the folder too."""
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": shard.file} for shard in manifest.shards],
+        "_fingerprint": manifest.content_hash[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": manifest.split,
+    }
+    write_json(folder / "state.json", state, scratch)
+    info = {"features": features(manifest.vocab_size)}
+    write_json(folder / "dataset_info.json", info, scratch)
+    write_json(folder / MANIFEST, seal(manifest.to_json()), scratch)

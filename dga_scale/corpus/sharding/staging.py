@@ -1,0 +1,324 @@
+"""First half of sharding: documents read, cleaned, hashed and spooled; duplicates found.
+
+Documents are spooled as units of bounded size, so that everything after depends neither on the input's
+format nor on its compression. A unit and its list of hashes are cut by the text alone, never by the number
+of processes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from dga_scale.corpus.reading.cleaning import clean
+from dga_scale.corpus.reading.overlap import load_overlap
+from dga_scale.corpus.reading.sources import Reading, Segment, Source, find_sources, read_segment, segments
+from dga_scale.corpus.shards import VALIDATION
+from dga_scale.storage.atomic import atomic_file, write_array, write_json
+
+UNIT_DOCUMENTS = 1 << 18
+"""A unit ends after this many documents even where they are short: its hashes are held in memory."""
+
+PARTITION_HASHES = 1 << 17
+"""Hashes compared at once when duplicates are looked for, which takes about 15 MB of memory."""
+
+_BATCH_BYTES = 1 << 18
+"""Text in a batch of a unit, which is tokenised at once: a tokenizer needs many times the memory of it."""
+
+_SCHEMA = pa.schema([("text", pa.large_string()), ("low", pa.uint64())])
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """What decides the bytes of a corpus, besides its inputs."""
+
+    tokenizer: str
+    sequence_length: int = 164
+    packing: str = "chunk"
+    text_field: str = "text"
+    document: str = "line"
+    validation_share: float = 0.005
+    keep_duplicates: bool = False
+    shard_size: float = 16.0
+    """Megabytes of text in a shard."""
+    seed: int = 0
+    tokenizer_hash: str = ""
+    """Filled in by ``shard_corpus``."""
+    exclude: tuple[str, ...] = ()
+    """Files of end-task examples: documents that share eight words in a row with one are dropped."""
+    exclude_hash: str = ""
+    """Filled in by ``shard_corpus``."""
+
+    @property
+    def shard_bytes(self) -> int:
+        """``shard_size`` in bytes."""
+        return int(self.shard_size * 1e6)
+
+    @property
+    def reading(self) -> Reading:
+        """The part of the settings that reading needs."""
+        return Reading(text_field=self.text_field, whole_files=self.document == "file")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole work, decided before it begins: settings, sources, and pieces that are read on their own."""
+
+    settings: ShardSettings
+    sources: tuple[Source, ...]
+    pieces: tuple[tuple[Segment, ...], ...]
+
+    @classmethod
+    def make(cls, inputs: Sequence[str], settings: ShardSettings) -> "Plan":
+        """Find the sources and cut them into pieces of about four shards each."""
+        sources = find_sources(inputs)
+        target = 4 * settings.shard_bytes
+        pieces: list[tuple[Segment, ...]] = []
+        piece: list[Segment] = []
+        for number, source in enumerate(sources):
+            for segment in segments(number, source, settings.reading, target):
+                if piece and sum(s.weight for s in piece) + segment.weight > target:
+                    pieces.append(tuple(piece))
+                    piece = []
+                piece.append(segment)
+        pieces.append(tuple(piece))
+        return cls(settings, tuple(sources), tuple(pieces))
+
+    def to_json(self) -> dict:
+        """Plain data, the content of plan.json."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Plan":
+        """The inverse of ``to_json``."""
+        return cls(
+            ShardSettings(
+                **{**content["settings"], "exclude": tuple(content["settings"].get("exclude", ()))}
+            ),
+            tuple(Source(**source) for source in content["sources"]),
+            tuple(tuple(Segment(**segment) for segment in piece) for piece in content["pieces"]),
+        )
+
+
+class Work:
+    """Paths of the unfinished work: all in one folder inside the corpus folder, removed at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.output = folder.parent
+        self.scratch = folder / "scratch"
+        self.plan_file = folder / "plan.json"
+        self.tokenizer_file = folder / "tokenizer.json"
+        self.units_file = folder / "units.json"
+        self.report_file = folder / "report.json"
+
+    def piece(self, number: int) -> Path:
+        """Written when a piece has been read."""
+        return self.folder / f"piece-{number:05d}.json"
+
+    def unit(self, name: str) -> Path:
+        """Documents of a unit."""
+        return self.folder / f"unit-{name}.arrow"
+
+    def hashes(self, name: str) -> Path:
+        """Hashes of a unit."""
+        return self.folder / f"unit-{name}.npy"
+
+    def duplicates(self, number: int) -> Path:
+        """Duplicates found in a partition of the hashes."""
+        return self.folder / f"duplicates-{number:05d}.npy"
+
+    def shard(self, split: str, number: int) -> Path:
+        """What is known of a finished shard."""
+        return self.folder / f"{split}-{number:05d}.json"
+
+    def shard_data(self, split: str, number: int) -> Path:
+        """A finished shard, in its final place."""
+        folder = self.output / VALIDATION if split == VALIDATION else self.output
+        return folder / f"data-{number:05d}.arrow"
+
+
+@lru_cache(maxsize=1)
+def load_plan(path: Path) -> Plan:
+    """The plan, read once a process."""
+    return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Documents of one spool file, in the order of the input."""
+
+    name: str
+    documents: int
+    bytes: int
+    lowest: int
+    """Smallest second half of the documents' hashes."""
+
+
+@lru_cache(maxsize=1)
+def load_units(path: Path) -> tuple[Unit, ...]:
+    """All units in the order of the input, read once a process."""
+    return tuple(Unit(**unit) for unit in json.loads(path.read_text(encoding="utf-8")))
+
+
+@dataclass
+class PieceReport:
+    """What reading a piece found."""
+
+    documents_read: int = 0
+    empty: int = 0
+    control_only: int = 0
+    duplicates: int = 0
+    """Within a unit; the others are found when all units are there."""
+    excluded: int = 0
+
+
+def document_hash(text: bytes, seed: int) -> bytes:
+    """16 bytes: the first half finds duplicates, the second decides the split. Other seeds, other splits."""
+    return hashlib.blake2b(text, digest_size=16, salt=seed.to_bytes(16, "little")).digest()
+
+
+def read_piece(folder: Path, number: int) -> None:
+    """Read piece ``number``: write its units, then its report, which says that it is done."""
+    work = Work(folder)
+    plan = load_plan(work.plan_file)
+    report = PieceReport()
+    found: set[int] = set()
+    documents = _documents(plan, number, report, found)
+    units: list[Unit] = []
+    while (first := next(documents, None)) is not None:
+        name = f"{number:05d}-{len(units):04d}"
+        units.append(_write_unit(work, name, chain([first], documents), plan.settings, report))
+    content = {
+        "report": asdict(report),
+        "units": [asdict(unit) for unit in units],
+        "examples_found": sorted(found),
+    }
+    write_json(work.piece(number), content, work.scratch)
+
+
+def _documents(plan: Plan, number: int, report: PieceReport, found: set[int]) -> Iterator[str]:
+    """Cleaned documents of a piece; those without content or to be excluded are counted and left out.
+
+    Numbers of the excluded examples that stand in the documents are added to ``found``.
+    """
+    overlap = load_overlap(tuple(plan.settings.exclude)) if plan.settings.exclude else None
+    for segment in plan.pieces[number]:
+        for raw in read_segment(plan.sources[segment.source], segment, plan.settings.reading):
+            report.documents_read += 1
+            text = clean(raw)
+            if text and overlap is not None and len(examples := overlap.find(text)):
+                report.excluded += 1
+                found.update(examples.tolist())
+            elif text:
+                yield text
+            elif raw.strip():
+                report.control_only += 1
+            else:
+                report.empty += 1
+
+
+def _write_unit(
+    work: Work, name: str, documents: Iterator[str], settings: ShardSettings, report: PieceReport
+) -> Unit:
+    """Take documents until the unit is full; those that repeat one of the unit are counted and left out."""
+    hashes: list[bytes] = []
+    seen: set[bytes] = set()
+    size = 0
+    with atomic_file(work.unit(name), work.scratch) as file:
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with pa.ipc.new_stream(file, _SCHEMA, options=options) as writer:
+            batch: list[bytes] = []
+            batch_bytes = 0
+            for document in documents:
+                text = document.encode()
+                digest = document_hash(text, settings.seed)
+                if not settings.keep_duplicates:
+                    if digest in seen:
+                        report.duplicates += 1
+                        continue
+                    seen.add(digest)
+                hashes.append(digest)
+                batch.append(text)
+                batch_bytes += len(text)
+                full = size + batch_bytes >= settings.shard_bytes or len(hashes) >= UNIT_DOCUMENTS
+                if full or batch_bytes >= _BATCH_BYTES:
+                    writer.write_batch(_record_batch(batch, hashes[-len(batch) :]))
+                    size += batch_bytes
+                    batch, batch_bytes = [], 0
+                if full:
+                    break
+            if batch:
+                writer.write_batch(_record_batch(batch, hashes[-len(batch) :]))
+                size += batch_bytes
+    pairs = _pairs(hashes)
+    if not settings.keep_duplicates:
+        order = np.lexsort((pairs[1], pairs[0]))
+        write_array(work.hashes(name), np.stack([*pairs[:, order], order.astype(np.uint64)]), work.scratch)
+    return Unit(name, len(hashes), size, int(pairs[1].min()))
+
+
+def _pairs(hashes: list[bytes]) -> np.ndarray:
+    """Both halves of each hash: (2, documents) uint64."""
+    return np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2).T.astype(np.uint64)
+
+
+def _record_batch(texts: list[bytes], hashes: list[bytes]) -> pa.RecordBatch:
+    return pa.record_batch([pa.array(texts, pa.large_string()), pa.array(_pairs(hashes)[1])], schema=_SCHEMA)
+
+
+def read_unit(work: Work, name: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
+    """The unit's documents with the second half of their hashes, (documents,) uint64, a batch at a time."""
+    with open(work.unit(name), "rb") as file, pa.ipc.open_stream(file) as reader:
+        for batch in reader:
+            yield batch.column("text"), batch.column("low").to_numpy()
+
+
+# --- duplicates ---
+
+
+def number_of_partitions(units: Sequence[Unit]) -> int:
+    """Parts that the hashes are compared in."""
+    return max(1, -(-sum(unit.documents for unit in units) // PARTITION_HASHES))
+
+
+def find_duplicates(folder: Path, number: int, partitions: int) -> None:
+    """Find the documents of partition ``number`` of the hashes that repeat an earlier one.
+
+    The first occurrence in the order of the input stays. Writes (2, duplicates) uint64: unit and place in it,
+    in rising order. Memory depends on the partition's size: a document comes at most once from each unit.
+    """
+    work = Work(folder)
+    bounds = [(number * 2**64) // partitions, ((number + 1) * 2**64) // partitions]
+    parts = []
+    for index, unit in enumerate(load_units(work.units_file)):
+        hashes = np.load(work.hashes(unit.name), mmap_mode="r")  # (3, documents): both halves and the place
+        first = int(np.searchsorted(hashes[0], np.uint64(bounds[0])))
+        last = hashes.shape[1]
+        if number + 1 < partitions:
+            last = int(np.searchsorted(hashes[0], np.uint64(bounds[1])))
+        part = hashes[:, first:last]
+        parts.append(np.concatenate([part[:2], np.full((1, last - first), index, np.uint64), part[2:]]))
+    high, low, unit_of, place = np.concatenate(parts, axis=1)
+    order = np.lexsort((place, unit_of, low, high))
+    high, low, unit_of, place = high[order], low[order], unit_of[order], place[order]
+    repeats = np.flatnonzero((high[1:] == high[:-1]) & (low[1:] == low[:-1])) + 1
+    found = np.stack([unit_of[repeats], place[repeats]])
+    found = found[:, np.lexsort((found[1], found[0]))]
+    write_array(work.duplicates(number), found, work.scratch)
+
+
+def duplicates_of(work: Work, unit: int, partitions: int) -> np.ndarray:
+    """Places of unit ``unit`` whose documents repeat an earlier one."""
+    places = []
+    for number in range(partitions):
+        found = np.load(work.duplicates(number), mmap_mode="r")
+        first, last = np.searchsorted(found[0], np.array([unit, unit + 1], dtype=np.uint64))
+        places.append(np.asarray(found[1, first:last]))
+    return np.concatenate([np.empty(0, np.uint64), *places])

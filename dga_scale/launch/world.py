@@ -1,0 +1,280 @@
+"""Who am I: the rank of this process, whichever launcher started it, and what the ranks say to each other."""
+
+import errno
+import importlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dga_scale.errors import EXIT_USER_ERROR, UserError
+from dga_scale.launch.cpu_malloc import keep_freed_memory
+from dga_scale.launch.cpu_threads import share_cores
+from dga_scale.launch.environment import Place, read_place
+from dga_scale.launch.rendezvous import JOIN_TIMEOUT, meet
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""How long a rank waits for the others. Long enough for rank 0 to convert a large checkpoint meanwhile."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk that is full, read-only or broken says."""
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed; that one knows why."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The ranks of this run, after the process group is up. Built by :func:`join_cluster`."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the process group where the ranks are still at one.
+
+        Otherwise gloo's threads may drop their last tensors while the interpreter shuts down, which aborts
+        the process (exit code 134), and NCCL complains.
+        """
+        if dist.is_initialized() and (error is None or isinstance(error, UserError)):
+            dist.destroy_process_group()
+
+    def describe(self) -> str:
+        """How many ranks, who started them, where they meet. Every rank has to call it."""
+        # A launcher counts nodes as it likes: each has one rank that is its first.
+        nodes = self.all_gather_object(self.local_rank).count(0)
+        where = f"{_plural(self.world_size, 'rank')} on {_plural(nodes, 'node')}, started by {self.launcher}"
+        if self.world_size == 1:
+            return where
+        return f"{where}, rank 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add ``tensor`` up over all ranks: a new tensor of the same shape on the same device."""
+        if self.world_size == 1:
+            return tensor.clone()
+        total = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """``value`` of every rank, in rank order, on every rank. For small plain data."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's ``value`` on every rank; what the other ranks pass is ignored."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def run_on_all(self, fn: Callable[[], T]) -> T:
+        """Run ``fn`` on every rank and return its value there; one failing rank stops all, none hangs.
+
+        ``fn`` must not communicate. Where a rank raises ``UserError``, or ``OSError`` for a disk that is full
+        or can't be written, all ranks raise the same ``UserError``; where it raises something else, that rank
+        raises it again and the others ``RankFailed`` naming it.
+        """
+        value: T | None = None
+        error: Exception | None = None
+        try:
+            value = fn()
+        except Exception as caught:
+            error = _disk_trouble(caught) or caught
+        said = None
+        if error is not None:
+            said = (type(error).__name__, str(error), isinstance(error, UserError), socket.gethostname())
+        failed = {rank: answer for rank, answer in enumerate(self.all_gather_object(said)) if answer}
+        if not failed:
+            return value  # type: ignore[return-value]  # fn's own value: no error, so it was set
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        rank, (name, text, users, host) = next(iter(failed.items()))
+        if not users:
+            raise RankFailed(f"rank {rank} on {host} failed: {name}: {text}")
+        on_all = self.world_size == len(failed) and len({answer[1] for answer in failed.values()}) == 1
+        raise UserError(text if on_all or self.world_size == 1 else f"rank {rank} on {host}: {text}")
+
+    def run_on_first(self, fn: Callable[[], T]) -> T:
+        """Run ``fn`` on rank 0 only and return its value, or raise its ``UserError``, on every rank."""
+        value = self.run_on_all(lambda: fn() if self.rank == 0 else None)
+        return self.broadcast_object(value)  # type: ignore[return-value]  # rank 0's is fn's own value
+
+
+def _disk_trouble(error: Exception) -> UserError | None:
+    if not isinstance(error, OSError) or error.errno not in _NO_ROOM:
+        return None
+    return UserError(
+        f"{error.filename or 'a file'} could not be written: {error.strerror}. Free disk space, or mend the "
+        "file system, then start the same command again"
+    )
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def single_process() -> Cluster:
+    """Stand alone: for tools that read what a run has written."""
+    return Cluster("python", 0, 1, 0, 1, torch.device("cpu"))
+
+
+def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
+    """Start the process group (NCCL on GPUs, gloo on CPUs) among the processes the launcher started.
+
+    Raises ``UserError`` where the launcher's variables are incomplete or contradict each other, where a rank
+    has no GPU, or does not come or can't be connected to within ``timeout``.
+    """
+    place = read_place(os.environ)
+    device = _device(place)
+    address, port = _meeting_point(place)
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        # DeepSpeed takes it for the number of the GPU.
+        LOCAL_RANK=str(place.local_rank if device.index is None else device.index),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    if not dist.is_initialized():
+        store = meet(place, address, port, _name_of_gpu(device), timeout)
+        _start_group(place, device, store, timeout)
+    cluster = Cluster(
+        place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size, device
+    )
+    share_cores(cluster.all_gather_object)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return cluster
+
+
+def _start_group(place: Place, device: torch.device, store: dist.Store, timeout: timedelta) -> None:
+    if device.type == "cpu":
+        # Otherwise DeepSpeed looks for accelerators and warns that it found none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # On CPUs DeepSpeed compiles a shared-memory all-reduce here: 40 s of g++ on each fresh machine, for an
+    # operation that only inference calls. (``deepspeed.comm.torch`` as an attribute is torch itself.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    # The group waits for its connections as long as for a collective.
+    impatience = threading.Timer(timeout.total_seconds(), _give_up, [place, timeout])
+    impatience.daemon = True
+    impatience.start()
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            # With one rank there is nobody that NCCL could connect a device to.
+            device_id=device if device.type == "cuda" and place.world_size > 1 else None,
+        )
+        if place.world_size > 1:
+            dist.barrier()  # NCCL connects at the first collective
+    except RuntimeError as error:
+        raise UserError(f"{_unconnected(place)} ({' '.join(str(error).split())})") from error
+    finally:
+        impatience.cancel()
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
+    )
+
+
+def _unconnected(place: Place) -> str:
+    return (
+        f"rank {place.rank} on {socket.gethostname()} has met the others, but could not be connected with "
+        "all of them: is there a firewall between the nodes, or have they several networks? "
+        "NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface to take"
+    )
+
+
+def _give_up(place: Place, timeout: timedelta) -> None:
+    # The main thread hangs in a call that nothing ends.
+    text = f"error: {_unconnected(place)} (waited for {timeout.total_seconds():g} s)\n"
+    os.write(sys.stderr.fileno(), text.encode())
+    os._exit(EXIT_USER_ERROR)
+
+
+def _device(place: Place) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if gpus == 1:  # srun and some MPI set-ups show each process only its own GPU
+        index = 0
+    elif place.local_rank < gpus:
+        index = place.local_rank
+    else:
+        raise UserError(
+            f"rank {place.rank} is number {place.local_rank} on its node, which has only {gpus} GPUs: "
+            "start as many processes a node as it has GPUs"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _name_of_gpu(device: torch.device) -> str | None:
+    """A name that no other GPU has."""
+    if device.type == "cpu":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _meeting_point(place: Place) -> tuple[str, int]:
+    if place.master_addr is not None:
+        return place.master_addr, place.master_port
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(
+            f"{place.launcher} started processes on several nodes and the address of rank 0 is not known: "
+            "install dga_scale[mpi], or set MASTER_ADDR to rank 0's host for all processes"
+        ) from error
+    ranks = MPI.COMM_WORLD.Get_size()
+    if ranks != place.world_size:
+        raise UserError(
+            f"{place.launcher} started {place.world_size} processes, but mpi4py counts {ranks}: it was built "
+            f"with another MPI ({MPI.Get_library_version().split(',')[0].strip()}). Set MASTER_ADDR to rank "
+            "0's host for all processes, or MPI4PY_MPIABI and LD_LIBRARY_PATH to the MPI of the launcher"
+        )
+    host, port = MPI.COMM_WORLD.bcast((socket.gethostname(), _free_port()), root=0)
+    MPI.Finalize()  # nothing else goes through MPI
+    return host, port
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

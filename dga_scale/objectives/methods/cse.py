@@ -1,0 +1,201 @@
+"""CSE: the LM loss on a model whose last layers have sparse experts (Dong et al., NeurIPS 2024)."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dga_scale.backbone.extended import ExtendedPreTrainedModel, Settings, extend
+from dga_scale.config.settings import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    INSIDE_0_1,
+    MethodSettings,
+    Rules,
+    TrainConfig,
+    setting,
+)
+from dga_scale.errors import UserError
+from dga_scale.experts.clustering import Clusters, NoClusters, find_clusters
+from dga_scale.experts.extension import (
+    EXPERTS,
+    Place,
+    Sample,
+    add_experts,
+    collect_features,
+    places_of,
+    settings_of,
+    update_centres_every,
+)
+from dga_scale.objectives.method import Method, Workplace
+from dga_scale.storage.atomic import replace_file
+from dga_scale.storage.checked_json import seal, unseal
+
+STRUCTURE = "experts.json"
+
+
+@dataclass(frozen=True)
+class CSESettings(MethodSettings):
+    """Which sublayers get experts, and how their clusters are found."""
+
+    cse_layers: int = setting(2, "Last layers whose sublayers get experts. Source: CSE.")
+    cse_experts: str = setting(
+        "both", "Sublayers that an expert copies. Source: CSE, both did best.", ("attention", "ffn", "both")
+    )
+    cse_samples: int = setting(10_000, "Rows of the training text, mix included, that are clustered.")
+    cse_alpha: float = setting(0.99, "Share of a centre that one sequence leaves in place.")
+    cse_projection: int = setting(64, "Width of the Gaussian projection in which sequences are compared.")
+    cse_eps: float | None = setting(
+        None,
+        "DBSCAN's eps, at all places. Default: for each the elbow of its k-distance curve, or where that "
+        "joins everything the largest of the curve's 95% to 25% quantiles that leaves two clusters.",
+    )
+    cse_min_samples: int | None = setting(None, "DBSCAN's min_samples. Default: max(5, 0.5% of the rows).")
+
+    cse_warmup_steps: int = setting(
+        0,
+        "Steps that train the dense model first, as a run of its own, before its text is clustered: for "
+        "pretraining from scratch (random_init). Source: CSE, at most 1% of training.",
+    )
+
+    rules: ClassVar[Rules] = {
+        "cse_warmup_steps": AT_LEAST_0,
+        "cse_layers": AT_LEAST_1,
+        "cse_samples": AT_LEAST_1,
+        "cse_alpha": INSIDE_0_1,
+        "cse_projection": AT_LEAST_1,
+        "cse_eps": ABOVE_0,
+        "cse_min_samples": AT_LEAST_1,
+    }
+
+
+class CSE(Method):
+    """The LM loss, on experts that are copies of the dense sublayers, one for each cluster of the text.
+
+    The sample is clustered when the run starts, with the masks that training has; a resumed run rebuilds the
+    same experts from ``experts.json``, and its checkpoint has their weights and centres. A model that has
+    experts already is trained on with those. The model handed back loads through the Auto classes once
+    ``dga_scale.backbone.extended`` is imported.
+    """
+
+    name = "cse"
+    summary = "MLM with experts for clusters of sequences in the last layers (Dong et al., 2024)"
+    Settings = CSESettings
+    needs_whole_model = True
+
+    def check(self, config: TrainConfig, causal: bool) -> None:
+        try:
+            import sklearn  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "--method cse clusters text with scikit-learn, which is not installed: "
+                'pip install "scikit-learn>=1.5,<2"'
+            ) from None
+
+    def prepare(self, workplace: Workplace) -> PreTrainedModel:
+        model = self._with_experts(workplace)
+        # The step's passes, in settings that were completed before this.
+        update_centres_every(model, workplace.config.optimization.gradient_accumulation_steps or 1)
+        return model
+
+    def _with_experts(self, workplace: Workplace) -> ExtendedPreTrainedModel:
+        if isinstance(workplace.lm, ExtendedPreTrainedModel) and workplace.lm.config.extension == EXPERTS:
+            workplace.print("the model has experts already: they are trained on as they are")
+            return workplace.lm
+        path = workplace.folder / STRUCTURE
+        if workplace.resuming:
+            return extend(workplace.lm, EXPERTS, workplace.run_on_first(lambda: _read(path)))
+        samples = self._samples(workplace)
+        clusters, left_dense = workplace.run_on_first(lambda: self._clusters(samples))
+        for reason in left_dense:
+            workplace.print(f"left without experts: {reason}")
+        for place, found in clusters.items():
+            workplace.print(
+                f"{place}: {len(found.centres)} experts for clusters of {found.sizes} sequences, "
+                f"{found.noise} of them noise (eps {found.eps:.4g}, min_samples {found.min_samples})"
+            )
+        structure = settings_of(clusters, alpha=self.settings.cse_alpha, width=self.settings.cse_projection)
+        if not workplace.config.run.dry_run:
+            workplace.run_on_first(lambda: _write(path, structure, clusters))
+        return add_experts(workplace.lm, clusters, samples, alpha=self.settings.cse_alpha)
+
+    def _samples(self, workplace: Workplace) -> dict[Place, Sample]:
+        """Collect features of the sample on all ranks, as every rank gets them."""
+        settings = self.settings
+        places = places_of(workplace.anatomy, settings.cse_layers, settings.cse_experts)
+        workplace.print(f"clustering {settings.cse_samples} rows of text for {len(places)} sublayers")
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for inputs in workplace.sample(settings.cse_samples):
+                yield inputs.masked_ids, inputs.attention_mask
+
+        workplace.lm.to(workplace.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+        own = collect_features(
+            workplace.lm,
+            workplace.anatomy,
+            places,
+            batches(),
+            width=settings.cse_projection,
+            seed=workplace.config.run.seed,
+        )
+        parts = workplace.all_gather_object({place: sample.features.numpy() for place, sample in own.items()})
+        return {
+            place: Sample(torch.cat([torch.from_numpy(part[place]) for part in parts]), sample.projection)
+            for place, sample in own.items()
+        }
+
+    def _clusters(self, samples: dict[Place, Sample]) -> tuple[dict[Place, Clusters], list[str]]:
+        """Find each place's clusters; a sublayer where the text is in one piece stays dense, and says why.
+
+        Raises:
+            NoClusters: the text is in one piece everywhere.
+
+        """
+        tried = {place: self._clusters_at(place, sample) for place, sample in samples.items()}
+        found = {place: clusters for place, clusters in tried.items() if isinstance(clusters, Clusters)}
+        refused = [error for error in tried.values() if isinstance(error, NoClusters)]
+        if not found:
+            raise refused[0]
+        return found, [str(error) for error in refused]
+
+    def _clusters_at(self, place: Place, sample: Sample) -> Clusters | NoClusters:
+        settings, points = self.settings, sample.features.numpy()
+        what = f"the training text at {place}"
+        try:
+            return find_clusters(points, settings.cse_eps, settings.cse_min_samples, what=what)
+        except NoClusters as error:
+            return error
+
+
+def _read(path: Path) -> Settings:
+    try:
+        structure: Settings = unseal(json.loads(path.read_text(encoding="utf-8")))["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}, which says what experts the run has, can't be read ({error}): restore it, or start "
+            "anew in another --output_dir"
+        ) from error
+    return structure
+
+
+def _write(path: Path, structure: Settings, clusters: dict[Place, Clusters]) -> None:
+    """Write the experts' structure, and what they were made of for the reader; the file appears whole."""
+    found: list[dict[str, Any]] = [
+        {
+            "place": str(place),
+            "sizes": each.sizes,
+            "radii": each.radii.tolist(),
+            "noise": each.noise,
+            "eps": each.eps,
+            "min_samples": each.min_samples,
+        }
+        for place, each in clusters.items()
+    ]
+    text = json.dumps(seal({"settings": structure, "clusters": found}), indent=2) + "\n"
+    replace_file(path, text.encode())

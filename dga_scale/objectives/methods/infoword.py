@@ -1,0 +1,72 @@
+"""MLM + InfoWord: a sentence with gaps and the words that fill them are told from other sentences' words."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, Rules, TrainConfig, setting
+from dga_scale.corpus.loading.masking import IGNORED
+from dga_scale.errors import UserError
+from dga_scale.objectives.contrast import Contrast, ContrastSettings, Side
+from dga_scale.objectives.method import LM_VIEW, Method
+from dga_scale.objectives.views import ModelInputs, View, mean_pool
+
+
+@dataclass(frozen=True)
+class InfoWordSettings(ContrastSettings):
+    """The contrast of sentences and words."""
+
+    infoword_weight: float = setting(
+        1.0, "Weight of the contrast of sentences and words. Source: DGA's baseline."
+    )
+    infoword_temperature: float = setting(
+        0.05, "Temperature of the contrast of sentences and words. Source: DGA's baseline."
+    )
+
+    rules: ClassVar[Rules] = {"infoword_weight": AT_LEAST_0, "infoword_temperature": ABOVE_0}
+
+
+class InfoWord(Method):
+    """The LM loss, and InfoNCE between the masked sentence and the words masked in it.
+
+    The anchor is the pooled state of the masked text, its positive the mean state that the masked words have
+    in the clean text; negatives are the words of all other sentences, of all ranks (arXiv 1910.08350).
+    """
+
+    name = "infoword"
+    summary = "MLM + contrast of the masked sentence with its masked words (Kong et al., 2020)"
+    Settings = InfoWordSettings
+
+    def check(self, config: TrainConfig, causal: bool) -> None:
+        if causal:
+            raise UserError(
+                "--method infoword contrasts a masked sentence with its masked words, and a causal LM masks "
+                "nothing: choose another method (simcse contrasts whole sentences)"
+            )
+
+    def contrast(self) -> Contrast:
+        return Contrast(
+            name="infoword",
+            weight=self.settings.infoword_weight,
+            temperature=self.settings.infoword_temperature,
+            scope=self.settings.contrast_scope,
+            sides=[Side(LM_VIEW), Side(View("clean"), pool_masked_words)],
+        )
+
+
+def pool_masked_words(hidden: Tensor, inputs: ModelInputs) -> Tensor:
+    """Mean of hidden states (B, T, H) over the masked positions of each example: (B, H) in fp32.
+
+    An example in which nothing is masked (text of unknown tokens only) is pooled whole.
+    """
+    mask = inputs.attention_mask
+    masked = (
+        torch.zeros_like(mask)
+        .flatten()
+        .scatter_add(0, inputs.positions, (inputs.labels != IGNORED).long())
+        .view_as(mask)
+    )  # (B, T)
+    whole = masked.sum(dim=1, keepdim=True) == 0
+    return mean_pool(hidden, torch.where(whole, inputs.attention_mask, masked))

@@ -1,0 +1,61 @@
+"""KL to the base: on general text, the model is held to what the starting model predicted there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, setting
+from dga_scale.objectives.method import Method, Reading, Term
+from dga_scale.objectives.methods.rehearsal import weighted_means
+from dga_scale.preservation.divergence import kl_divergence
+
+
+@dataclass(frozen=True)
+class KLSettings(MethodSettings):
+    """How firmly, and on what."""
+
+    kl_weight: float = setting(1.0, "Weight of the divergence from the starting model on the mix's rows.")
+    kl_temperature: float = setting(
+        1.0, "Temperature of both distributions; the divergence has its square as a factor."
+    )
+    kl_mlm_weight: float = setting(0.0, "Weight of the mix's own MLM loss. 0: only the divergence.")
+
+    rules: ClassVar[Rules] = {
+        "kl_weight": AT_LEAST_0,
+        "kl_temperature": ABOVE_0,
+        "kl_mlm_weight": AT_LEAST_0,
+    }
+
+
+class KL(Method):
+    """``L_MLM(D) + weight T^2 KL(softmax(base / T) || softmax(student / T)) + mlm_weight L_MLM(G)``.
+
+    G are the rows that are mixed in (``--mix``). The divergence is one of distributions over the vocabulary,
+    at the masked positions of G's masked text, averaged over those of the global batch; the base is the
+    frozen starting model in eval mode. It reads the mix's rows only.
+    """
+
+    name = "kl"
+    summary = "MLM + KL to the starting model's predictions on general text (--mix)"
+    Settings = KLSettings
+    compares_vocabulary = True
+    needs_mix = True
+    needs_teacher = True
+
+    def token_weights(self, masked: Sequence[int]) -> tuple[float, ...]:
+        return weighted_means(masked, self.settings.kl_mlm_weight)
+
+    def terms(self, reading: Reading) -> dict[str, Term]:
+        inputs, temperature = reading.inputs, self.settings.kl_temperature
+        rows, slots, tokens = inputs.mixed_rows, inputs.mixed_slots, inputs.input_ids.shape[1]
+        hidden = reading.teacher(True, rows)  # (G, T, H)
+        # Slots of -1 only fill up: they read whatever the last place holds, and don't count.
+        positions, student = inputs.positions[slots], reading.lm_logits[slots]  # (K,), (K, V)
+        place = torch.searchsorted(rows, positions // tokens).clamp(max=len(rows) - 1)  # among the G rows
+        base = reading.teacher_logits(hidden, place * tokens + positions % tokens)  # (K, V)
+        divergences = kl_divergence(base.float() / temperature, student.float() / temperature)  # (K,)
+        total = divergences.masked_fill(slots < 0, 0).sum()
+        mean = total * temperature**2 * (reading.passes / max(1, sum(reading.masked[1:])))
+        return {"kl": Term(mean, self.settings.kl_weight)}

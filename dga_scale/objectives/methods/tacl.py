@@ -1,0 +1,56 @@
+"""MLM + TaCL: masked text is read as the starting model reads the clean text, token by token."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, TrainConfig, setting
+from dga_scale.corpus.loading.masking import IGNORED
+from dga_scale.errors import UserError
+from dga_scale.objectives.method import LM_VIEW, Method, Reading, Term
+
+
+@dataclass(frozen=True)
+class TaCLSettings(MethodSettings):
+    """The contrast of tokens."""
+
+    tacl_weight: float = setting(1.0, "Weight of the contrast of tokens. Source: TaCL.")
+    tacl_temperature: float = setting(0.01, "Temperature of the contrast of tokens. Source: TaCL.")
+
+    rules: ClassVar[Rules] = {"tacl_weight": AT_LEAST_0, "tacl_temperature": ABOVE_0}
+
+
+class TaCL(Method):
+    """The LM loss, and a contrast of each masked token with the tokens of its sequence.
+
+    ``-log( e^{cos(s_i, t_i)/tau} / sum_j e^{cos(s_i, t_j)/tau} )`` for each masked position i: s the states
+    of the masked text, t those of the clean text in the frozen starting model, j over the real tokens of the
+    sequence. The mean over all masked positions of the global batch (arXiv 2111.04198).
+    """
+
+    name = "tacl"
+    summary = "MLM + contrast of masked tokens with the starting model's reading of them (Su et al., 2022)"
+    Settings = TaCLSettings
+    needs_teacher = True
+
+    def check(self, config: TrainConfig, causal: bool) -> None:
+        if causal:
+            raise UserError(
+                "--method tacl contrasts masked with clean text, and a causal LM masks nothing: choose "
+                "another method (kd distills the starting model into a causal LM too)"
+            )
+
+    def terms(self, reading: Reading) -> dict[str, Term]:
+        inputs = reading.inputs
+        students = F.normalize(reading.hidden[LM_VIEW.name].float(), dim=-1)  # (B, T, H)
+        teachers = F.normalize(reading.teacher(False).float(), dim=-1)  # (B, T, H)
+        # Of all tokens, then those masked: less than the teachers' states of a row for each of its tokens.
+        similarities = (students @ teachers.mT).flatten(0, 1)[inputs.positions]  # (N, T)
+        similarities = similarities / self.settings.tacl_temperature
+        similarities = similarities.masked_fill(inputs.attention_mask[inputs.rows] == 0, float("-inf"))
+        tokens = inputs.positions % inputs.input_ids.shape[1]
+        targets = tokens.masked_fill(inputs.labels == IGNORED, IGNORED)
+        total = F.cross_entropy(similarities, targets, ignore_index=IGNORED, reduction="sum")
+        mean = total * (reading.passes / sum(reading.masked))
+        return {"tacl": Term(mean, self.settings.tacl_weight)}

@@ -1,0 +1,135 @@
+"""MLM + TaCo: what the context adds to a token is alike for near tokens, and unlike in other sequences."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dga_scale.config.settings import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    MethodSettings,
+    Rules,
+    TrainConfig,
+    setting,
+)
+from dga_scale.errors import UserError
+from dga_scale.objectives.method import LM_VIEW, Method, Reading, Term
+from dga_scale.objectives.views import View
+
+
+@dataclass(frozen=True)
+class TaCoSettings(MethodSettings):
+    """The contrast of contexts."""
+
+    taco_weight: float = setting(1.0, "Weight of the contrast of contexts. Source: DGA's baseline.")
+    taco_temperature: float = setting(0.07, "Temperature of the contrast of contexts. Source: TACO.")
+    taco_window: int = setting(5, "Farthest token that the positive is drawn from. Source: TACO.")
+    taco_negatives: int = setting(50, "Tokens of other sequences that a token is told from. Source: TACO.")
+
+    rules: ClassVar[Rules] = {
+        "taco_weight": AT_LEAST_0,
+        "taco_temperature": ABOVE_0,
+        "taco_window": AT_LEAST_1,
+        "taco_negatives": AT_LEAST_1,
+    }
+
+
+class TaCo(Method):
+    """The LM loss, and a contrast of ``g = last hidden state - embedding output``, a token's context.
+
+    For every real token of the masked text: its positive is another token of its sequence, drawn from within
+    the window; its negatives are drawn, for each sequence once, from the tokens of the other sequences in the
+    forward pass. Neither gets a gradient. The loss is the mean over tokens, then over sequences. What is
+    drawn comes from torch's generator, which is seeded by step and rank (arXiv 2204.04163).
+    """
+
+    name = "taco"
+    summary = "MLM + contrast of what the context adds to near and to unrelated tokens (Fu et al., 2022)"
+    Settings = TaCoSettings
+
+    def check(self, config: TrainConfig, causal: bool) -> None:
+        if config.optimization.per_device_train_batch_size == 1:
+            raise _no_other_sequence()
+
+    def views(self) -> tuple[View, ...]:
+        return (replace(LM_VIEW, embeddings=True),)
+
+    def terms(self, reading: Reading) -> dict[str, Term]:
+        settings = self.settings
+        contexts = reading.hidden[LM_VIEW.name].float() - reading.embeddings[LM_VIEW.name].float()
+        anchors = F.normalize(contexts, dim=-1)  # (B, T, H)
+        keys = anchors.detach()
+        lengths = reading.inputs.attention_mask.sum(dim=1)  # (B,) real tokens come first
+        near = near_tokens(lengths, anchors.shape[1], settings.taco_window)  # (B, T)
+        positives = keys.gather(1, near.unsqueeze(-1).expand_as(keys))
+        rows, places = tokens_of_others(lengths, settings.taco_negatives)  # (B, K) each
+        negatives = keys[rows, places]  # (B, K, H)
+        similarities = torch.cat(
+            [(anchors * positives).sum(dim=-1, keepdim=True), anchors @ negatives.mT], dim=-1
+        )  # (B, T, 1 + K)
+        losses = -(similarities / settings.taco_temperature).log_softmax(dim=-1)[..., 0]  # (B, T)
+        # A token on its own has no near token.
+        counts = (reading.inputs.attention_mask == 1) & (lengths > 1)[:, None]
+        by_row = losses.masked_fill(~counts, 0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+        return {"taco": Term(by_row.mean(), settings.taco_weight)}
+
+
+def near_tokens(lengths: Tensor, tokens: int, window: int) -> Tensor:
+    """Draw for each position another one of its sequence, at most ``window`` away.
+
+    Args:
+        lengths: (B,) real tokens of each sequence.
+        tokens: T; what is drawn for positions behind the sequence's end means nothing.
+        window: farthest distance.
+
+    Returns:
+        (B, T) positions.
+
+    """
+    here = torch.arange(tokens, device=lengths.device)
+    last = (lengths[:, None] - 1).clamp(min=0)  # (B, 1)
+    first = (here - window).clamp(min=0).minimum(last)  # (B, T)
+    others = (here + window).minimum(last) - first  # there is one place more: the position itself
+    near = first + _below(others)
+    return (near + (near >= here).long()).minimum(last)
+
+
+def tokens_of_others(lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Draw ``count`` tokens for each sequence from the real tokens of all others, with replacement.
+
+    Args:
+        lengths: (B,) real tokens of each sequence.
+        count: K.
+
+    Returns:
+        their sequences and their positions in those, (B, K) each.
+
+    Raises:
+        UserError: there is no other sequence.
+
+    """
+    if len(lengths) < 2:
+        raise _no_other_sequence()
+    ends = lengths.cumsum(0)  # of the sequences, laid one behind the other without padding
+    starts = ends - lengths
+    drawn = _below((ends[-1] - lengths)[:, None].expand(-1, count))
+    drawn = drawn + torch.where(drawn >= starts[:, None], lengths[:, None], 0)  # skips the own sequence
+    rows = torch.searchsorted(ends, drawn, right=True).clamp(max=len(lengths) - 1)
+    return rows, drawn - starts[rows]
+
+
+def _below(limits: Tensor) -> Tensor:
+    """Draw an integer from 0 to below each limit; 0 where that is 0."""
+    uniform = torch.rand(limits.shape, device=limits.device, dtype=torch.float64)
+    return (uniform * limits).long()
+
+
+def _no_other_sequence() -> UserError:
+    return UserError(
+        "--method taco draws its negatives from the other sequences of a forward pass, and this run has one "
+        "sequence in a pass: set --per_device_train_batch_size to 2 or more"
+    )

@@ -1,0 +1,262 @@
+"""One self-contained HTML page about one run or several: no network, no script, light and dark, any width."""
+
+import base64
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html import escape, unescape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import dga_scale
+from dga_scale.errors import UserError
+from dga_scale.report import html, plots
+from dga_scale.report.groups import Group, comparison, grouped
+from dga_scale.report.html import Draw
+from dga_scale.report.run_data import Change, RunData, load_run, protection_verdict, verdict
+from dga_scale.report.scores import load_scores, scores_html
+
+_LIGHT_FIGURE = re.compile(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">')
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    output: str | Path,
+    figures: Path | None = None,
+    evaluation: Path | None = None,
+) -> None:
+    """Write the page about ``runs`` (run folders), side by side where there are several.
+
+    Args:
+        runs: folders.
+        output: the page.
+        figures: a folder that gets the page's figures, numbered, as PNG files.
+        evaluation: what tools/evaluate.py wrote about the models, for a section of scores.
+
+    Raises:
+        UserError: a folder is no run folder or no evaluation, a file in it is damaged, or ``output`` can't be
+            written.
+    """
+    scores = None if evaluation is None else load_scores(evaluation)
+    page = render([load_run(Path(run)) for run in runs], scores)
+    try:
+        Path(output).write_text(page, encoding="utf-8")
+        if figures is not None:
+            figures.mkdir(parents=True, exist_ok=True)
+            for number, (data, caption) in enumerate(_LIGHT_FIGURE.findall(page), 1):
+                name = re.sub(r"[^a-z0-9]+", "-", unescape(caption).lower())[:60].strip("-")
+                (figures / f"{number:02d}-{name}.png").write_bytes(base64.b64decode(data))
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}. Give a file in a folder you own.") from None
+
+
+def render(runs: Sequence[RunData], scores: Mapping[str, Any] | None = None) -> str:
+    """The page as a string. All text from the runs is escaped; images are inlined."""
+    title = ", ".join(run.name for run in runs)
+    sections = [
+        _outcome(runs),
+        html.section("Scores", scores_html(scores) if scores else ""),
+        html.section("Losses", _losses(runs)),
+        html.section("Importance and protection of attention heads", _importance(runs)),
+        html.section("Effective protection", _effective_protection(runs)),
+        html.section("Speed and memory", _speed(runs)),
+        html.section("Settings", _settings(runs)),
+        html.section("Environment", _environment(runs)),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}: domain adaptation</title>\n<style>{html.STYLE}</style>\n</head>\n"
+        "<body>\n<main>\n"
+        f"<h1>Domain adaptation: {escape(title)}</h1>\n"
+        + "".join(f'<p class="muted">{escape(_one_line(run))}</p>\n' for run in runs)
+        + "".join(sections)
+        + f'<p class="muted">Written by dga_scale {dga_scale.__version__}. A loss is the mean cross-entropy '
+        "in nats of the predicted tokens of held-out text; perplexity is its exponential.</p>\n"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
+def _one_line(run: RunData) -> str:
+    s = run.settings
+    tokens = f", {run.summary['tokens']:,} tokens" if "tokens" in run.summary else ""
+    total = s.get("max_steps")
+    state = f"{total} steps" if run.last_step == total else f"step {run.last_step} of {total}, not finished"
+    return f"{run.name}: {s.get('model')} adapted to {run.corpora} by {run.label}; {state}{tokens}."
+
+
+def _outcome(runs: Sequence[RunData]) -> str:
+    groups = grouped(runs)
+    said = [compared] if (compared := comparison(groups)) else []
+    said += [verdict(run) if len(runs) == 1 else f"{run.name}: {verdict(run)}" for run in runs]
+    if any(len(group.runs) == 1 for group in groups):
+        said.append("One seed a method: differences of a few hundredths can be chance.")
+    rows = []
+    for text in ("domain", "general"):
+        measured = [(run, change) for run in runs if (change := run.change(text))]
+        if len(runs) > 1 and measured:
+            rows.append(f'<tr class="group"><td colspan="4">{text}</td></tr>')
+        rows += [_change_row(run.name if len(runs) > 1 else text, change) for run, change in measured]
+    paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in said)
+    head = ("held-out text", "before", "after", "change")
+    compared = _methods(groups) if len(groups) > 1 else ""
+    return f'<div class="verdict">\n{paragraphs}</div>\n{compared}{html.table(head, rows)}'
+
+
+def _methods(groups: Sequence[Group]) -> str:
+    """Each method once: what it learnt and what it kept, over its seeds."""
+    rows = []
+    for group in groups:
+        cells = [str(group.after(text)) for text in ("domain", "general")]
+        changes = [f"{group.change(text).mean:+.3f}" for text in ("domain", "general")]
+        values = (cells[0], changes[0], cells[1], changes[1], str(len(group.runs)))
+        rows.append(f"<tr><td>{escape(group.label)}</td>{html.cells(values)}</tr>")
+    head = ("method", "domain loss", "change", "general loss", "change", "seeds")
+    before = [(d.before, g.before) for group in groups for d, g in group.changes()]
+    # Runs of one base start from the same losses, measured again by each.
+    points = [("before", [before[0][0]], [before[0][1]])] + [
+        (group.label, [d.after for d, _ in group.changes()], [g.after for _, g in group.changes()])
+        for group in groups
+    ]
+    caption = "what was learnt against what was kept: left is better in the domain, low outside it"
+    picture = html.figures([(caption, lambda theme: plots.comparison_figure(points, theme=theme))])
+    return html.table(head, rows) + picture
+
+
+def _change_row(name: str, change: Change) -> str:
+    def loss(value: float) -> str:
+        return f"<td>{value:.3f}<small>ppl {math.exp(value):,.1f}</small></td>"
+
+    kind = "better" if change.difference < 0 else "worse"
+    difference = f'<td class="{kind}">{change.difference:+.3f}<small>{change.relative:+.1%}</small></td>'
+    return f"<tr><td>{escape(name)}</td>{loss(change.before)}{loss(change.after)}{difference}</tr>"
+
+
+def _losses(runs: Sequence[RunData]) -> str:
+    if len(runs) == 1:
+        names = dict.fromkeys(k for r in runs[0].steps for k in r if k.startswith("loss/"))
+        training = {name.removeprefix("loss/"): runs[0].series(name) for name in names}
+        held_out = {
+            "held-out loss": _points({"domain": (runs[0], "domain"), "general": (runs[0], "general")})
+        }
+    else:
+        training = {run.name: series for run in runs if (series := run.series("loss/mlm"))[0]}
+        held_out = {
+            f"held-out {text} loss": _points({run.name: (run, text) for run in runs})
+            for text in ("domain", "general")
+        }
+    figures: list[tuple[str, Draw]] = []
+    if training:
+        which = "training loss" if len(runs) == 1 else "training loss of the masked LM"
+        figures.append((which, lambda theme: plots.curves_figure(training, "loss", theme=theme)))
+    for title, points in held_out.items():
+        if points:
+            figures.append((title, _dots(points)))
+    return html.figures(figures)
+
+
+def _points(wanted: dict[str, tuple[RunData, str]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Held-out losses by label, where any were measured."""
+    found = {}
+    for label, (run, text) in wanted.items():
+        records = [r for r in run.named("evaluation") if r.get(f"{text}_loss") is not None]
+        if records:
+            found[label] = ([r["step"] for r in records], [r[f"{text}_loss"] for r in records])
+    return found
+
+
+def _dots(points: plots.Series) -> Draw:
+    return lambda theme: plots.curves_figure({}, "loss", points=points, theme=theme)
+
+
+def _importance(runs: Sequence[RunData]) -> str:
+    figures = []
+    for run in runs:
+        for kind, values in run.importance.items():
+            if kind != "heads":
+                continue  # thousands of units a layer: nothing to be seen
+            a = run.protection[kind]
+            shown: list[tuple[str, torch.Tensor, tuple[float, float] | None]] = [
+                ("importance for general knowledge", values, None),
+                ("protection a (the soft-mask is 1 - a)", a, (0.0, 1.0)),
+            ]
+            if kind in run.importance_after:
+                after = run.importance_after[kind]
+                shown.append(("importance for the domain, after training", after, None))
+            for what, matrix, limits in shown:
+                caption = f"{run.name}: {what}, {kind}" if len(runs) > 1 else f"{what}, {kind}"
+                figures.append((caption, _heatmap(matrix, kind, limits)))
+    return html.figures(figures)
+
+
+def _heatmap(values: torch.Tensor, kind: str, limits: tuple[float, float] | None) -> Draw:
+    return lambda theme: plots.heatmap_figure(values, "", kind, limits=limits, theme=theme)
+
+
+def _effective_protection(runs: Sequence[RunData]) -> str:
+    heads = {run.name: found for run in runs if (found := run.effective_protection())}
+    if not heads:
+        return ""
+    said = [text for run in runs if (text := protection_verdict(run))]
+    caption = "each dot is a head: how far its query rows moved since the start, against what its mask asks"
+    return "".join(f"<p>{escape(text)}</p>\n" for text in said) + html.figures(
+        [(caption, lambda theme: plots.protection_figure(heads, theme=theme))]
+    )
+
+
+def _speed(runs: Sequence[RunData]) -> str:
+    def number(run: RunData, key: str, form: str) -> str:
+        value = run.typical(key)
+        return "" if value is None else form.format(value)
+
+    def share_waiting(run: RunData) -> str:
+        pairs = zip(run.series("data_wait_seconds")[1], run.series("step_seconds")[1], strict=True)
+        shares = [wait / seconds for wait, seconds in pairs if seconds]
+        return f"{median(shares):.1%}" if shares else ""
+
+    rows: list[tuple[str, list[str]]] = [
+        ("tokens a second", [number(r, "tokens_per_second", "{:,.0f}") for r in runs]),
+        ("seconds a step", [number(r, "step_seconds", "{:.2f}") for r in runs]),
+        ("of it waiting for data", [share_waiting(r) for r in runs]),
+        ("model FLOPs utilisation", [number(r, "mfu", "{:.1%}") for r in runs]),
+        ("memory of each rank, GiB", [", ".join(f"{m:.2f}" for m in r.peak_memory()) for r in runs]),
+        ("steps refused for NaN or infinity", [str(len(r.named("refused"))) for r in runs]),
+    ]
+    table = html.table(
+        ("median of the steps", *(run.name for run in runs)),
+        [f"<tr><td>{what}</td>{html.cells(values)}</tr>" for what, values in rows if any(values)],
+    )
+    curves = {run.name: run.series("tokens_per_second") for run in runs if run.series("tokens_per_second")[0]}
+    if not curves:
+        return table
+    return table + html.figures(
+        [("tokens a second", lambda theme: plots.curves_figure(curves, "tokens a second", theme=theme))]
+    )
+
+
+def _settings(runs: Sequence[RunData]) -> str:
+    return _side_by_side("setting", [run.settings for run in runs], runs, "all settings")
+
+
+def _environment(runs: Sequence[RunData]) -> str:
+    flat = [
+        {
+            key: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            for key, value in run.environment.items()
+        }
+        for run in runs
+    ]
+    return _side_by_side("", flat, runs, "versions and devices") if any(flat) else ""
+
+
+def _side_by_side(what: str, columns: Sequence[dict[str, Any]], runs: Sequence[RunData], summary: str) -> str:
+    rows = []
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = ["" if column.get(name) is None else str(column[name]) for column in columns]
+        differs = ' class="differs"' if len(set(values)) > 1 else ""
+        rows.append(f"<tr{differs}><td>{escape(name)}</td>{html.cells(values)}</tr>")
+    table = html.table((what, *(run.name for run in runs)), rows, "settings")
+    return f"<details><summary>{summary}</summary>\n{table}</details>\n"

@@ -1,0 +1,214 @@
+"""What a run folder holds, read back, and what can honestly be said about it."""
+
+import json
+import math
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from dga_scale.errors import UserError
+from dga_scale.logging.metrics import LOG_FILE, read_log
+from dga_scale.preservation.importance import Importance
+
+PROTECTED_BELOW = 0.5
+"""A head counts as protected where its soft-mask 1 - a is below this."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A held-out loss (nats a predicted token) before and after the run."""
+
+    before: float
+    after: float
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+    @property
+    def relative(self) -> float:
+        return self.difference / self.before
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run, finished or not, as its folder tells it."""
+
+    name: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    """Empty where there is no environment.json."""
+    summary: dict[str, Any]
+    """Empty as long as the run is not finished."""
+    steps: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    importance: dict[str, Tensor]
+    """kind -> (layers, units); empty for a method without importance."""
+    protection: dict[str, Tensor]
+    importance_after: dict[str, Tensor]
+    """The same for the domain, after training; empty for a method that does not measure it."""
+
+    @property
+    def label(self) -> str:
+        """Method and soft-mask: ``dga, update``."""
+        method = str(self.settings.get("method", "?"))
+        mask = self.settings.get("soft_mask", "none")
+        return method if mask == "none" else f"{method}, {mask}"
+
+    @property
+    def corpora(self) -> str:
+        """What it was trained on, as a reader would name it."""
+        value = self.settings.get("corpus")
+        names = [str(each) for each in (value if isinstance(value, list) else [value])]
+        mix = self.settings.get("mix") or []
+        return " and ".join(names) + (f" (mixed with {', '.join(mix)})" if mix else "")
+
+    @property
+    def last_step(self) -> int:
+        return max((r["step"] for r in self.steps), default=0)
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        """The events of one name, in order."""
+        return [r for r in self.events if r["event"] == event]
+
+    def change(self, text: str) -> Change | None:
+        """Loss on held-out ``"domain"`` or ``"general"`` text at the first and the last evaluation."""
+        losses = [r[f"{text}_loss"] for r in self.named("evaluation") if r.get(f"{text}_loss") is not None]
+        return Change(losses[0], losses[-1]) if len(losses) > 1 else None
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one logged number, NaN where it was none; empty where it was never logged."""
+        found = [(r["step"], r[key]) for r in self.steps if key in r]
+        return [s for s, _ in found], [math.nan if v is None else v for _, v in found]
+
+    def typical(self, key: str) -> float | None:
+        """Median over the steps after the first tenth, which starts caches and compilers."""
+        values = [v for v in self.series(key)[1][len(self.steps) // 10 :] if math.isfinite(v)]
+        return median(values) if values else None
+
+    def peak_memory(self) -> list[float]:
+        """GiB of each rank, the most of all steps; a run may have gone on on another number of ranks."""
+        rows = [r["memory_gib"] for r in self.steps if r.get("memory_gib")]
+        return [max(of_rank) for of_rank in zip_longest(*rows, fillvalue=0.0)]
+
+    def effective_protection(self) -> tuple[Tensor, Tensor] | None:
+        """1 - a and relative movement at the last record, each (layers, heads)."""
+        records = self.named("protection")
+        if not records:
+            return None
+        return torch.tensor(records[-1]["one_minus_a"]), torch.tensor(records[-1]["movement"])
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: no settings in it. Restore it, or leave this run out.")
+    return settings
+
+
+def load_run(folder: Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        UserError: it is no run folder, or a file in it is damaged (named).
+    """
+    for needed in ("config.yaml", LOG_FILE):
+        if not (folder / needed).is_file():
+            raise UserError(
+                f"{folder} is no run folder: it holds no {needed}. Give the --output_dir of a run that has "
+                "made at least one step."
+            )
+    settings = _settings(folder / "config.yaml")
+    records = read_log(folder / LOG_FILE)
+    importance: dict[str, Tensor] = {}
+    protection: dict[str, Tensor] = {}
+    if (folder / "importance.safetensors").is_file():
+        measured = Importance.load(folder / "importance.safetensors")
+        importance = measured.values
+        protection = measured.protection(settings["importance_squash"])
+    after = folder / "importance-after.safetensors"
+    return RunData(
+        name=folder.resolve().name,
+        settings=settings,
+        environment=_json(folder / "environment.json"),
+        summary=_json(folder / "summary.json"),
+        steps=[r for r in records if "event" not in r],
+        events=[r for r in records if "event" in r],
+        importance=importance,
+        protection=protection,
+        importance_after=Importance.load(after).values if after.is_file() else {},
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Remove it to report without it.") from None
+    return content
+
+
+def verdict(run: RunData) -> str:
+    """One run in plain words: what was gained in the domain and what it cost outside."""
+    domain, general = run.change("domain"), run.change("general")
+    if domain is None:
+        return (
+            "Nothing can be said about the domain: the run has no two evaluations on held-out domain text. "
+            "Pass --eval_corpus, or shard with --validation_share."
+        )
+    sentence = f"Loss on held-out domain text {_moved(domain)}."
+    if domain.difference >= 0:
+        sentence += " The run did not make the model better in the domain."
+    if general is None:
+        return (
+            f"{sentence} General loss was not measured, so nothing can be said about forgetting: pass "
+            "--general_eval_corpus."
+        )
+    sentence += f" Loss on general text {_moved(general)}"
+    if general.difference <= 0:
+        sentence += ": nothing measured outside the domain was lost."
+    elif domain.difference < 0:
+        price = general.difference / -domain.difference
+        sentence += f": each nat gained in the domain cost {price:.2f} outside it."
+    else:
+        sentence += "."
+    return sentence
+
+
+def _moved(change: Change) -> str:
+    word = "fell" if change.difference < 0 else "rose"
+    size = f"{abs(change.difference):.3f} ({abs(change.relative):.1%})"
+    return f"{word} by {size}, from {change.before:.3f} to {change.after:.3f}"
+
+
+def protection_verdict(run: RunData) -> str | None:
+    """Whether the soft-mask held its heads; None where there was none, or no head is protected."""
+    found = run.effective_protection()
+    if found is None:
+        return None
+    one_minus_a, movement = found
+    protected = one_minus_a < PROTECTED_BELOW
+    if not protected.any():
+        return None
+    asked, moved = one_minus_a[protected].mean().item(), movement[protected].mean().item()
+    sentence = (
+        f"{run.name}: the {int(protected.sum())} heads with a soft-mask below {PROTECTED_BELOW:g} moved "
+        f"{moved:.2f} of what unprotected heads moved; the mask asks for {asked:.2f}."
+    )
+    if moved > (1 + asked) / 2 and run.settings.get("soft_mask") == "gradient":
+        sentence += (
+            " The mask did little: Adam divides a constant factor on the gradient out again. "
+            "--soft_mask update applies it to the step instead."
+        )
+    return sentence

@@ -1,0 +1,90 @@
+"""The commands ``dga-train`` and ``dga-consolidate``; launchers/ and tools/ call the same functions."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from dga_scale.config.settings import TrainConfig
+from dga_scale.errors import UserError, run_main
+from dga_scale.launch.environment import read_place
+from dga_scale.launch.preemption import StopRequest
+from dga_scale.launch.watchdog import Watchdog
+from dga_scale.launch.world import Cluster, join_cluster
+from dga_scale.logging.quiet import quiet_libraries
+from dga_scale.objectives.methods import read_config
+
+
+def train_command() -> NoReturn:
+    """``dga-train``: one rank of a training run, under any launcher."""
+    run_main(_train)
+
+
+def consolidate_command() -> NoReturn:
+    """``dga-consolidate``: a checkpoint of a run as a Hugging Face model folder."""
+    run_main(_consolidate)
+
+
+def _train() -> int:
+    quiet_libraries()
+    settings = _outcome(read_config)
+    if read_place(os.environ).world_size == 1:
+        settings()
+    with StopRequest(joined=False) as stop, join_cluster() as cluster:
+        stop.joined = True
+        line = cluster.describe()
+        if cluster.rank == 0:
+            print(line, flush=True)
+        config = cluster.run_on_all(settings)  # the YAML file may be missing on one host only
+        # DeepSpeed's import takes seconds: after the flags are checked.
+        from dga_scale.train.same_run import check_same_program
+        from dga_scale.train.sequence import train_sequence
+
+        check_same_program(config, cluster)
+        with Watchdog(cluster, config.run.heartbeat_timeout):
+            if config.model.model is None:
+                config = _with_demo(config, cluster)
+            return train_sequence(config, cluster)
+
+
+def _outcome(read: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
+    """What reading the settings gave: them, or the error that it raised, each time it is asked for."""
+    try:
+        config = read()
+    except UserError as error:
+        mistake = error
+
+        def fail() -> TrainConfig:
+            raise mistake
+
+        return fail
+    return lambda: config
+
+
+def _with_demo(config: TrainConfig, cluster: Cluster) -> TrainConfig:
+    """Fill in the built-in demo's model and corpora; made ready on first use."""
+    from dga_scale import quickstart
+
+    if cluster.rank == 0:
+        print(
+            "no --model and no --corpus: running the built-in demo. For your own data: python "
+            "tools/shard_corpus.py TEXT... --tokenizer MODEL --output DIR, then --model MODEL --corpus DIR",
+            flush=True,
+        )
+    settings = cluster.run_on_first(quickstart.defaults)
+    own = config.as_dict()  # another --method has no use for some of the demo's settings
+    return config.replace(**{k: v for k, v in settings.items() if k in own and k not in config.explicit})
+
+
+def _consolidate() -> int:
+    parser = argparse.ArgumentParser(prog="dga-consolidate", description=__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="Folder of the run (--output_dir).")
+    parser.add_argument("--step", type=int, help="Checkpoint of this step. Default: the newest complete one.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="New folder for the model.")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    from dga_scale.checkpoint.export import consolidate
+
+    print(f"model: {consolidate(arguments.run, arguments.step, arguments.output)}")
+    return 0

@@ -1,0 +1,66 @@
+"""A run's needs before it is paid for: one step of the real shapes, its memory and its time, and no files."""
+
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dga_scale.launch.world import Cluster
+from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.throughput import memory_gib
+from dga_scale.train.inputs import Inputs
+from dga_scale.train.trainer import Session
+from dga_scale.zero.shards import shape_of
+
+
+def dry_run(inputs: Inputs, cluster: Cluster) -> int:
+    """Build everything, take one optimizer step, print what a run of these settings needs; exit code 0."""
+    silent = RunLog(inputs.folder.path, rank=cluster.rank + 1, total_steps=1)
+    session = Session(inputs, cluster, silent)
+    anatomy = session.anatomy
+    shapes = {kind: (anatomy.num_layers, anatomy.units(kind)) for kind in session.method.kinds}
+    if shapes:
+        session.set_protection({kind: torch.full(shape, 0.5) for kind, shape in shapes.items()})
+    with session.stream(0) as stream:
+        batches = next(iter(stream))
+        started = time.perf_counter()
+        session.train_step(batches)
+        seconds = time.perf_counter() - started
+    memory = max(cluster.all_gather_object(memory_gib(cluster.device)))
+    if cluster.rank == 0:
+        _print(inputs, cluster, session, sum(batches.global_tokens), seconds, memory)
+    return 0
+
+
+def _print(
+    inputs: Inputs, cluster: Cluster, session: Session, tokens: int, seconds: float, memory: float
+) -> None:
+    resolved = inputs.resolved
+    steps = resolved.config.optimization.max_steps
+    shapes = [shape_of(p) for p in session.model.parameters()]
+    rows = steps * resolved.global_batch_size
+    views = ", ".join(
+        f"{view.name} ({'masked' if view.masked else 'clean'} text{', gated' if view.gated else ''})"
+        for view in session.method.views()
+    )
+    batch = (
+        f"{resolved.global_batch_size} rows = {resolved.micro_batch_size} x {resolved.accumulation_steps} "
+        f"passes x {cluster.world_size} ranks, {tokens:,} tokens"
+    )
+    table = Table(title="dry run: nothing was written", show_header=False)
+    for name, value in (
+        ("model", f"{inputs.config.model.model} ({session.anatomy.architecture})"),
+        ("parameters", f"{sum(torch.Size(shape).numel() for shape in shapes):,}"),
+        ("heads", f"{session.anatomy.num_layers} layers x {session.anatomy.num_heads}"),
+        ("views", views),
+        ("ranks", f"{cluster.world_size} ({cluster.launcher}, {cluster.device.type})"),
+        ("ZeRO", f"stage {resolved.zero_stage}, {resolved.precision}"),
+        ("global batch", batch),
+        ("steps", f"{steps:,} = {rows:,} rows, {rows / len(inputs.corpus):.2f} epochs"),
+        ("tokens", f"{steps * tokens:,}"),
+        ("memory", f"{memory:.2f} GiB on the fullest rank"),
+        ("first step", f"{seconds:.2f} s, compilation and warm-up included"),
+    ):
+        table.add_row(name, str(value))
+    Console(highlight=False).print(table)

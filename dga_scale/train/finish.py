@@ -1,0 +1,89 @@
+"""What a finished run hands back: the model as a Hugging Face folder, a summary, the report."""
+
+import json
+import os
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dga_scale.checkpoint.export import consolidate
+from dga_scale.launch.world import Cluster
+from dga_scale.logging.metrics import LOG_FILE, read_log
+from dga_scale.report.report import write_report
+from dga_scale.run_folder import RunFolder, write_text
+from dga_scale.train.inputs import Inputs
+
+
+def hand_over(inputs: Inputs, cluster: Cluster) -> None:
+    """Write ``model/``, ``summary.json`` and ``report.html``, and print what was gained and kept."""
+    cluster.run_on_first(lambda: _write(inputs, cluster))
+
+
+def _write(inputs: Inputs, cluster: Cluster) -> None:
+    folder = inputs.folder
+    summary = summarize(inputs, cluster)
+    write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+    if not folder.model.exists():
+        consolidate(folder.path, None, folder.model)
+    unfinished = folder.report.with_name(folder.report.name + ".tmp")
+    write_report([folder.path], unfinished)
+    os.replace(unfinished, folder.report)
+    print_summary(summary, folder)
+
+
+def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
+    """The run's figures: settings that matter, held-out losses before and after, time."""
+    records = read_log(inputs.folder.path / LOG_FILE)
+    evaluations = [r for r in records if r.get("event") == "evaluation"]
+    steps = [r for r in records if "event" not in r]
+    figures = {
+        name: {"before": evaluations[0][name], "after": evaluations[-1][name]}
+        for name in (evaluations[0] if evaluations else {})
+        if name not in ("event", "step")
+    }
+    config = inputs.config
+    return {
+        "model": config.model.model,
+        "corpus": str(inputs.corpus.path),
+        "mix": config.data.mix or [],
+        "method": config.method_name,
+        "soft_mask": getattr(config.method, "soft_mask", "none"),
+        "steps": config.optimization.max_steps,
+        "tokens": _tokens(inputs),
+        "world_size": cluster.world_size,
+        "zero_stage": inputs.resolved.zero_stage,
+        "precision": inputs.resolved.precision,
+        "seconds_per_step": _median([r["step_seconds"] for r in steps if r.get("step_seconds")]),
+        "refused_steps": sum(r.get("event") == "refused" for r in records),
+        **figures,
+    }
+
+
+def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+    """The table that a run ends with, and where everything lies."""
+    console = Console(highlight=False)
+    table = Table(title=f"{summary['method']} on {summary['corpus']}, {summary['steps']} steps")
+    for column in ("held-out text", "loss before", "loss after", "change"):
+        table.add_column(column, justify="left" if column == "held-out text" else "right")
+    for name in [key.removesuffix("_loss") for key in summary if key.endswith("_loss")]:
+        before, after = summary[f"{name}_loss"]["before"], summary[f"{name}_loss"]["after"]
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+    if table.row_count:
+        console.print(table)
+    for what, where in (
+        ("model", folder.model),
+        ("report", folder.report),
+        ("TensorBoard", f"tensorboard --logdir {folder.path / 'tensorboard'}"),
+        ("log", folder.path / LOG_FILE),
+    ):
+        console.print(f"{what:>12}: {where}", soft_wrap=True)
+
+
+def _tokens(inputs: Inputs) -> int:
+    rows = inputs.config.optimization.max_steps * inputs.resolved.global_batch_size
+    return round(rows * inputs.corpus.manifest.tokens / len(inputs.corpus))
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None

@@ -1,0 +1,173 @@
+"""The model that a run starts from: loaded, given a head where it has none, changed as its method asks."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dga_scale.backbone.anatomy import Anatomy, anatomy_of
+from dga_scale.backbone.cpu_kernels import use_cpu_kernels
+from dga_scale.backbone.extended import ExtendedConfig
+from dga_scale.backbone.layers import freeze
+from dga_scale.backbone.loading import LoadedModel, load_model, load_model_config
+from dga_scale.backbone.packed_rows import can_pack
+from dga_scale.backbone.warmup import load_head, save_head, warm_up_head
+from dga_scale.corpus.loading.batches import BatchStream, mixed_batch
+from dga_scale.corpus.loading.mixture import Mixture
+from dga_scale.corpus.shards import check_sequence_length
+from dga_scale.launch.world import Cluster
+from dga_scale.logging.metrics import RunLog
+from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.views import ModelInputs
+from dga_scale.train.batches import INITIAL_STREAM, PREPARE_STREAM, WARMUP_STREAM, seed_everything, to_device
+from dga_scale.train.inputs import Inputs
+from dga_scale.zero.engine import partitioned_loading
+
+
+@dataclass(frozen=True)
+class StartingModel:
+    """A model ready for the engine.
+
+    Attributes:
+        lm: what is trained.
+        anatomy: its.
+        config: what is saved with its weights.
+        teacher: a frozen copy of the model before its method changed it, for methods that need one.
+
+    """
+
+    lm: PreTrainedModel
+    anatomy: Anatomy
+    config: PretrainedConfig
+    teacher: PreTrainedModel | None
+
+
+def starting_model(
+    inputs: Inputs, cluster: Cluster, log: RunLog, method: Method, resuming: bool
+) -> StartingModel:
+    """Load the model with its starting weights, the same whether a run begins or goes on.
+
+    Raises:
+        UserError: on every rank, for a model that can't be loaded or that the method can't work with.
+    """
+    loaded = _load(inputs, cluster, method, resuming)
+    check_sequence_length(inputs.corpus.manifest, loaded.anatomy.max_positions)
+    if loaded.missing_head:
+        _give_head(loaded, inputs, cluster, log, resuming)
+    teacher = None
+    if method.needs_teacher:
+        partitioned = any(hasattr(p, "ds_id") for p in loaded.model.parameters())
+        # A copy would be of the partitions only.
+        teacher = _load(inputs, cluster, method, True).model if partitioned else copy.deepcopy(loaded.model)
+    optimization = inputs.config.optimization
+    freeze(loaded.model, loaded.anatomy, optimization.freeze_layers, optimization.freeze_embeddings)
+    seed_everything(inputs.config.run.seed, PREPARE_STREAM, 0, 0)  # new parameters are equal on all ranks
+    changed = method.prepare(_workplace(loaded, inputs, cluster, log, resuming))
+    if cluster.device.type == "cpu":
+        use_cpu_kernels(changed or loaded.model)  # in what the method has added too
+    if changed is None:
+        return StartingModel(loaded.model, loaded.anatomy, loaded.config, teacher)
+    anatomy = anatomy_of(changed)
+    check_sequence_length(inputs.corpus.manifest, anatomy.max_positions)  # soft tokens take some positions
+    return StartingModel(changed, anatomy, _published(changed.config, loaded.config), teacher)
+
+
+def _published(changed: PretrainedConfig, before: PretrainedConfig) -> PretrainedConfig:
+    """What is saved with a model that its method changed: of the base, what was published."""
+    config = copy.deepcopy(changed)
+    config.base = before.base if isinstance(before, ExtendedConfig) else before
+    return config
+
+
+def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> LoadedModel:
+    settings = inputs.config.model
+    # Head warm-up, and methods that say so, run the model on its own: it has to be whole on each rank. So
+    # has one with an extension, which is built before its weights are there.
+    whole = settings.head_warmup_steps > 0 or method.needs_whole_model
+    whole = whole or load_model_config(settings.model or "").extended
+    # For weights that are drawn: equal on all ranks.
+    seed_everything(inputs.config.run.seed, INITIAL_STREAM, 0, 0)
+    with contextlib.nullcontext() if whole else partitioned_loading(inputs.resolved):
+        loaded = cluster.run_on_all(
+            lambda: load_model(
+                settings.model or "",
+                dropout=settings.dropout,
+                attn_implementation=settings.attn_implementation,
+                allow_new_head=settings.head_warmup_steps > 0 or resuming,
+                random_init=settings.random_init,
+            )
+        )
+    if cluster.device.type == "cpu":
+        use_cpu_kernels(loaded.model)
+    return loaded
+
+
+def _workplace(
+    loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLog, resuming: bool
+) -> Workplace:
+    def sample(rows: int) -> Iterator[ModelInputs]:
+        size = inputs.resolved.micro_batch_size
+        pass_rows = size * cluster.world_size
+        for start in range(0, max(1, rows // pass_rows) * pass_rows, pass_rows):
+            first = start + cluster.rank * size
+            picks = inputs.mixture.picks(first, first + size)
+            yield to_device(mixed_batch(inputs.mixture, picks, inputs.masking), cluster.device)
+
+    return Workplace(
+        lm=loaded.model,
+        anatomy=loaded.anatomy,
+        config=inputs.config,
+        folder=inputs.folder.path,
+        resuming=resuming,
+        device=cluster.device,
+        sample=sample,
+        sum=cluster.sum,
+        all_gather_object=cluster.all_gather_object,
+        run_on_first=cluster.run_on_first,
+        print=log.print,
+    )
+
+
+def _give_head(loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLog, resuming: bool) -> None:
+    """Give a checkpoint without an LM head one, on the run's corpus, before anything is measured."""
+    path = inputs.folder.head
+    if resuming and cluster.run_on_first(path.exists):
+        cluster.run_on_all(lambda: load_head(loaded.model, loaded.anatomy, path))
+        return
+    settings, resolved = inputs.config.model, inputs.resolved
+    steps = settings.head_warmup_steps
+    log.print(f"{settings.model} has no LM head: training one for {steps} steps")
+
+    def on_step(step: int, loss: Tensor) -> None:
+        if (step + 1) % max(1, steps // 10) == 0:
+            log.print(f"head warm-up {step + 1}/{steps}: loss {loss:.4f}")
+
+    stream = BatchStream(
+        Mixture([inputs.corpus], [], inputs.config.run.seed + WARMUP_STREAM),
+        inputs.masking,
+        global_batch_size=resolved.micro_batch_size * cluster.world_size,
+        micro_batch_size=resolved.micro_batch_size,
+        rank=cluster.rank,
+        world_size=cluster.world_size,
+        start_step=0,
+        num_steps=steps,
+        pack=can_pack(loaded.model, loaded.anatomy),
+    )
+    lm: torch.nn.Module = loaded.model
+    lm.to(cluster.device)
+    with stream:
+        warm_up_head(
+            loaded.model,
+            loaded.anatomy,
+            (to_device(step.micro_batches[0], cluster.device) for step in stream),
+            steps=steps,
+            learning_rate=settings.head_warmup_learning_rate,
+            reduce=cluster.sum,
+            autocast=None if resolved.precision == "fp32" else torch.bfloat16,
+            on_step=on_step,
+        )
+    cluster.run_on_first(lambda: save_head(loaded.model, loaded.anatomy, path))

@@ -1,0 +1,331 @@
+"""Run-time invariants (``--check_invariants N``): what ranks must have in common is compared during a run.
+
+Before the first step and every N steps:
+
+- equal on all ranks: whatever they hold whole (weights and buffers, experts' centres among them; in ZeRO-0
+  masters and moments too), protection, gates, soft-mask factors, learning rates, counts of steps, loss scale;
+- complete over the ranks, nothing twice: the entries that optimizers step, and those of frozen weights;
+- on each rank: the weights of the passes are its masters, rounded; dropout has the seed that was planned;
+- the rows that all ranks read since the last look are those of ``SampleOrder``, each as often as planned: of
+  an epoch every row once, no row on two ranks.
+
+Tensors are compared by checksums of their bits; only these travel. What differs is found and named.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from dga_scale.corpus.loading.batches import StepBatches
+from dga_scale.corpus.loading.mixture import Mixture
+from dga_scale.errors import UserError
+from dga_scale.train.batches import seed_of
+from dga_scale.train.schedule import learning_rate_at
+from dga_scale.train.trainer import Session
+from dga_scale.zero.shards import LANGUAGE_MODEL_PREFIX, frozen_shares, local_shards, shape_of
+
+T = TypeVar("T", bound=Hashable)
+
+_CHUNK = 1 << 18
+"""Entries that make one checksum: a difference is sought in so many."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_SOURCE = 48
+"""Bit from which on the number of a row's corpus stands, above the row."""
+
+
+Piece = tuple[str, int, int]
+"""Of a parameter, what one rank alone keeps: name, start, length."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank tells the others of itself."""
+
+    checksums: dict[str, int]
+    figures: dict[str, Hashable]
+    owned: list[Piece]
+    problem: str | None
+    rows: dict[int, np.ndarray]
+
+
+class Invariants:
+    """What a rank keeps between two looks: the rows it has read.
+
+    Args:
+        session: what is looked at.
+        every: steps between two looks; 0: never.
+
+    """
+
+    def __init__(self, session: Session, every: int) -> None:
+        self._session, self._every = session, every
+        self._cluster = session.cluster
+        mixture = session.inputs.mixture  # whose place moves with the stream's thread: another of the same
+        self._plan = Mixture(mixture.corpora, mixture.shares[1:], session.config.run.seed)
+        self._rows: dict[int, np.ndarray] = {}
+
+    def after_step(self, batches: StepBatches) -> None:
+        """Look, if it is time, right after a training step; every rank has to call it after each.
+
+        Raises:
+            UserError: as ``check``.
+        """
+        if self._every == 0:
+            return
+        self._rows[batches.step] = np.concatenate(
+            [_keys(batch.sources.numpy(), batch.sample_ids.numpy()) for batch in batches.micro_batches]
+        )
+        done = batches.step + 1
+        if done % self._every == 0 or done == self._session.config.optimization.max_steps:
+            self.check(done)
+
+    def check(self, done: int) -> None:
+        """Look now, after ``done`` steps; every rank has to call it.
+
+        Raises:
+            UserError: on all ranks, where an invariant does not hold: which, on which rank, both values.
+        """
+        if self._every == 0:
+            return
+        shared = dict(_replicated(self._session))
+        own = _Report(
+            checksums=dict(zip(shared, _checksums(list(shared.values())), strict=True)),
+            figures=_figures(self._session),
+            owned=list(_owned(self._session.engine)),
+            problem=self._own_problem(done),
+            rows=self._rows,
+        )
+        self._rows = {}
+        reports = self._cluster.all_gather_object(own)
+        problem = (
+            next((report.problem for report in reports if report.problem), None)
+            or self._unequal_tensor([report.checksums for report in reports], shared)
+            or _unequal_figure([report.figures for report in reports])
+            or _incomplete([report.owned for report in reports], _spread(self._session.engine))
+            or self._unplanned_rows([report.rows for report in reports])
+        )
+        if problem:
+            raise UserError(
+                f"--check_invariants, after step {done}: {problem}. No setting mends that: a rank's memory, "
+                "processor or driver may be at fault, or the program. Start the same command again without "
+                "that rank's node: it goes on from the newest checkpoint."
+            )
+
+    def _own_problem(self, done: int) -> str | None:
+        """Compare what needs no other rank: seed, learning rate, masters and the weights of the passes."""
+        session, rank = self._session, self._cluster.rank
+        if self._rows:  # a step was made: before the first there is nothing planned yet
+            planned, found = seed_of(session.config.run.seed, 0, done - 1, rank), torch.initial_seed()
+            if found != planned:
+                return f"the seed of dropout is {found} on rank {rank}, planned was {planned}"
+            rate = learning_rate_at(done - 1, session.config.optimization)
+            for group in session.engine.basic_optimizer.param_groups:
+                if group["lr"] != rate * group["lr_scale"]:
+                    planned_rate = rate * group["lr_scale"]
+                    return f"a learning rate on rank {rank} is {group['lr']:g}, planned was {planned_rate:g}"
+        return _stale_weight(session.engine, rank)
+
+    def _unequal_tensor(self, checksums: Sequence[dict[str, int]], tensors: dict[str, Tensor]) -> str | None:
+        """Find the first tensor that ranks hold otherwise, and in it the first entry."""
+        for name in checksums[0]:
+            pair = _odd_one([of_rank.get(name) for of_rank in checksums])
+            if pair is not None:
+                break
+        else:
+            return None
+        odd, usual = pair
+        ours, mine = self._cluster.rank in pair, tensors.get(name)
+        asked = mine if ours else None
+        sums = self._cluster.all_gather_object(None if asked is None else _chunk_sums(asked).tolist())
+        one, other = sums[odd], sums[usual]
+        if one is None or other is None or len(one) != len(other):
+            return f"{name} has another size on rank {odd} than on rank {usual}, or is missing there"
+        chunk = next(k for k, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+        part = None if asked is None else asked.reshape(-1)[chunk * _CHUNK : (chunk + 1) * _CHUNK].cpu()
+        parts = self._cluster.all_gather_object(part)
+        a, b = parts[odd], parts[usual]
+        assert a is not None
+        assert b is not None
+        (place,) = (_bits(a) != _bits(b)).nonzero()[0].tolist()
+        return (
+            f"{name} is not the same on all ranks: entry {chunk * _CHUNK + place} is {a[place].item()!r} on "
+            f"rank {odd}, {b[place].item()!r} on rank {usual}"
+        )
+
+    def _unplanned_rows(self, read: Sequence[dict[int, np.ndarray]]) -> str | None:
+        """Compare the rows that all ranks have read with the plan, step by step."""
+        rows_a_step = self._session.inputs.resolved.global_batch_size
+        for step in sorted({step for of_rank in read for step in of_rank}):
+            picks = self._plan.picks(step * rows_a_step, (step + 1) * rows_a_step)
+            planned = Counter(_keys(picks.sources, picks.rows).tolist())
+            found = Counter(row for of_rank in read for row in of_rank.get(step, np.empty(0)).tolist())
+            wrong = next((row for row in planned | found if planned[row] != found[row]), None)
+            if wrong is None:
+                continue
+            ranks = [r for r, of_rank in enumerate(read) if wrong in of_rank.get(step, np.empty(0)).tolist()]
+            source, row = wrong >> _SOURCE, wrong & ((1 << _SOURCE) - 1)
+            by = f"by ranks {', '.join(map(str, ranks))}" if ranks else "by no rank"
+            return (
+                f"row {row} of {self._plan.corpora[source].path} was read {found[wrong]} times in step "
+                f"{step + 1} ({by}), planned was {planned[wrong]}"
+            )
+        return None
+
+
+def _replicated(session: Session) -> Iterator[tuple[str, Tensor]]:
+    """Everything that each rank holds whole, with a name for messages."""
+    engine: Any = session.engine
+    for name, parameter in engine.module.named_parameters():
+        if not hasattr(parameter, "ds_id") or _kept_whole(parameter):
+            yield f"weight {name}", parameter.data
+    for name, buffer in engine.module.named_buffers():
+        yield f"buffer {name}", buffer
+    if engine.zero_optimization_stage() == 0:
+        for shard in local_shards(engine):
+            (fragment,) = shard.fragments
+            if engine.optimizer is not engine.basic_optimizer:
+                yield f"fp32 weight {fragment.name}", fragment.values
+            for kind, moment in engine.basic_optimizer.state.get(shard.stepped, {}).items():
+                if kind != "step":
+                    yield f"{kind} of {fragment.name}", moment
+    yield from session.shared_tensors().items()
+
+
+def _kept_whole(parameter: Any) -> bool:
+    """Whether ZeRO-3 keeps a parameter on every rank, as it is small."""
+    return bool(parameter.ds_persist) and parameter.ds_status.name == "AVAILABLE"
+
+
+def _owned(engine: DeepSpeedEngine) -> Iterator[Piece]:
+    """What this rank alone keeps of each parameter."""
+    if engine.zero_optimization_stage() > 0:
+        for shard in local_shards(engine):
+            for fragment in shard.fragments:
+                yield fragment.name, fragment.start, fragment.values.numel()
+    for name, start, _, values in frozen_shares(engine):
+        yield name, start, values.numel()
+
+
+def _spread(engine: DeepSpeedEngine) -> dict[str, int]:
+    """By name, the sizes of all parameters of which each rank keeps a part."""
+    return {
+        name.removeprefix(LANGUAGE_MODEL_PREFIX): torch.Size(shape_of(parameter)).numel()
+        for name, parameter in engine.module.named_parameters()
+        # Of what is not trained, a teacher is no part of a checkpoint.
+        if (
+            engine.zero_optimization_stage() > 0
+            if parameter.requires_grad
+            else name.startswith(LANGUAGE_MODEL_PREFIX)
+        )
+    }
+
+
+def _incomplete(owned: Sequence[Sequence[Piece]], sizes: Mapping[str, int]) -> str | None:
+    """Find an entry that belongs to no rank, or to two."""
+    pieces: dict[str, list[tuple[int, int, int]]] = {name: [] for name in sizes}
+    for rank, of_rank in enumerate(owned):
+        for name, start, length in of_rank:
+            pieces[name].append((start, length, rank))
+    for name, parts in pieces.items():
+        end, last = 0, -1
+        for start, length, rank in [*sorted(parts), (sizes[name], 0, -1)]:
+            if start > end:
+                return f"entries {end} to {start - 1} of {name} belong to no rank"
+            if start < end:
+                other = f"rank {rank}" if rank >= 0 else f"none (it has {sizes[name]} entries)"
+                return f"entry {start} of {name} belongs to rank {last} and to {other}"
+            end, last = start + length, rank
+    return None
+
+
+def _stale_weight(engine: DeepSpeedEngine, rank: int) -> str | None:
+    """Find a weight of the passes that is not its master, rounded."""
+    parameters: dict[str, Any] = {
+        name.removeprefix(LANGUAGE_MODEL_PREFIX): p for name, p in engine.module.named_parameters()
+    }
+    unequal = []
+    for shard in local_shards(engine):
+        for fragment in shard.fragments:
+            parameter = parameters[fragment.name]
+            if hasattr(parameter, "ds_tensor"):
+                used = parameter.ds_tensor.data.view(-1)[: fragment.values.numel()]
+            else:
+                used = parameter.data.view(-1)[fragment.start : fragment.start + fragment.values.numel()]
+            rounded = fragment.values.to(used.dtype).to(used.device)
+            unequal.append((fragment, used, rounded, (_bits(rounded) != _bits(used)).any()))
+    if not unequal or not bool(torch.stack([each.cpu() for *_, each in unequal]).any()):
+        return None
+    fragment, used, rounded, _ = next(entry for entry in unequal if bool(entry[3]))
+    place = int((_bits(rounded) != _bits(used)).nonzero()[0])
+    return (
+        f"entry {fragment.start + place} of {fragment.name} is {used[place].item()!r} in the passes of rank "
+        f"{rank}, its optimizer has {rounded[place].item()!r}"
+    )
+
+
+def _figures(session: Session) -> dict[str, Hashable]:
+    """Numbers that are the same on all ranks."""
+    engine: Any = session.engine
+    states = engine.basic_optimizer.state.values()
+    return {
+        "--seed": session.config.run.seed,
+        "the number of steps done": engine.global_steps,
+        "the number of refused steps": engine.skipped_steps,
+        "Adam's number of steps": tuple(sorted({float(state["step"]) for state in states})),
+        "the learning rate": tuple(group["lr"] for group in engine.basic_optimizer.param_groups),
+        "the loss scale": getattr(getattr(engine.optimizer, "loss_scaler", None), "cur_scale", 1),
+    }
+
+
+def _unequal_figure(figures: Sequence[dict[str, Hashable]]) -> str | None:
+    for name in figures[0]:
+        values = [of_rank[name] for of_rank in figures]
+        pair = _odd_one(values)
+        if pair is not None:
+            odd, usual = pair
+            return f"{name} is {values[odd]} on rank {odd}, {values[usual]} on rank {usual}"
+    return None
+
+
+def _odd_one(values: Sequence[T]) -> tuple[int, int] | None:
+    """A rank whose value is not that of most, and one of those; None if all have the same."""
+    ((usual, count),) = Counter(values).most_common(1)
+    if count == len(values):
+        return None
+    return next(rank for rank, value in enumerate(values) if value != usual), values.index(usual)
+
+
+def _keys(sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """One number for each row of several corpora."""
+    return (sources.astype(np.int64) << _SOURCE) + rows
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(_BITS[tensor.element_size()])
+
+
+def _chunk_sums(tensor: Tensor) -> Tensor:
+    """Checksum of each chunk of a tensor's bits, int64: entries times odd numbers, so that order counts."""
+    bits = _bits(tensor.detach().contiguous())
+    dtype = torch.promote_types(bits.dtype, torch.int32)
+    factors = torch.arange(1, 2 * min(_CHUNK, len(bits)) + 1, 2, dtype=dtype, device=bits.device)
+    parts = bits.split(_CHUNK)
+    return torch.stack([(part.to(dtype) * factors[: len(part)]).sum(dtype=torch.int64) for part in parts])
+
+
+def _checksums(tensors: Sequence[Tensor]) -> list[int]:
+    """Checksum of the bits of each tensor; the device is waited for once all are on their way."""
+    sums = []
+    for tensor in tensors:
+        chunks = _chunk_sums(tensor)
+        factors = torch.arange(1, 2 * len(chunks) + 1, 2, device=chunks.device)
+        sums.append((chunks * factors).sum() + tensor.numel())
+    return [int(each) for each in sums]

@@ -1,0 +1,176 @@
+"""Domain after domain: a chain of runs, each from the model that the last one left (DAS, arXiv 2302.03241).
+
+The folder of a sequence holds a whole run for each domain, ``1-restaurant/``, ``2-acl/``, ...: its own
+optimizer, schedule, checkpoints, model and importances. What is complete is not done again, and a run that
+was stopped goes on where it was.
+"""
+
+import dataclasses
+import gc
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dga_scale.backbone.loading import load_model_config
+from dga_scale.config.settings import MethodSettings, TrainConfig
+from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.errors import UserError
+from dga_scale.launch.preemption import StopRequest
+from dga_scale.launch.world import Cluster
+from dga_scale.objectives.methods import METHODS
+from dga_scale.report.report import write_report
+from dga_scale.run_folder import RunFolder, write_text
+from dga_scale.train.inputs import default_output_dir, held_out_part, makes_several_runs, open_corpus
+from dga_scale.train.loop import train
+
+
+def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
+    """Train on each ``--corpus`` in turn, from a dense model's warm-up where the method has one.
+
+    Returns:
+        the exit code of the last run: 0, or that of a run that was stopped.
+
+    Raises:
+        UserError: on every rank; also for a corpus that only a later domain needs, before any is trained.
+    """
+    stages = cluster.run_on_all(lambda: _stages(config))
+    if len(stages) == 1:
+        return train(config, cluster)
+    if config.run.dry_run:
+        return train(
+            stages[-1].replace(model=config.model.model, random_init=config.model.random_init), cluster
+        )
+    with StopRequest():  # what is asked for in a run's last steps ends the next before it begins
+        for settings in stages:
+            if cluster.run_on_first(partial(_complete, settings)):
+                continue
+            code = train(settings, cluster)
+            if code != 0:
+                return code
+            gc.collect()  # the engine holds itself in cycles: its memory is needed by the next
+            if cluster.device.type == "cuda":
+                torch.cuda.empty_cache()
+    if len(config.data.corpus or []) > 1:
+        cluster.run_on_first(lambda: _hand_over(config, stages))
+    return 0
+
+
+def _stages(config: TrainConfig) -> list[TrainConfig]:
+    """Settings of the runs that a command asks for."""
+    if not makes_several_runs(config):
+        return [config]
+    root = Path(config.run.output_dir or default_output_dir(config))
+    warmup = getattr(config.method, "cse_warmup_steps", 0)
+    if len(config.data.corpus or []) > 1:
+        if warmup:
+            raise UserError(
+                f"--cse_warmup_steps {warmup} trains a dense model on one corpus, this run has several: "
+                "train it on the first with --method mlm, and give that run's model/ as --model"
+            )
+        names = _checked(config)
+        folders = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
+        return [_domain(config, folders, number) for number in range(len(names))]
+    dense = dataclasses.replace(config, method_name="mlm", method=MethodSettings()).replace(
+        output_dir=str(root / "1-dense"), max_steps=warmup, lr_scheduler_type="constant"
+    )
+    sparse = config.replace(
+        output_dir=str(root / "2-experts"),
+        model=str(RunFolder(root / "1-dense").model),
+        random_init=False,
+        head_warmup_steps=0,
+        cse_warmup_steps=0,
+    )
+    return [dense, sparse]
+
+
+def _checked(config: TrainConfig) -> list[str]:
+    """Names of the domains, after a look at everything that only later domains would need."""
+    assert config.model.model is not None
+    paths = config.data.corpus or []
+    names = [Path(path).resolve().name for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"--corpus: two of the domains are called {name!r}; give each folder a name of its own"
+            )
+    if config.data.eval_corpus:
+        raise UserError(
+            f"--eval_corpus {config.data.eval_corpus} can't be that of {len(paths)} domains: leave it out, "
+            "each domain's own held-out part is used (tools/shard_corpus.py --validation_share)"
+        )
+    if config.run.resume not in ("auto", "never"):
+        raise UserError(
+            f"--resume {config.run.resume}: a sequence goes on from what its folder holds; leave it out"
+        )
+    load_model_config(config.model.model)
+    tokenizer = load_tokenizer(config.model.model)
+    for path in paths:
+        open_corpus(path, "--corpus", tokenizer)
+    return names
+
+
+def _domain(config: TrainConfig, folders: list[Path], number: int) -> TrainConfig:
+    """Settings of one domain's run: from the last model, protected by what was important so far."""
+    corpora, earlier = config.data.corpus or [], folders[:number]
+    seen = [
+        f"{Path(path).resolve().name}={held_out_part(Path(path))}"
+        for path in corpora[:number]
+        if held_out_part(Path(path))
+    ]
+    values: dict[str, Any] = {
+        "corpus": [corpora[number]],
+        "output_dir": str(folders[number]),
+        "also_evaluate": [*(config.data.also_evaluate or []), *seen] or None,
+    }
+    if earlier:
+        values |= {"model": str(RunFolder(earlier[-1]).model), "random_init": False, "head_warmup_steps": 0}
+        if METHODS[config.method_name].measures_after:
+            first = RunFolder(earlier[0]).importance  # of general knowledge
+            given = getattr(config.method, "prior_importance", None) or [str(first)]
+            values["prior_importance"] = [*given, *(str(RunFolder(run).importance_after) for run in earlier)]
+    return config.replace(**values)
+
+
+def _complete(settings: TrainConfig) -> bool:
+    """Whether a run has ended; one with other settings is refused."""
+    folder = RunFolder(Path(settings.run.output_dir or ""))
+    if not (folder.report.exists() and folder.model.exists()):
+        return False
+    folder.check(settings)
+    return True
+
+
+def _hand_over(config: TrainConfig, stages: list[TrainConfig]) -> None:
+    """Write ``sequence.json`` and one report of all runs, and print what each domain did to the others."""
+    folders = [RunFolder(Path(stage.run.output_dir or "")) for stage in stages]
+    root, names = folders[0].path.parent, [Path(path).resolve().name for path in config.data.corpus or []]
+    summaries = [json.loads(folder.summary.read_text(encoding="utf-8")) for folder in folders]
+    losses: dict[str, list[float | None]] = {name: [] for name in names}
+    for number, summary in enumerate(summaries):
+        for place, name in enumerate(names):
+            key = "domain_loss" if place == number else f"{name}_loss"
+            losses[name].append(summary[key]["after"] if key in summary else None)
+    general = [summary.get("general_loss", {}).get("after") for summary in summaries]
+    before = summaries[0].get("general_loss", {}).get("before")
+    figures = {"domains": names, "losses": losses, "general": [before, *general]}
+    write_text(root / "sequence.json", json.dumps(figures, indent=2) + "\n")
+    write_report([folder.path for folder in folders], root / "report.html")
+    console = Console(highlight=False)
+    table = Table(title="held-out loss after each domain")
+    for column in ("after", *names, "general"):
+        table.add_column(column, justify="left" if column == "after" else "right")
+    for number, name in enumerate(names):
+        row = [losses[other][number] for other in names]
+        table.add_row(name, *(_figure(value) for value in (*row, general[number])))
+    console.print(table)
+    console.print(f"{'models':>12}: {', '.join(str(folder.model) for folder in folders)}", soft_wrap=True)
+    console.print(f"{'report':>12}: {root / 'report.html'}", soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

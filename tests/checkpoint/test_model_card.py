@@ -1,0 +1,65 @@
+"""The card of a model: what it was made from and what it measured."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from dga_scale.checkpoint.model_card import model_card
+
+
+def run_of(folder: Path, model: str, records: list[dict[str, object]]) -> Path:
+    settings = {
+        "model": model,
+        "corpus": str(folder / "somewhere" / "acl"),
+        "method": "dga",
+        "learning_rate": 1e-4,
+        "output_dir": str(folder),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.json").write_text(json.dumps({"architectures": ["RobertaForMaskedLM"]}))
+    return folder
+
+
+def test_figures_of_the_step_it_holds(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [
+        {"event": "evaluation", "step": 0, "domain_loss": 4.2, "general_loss": 3.8},
+        {"step": 50, "loss/total": 4.0},
+        {"event": "evaluation", "step": 100, "domain_loss": 3.7, "general_loss": 3.9},
+        {"event": "evaluation", "step": 200, "domain_loss": 3.5, "general_loss": 4.0},
+    ]
+    card = model_card(run_of(tmp_path, "FacebookAI/roberta-base", records), 100, tmp_path / "config.json")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "FacebookAI/roberta-base"
+    assert front["pipeline_tag"] == "fill-mask"
+    assert "# FacebookAI/roberta-base adapted to acl" in card
+    assert "| held-out text | step 0 | step 100 |" in card
+    assert "| domain loss | 4.2000 | 3.7000 |" in card
+    assert "| general loss | 3.8000 | 3.9000 |" in card
+    assert "| learning_rate | 0.0001 |" in card
+    assert "AutoModelForMaskedLM" in card
+
+
+def test_paths_of_the_machine_are_not_told(tmp_path: Path) -> None:
+    card = model_card(run_of(tmp_path, str(tmp_path / "my-bert"), []), 5, tmp_path / "config.json")
+    assert str(tmp_path) not in card
+    assert "# my-bert adapted to acl" in card
+    assert "base_model" not in card
+    assert "## Figures" not in card
+
+
+def test_a_checkpoint_without_its_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    card = model_card(tmp_path / "gone", 5, tmp_path / "config.json")
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-generation"
+    assert "AutoModelForCausalLM" in card
+
+
+def test_a_class_of_ours_is_imported(tmp_path: Path) -> None:
+    config = {"architectures": ["ExtendedForCausalLM"], "model_type": "dga_extended"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    card = model_card(tmp_path / "gone", 5, tmp_path / "config.json")
+    assert "import dga_scale.backbone.extended\nfrom transformers import AutoModelForCausalLM" in card
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["RobertaForMaskedLM"]}))
+    assert "dga_scale.backbone" not in model_card(tmp_path / "gone", 5, tmp_path / "config.json")

@@ -1,0 +1,57 @@
+"""Unicode cleaning, against what each rule says."""
+
+import unicodedata
+
+import pytest
+
+from dga_scale.corpus.reading.cleaning import clean
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("plain text", "plain text"),
+        ("  trimmed\t\n", "trimmed"),
+        ("a\r\nb\rc\u2028d\x85e\x0cf", "a\nb\nc\nd\ne\nf"),
+        ("nul\x00 bell\x07 escape\x1b del\x7f c1\x9c", "nul bell escape del c1"),
+        ("\ufeffbyte order mark", "byte order mark"),
+        ("lone \ud83d surrogate", "lone  surrogate"),
+        ("not a character \ufffe\uffff\ufdd0", "not a character"),
+        ("cafe\u0301", "café"),
+        (
+            "family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+            "family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+        ),
+        ("tab\tkept", "tab\tkept"),
+        ("नमस्ते 語", "नमस्ते 語"),
+    ],
+)
+def test_clean(raw: str, cleaned: str) -> None:
+    assert clean(raw) == cleaned
+    assert clean(cleaned) == cleaned
+
+
+@pytest.mark.parametrize("raw", ["", " \n\t", "\x00\x01\x1f", "\u200b\u200d \ufeff", "\ud800", "\u3000\xa0"])
+def test_nothing_visible_is_nothing(raw: str) -> None:
+    assert clean(raw) == ""
+
+
+def test_what_is_left_is_valid_unicode() -> None:
+    everything = "".join(map(chr, range(0x110000)))
+    left = clean("a" + everything)
+    left.encode("utf-8")
+    assert unicodedata.is_normalized("NFC", left)
+    assert {c for c in left if unicodedata.category(c) == "Cc"} == {"\t", "\n"}
+
+
+def test_each_character_alone() -> None:
+    """Text with nothing to remove is told at a look: nothing else may pass by it."""
+    for code in range(0x10000):
+        character = chr(code)
+        if character in "\n\r\x0b\x0c\x85\u2028\u2029":
+            kept = "\n"
+        elif character == "\ufeff" or 0xFDD0 <= code <= 0xFDEF or code >= 0xFFFE:
+            kept = ""
+        else:
+            kept = "" if unicodedata.category(character) in ("Cc", "Cs") and code != 9 else character
+        assert clean(f"a{character}b") == unicodedata.normalize("NFC", f"a{kept}b"), hex(code)

@@ -1,0 +1,425 @@
+"""The sharder end to end: what is in the corpus, and that nothing but text and settings decides its bytes."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+from transformers import AutoTokenizer
+
+from dga_scale.corpus.sharding.pipeline import ShardReport, shard_corpus
+from dga_scale.corpus.sharding.staging import ShardSettings
+from dga_scale.corpus.shards import WORK_FOLDER, Corpus
+from dga_scale.errors import UserError
+from dga_scale.storage import atomic as files
+from tests.helpers import tiny_corpora as tiny
+from tests.helpers.ranks import REPOSITORY
+
+SHARD_SIZE = 0.01
+"""Megabytes: a few kilobytes of text make several pieces, units and shards."""
+
+
+def settings(tokenizer: Path, **changes: object) -> ShardSettings:
+    return replace(ShardSettings(str(tokenizer), sequence_length=32, shard_size=SHARD_SIZE), **changes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a corpus folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of inputs in several formats with repeats within and across files, and documents to drop."""
+    folder = tmp_path_factory.mktemp("raw")
+    documents = tiny.texts(900)
+    tiny.write_jsonl(folder / "a.jsonl", documents[:500] + documents[100:150] + ["", "\x01"])
+    (folder / "b.txt").write_text("\n".join(documents[400:800]) + "\n\n\x02\x03\n")
+    tiny.write_jsonl(folder / "c.jsonl", documents[790:] + [documents[5]] * 7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(raw: Path, wordpiece: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus of ``raw``, made by one process without interruption."""
+    output = tmp_path_factory.mktemp("expected") / "corpus"
+    shard_corpus([str(raw)], output, settings(wordpiece))
+    assert len(Corpus.open(output).manifest.shards) >= 3, "too few shards for what these tests are for"
+    return output
+
+
+def decoded(corpus: Corpus, tokenizer: Path) -> Counter[str]:
+    """Documents of a corpus in "document" packing whose rows are long enough for each."""
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return Counter(loaded.decode(corpus.row(i), skip_special_tokens=True) for i in range(len(corpus)))
+
+
+def test_all_documents_once_in_one_split(raw: Path, wordpiece: Path, tmp_path: Path) -> None:
+    report = shard_corpus(
+        [str(raw)],
+        tmp_path / "corpus",
+        settings(wordpiece, packing="document", sequence_length=512, validation_share=0.2),
+    )
+    train, held_out = Corpus.open(tmp_path / "corpus"), Corpus.open(tmp_path / "corpus" / "validation")
+    loaded = AutoTokenizer.from_pretrained(wordpiece)
+    reference = Counter(
+        loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) for text in tiny.texts(900)
+    )
+    assert decoded(train, wordpiece) + decoded(held_out, wordpiece) == reference
+    assert report.train.documents_read == 552 + 402 + 117
+    assert report.train.dropped == {"empty": 2, "control_only": 2, "duplicates": 50 + 100 + 10 + 7}
+    assert report.train.documents == len(train)
+    assert 0.13 < len(held_out) / 900 < 0.27
+    assert report.validation is not None
+    assert report.validation.documents_read == report.train.documents_read
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "byte_bpe", "slow_sentencepiece"])
+def test_chunks_hold_the_text_in_order(
+    name: str, raw: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(name)
+    shard_corpus([str(raw)], tmp_path / "corpus", settings(tokenizer, validation_share=0.0))
+    corpus, loaded = Corpus.open(tmp_path / "corpus"), AutoTokenizer.from_pretrained(tokenizer)
+    assert not (tmp_path / "corpus" / "validation").exists()
+    special = {*loaded.all_special_ids} - {loaded.unk_token_id}
+    stream = [i for row in corpus.rows(range(len(corpus))) for i in row.tolist() if i not in special]
+    reference = [i for text in tiny.texts(900) for i in loaded(text, add_special_tokens=False)["input_ids"]]
+    assert stream == reference
+
+    # One short row a shard at most, its last; all others are full.
+    ends = np.cumsum([shard.rows for shard in corpus.manifest.shards]) - 1
+    assert set(np.flatnonzero(corpus.lengths != 32)) <= set(ends)
+    assert corpus.manifest.causal is (name != "wordpiece")
+    if name == "wordpiece":
+        for row in corpus.rows([0, 1, len(corpus) - 1]):
+            assert (row[0], row[-1]) == (loaded.cls_token_id, loaded.sep_token_id)
+
+
+def test_columns(expected: Path, wordpiece: Path) -> None:
+    corpus, loaded = Corpus.open(expected), AutoTokenizer.from_pretrained(wordpiece)
+    rows = corpus.rows(range(len(corpus)))
+    assert corpus.lengths.tolist() == [len(row) for row in rows]
+    assert corpus.maskable.tolist() == [sum(i not in loaded.all_special_ids for i in row) for row in rows]
+    manifest = corpus.manifest
+    assert manifest.rows == len(rows)
+    assert manifest.tokens == sum(map(len, rows))
+    assert manifest.maskable == corpus.maskable.sum()
+
+
+def test_datasets_opens_the_folder(expected: Path) -> None:
+    corpus = Corpus.open(expected)
+    loaded = datasets.load_from_disk(str(expected))
+    assert loaded["input_ids"][:] == [row.tolist() for row in corpus.rows(range(len(corpus)))]
+    assert loaded["length"][:] == corpus.lengths.tolist()
+    assert len(datasets.load_from_disk(str(expected / "validation"))) > 0
+
+
+def test_duplicates_fall_on_one_side_and_can_be_kept(raw: Path, wordpiece: Path, tmp_path: Path) -> None:
+    chosen = settings(wordpiece, packing="document", sequence_length=512, validation_share=0.2)
+    report = shard_corpus([str(raw)], tmp_path / "kept", replace(chosen, keep_duplicates=True))
+    assert report.train.dropped["duplicates"] == 0
+    train = decoded(Corpus.open(tmp_path / "kept"), wordpiece)
+    held_out = decoded(Corpus.open(tmp_path / "kept" / "validation"), wordpiece)
+    assert (train + held_out).total() == 552 + 402 + 117 - 4
+    assert (train + held_out).most_common(1)[0][1] == 8
+    assert not train.keys() & held_out.keys()
+
+
+def test_the_split_of_a_document_does_not_depend_on_the_others(wordpiece: Path, tmp_path: Path) -> None:
+    documents = tiny.texts(300)
+    chosen = settings(wordpiece, packing="document", sequence_length=512, validation_share=0.1)
+    held_out = []
+    for name, part in (("few", documents[::2]), ("all", documents)):
+        path = tiny.write_jsonl(tmp_path / f"{name}.jsonl", part)
+        shard_corpus([str(path)], tmp_path / name, chosen)
+        held_out.append(decoded(Corpus.open(tmp_path / name / "validation"), wordpiece))
+    assert held_out[0].keys() < held_out[1].keys()
+    shard_corpus([str(path)], tmp_path / "seed", replace(chosen, seed=1))
+    assert decoded(Corpus.open(tmp_path / "seed" / "validation"), wordpiece).keys() != held_out[1].keys()
+
+
+def test_few_documents_still_hold_one_out(wordpiece: Path, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "few.jsonl", tiny.texts(3))
+    report = shard_corpus([str(path)], tmp_path / "corpus", settings(wordpiece, validation_share=1e-9))
+    assert report.validation is not None
+    assert (report.train.documents, report.validation.documents) == (2, 1)
+
+
+def test_long_and_short_units_give_one_corpus(raw: Path, wordpiece: Path, tmp_path: Path) -> None:
+    """Duplicates are the same documents wherever the units are cut."""
+    chosen = settings(wordpiece, packing="document", sequence_length=512, validation_share=0.1)
+    kept = []
+    for size in (0.003, 0.01, 16):
+        shard_corpus([str(raw)], tmp_path / str(size), replace(chosen, shard_size=size))
+        kept.append(decoded(Corpus.open(tmp_path / str(size)), wordpiece))
+    assert kept[0] == kept[1] == kept[2]
+
+
+# --- the same bytes, whoever does the work and however often it is interrupted ---
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_workers(num_workers: int, raw: Path, wordpiece: Path, expected: Path, tmp_path: Path) -> None:
+    shard_corpus([str(raw)], tmp_path / "corpus", settings(wordpiece), num_workers=num_workers)
+    assert contents(tmp_path / "corpus") == contents(expected)
+
+
+def in_fork(*arguments: object, **options: object) -> multiprocessing.process.BaseProcess:
+    """Start ``shard_corpus`` in a forked process, which costs no imports."""
+    process = multiprocessing.get_context("fork").Process(target=shard_corpus, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+def test_parts_side_by_side(raw: Path, wordpiece: Path, expected: Path, tmp_path: Path) -> None:
+    output = tmp_path / "corpus"
+    parts = [in_fork([str(raw)], output, settings(wordpiece), part=(i, 3)) for i in range(3)]
+    for part in parts:
+        part.join(60)
+        assert part.exitcode == 0
+    assert contents(output) == contents(expected)
+
+
+def test_parts_one_after_the_other(raw: Path, wordpiece: Path, expected: Path, tmp_path: Path) -> None:
+    """Where the cluster starts them one by one, the first does what nobody else does."""
+    output = tmp_path / "corpus"
+    first = shard_corpus([str(raw)], output, settings(wordpiece), part=(1, 2), part_patience=0.2)
+    assert contents(output) == contents(expected)
+    assert first.text_bytes > 0
+    late = shard_corpus([str(raw)], output, settings(wordpiece), part=(0, 2), part_patience=0.2)
+    assert late.text_bytes == 0
+    assert contents(output) == contents(expected)
+
+
+def test_a_killed_part_is_replaced_by_the_others(
+    raw: Path, wordpiece: Path, expected: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "corpus"
+    victim = in_fork_killed_at(5, [str(raw)], output, settings(wordpiece), part=(0, 2))
+    assert victim.exitcode == -signal.SIGKILL
+    shard_corpus([str(raw)], output, settings(wordpiece), part=(1, 2), part_patience=0.2)
+    assert contents(output) == contents(expected)
+
+
+def in_fork_killed_at(
+    count: int, *arguments: object, **options: object
+) -> multiprocessing.process.BaseProcess:
+    """``shard_corpus`` in a process that kills itself, as kill -9 does, before its n-th file is in place."""
+
+    def run() -> None:
+        left = count
+        rename = os.replace
+
+        def replace_or_die(source: object, target: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)  # type: ignore[arg-type]
+
+        files.os.replace = replace_or_die  # type: ignore[assignment]
+        shard_corpus(*arguments, **options)  # type: ignore[arg-type]
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    return process
+
+
+def test_killed_before_every_file(raw: Path, wordpiece: Path, expected: Path, tmp_path: Path) -> None:
+    """The first attempt is killed before its first file is in place, the second before its second, ..."""
+    output = tmp_path / "corpus"
+    attempts = 0
+    while not (output / "manifest.json").exists():
+        if (output / WORK_FOLDER / "plan.json").exists():
+            with pytest.raises(UserError, match=r"is unfinished .* run the same"):
+                Corpus.open(output)
+        attempts += 1
+        in_fork_killed_at(attempts, [str(raw)], output, settings(wordpiece))
+    assert attempts > 8
+    shard_corpus([str(raw)], output, settings(wordpiece))
+    assert contents(output) == contents(expected)
+
+
+def test_killed_at_random_moments(raw: Path, wordpiece: Path, expected: Path, tmp_path: Path) -> None:
+    output = tmp_path / "corpus"
+    started = time.monotonic()
+    in_fork([str(raw)], tmp_path / "timed", settings(wordpiece)).join()
+    duration = time.monotonic() - started
+    generator = random.Random(4)
+    for _ in range(6):
+        process = in_fork([str(raw)], output, settings(wordpiece))
+        process.join(generator.uniform(0, duration))
+        process.kill()
+        process.join()
+    shard_corpus([str(raw)], output, settings(wordpiece))
+    assert contents(output) == contents(expected)
+
+
+def test_killed_with_its_workers_on_the_command_line(
+    raw: Path, wordpiece: Path, expected: Path, tmp_path: Path
+) -> None:
+    """kill -9 of the parent ends the workers too; the same command goes on."""
+    big = tmp_path / "big.jsonl"
+    tiny.write_jsonl(big, tiny.texts(15_000))
+    command = [sys.executable, "tools/shard_corpus.py", str(big), "--tokenizer", str(wordpiece)]
+    command += ["--output", str(tmp_path / "corpus"), "--sequence_length", "32", "--num_workers", "4"]
+    command += ["--shard_size", "0.2"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    markers = tmp_path / "corpus" / WORK_FOLDER
+    while not list(markers.glob("train-*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    # A shard is done once its marker is there: the kill may fall between a shard's data and its marker.
+    names = [marker.name.replace("train-", "data-") for marker in markers.glob("train-*.json")]
+    shards = [(tmp_path / "corpus" / name).with_suffix(".arrow") for name in names]
+    done = {path: path.stat().st_mtime_ns for path in shards}
+    chosen = settings(wordpiece, shard_size=0.2)
+    report = shard_corpus([str(big)], tmp_path / "corpus", chosen)
+    assert report.resumed
+    assert done
+    assert all(path.stat().st_mtime_ns == written for path, written in done.items())
+    shard_corpus([str(big)], tmp_path / "reference", chosen)
+    assert contents(tmp_path / "corpus") == contents(tmp_path / "reference")
+
+
+def test_finished_is_finished(raw: Path, wordpiece: Path, expected: Path, tmp_path: Path) -> None:
+    output = tmp_path / "corpus"
+    shutil.copytree(expected, output)
+    (output / WORK_FOLDER / "scratch").mkdir(parents=True)  # killed while it tidied up
+    report: ShardReport = shard_corpus([str(raw)], output, settings(wordpiece))
+    assert report.text_bytes == 0
+    assert contents(output) == contents(expected)
+    assert not (output / WORK_FOLDER).exists()
+
+
+# --- what is refused ---
+
+
+def test_output_of_another_corpus(raw: Path, wordpiece: Path, byte_bpe: Path, expected: Path) -> None:
+    for changes, message in (
+        ({"sequence_length": 64}, r"holds another corpus: sequence_length 32, now 64\. Choose another"),
+        ({"packing": "document", "seed": 3}, r"packing 'chunk', now 'document'; seed 0, now 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            shard_corpus([str(raw)], expected, settings(wordpiece, **changes))
+    with pytest.raises(UserError, match=r"tokenizer_hash"):
+        shard_corpus([str(raw)], expected, settings(byte_bpe))
+    with pytest.raises(UserError, match=r"3 input files, now 1 or others"):
+        shard_corpus([str(raw / "a.jsonl")], expected, settings(wordpiece))
+
+
+def test_output_of_another_corpus_that_is_unfinished(raw: Path, wordpiece: Path, tmp_path: Path) -> None:
+    in_fork_killed_at(5, [str(raw)], tmp_path / "corpus", settings(wordpiece))
+    with pytest.raises(UserError, match=r"was begun with another corpus: text_field 'text', now 'body'"):
+        shard_corpus([str(raw)], tmp_path / "corpus", settings(wordpiece, text_field="body"))
+
+
+def test_output_with_other_files(raw: Path, wordpiece: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"is not empty and holds no corpus: thesis\.tex\. Choose a new"):
+        shard_corpus([str(raw)], tmp_path / "corpus", settings(wordpiece))
+    with pytest.raises(UserError, match=r"is not empty and holds no corpus: it is a file"):
+        shard_corpus([str(raw)], tmp_path / "corpus" / "thesis.tex", settings(wordpiece))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"sequence_length": 3}, {}, r"--sequence_length 3: must be at least 8"),
+        ({"validation_share": 1.0}, {}, r"--validation_share 1.0: must be from 0 to below 1"),
+        ({"shard_size": 0}, {}, r"--shard_size 0: must be above 0"),
+        ({"seed": -1}, {}, r"--seed -1: must be 0 or more"),
+        ({"packing": "bins"}, {}, r"--packing bins: must be one of chunk, document"),
+        ({"document": "page"}, {}, r"--document page: must be one of line, file"),
+        ({}, {"num_workers": 0}, r"--num_workers 0: must be at least 1"),
+        ({}, {"part": (4, 4)}, r"--part 4/4: parts of 4 count from 0"),
+    ],
+)
+def test_settings_out_of_range(
+    changes: dict, options: dict, message: str, raw: Path, wordpiece: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        shard_corpus([str(raw)], tmp_path / "corpus", settings(wordpiece, **changes), **options)
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_nothing_to_train_on(wordpiece: Path, tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text("\n\n\x01\n")
+    with pytest.raises(
+        UserError, match=r"no document with text in the inputs: 3 read, 2 of them empty, 1 of"
+    ):
+        shard_corpus([str(tmp_path / "blank.txt")], tmp_path / "blank", settings(wordpiece))
+    (tmp_path / "one.txt").write_text("only one\n")
+    with pytest.raises(UserError, match=r"nothing is left to train on: 1 documents read, .* 1 held out"):
+        shard_corpus([str(tmp_path / "one.txt")], tmp_path / "one", settings(wordpiece))
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_an_error_in_the_input_can_be_mended(num_workers: int, wordpiece: Path, tmp_path: Path) -> None:
+    """The error of a worker process arrives as it is; the mended input is another corpus."""
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(50))
+    path.write_text(path.read_text() + "{broken\n")
+    chosen = settings(wordpiece)
+    with pytest.raises(UserError, match=r"a\.jsonl:51 is not JSON"):
+        shard_corpus([str(path)], tmp_path / "corpus", chosen, num_workers=num_workers)
+
+
+# --- a full disk ---
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """A file system of 300 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_full_disk(num_workers: int, wordpiece: Path, small_disk: Path, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(3000))
+    chosen = settings(wordpiece, shard_size=0.02)
+    output = small_disk / "corpus"
+    with pytest.raises(
+        UserError, match=rf"the disk of {output} is full \(0\.\d MB free\).*Finished parts are kept"
+    ):
+        shard_corpus([str(path)], output, chosen, num_workers=num_workers)
+    finished = list((output / WORK_FOLDER).glob("piece-*.json"))
+    assert finished
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    report = shard_corpus([str(path)], output, chosen)
+    assert report.resumed
+    shard_corpus([str(path)], tmp_path / "reference", chosen)
+    assert contents(output) == contents(tmp_path / "reference")
+
+
+def test_work_files_are_json(raw: Path, wordpiece: Path, tmp_path: Path) -> None:
+    """State is plain data: what an interrupted run leaves can be read without this package."""
+    in_fork_killed_at(12, [str(raw)], tmp_path / "corpus", settings(wordpiece))
+    plan = json.loads((tmp_path / "corpus" / WORK_FOLDER / "plan.json").read_text())
+    assert plan["settings"]["sequence_length"] == 32
+    assert [Path(source["path"]).name for source in plan["sources"]] == ["a.jsonl", "b.txt", "c.jsonl"]

@@ -1,0 +1,87 @@
+"""Units and duplicates, against a plain dictionary."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dga_scale.corpus.sharding import staging as spool
+from dga_scale.corpus.sharding.staging import (
+    Plan,
+    ShardSettings,
+    Work,
+    document_hash,
+    duplicates_of,
+    find_duplicates,
+    read_piece,
+    read_unit,
+)
+from dga_scale.storage.atomic import write_json
+from tests.helpers import tiny_corpora as tiny
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    """An empty work folder."""
+    work = Work(tmp_path / "corpus" / ".sharding")
+    work.folder.mkdir(parents=True)
+    spool.load_plan.cache_clear()
+    spool.load_units.cache_clear()
+    return work
+
+
+def read_all(work: Work, documents: list[str], tmp_path: Path, shard_size: float) -> list[dict]:
+    """Spool ``documents``: the units."""
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", documents)
+    plan = Plan.make([str(path)], ShardSettings("unused", shard_size=shard_size))
+    write_json(work.plan_file, plan.to_json(), work.scratch)
+    units = []
+    for number in range(len(plan.pieces)):
+        read_piece(work.folder, number)
+        units += json.loads(work.piece(number).read_text())["units"]
+    write_json(work.units_file, units, work.scratch)
+    return units
+
+
+@pytest.mark.parametrize("partitions", [1, 2, 7])
+def test_the_first_occurrence_stays(partitions: int, work: Work, tmp_path: Path) -> None:
+    texts = tiny.texts(300)
+    generator = np.random.default_rng(0)
+    documents = [texts[i] for i in generator.integers(0, 300, 1500)]
+    units = read_all(work, documents, tmp_path, shard_size=0.005)
+    assert len(units) > 5
+    for number in range(partitions):
+        find_duplicates(work.folder, number, partitions)
+    kept = []
+    for index, unit in enumerate(units):
+        spooled = [text for texts, _ in read_unit(work, unit["name"]) for text in texts.to_pylist()]
+        repeats = set(duplicates_of(work, index, partitions).tolist())
+        kept += [text for place, text in enumerate(spooled) if place not in repeats]
+    assert kept == list(dict.fromkeys(documents))
+
+
+def test_one_document_repeated_does_not_fill_the_memory(work: Work, tmp_path: Path) -> None:
+    """A unit lists each document once, so a partition holds it at most once a unit."""
+    units = read_all(work, ["the same"] * 5000 + ["another"], tmp_path, shard_size=0.005)
+    for unit in units:
+        assert unit["documents"] <= 2
+        assert np.load(work.hashes(unit["name"])).shape == (3, unit["documents"])
+
+
+def test_units_end_after_many_short_documents(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "UNIT_DOCUMENTS", 40)
+    units = read_all(work, tiny.texts(100), tmp_path, shard_size=16)
+    assert [unit["documents"] for unit in units] == [40, 40, 20]
+
+
+def test_hashes_spread_evenly() -> None:
+    halves = np.frombuffer(
+        b"".join(document_hash(text.encode(), 0) for text in tiny.texts(4000)), dtype="<u8"
+    )
+    for half in (halves[::2], halves[1::2]):
+        counts = np.histogram(half / 2.0**64, bins=10, range=(0, 1))[0]
+        assert abs(counts - 400).max() < 100
+    assert document_hash(b"a", 0) != document_hash(b"a", 1)

@@ -1,0 +1,241 @@
+"""Run a function on several real ranks (gloo, CPU) without paying for a launch each time.
+
+``run_ranks(2, fn, *args)`` calls ``fn(*args)`` on both ranks of a two-process group and returns
+``[result of rank 0, result of rank 1]``. The processes of each world size are started once a test session
+and kept; ``fn`` is pickled by reference, so it has to stand at the top level of an importable module
+(``tests/<room>/test_x.py`` is one), and arguments and results have to pickle.
+
+An exception on any rank comes back as ``RankError`` with each failing rank's traceback. A rank that does not
+answer in time is reported with the place it hangs in, its pool is killed and the next test gets a new one.
+What the ranks print goes to a file, whose end is shown when something fails.
+"""
+
+import atexit
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GRACE = 5.0
+"""Seconds the other ranks get to answer once one has failed; then they are taken to wait for it."""
+START_TIMEOUT = 240.0
+TAIL = 3000
+_FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC_", "MPI_")
+
+
+class RankError(Exception):
+    """At least one rank raised or hung; ``errors``: each such rank's exception class name and message."""
+
+    def __init__(self, report: str, errors: dict[int, tuple[str, str]]) -> None:
+        super().__init__(report)
+        self.errors = errors
+
+
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
+    """Call ``fn(*args)`` on every rank of a group of ``world_size`` processes; the results in rank order.
+
+    The group is initialised (``torch.distributed`` and DeepSpeed), RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
+    and MASTER_PORT are set, torch runs one thread and is seeded with 0 before each call.
+    """
+    pool = _pools.get(world_size)
+    if pool is None:
+        pool = _pools[world_size] = _Pool(world_size)
+    return pool.call(fn, args, timeout)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def close_pools() -> None:
+    """End all worker processes."""
+    for world_size in list(_pools):
+        _pools.pop(world_size).kill()
+
+
+class _Pool:
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.folder = tempfile.TemporaryDirectory(prefix=f"ranks{world_size}-")
+        self.connections: list[Connection] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        port = free_port()
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN_LAUNCHERS)}
+        for rank in range(world_size):
+            ours, theirs = Pipe()
+            environment = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_WORLD_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": 1,
+                "CUDA_VISIBLE_DEVICES": "",
+                "DS_ACCELERATOR": "cpu",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            with open(self._log(rank), "wb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.helpers.ranks", str(theirs.fileno())],
+                    cwd=REPOSITORY,
+                    env=inherited | {k: str(v) for k, v in environment.items()},
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+        self._collect("the start of the process group", START_TIMEOUT)
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        payload = pickle.dumps((fn, args))
+        for connection in self.connections:
+            connection.send_bytes(payload)
+        return self._collect(f"{fn.__module__}.{fn.__qualname__}", timeout)
+
+    def _collect(self, what: str, timeout: float) -> list[Any]:
+        deadline = time.monotonic() + timeout
+        pending = dict(enumerate(self.connections))
+        results: list[Any] = [None] * self.world_size
+        failures: dict[int, tuple[str, str, str]] = {}
+        while pending and (left := deadline - time.monotonic()) > 0:
+            ready = wait(list(pending.values()), left)
+            for rank in [r for r, connection in pending.items() if connection in ready]:
+                try:
+                    ok, answer = pickle.loads(pending[rank].recv_bytes())
+                except (EOFError, ConnectionError):
+                    code = self.processes[rank].wait()
+                    ok, answer = False, ("ProcessDied", f"exit code {code}", self._tail(rank))
+                if ok:
+                    results[rank] = answer
+                else:
+                    failures[rank] = answer
+                    deadline = min(deadline, time.monotonic() + GRACE)
+                del pending[rank]
+        report = [
+            f"rank {r} raised in {what}: {name}: {text}\n{tb}" for r, (name, text, tb) in failures.items()
+        ]
+        errors = {r: (name, text) for r, (name, text, _) in failures.items()}
+        for rank in pending:
+            place = self._where(rank)
+            if failures:
+                report.append(f"rank {rank} was left waiting in {place.splitlines()[0]}")
+            else:
+                report.append(f"rank {rank} hung in {what} after {timeout:g} s, {place}\n{self._tail(rank)}")
+                errors[rank] = ("Hang", place)
+        if pending or any(name == "ProcessDied" for name, _ in errors.values()):
+            _pools.pop(self.world_size, None)
+            self.kill()
+        if errors:
+            raise RankError("\n".join(report), errors)
+        return results
+
+    def _where(self, rank: int) -> str:
+        """Ask for the Python stack of a rank that does not answer, innermost call first."""
+        before = self._log(rank).stat().st_size
+        self.processes[rank].send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + 20
+        while self._log(rank).stat().st_size == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # until it has written the last line
+        with open(self._log(rank), "rb") as log:
+            log.seek(before)
+            stack = [
+                line.strip() for line in log.read().decode(errors="replace").splitlines() if "File" in line
+            ]
+        return "\n  ".join(stack) or "no Python frame"
+
+    def _log(self, rank: int) -> Path:
+        return Path(self.folder.name) / f"rank{rank}.log"
+
+    def _tail(self, rank: int) -> str:
+        text = self._log(rank).read_text(errors="replace")
+        return f"--- end of what rank {rank} printed ---\n{text[-TAIL:]}"
+
+    def kill(self) -> None:
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.folder.cleanup()
+
+
+_pools: dict[int, _Pool] = {}
+atexit.register(close_pools)
+
+
+def _serve(fd: int) -> None:
+    """Be a rank: join the group, then answer calls until the parent closes the pipe or dies."""
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    parent = os.getppid()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    connection = Connection(fd)
+
+    def answer(work: Callable[[], Any]) -> None:
+        try:
+            message = pickle.dumps((True, work()))
+        except Exception as error:
+            message = pickle.dumps((False, (type(error).__name__, str(error), traceback.format_exc())))
+        sys.stdout.flush()
+        connection.send_bytes(message)
+
+    answer(_join)
+    while True:
+        try:
+            payload = connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            os._exit(0)  # no teardown: gloo's waits for peers that may be gone
+        answer(lambda payload=payload: _run(payload))
+
+
+def _join() -> None:
+    import torch
+
+    from dga_scale.launch.world import join_cluster
+
+    torch.set_num_threads(1)
+    join_cluster()
+
+
+def _run(payload: bytes) -> Any:
+    import torch
+
+    fn, args = pickle.loads(payload)
+    torch.manual_seed(0)
+    linear = torch.nn.functional.linear
+    try:
+        return fn(*args)
+    finally:
+        # A ZeRO-3 engine replaces it for the whole process, by one that rounds otherwise in bf16.
+        torch.nn.functional.linear = linear
+
+
+def _exit_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

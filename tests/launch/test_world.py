@@ -1,0 +1,86 @@
+"""Collectives of the ranks, errors that all of them share, and where they meet."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dga_scale.errors import EXIT_USER_ERROR, UserError
+from dga_scale.launch.environment import Place
+from dga_scale.launch.world import Cluster, _meeting_point, join_cluster
+from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
+
+
+def _gathered() -> tuple[list[int], float, str, float]:
+    cluster = join_cluster()
+    mine = torch.tensor([cluster.rank + 1.0])
+    total = cluster.sum(mine)
+    assert mine.item() == cluster.rank + 1.0
+    word = cluster.broadcast_object(f"from {cluster.rank}")
+    return cluster.all_gather_object(cluster.rank), total.item(), word, cluster.run_on_first(lambda: 7.0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_collectives(world_size: int) -> None:
+    total = world_size * (world_size + 1) / 2
+    assert run_ranks(world_size, _gathered) == [(list(range(world_size)), total, "from 0", 7.0)] * world_size
+
+
+def _fail_on(ranks: tuple[int, ...], kind: type[Exception]) -> str:
+    cluster: Cluster = join_cluster()
+
+    def work() -> int:
+        if cluster.rank in ranks:
+            raise kind("no such file")
+        return 1
+
+    try:
+        cluster.run_on_all(work)
+    except UserError as error:
+        return f"UserError {error}"
+    return "fine"
+
+
+def test_all_ranks_raise_the_same_user_error() -> None:
+    assert run_ranks(2, _fail_on, (), UserError) == ["fine"] * 2
+    assert (
+        run_ranks(2, _fail_on, (1,), UserError)
+        == [f"UserError rank 1 on {socket.gethostname()}: no such file"] * 2
+    )
+    assert run_ranks(2, _fail_on, (0, 1), UserError) == ["UserError no such file"] * 2
+
+
+def test_a_fault_of_ours_stays_where_it_is_and_stops_the_others() -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, _fail_on, (1,), ZeroDivisionError)
+    assert caught.value.errors == {
+        0: ("RankFailed", f"rank 1 on {socket.gethostname()} failed: ZeroDivisionError: no such file"),
+        1: ("ZeroDivisionError", "no such file"),
+    }
+
+
+def test_rank_0_tells_where_it_is_through_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it does is tested on two hosts; here that what is in the way is named."""
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    place = Place("mpirun", 1, 2, 0, 1, None, 0)
+    with pytest.raises(UserError, match=r"mpirun started processes on several nodes.*set MASTER_ADDR"):
+        _meeting_point(place)
+
+
+@pytest.mark.mpi
+def test_an_mpi4py_of_another_mpi_is_refused() -> None:
+    pytest.importorskip("mpi4py")
+    hydra = ["PMI_RANK=1", "PMI_SIZE=2", "MPI_LOCALRANKID=0", "MPI_LOCALNRANKS=1"]
+    join = (
+        "from dga_scale.launch.world import join_cluster; from dga_scale.errors import run_main;"
+        "run_main(lambda: join_cluster() and None)"
+    )
+    failed = subprocess.run(
+        ["env", *hydra, sys.executable, "-c", join],
+        capture_output=True, text=True, timeout=280, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert failed.returncode == EXIT_USER_ERROR, failed.stderr
+    assert "mpiexec started 2 processes, but mpi4py counts 1" in failed.stderr
+    assert "MASTER_ADDR" in failed.stderr
