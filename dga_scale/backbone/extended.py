@@ -25,12 +25,16 @@ JSON data and stored in ``config.json``::
   are. Their weights are read from the checkpoint afterwards, so random values are no harm; under
   ``from_pretrained`` they are made on the meta device, so values must not be read in ``apply``.
 - Return an anatomy where it changed (soft prompts take positions away), else None. Names without ``base.``.
+- Where keys and values of one pass don't hold in the next (another route, a prompt put in again), call
+  ``keep_no_cache``.
 - Freezing is not part of an extension: who trains sets ``requires_grad``, on ``extend``'s result.
 """
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +49,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    Cache,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -209,7 +214,12 @@ class ExtendedForCausalLM(ExtendedPreTrainedModel):
     _auto = AutoModelForCausalLM
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the base model, whose passes go through the extension."""
+        """Generate with the base model, whose passes go through the extension.
+
+        Raises:
+            UserError: a cache, for an extension that can have none; see ``keep_no_cache``.
+
+        """
         base: Any = self.base
         return base.generate(*args, **kwargs)
 
@@ -281,6 +291,33 @@ def extend(base: PreTrainedModel, extension: str, settings: Settings) -> Extende
         f"{type(base).__name__} can't be extended: load the model with AutoModelForMaskedLM, "
         "AutoModelForCausalLM or AutoModelForSequenceClassification"
     )
+
+
+def keep_no_cache(base: PreTrainedModel, extension: str) -> None:
+    """Have a model read its whole text in every pass, also in ``generate``, and refuse a cache.
+
+    Args:
+        base: changed in place.
+        extension: what to call its extension in the UserError that a pass with a cache raises.
+
+    """
+    base.config.use_cache = False
+    if base.can_generate():
+        assert base.generation_config is not None
+        base.generation_config.use_cache = False
+    base.base_model.register_forward_pre_hook(partial(_refuse_cache, extension), with_kwargs=True)
+
+
+def _refuse_cache(extension: str, trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = dict(zip(inspect.signature(trunk.forward).parameters, args, strict=False)) | kwargs
+    wanted = given.get("use_cache")
+    wanted = trunk.config.use_cache if wanted is None else wanted
+    # A cache is told by its class: the argument's name depends on the version of transformers.
+    if wanted or any(isinstance(value, Cache) for value in given.values()):
+        raise UserError(
+            f"a model with {extension} keeps no keys and values from pass to pass: generate from token ids, "
+            "with use_cache=False"
+        )
 
 
 def model_class(architecture: str) -> type[PreTrainedModel]:

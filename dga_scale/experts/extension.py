@@ -15,6 +15,7 @@ from dga_scale.backbone.extended import (
     ExtendedPreTrainedModel,
     Settings,
     extend,
+    keep_no_cache,
     register_extension,
 )
 from dga_scale.errors import UserError
@@ -189,6 +190,7 @@ def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anato
             "experts are copies of whole sublayers, and ZeRO-3 has spread the model over the ranks already: "
             "load it before transformers is told of ZeRO-3"
         )
+    keep_no_cache(base, "experts")  # a route is chosen for a whole sequence, not for its next token
     passes = Passes(base.base_model)
     for entry in settings["sublayers"]:
         layer, sublayer = entry["layer"], entry["sublayer"]
@@ -204,7 +206,6 @@ def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anato
         if not hasattr(home, CHILD):
             home.add_module(CHILD, nn.ModuleDict())
         home.get_submodule(CHILD).add_module(sublayer, sparse)
-    base.config.use_cache = False  # a route is chosen for a whole sequence, not for its next token
     base._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "router"}
     return dataclasses.replace(anatomy, first_position=None)  # and rows read as one would go one way
 

@@ -28,7 +28,6 @@ BATCHED = ("hidden_states", "attention_mask", "position_embeddings", "position_i
 """Arguments of sublayers, passed by name, that have one entry an example (or one for all)."""
 SHARED = ("relative_pos", "rel_embeddings")
 """Those that are the same for all examples (DeBERTa)."""
-_CACHES = ("past_key_values", "layer_past")
 
 
 class Router(nn.Module):
@@ -263,10 +262,6 @@ class Passes:
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
-        if name in _CACHES and value is not None:
-            raise UserError(
-                "a cache of keys and values can't be shared by experts: generate with use_cache=False"
-            )
         if isinstance(value, Tensor) and name not in (*BATCHED, *SHARED):
             raise UserError(
                 f"experts don't know whether {name} has one entry an example: use another "

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dga_scale.backbone.anatomy import Anatomy
-from dga_scale.backbone.extended import Settings, register_extension
+from dga_scale.backbone.extended import Settings, keep_no_cache, register_extension
 from dga_scale.errors import UserError
 
 PROMPT = "soft_prompt"
@@ -70,6 +70,7 @@ def apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anatom
     width = trunk.get_input_embeddings().embedding_dim
     std = getattr(base.config, "initializer_range", 0.02)
     trunk.add_module(PROMPT, SoftPrompt(tokens, width, std, base.dtype))
+    keep_no_cache(base, "a soft prompt")
     trunk.register_forward_pre_hook(_put_before, with_kwargs=True)
     trunk.register_forward_hook(_take_off)
     return dataclasses.replace(anatomy, max_positions=anatomy.max_positions - tokens, first_position=None)
@@ -79,8 +80,6 @@ def _put_before(
     trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]]:
     given = dict(zip(inspect.signature(trunk.forward).parameters, args, strict=False)) | kwargs
-    if given.get("past_key_values") is not None:
-        raise UserError("a model with soft tokens keeps no keys and values: pass use_cache=False")
     ids, embeddings = given.pop("input_ids", None), given.get("inputs_embeds")
     if embeddings is None:
         embeddings = trunk.get_input_embeddings()(ids)

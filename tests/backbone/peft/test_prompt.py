@@ -87,20 +87,6 @@ def test_a_causal_classifier_reads_the_texts_last_token(name: str, tmp_path: Pat
         torch.testing.assert_close(classifier(**BATCH).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_causal_model_generates_behind_its_prompt() -> None:
-    model = with_prompt("llama")
-    torch.manual_seed(0)
-    plain = TINY["llama"].model()
-    ids = BATCH["input_ids"][:1, :5]
-    long = torch.cat([WORDS[None], ids], dim=1)
-    with torch.no_grad():
-        ours = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
-        theirs = plain.generate(long, max_new_tokens=4, do_sample=False, use_cache=False)
-        assert ours[0, 5:].tolist() == theirs[0, 5 + TOKENS :].tolist()
-        with pytest.raises(UserError, match="use_cache=False"):
-            model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
-
-
 def test_more_soft_tokens_than_positions_are_refused() -> None:
     with pytest.raises(UserError, match="--prompt_tokens"):
         extend(TINY["roberta"].model(), "prompt", {"tokens": 32})
