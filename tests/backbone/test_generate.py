@@ -13,9 +13,9 @@ from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.extended import ExtendedPreTrainedModel, extend
 from dga_scale.errors import UserError
 from dga_scale.experts.sublayers import sublayer_modules
-from tests.backbone.test_prompt import WORDS, with_prompt
-from tests.backbone.tiny import TINY, batch
-from tests.experts.small import move_apart, only, with_experts
+from tests.helpers.small_experts import move_apart, only, with_experts
+from tests.helpers.small_prompts import WORDS, with_prompt
+from tests.helpers.tiny_models import TINY, batch
 
 CAUSAL = ["gpt2", "llama", "gpt_neox"]
 IDS = batch(rows=4, tokens=5, seed=2)["input_ids"][:3].clamp(max=int(WORDS[0]) - 1)

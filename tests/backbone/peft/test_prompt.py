@@ -9,21 +9,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.extended import ExtendedPreTrainedModel, extend
 from dga_scale.errors import UserError
+from tests.helpers.small_prompts import TOKENS, WORDS, with_prompt
 from tests.helpers.tiny_models import TINY, VOCAB, batch
 
-TOKENS = 3
-WORDS = torch.arange(VOCAB - TOKENS, VOCAB)
 BATCH = batch()
 BATCH["input_ids"] = BATCH["input_ids"].clamp(max=VOCAB - TOKENS - 1)
-
-
-def with_prompt(name: str) -> ExtendedPreTrainedModel:
-    """Its soft tokens are the embeddings of ``WORDS``."""
-    torch.manual_seed(0)
-    model = extend(TINY[name].model(), "prompt", {"tokens": TOKENS})
-    with torch.no_grad():
-        model.base_model.soft_prompt.weight.copy_(model.get_input_embeddings().weight[WORDS])
-    return model
 
 
 def spelled_out() -> dict[str, torch.Tensor]:
