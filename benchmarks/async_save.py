@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForMaskedLM
 from benchmarks.results import append_section
 from dga_scale.checkpoint.async_save import Saves
 from dga_scale.checkpoint.state import Save, TrainerState
-from dga_scale.launch.preemption import StopAgreement
+from dga_scale.launch.preemption import StopConsensus
 from dga_scale.launch.world import join_cluster
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import MaskedLM, Setup, tiny_engine, tiny_tokenizer, train_step
@@ -39,7 +39,7 @@ def measure(folder: Path, saves_of_each: int, layers: int) -> dict[str, Any]:
     cluster = join_cluster()
     engine = tiny_engine(Setup(stage=2, rows=RANKS), MaskedLM(base_size(layers)))
     ways = {False: Saves(background=False), True: Saves(background=True)}
-    agreement = StopAgreement(cluster)
+    consensus = StopConsensus(cluster)
     found: dict[str, Any] = {
         "waiting": [],
         "background": [],
@@ -57,7 +57,7 @@ def measure(folder: Path, saves_of_each: int, layers: int) -> dict[str, Any]:
         cluster.barrier()
         started = time.perf_counter()
         train_step(engine, number)
-        agreement.average({"loss": torch.zeros(())}, False, saves.written)
+        consensus.average({"loss": torch.zeros(())}, False, saves.written)
         found[kind].append(time.perf_counter() - started)
 
     for _ in range(2):
@@ -72,7 +72,7 @@ def measure(folder: Path, saves_of_each: int, layers: int) -> dict[str, Any]:
         saves.begin(Save(engine, tiny_tokenizer(), folder, TrainerState(number), cluster, 1), started)
         if background:
             found["copy"].append(time.perf_counter() - started)
-            while not agreement.written(saves.begun):
+            while not consensus.written(saves.begun):
                 step("during", saves)
         started = time.perf_counter()
         saved = saves.finish()

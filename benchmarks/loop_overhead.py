@@ -85,7 +85,7 @@ def rank() -> None:
     """Train as the real program does, with a clock on the engine's calls."""
     from deepspeed import DeepSpeedEngine
 
-    from dga_scale.launch.preemption import StopAgreement
+    from dga_scale.launch.preemption import StopConsensus
     from dga_scale.train.cli import train_command
     from dga_scale.train.trainer import Session
 
@@ -110,7 +110,7 @@ def rank() -> None:
     Session.train_step = train_step  # type: ignore[method-assign]
     for method in ("forward", "backward", "step"):
         setattr(DeepSpeedEngine, method, clocked(getattr(DeepSpeedEngine, method), "engine"))
-    StopAgreement.average = clocked(StopAgreement.average, "reduction")  # type: ignore[method-assign]
+    StopConsensus.average = clocked(StopConsensus.average, "reduction")  # type: ignore[method-assign]
     try:
         train_command()
     finally:

@@ -46,7 +46,7 @@ from dga_scale.preservation.anchors import key_of
 from dga_scale.preservation.fragments import Fragment
 from dga_scale.preservation.importance import Importance
 from dga_scale.report.report import write_report
-from dga_scale.storage.checked_json import seal, unseal
+from dga_scale.storage.checked_json import checked, with_checksum
 from dga_scale.storage.safetensors_stream import record_of
 from tests.helpers.ranks import REPOSITORY, run_ranks
 from tests.helpers.small import SmallWorld
@@ -204,10 +204,10 @@ def test_checkpoints(finished: Path, canary: Path, tmp_path: Path) -> None:
     sound = manifest.read_bytes()
 
     def read() -> None:
-        content = unseal(json.loads(sound))
+        content = checked(json.loads(sound))
         for name in content["files"]:
             content["files"][name] = vars(record_of(folder / name))
-        fitting = json.dumps(seal(content)).encode()
+        fitting = json.dumps(with_checksum(content)).encode()
         untouched = manifest.read_bytes() == sound
         with planted(manifest, fitting) if untouched else contextlib.nullcontext():
             with contextlib.suppress(Exception):  # a forged manifest is beyond what we say nicely
@@ -306,12 +306,15 @@ def test_corpora(world: SmallWorld, canary: Path, tmp_path: Path) -> None:
     refuses_all(folder, canary, read)
     for path in sizes:  # a manifest that was made to fit
         manifest = path.parent / "manifest.json"
-        content = unseal(json.loads(manifest.read_text()))
+        content = checked(json.loads(manifest.read_text()))
         for payload in (arrow_file(canary), torch_file(canary)):
             with planted(path, payload):
                 for each in content["shards"]:
                     each |= vars(record_of(path)) | {"rows": 1}
-                with planted(manifest, json.dumps(seal(content)).encode()), contextlib.suppress(Exception):
+                with (
+                    planted(manifest, json.dumps(with_checksum(content)).encode()),
+                    contextlib.suppress(Exception),
+                ):
                     read()
             assert not canary.exists()
 

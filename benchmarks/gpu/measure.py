@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.gpu.trace import record, waits
 from dga_scale.corpus.loading.batches import EvalBatches, StepBatches
-from dga_scale.launch.preemption import StopAgreement
+from dga_scale.launch.preemption import StopConsensus
 from dga_scale.launch.world import Cluster, join_cluster
 from dga_scale.logging.environment import describe_environment, device_name
 from dga_scale.logging.metrics import RunLog
@@ -201,7 +201,7 @@ class Bench:
     @contextmanager
     def _stepping(self, session: Session) -> Iterator[Callable[[int], None]]:
         """Give a function that takes so many steps, as the loop takes them, on batches prepared ahead."""
-        agreement = StopAgreement(self.cluster)
+        consensus = StopConsensus(self.cluster)
         with session.stream(0) as stream:
             batches = iter(stream)
 
@@ -209,7 +209,7 @@ class Bench:
                 for _ in range(number):
                     self.last: StepBatches = next(batches)
                     terms, _ = session.train_step(self.last)
-                    agreement.average(terms, False)
+                    consensus.average(terms, False)
                     step_was_refused(session.engine)
 
             yield step

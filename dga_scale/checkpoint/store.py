@@ -19,7 +19,7 @@ from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.run_folder import write_text
 from dga_scale.storage.atomic import sync
-from dga_scale.storage.checked_json import seal, unseal
+from dga_scale.storage.checked_json import checked, with_checksum
 from dga_scale.storage.safetensors_stream import FileRecord, record_of
 
 FORMAT = 1
@@ -38,7 +38,7 @@ class Checkpoint:
         step: optimizer steps done.
         world_size: ranks that wrote it.
         files: every file in it besides the manifest.
-        passed_over: one line for each newer checkpoint that can't be used, and why.
+        skipped: one line for each newer checkpoint that can't be used, and why.
 
     """
 
@@ -46,7 +46,7 @@ class Checkpoint:
     step: int
     world_size: int
     files: dict[str, FileRecord]
-    passed_over: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def lies_in(self, run_dir: Path) -> bool:
         """Whether it is one of this run's own."""
@@ -97,7 +97,7 @@ def write_manifest(folder: Path, files: dict[str, FileRecord], step: int, world_
         "world_size": world_size,
         "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
     }
-    write_text(folder / MANIFEST, json.dumps(seal(manifest), indent=2) + "\n")
+    write_text(folder / MANIFEST, json.dumps(with_checksum(manifest), indent=2) + "\n")
     sync(folder)
 
 
@@ -159,7 +159,7 @@ def _inspect(path: Path) -> tuple[Checkpoint | None, str]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return None, f"{path / MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
-        manifest = unseal(manifest)
+        manifest = checked(manifest)
         if unknown := manifest.keys() - {"format", "step", "world_size", "files"}:
             raise ValueError(f"unknown: {', '.join(unknown)}")
         files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
@@ -181,7 +181,7 @@ def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoin
     """Choose the checkpoint to go on from; every rank has to call it and gets the same one.
 
     All content is verified against its hashes, each file by one rank. ``resume``: "auto" takes the newest
-    complete one (``passed_over`` says which newer ones are damaged), "never" refuses a run that has any, else
+    complete one (``skipped`` says which newer ones are damaged), "never" refuses a run that has any, else
     it is the folder of a checkpoint.
 
     Raises:
@@ -209,15 +209,15 @@ def newest_verified(run_dir: Path, cluster: Cluster) -> Checkpoint | None:
         UserError: there are checkpoints, but none is complete.
     """
     folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for path in folders:
         found, problem = verified(path, cluster)
         if found is not None:
-            return dataclasses.replace(found, passed_over=tuple(passed_over))
-        passed_over.append(problem)
-    if passed_over:
+            return dataclasses.replace(found, skipped=tuple(skipped))
+        skipped.append(problem)
+    if skipped:
         raise UserError(
-            f"no checkpoint in {run_dir / 'checkpoints'} is complete: {'; '.join(passed_over)}. "
+            f"no checkpoint in {run_dir / 'checkpoints'} is complete: {'; '.join(skipped)}. "
             "Restore a file, or remove the folder to start from the beginning."
         )
     return None

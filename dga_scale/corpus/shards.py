@@ -18,7 +18,7 @@ import numpy as np
 
 from dga_scale.corpus.tokenizer import special_ids, tokenizer_hash
 from dga_scale.errors import UserError
-from dga_scale.storage.checked_json import unseal
+from dga_scale.storage.checked_json import checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(
                 f"{path}: corpus format {version}, this version reads {FORMAT}. Shard the text again"
             )
-        return Manifest.from_json(unseal(content))
+        return Manifest.from_json(checked(content))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}). Shard the text again into an empty folder") from error
 

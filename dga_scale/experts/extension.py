@@ -28,20 +28,20 @@ CHILD = "sparse"
 """Child of a block that holds routers and copies."""
 
 
-class Place(NamedTuple):
+class SublayerId(NamedTuple):
     """A sublayer that gets experts."""
 
     layer: int
     sublayer: Sublayer
 
     def __str__(self) -> str:
-        """Name the place in messages and files."""
+        """Name the sublayer in messages and files."""
         return f"layer {self.layer} {self.sublayer}"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a pass over text collected at one place."""
+    """What a pass over text collected at one sublayer."""
 
     features: Tensor
     """(N, d') v' of each sequence."""
@@ -49,7 +49,7 @@ class Sample:
     """(H, d') that they were made with."""
 
 
-def places_of(anatomy: Anatomy, layers: int, which: str) -> tuple[Place, ...]:
+def sublayer_ids(anatomy: Anatomy, layers: int, which: str) -> tuple[SublayerId, ...]:
     """List the sublayers that get experts: those of the last ``layers`` layers.
 
     Args:
@@ -67,7 +67,7 @@ def places_of(anatomy: Anatomy, layers: int, which: str) -> tuple[Place, ...]:
         )
     kinds = SUBLAYERS if which == "both" else tuple(kind for kind in SUBLAYERS if kind == which)
     return tuple(
-        Place(layer, kind)
+        SublayerId(layer, kind)
         for layer in range(anatomy.num_layers - layers, anatomy.num_layers)
         for kind in kinds
     )
@@ -77,20 +77,20 @@ def places_of(anatomy: Anatomy, layers: int, which: str) -> tuple[Place, ...]:
 def collect_features(
     lm: PreTrainedModel,
     anatomy: Anatomy,
-    places: Sequence[Place],
+    sublayers: Sequence[SublayerId],
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     width: int,
     seed: int,
-) -> dict[Place, Sample]:
-    """Run the dense model on this rank's batches; v' = mean_t(input) P of every sequence, at every place.
+) -> dict[SublayerId, Sample]:
+    """Run the dense model on this rank's batches; v' = mean_t(input) P of every sequence, at every sublayer.
 
     P (H, width) is Gaussian with variance 1/width, the same on all ranks. Dropout is off meanwhile.
 
     Args:
         lm: the whole dense model.
         anatomy: its anatomy.
-        places: where to collect.
+        sublayers: where to collect.
         batches: ids and attention mask (B, T) each, on the model's device.
         width: d'.
         seed: of the projections.
@@ -98,24 +98,24 @@ def collect_features(
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     device = next(lm.parameters()).device
-    found: dict[Place, list[Tensor]] = {place: [] for place in places}
+    found: dict[SublayerId, list[Tensor]] = {sublayer: [] for sublayer in sublayers}
     projections = {
-        place: (torch.randn(anatomy.hidden_size, width, generator=generator) / width**0.5).to(device)
-        for place in places
+        sublayer: (torch.randn(anatomy.hidden_size, width, generator=generator) / width**0.5).to(device)
+        for sublayer in sublayers
     }
     mask: Tensor | None = None
 
-    def collector(place: Place) -> Callable[..., None]:
+    def collector(sublayer: SublayerId) -> Callable[..., None]:
         def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states = args[0] if args else kwargs["hidden_states"]
-            found[place].append(project(states, mask, projections[place]).cpu())
+            found[sublayer].append(project(states, mask, projections[sublayer]).cpu())
 
         return collect
 
     hooks = []
-    for place in places:
-        first = lm.get_submodule(sublayer_modules(anatomy, *place)[0])
-        hooks.append(first.register_forward_pre_hook(collector(place), with_kwargs=True))
+    for sublayer in sublayers:
+        first = lm.get_submodule(sublayer_modules(anatomy, *sublayer)[0])
+        hooks.append(first.register_forward_pre_hook(collector(sublayer), with_kwargs=True))
     training, trunk = lm.training, anatomy.trunk(lm)
     lm.eval()
     try:
@@ -126,20 +126,27 @@ def collect_features(
             hook.remove()
         lm.train(training)
     empty = [torch.zeros(0, width)]
-    return {place: Sample(torch.cat(found[place] or empty), projections[place].cpu()) for place in places}
+    return {
+        sublayer: Sample(torch.cat(found[sublayer] or empty), projections[sublayer].cpu())
+        for sublayer in sublayers
+    }
 
 
-def settings_of(clusters: dict[Place, Clusters], *, alpha: float, width: int) -> Settings:
+def settings_of(clusters: dict[SublayerId, Clusters], *, alpha: float, width: int) -> Settings:
     """Describe the experts as JSON data: what ``config.json`` and the run's folder hold."""
     sublayers = [
-        {"layer": place.layer, "sublayer": place.sublayer, "experts": len(found.centres)}
-        for place, found in clusters.items()
+        {"layer": sublayer.layer, "sublayer": sublayer.sublayer, "experts": len(found.centres)}
+        for sublayer, found in clusters.items()
     ]
     return {"alpha": alpha, "projection": width, "sublayers": sublayers}
 
 
 def add_experts(
-    dense: PreTrainedModel, clusters: dict[Place, Clusters], samples: dict[Place, Sample], *, alpha: float
+    dense: PreTrainedModel,
+    clusters: dict[SublayerId, Clusters],
+    samples: dict[SublayerId, Sample],
+    *,
+    alpha: float,
 ) -> ExtendedPreTrainedModel:
     """Give a dense model one expert a cluster; its output stays what it was, up to rounding.
 
@@ -149,11 +156,11 @@ def add_experts(
     """
     width = next(iter(samples.values())).features.shape[1]
     model = extend(dense, EXPERTS, settings_of(clusters, alpha=alpha, width=width))
-    for place, sublayer in sparse_sublayers(model).items():
-        router = sublayer.router
-        router.projection.copy_(samples[place].projection)
-        router.centres.copy_(torch.from_numpy(clusters[place].centres))
-        router.radii.copy_(torch.from_numpy(clusters[place].radii))
+    for sublayer, sparse in sparse_sublayers(model).items():
+        router = sparse.router
+        router.projection.copy_(samples[sublayer].projection)
+        router.centres.copy_(torch.from_numpy(clusters[sublayer].centres))
+        router.radii.copy_(torch.from_numpy(clusters[sublayer].radii))
     return model
 
 
@@ -162,15 +169,15 @@ def has_experts(model: PreTrainedModel) -> bool:
     return isinstance(model.config, ExtendedConfig) and model.config.extension == EXPERTS
 
 
-def sparse_sublayers(model: ExtendedPreTrainedModel) -> dict[Place, SparseSublayer]:
+def sparse_sublayers(model: ExtendedPreTrainedModel) -> dict[SublayerId, SparseSublayer]:
     """Find the sublayers with experts of a model."""
     found = {}
     for entry in model.config.extension_settings["sublayers"]:
-        place = Place(entry["layer"], entry["sublayer"])
-        block = block_of(model.anatomy, place.layer)
-        sublayer = model.get_submodule(f"{block}{CHILD}.{place.sublayer}")
-        assert isinstance(sublayer, SparseSublayer)
-        found[place] = sublayer
+        sublayer = SublayerId(entry["layer"], entry["sublayer"])
+        block = block_of(model.anatomy, sublayer.layer)
+        sparse = model.get_submodule(f"{block}{CHILD}.{sublayer.sublayer}")
+        assert isinstance(sparse, SparseSublayer)
+        found[sublayer] = sparse
     return found
 
 

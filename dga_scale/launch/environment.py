@@ -41,7 +41,7 @@ _TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchInfo:
     """What the launcher says about this process, before any communication."""
 
     launcher: str
@@ -54,24 +54,24 @@ class Place:
     master_port: int
 
 
-def read_place(env: Mapping[str, str]) -> Place:
-    """Read the place of this process from a launcher's variables, without starting anything.
+def read_launch_info(env: Mapping[str, str]) -> LaunchInfo:
+    """Read who this process is among the ranks from a launcher's variables, without starting anything.
 
     Raises ``UserError`` naming the variables that are missing, not numbers, or in contradiction.
     """
-    place = _torch_place(env) or _scheduler_place(env)
-    if place is None:
-        return Place("python", 0, 1, 0, 1, "127.0.0.1", DEFAULT_PORT)
-    if not 0 <= place.rank < place.world_size or not 0 <= place.local_rank < place.local_world_size:
+    info = _torch_info(env) or _scheduler_info(env)
+    if info is None:
+        return LaunchInfo("python", 0, 1, 0, 1, "127.0.0.1", DEFAULT_PORT)
+    if not 0 <= info.rank < info.world_size or not 0 <= info.local_rank < info.local_world_size:
         raise UserError(
-            f"{place.launcher} gives rank {place.rank} of {place.world_size}, number {place.local_rank} of "
-            f"{place.local_world_size} on its node: ranks count from 0 and stay below their number; "
+            f"{info.launcher} gives rank {info.rank} of {info.world_size}, number {info.local_rank} of "
+            f"{info.local_world_size} on its node: ranks count from 0 and stay below their number; "
             "unset variables left over from another launch"
         )
-    return place
+    return info
 
 
-def _torch_place(env: Mapping[str, str]) -> Place | None:
+def _torch_info(env: Mapping[str, str]) -> LaunchInfo | None:
     ours = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in env]
     if not ours:
         return None
@@ -84,7 +84,7 @@ def _torch_place(env: Mapping[str, str]) -> Place | None:
         )
     rank, world_size, local_rank = (_integer(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
-    place = Place(
+    info = LaunchInfo(
         "environment",
         rank,
         world_size,
@@ -93,38 +93,38 @@ def _torch_place(env: Mapping[str, str]) -> Place | None:
         env["MASTER_ADDR"],
         _integer(env, "MASTER_PORT"),
     )
-    scheduler = _scheduler_place(env)
+    scheduler = _scheduler_info(env)
     if "TORCHELASTIC_RUN_ID" in env:
-        place, nodes = replace(place, launcher="torchrun"), "GROUP_WORLD_SIZE"
+        info, nodes = replace(info, launcher="torchrun"), "GROUP_WORLD_SIZE"
     elif "CROSS_RANK" in env:
-        place, nodes = replace(place, launcher="deepspeed"), "CROSS_SIZE"
+        info, nodes = replace(info, launcher="deepspeed"), "CROSS_SIZE"
     elif scheduler is not None:
-        _check_same_ranks(place, scheduler)
-        return replace(place, launcher=scheduler.launcher, local_world_size=scheduler.local_world_size)
+        _check_same_ranks(info, scheduler)
+        return replace(info, launcher=scheduler.launcher, local_world_size=scheduler.local_world_size)
     else:
-        return place
+        return info
     if scheduler is not None and nodes in env:
-        _check_one_run(place.launcher, _integer(env, nodes), scheduler)
-    return place
+        _check_one_run(info.launcher, _integer(env, nodes), scheduler)
+    return info
 
 
-def _check_same_ranks(place: Place, scheduler: Place) -> None:
+def _check_same_ranks(info: LaunchInfo, scheduler: LaunchInfo) -> None:
     """Ranks set by hand or by a wrapper script have to be those that MPI or SLURM started."""
-    if place.world_size > scheduler.world_size:
+    if info.world_size > scheduler.world_size:
         raise UserError(
-            f"WORLD_SIZE={place.world_size}, but {scheduler.launcher} started {scheduler.world_size} "
+            f"WORLD_SIZE={info.world_size}, but {scheduler.launcher} started {scheduler.world_size} "
             "processes: the run would wait for ranks that never come; ask "
-            f"{scheduler.launcher} for {place.world_size}, or unset RANK and WORLD_SIZE"
+            f"{scheduler.launcher} for {info.world_size}, or unset RANK and WORLD_SIZE"
         )
-    if (place.rank, place.world_size) != (scheduler.rank, scheduler.world_size):
+    if (info.rank, info.world_size) != (scheduler.rank, scheduler.world_size):
         raise UserError(
-            f"RANK={place.rank} WORLD_SIZE={place.world_size} contradict {scheduler.launcher}, which started "
+            f"RANK={info.rank} WORLD_SIZE={info.world_size} contradict {scheduler.launcher}, which started "
             f"this process as {scheduler.rank} of {scheduler.world_size}: unset RANK, WORLD_SIZE and "
             "LOCAL_RANK"
         )
 
 
-def _check_one_run(launcher: str, nodes: int, scheduler: Place) -> None:
+def _check_one_run(launcher: str, nodes: int, scheduler: LaunchInfo) -> None:
     """A launcher that MPI or SLURM started on each node has to count them all as one run's."""
     if scheduler.world_size in (1, nodes):
         return
@@ -136,12 +136,12 @@ def _check_one_run(launcher: str, nodes: int, scheduler: Place) -> None:
     )
 
 
-def _scheduler_place(env: Mapping[str, str]) -> Place | None:
+def _scheduler_info(env: Mapping[str, str]) -> LaunchInfo | None:
     # mpirun within an allocation starts its processes through srun on other nodes: MPI's ranks count there.
-    return _mpi_place(env) or _slurm_place(env)
+    return _mpi_info(env) or _slurm_info(env)
 
 
-def _mpi_place(env: Mapping[str, str]) -> Place | None:
+def _mpi_info(env: Mapping[str, str]) -> LaunchInfo | None:
     for launcher, names in _MPI_VARIABLES.items():
         # srun with a PMI plugin sets PMI_RANK too, without Hydra's local numbers.
         if names[0] not in env or (launcher == "mpiexec" and names[2] not in env and "SLURM_STEP_ID" in env):
@@ -160,11 +160,11 @@ def _mpi_place(env: Mapping[str, str]) -> Place | None:
             port = _port_of(job)
         else:  # Hydra says nothing that all ranks have in common
             port = _port_of(_ancestor_without(names[0])) if one_node else DEFAULT_PORT
-        return Place(launcher, rank, world_size, local_rank, local_world_size, address, port)
+        return LaunchInfo(launcher, rank, world_size, local_rank, local_world_size, address, port)
     return None
 
 
-def _slurm_place(env: Mapping[str, str]) -> Place | None:
+def _slurm_info(env: Mapping[str, str]) -> LaunchInfo | None:
     # A batch script has SLURM_PROCID=0 and SLURM_NTASKS too, and so has the shell that salloc gives, as a
     # step of its own; only a step of srun has all its tasks running.
     if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
@@ -182,7 +182,7 @@ def _slurm_place(env: Mapping[str, str]) -> Place | None:
     address = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
     job = f"{env.get('SLURM_JOB_ID', '')}.{env['SLURM_STEP_ID']}"
     port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else _port_of(job)
-    return Place("srun", rank, world_size, local_rank, _slurm_local_size(env, local_rank), address, port)
+    return LaunchInfo("srun", rank, world_size, local_rank, _slurm_local_size(env, local_rank), address, port)
 
 
 def _slurm_local_size(env: Mapping[str, str], local_rank: int) -> int:

@@ -101,7 +101,7 @@ def _forget_in_a_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_a_child)
 
 
-class StopAgreement:
+class StopConsensus:
     """All ranks stop after the same step, whichever of them got the signal.
 
     The flag travels with the loss terms in the one small reduction that a step makes anyway, and is read one

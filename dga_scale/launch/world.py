@@ -18,8 +18,8 @@ import torch.distributed as dist
 from dga_scale.errors import EXIT_USER_ERROR, UserError
 from dga_scale.launch.cpu_malloc import keep_freed_memory
 from dga_scale.launch.cpu_threads import share_cores
-from dga_scale.launch.environment import Place, read_place
-from dga_scale.launch.rendezvous import JOIN_TIMEOUT, meet
+from dga_scale.launch.environment import LaunchInfo, read_launch_info
+from dga_scale.launch.rendezvous import JOIN_TIMEOUT, rendezvous
 
 T = TypeVar("T")
 
@@ -154,22 +154,22 @@ def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
     Raises ``UserError`` where the launcher's variables are incomplete or contradict each other, where a rank
     has no GPU, or does not come or can't be connected to within ``timeout``.
     """
-    place = read_place(os.environ)
-    device = _device(place)
-    address, port = _meeting_point(place)
+    info = read_launch_info(os.environ)
+    device = _device(info)
+    address, port = _rendezvous_address(info)
     os.environ.update(
-        RANK=str(place.rank),
-        WORLD_SIZE=str(place.world_size),
+        RANK=str(info.rank),
+        WORLD_SIZE=str(info.world_size),
         # DeepSpeed takes it for the number of the GPU.
-        LOCAL_RANK=str(place.local_rank if device.index is None else device.index),
+        LOCAL_RANK=str(info.local_rank if device.index is None else device.index),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
     if not dist.is_initialized():
-        store = meet(place, address, port, _name_of_gpu(device), timeout)
-        _start_group(place, device, store, timeout)
+        store = rendezvous(info, address, port, _name_of_gpu(device), timeout)
+        _start_group(info, device, store, timeout)
     cluster = Cluster(
-        place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size, device
+        info.launcher, info.rank, info.world_size, info.local_rank, info.local_world_size, device
     )
     share_cores(cluster.all_gather_object)
     if device.type == "cpu":
@@ -177,7 +177,7 @@ def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
     return cluster
 
 
-def _start_group(place: Place, device: torch.device, store: dist.Store, timeout: timedelta) -> None:
+def _start_group(info: LaunchInfo, device: torch.device, store: dist.Store, timeout: timedelta) -> None:
     if device.type == "cpu":
         # Otherwise DeepSpeed looks for accelerators and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -189,23 +189,23 @@ def _start_group(place: Place, device: torch.device, store: dist.Store, timeout:
     backend = "nccl" if device.type == "cuda" else "gloo"
     store.set_timeout(COLLECTIVE_TIMEOUT)
     # The group waits for its connections as long as for a collective.
-    impatience = threading.Timer(timeout.total_seconds(), _give_up, [place, timeout])
+    impatience = threading.Timer(timeout.total_seconds(), _give_up, [info, timeout])
     impatience.daemon = True
     impatience.start()
     try:
         dist.init_process_group(
             backend,
             store=store,
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=info.rank,
+            world_size=info.world_size,
             timeout=COLLECTIVE_TIMEOUT,
             # With one rank there is nobody that NCCL could connect a device to.
-            device_id=device if device.type == "cuda" and place.world_size > 1 else None,
+            device_id=device if device.type == "cuda" and info.world_size > 1 else None,
         )
-        if place.world_size > 1:
+        if info.world_size > 1:
             dist.barrier()  # NCCL connects at the first collective
     except RuntimeError as error:
-        raise UserError(f"{_unconnected(place)} ({' '.join(str(error).split())})") from error
+        raise UserError(f"{_unconnected(info)} ({' '.join(str(error).split())})") from error
     finally:
         impatience.cancel()
     deepspeed.init_distributed(
@@ -213,32 +213,32 @@ def _start_group(place: Place, device: torch.device, store: dist.Store, timeout:
     )
 
 
-def _unconnected(place: Place) -> str:
+def _unconnected(info: LaunchInfo) -> str:
     return (
-        f"rank {place.rank} on {socket.gethostname()} has met the others, but could not be connected with "
+        f"rank {info.rank} on {socket.gethostname()} has met the others, but could not be connected with "
         "all of them: is there a firewall between the nodes, or have they several networks? "
         "NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface to take"
     )
 
 
-def _give_up(place: Place, timeout: timedelta) -> None:
+def _give_up(info: LaunchInfo, timeout: timedelta) -> None:
     # The main thread hangs in a call that nothing ends.
-    text = f"error: {_unconnected(place)} (waited for {timeout.total_seconds():g} s)\n"
+    text = f"error: {_unconnected(info)} (waited for {timeout.total_seconds():g} s)\n"
     os.write(sys.stderr.fileno(), text.encode())
     os._exit(EXIT_USER_ERROR)
 
 
-def _device(place: Place) -> torch.device:
+def _device(info: LaunchInfo) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if gpus == 1:  # srun and some MPI set-ups show each process only its own GPU
         index = 0
-    elif place.local_rank < gpus:
-        index = place.local_rank
+    elif info.local_rank < gpus:
+        index = info.local_rank
     else:
         raise UserError(
-            f"rank {place.rank} is number {place.local_rank} on its node, which has only {gpus} GPUs: "
+            f"rank {info.rank} is number {info.local_rank} on its node, which has only {gpus} GPUs: "
             "start as many processes a node as it has GPUs"
         )
     torch.cuda.set_device(index)
@@ -252,20 +252,20 @@ def _name_of_gpu(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _meeting_point(place: Place) -> tuple[str, int]:
-    if place.master_addr is not None:
-        return place.master_addr, place.master_port
+def _rendezvous_address(info: LaunchInfo) -> tuple[str, int]:
+    if info.master_addr is not None:
+        return info.master_addr, info.master_port
     try:
         from mpi4py import MPI
     except ImportError as error:
         raise UserError(
-            f"{place.launcher} started processes on several nodes and the address of rank 0 is not known: "
+            f"{info.launcher} started processes on several nodes and the address of rank 0 is not known: "
             "install dga_scale[mpi], or set MASTER_ADDR to rank 0's host for all processes"
         ) from error
     ranks = MPI.COMM_WORLD.Get_size()
-    if ranks != place.world_size:
+    if ranks != info.world_size:
         raise UserError(
-            f"{place.launcher} started {place.world_size} processes, but mpi4py counts {ranks}: it was built "
+            f"{info.launcher} started {info.world_size} processes, but mpi4py counts {ranks}: it was built "
             f"with another MPI ({MPI.Get_library_version().split(',')[0].strip()}). Set MASTER_ADDR to rank "
             "0's host for all processes, or MPI4PY_MPIABI and LD_LIBRARY_PATH to the MPI of the launcher"
         )

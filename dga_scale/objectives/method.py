@@ -31,7 +31,7 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ForwardOutput:
     """What was computed of one micro-batch of B examples with T tokens.
 
     Attributes:
@@ -62,7 +62,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class MethodContext:
     """What a method can use before training starts, on every rank alike.
 
     Attributes:
@@ -110,7 +110,7 @@ class Method(nn.Module):
     """Kinds of unit whose importance is measured and protected; none: no gates and no masks. A method with
     kinds has settings that derive from ``protected.ProtectionSettings``."""
     needs_teacher: ClassVar[bool] = False
-    """Whether ``Reading.teacher`` is used: a frozen copy of the starting model is kept."""
+    """Whether ``ForwardOutput.teacher`` is used: a frozen copy of the starting model is kept."""
     needs_whole_model: ClassVar[bool] = False
     """Whether ``prepare`` runs the model: ZeRO-3 then spreads it over the ranks only afterwards."""
     measures_after: ClassVar[bool] = False
@@ -132,7 +132,7 @@ class Method(nn.Module):
 
         """
 
-    def prepare(self, workplace: Workplace) -> PreTrainedModel | None:
+    def prepare(self, context: MethodContext) -> PreTrainedModel | None:
         """Change the model before the engine is built: add modules, freeze parameters (``requires_grad_``).
 
         Torch's generator is at the same state on all ranks, and depends on the run's seed alone.
@@ -166,6 +166,6 @@ class Method(nn.Module):
         """Return how the weights are drawn back to those that training starts from; None: they are not."""
         return None
 
-    def terms(self, reading: Reading) -> dict[str, Term]:
+    def terms(self, output: ForwardOutput) -> dict[str, Term]:
         """Return what is added to the LM loss beside the contrast, by the name it is logged under."""
         return {}

@@ -15,7 +15,7 @@ from dga_scale.backbone.packed_rows import last_hidden_states
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.cross_entropy import cross_entropies
 from dga_scale.objectives.grad_cache import CachedContrast
-from dga_scale.objectives.method import LM_VIEW, Method, Reading
+from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method
 from dga_scale.objectives.views import ModelInputs, States, View, run_views
 from dga_scale.preservation.importance import InputTensors
 
@@ -133,7 +133,7 @@ class TrainingModel(nn.Module):
         states = self._read(inputs, cached)
         logits = self._logits(self.lm, states.hidden[LM_VIEW.name], positions)
         loss, logged = self._lm_loss(logits, inputs, masked, passes)
-        reading = Reading(
+        output = ForwardOutput(
             inputs=inputs,
             hidden=states.hidden,
             embeddings=states.embeddings,
@@ -150,7 +150,7 @@ class TrainingModel(nn.Module):
             value = contrast.loss(pooled) if cached is None else cached.term(pooled)
             loss = loss + contrast.weight * value
             logged[contrast.name] = value.detach()
-        for name, term in self.method.terms(reading).items():
+        for name, term in self.method.terms(output).items():
             loss = loss + term.weight * term.value
             logged[name] = term.value.detach()
         return loss, logged

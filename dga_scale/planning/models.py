@@ -17,7 +17,7 @@ from dga_scale.backbone.peft.prompt import PROMPT
 from dga_scale.config.arguments import nearest
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
-from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.objectives.methods import build_method
 
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}
@@ -180,19 +180,19 @@ def build_model(config: TrainConfig) -> PlannedModel:
         anatomy = anatomy_of(model)
         freeze(model, anatomy, config.optimization.freeze_layers, config.optimization.freeze_embeddings)
         method.check(config, anatomy.causal)
-        changed = method.prepare(_workplace(model, anatomy, config))
+        changed = method.prepare(_context(model, anatomy, config))
     if changed is not None:
         model, anatomy = changed, anatomy_of(changed)
     return _describe(name, model, anatomy, method)
 
 
-def _workplace(model: Any, anatomy: Anatomy, config: TrainConfig) -> Workplace:
+def _context(model: Any, anatomy: Anatomy, config: TrainConfig) -> MethodContext:
     """What methods that add modules look at; nothing in it computes."""
 
     def nothing(*_: Any) -> Any:
         raise AssertionError("a plan computes nothing")
 
-    return Workplace(
+    return MethodContext(
         lm=model,
         anatomy=anatomy,
         config=config,

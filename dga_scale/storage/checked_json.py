@@ -11,12 +11,12 @@ from typing import Any
 CHECKSUM = "checksum"
 
 
-def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     """Add a checksum to what is written as JSON."""
     return {**content, CHECKSUM: _checksum(content)}
 
 
-def unseal(content: dict[str, Any]) -> dict[str, Any]:
+def checked(content: dict[str, Any]) -> dict[str, Any]:
     """Check what was read from JSON, and take the checksum off.
 
     Without one it is returned as it is, for files of earlier versions: the caller refuses unknown keys, which

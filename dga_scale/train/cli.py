@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError, run_main
-from dga_scale.launch.environment import read_place
+from dga_scale.launch.environment import read_launch_info
 from dga_scale.launch.preemption import StopRequest
 from dga_scale.launch.watchdog import Watchdog
 from dga_scale.launch.world import Cluster, join_cluster
@@ -29,7 +29,7 @@ def consolidate_command() -> NoReturn:
 def _train() -> int:
     quiet_libraries()
     settings = _outcome(read_config)
-    if read_place(os.environ).world_size == 1:
+    if read_launch_info(os.environ).world_size == 1:
         settings()
     with StopRequest(joined=False) as stop, join_cluster() as cluster:
         stop.joined = True

@@ -21,7 +21,7 @@ from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.metrics import RunLog
-from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.objectives.views import ModelInputs
 from dga_scale.train.batches import INITIAL_STREAM, PREPARE_STREAM, WARMUP_STREAM, seed_everything, to_device
 from dga_scale.train.inputs import Inputs
@@ -66,7 +66,7 @@ def starting_model(
     optimization = inputs.config.optimization
     freeze(loaded.model, loaded.anatomy, optimization.freeze_layers, optimization.freeze_embeddings)
     seed_everything(inputs.config.run.seed, PREPARE_STREAM, 0, 0)  # new parameters are equal on all ranks
-    changed = method.prepare(_workplace(loaded, inputs, cluster, log, resuming))
+    changed = method.prepare(_context(loaded, inputs, cluster, log, resuming))
     if cluster.device.type == "cpu":
         use_cpu_kernels(changed or loaded.model)  # in what the method has added too
     if changed is None:
@@ -106,9 +106,9 @@ def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> L
     return loaded
 
 
-def _workplace(
+def _context(
     loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLog, resuming: bool
-) -> Workplace:
+) -> MethodContext:
     def sample(rows: int) -> Iterator[ModelInputs]:
         size = inputs.resolved.micro_batch_size
         pass_rows = size * cluster.world_size
@@ -117,7 +117,7 @@ def _workplace(
             picks = inputs.mixture.picks(first, first + size)
             yield to_device(mixed_batch(inputs.mixture, picks, inputs.masking), cluster.device)
 
-    return Workplace(
+    return MethodContext(
         lm=loaded.model,
         anatomy=loaded.anatomy,
         config=inputs.config,

@@ -18,7 +18,7 @@ from dga_scale.checkpoint.store import (
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.errors import UserError
-from dga_scale.launch.preemption import EXIT_STOPPED, StopAgreement, StopRequest
+from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus, StopRequest
 from dga_scale.launch.watchdog import note_step
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.environment import describe_environment, device_name, write_environment
@@ -41,7 +41,7 @@ def train(config: TrainConfig, cluster: Cluster) -> int:
         UserError: on every rank, with the checkpoints written before intact.
     """
     with StopRequest() as stop:
-        if StopAgreement(cluster).now(stop.requested):  # while the ranks started, or in the domain before
+        if StopConsensus(cluster).now(stop.requested):  # while the ranks started, or in the domain before
             return EXIT_STOPPED
         inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
         check_same_data(inputs, cluster)
@@ -103,11 +103,11 @@ class _Run:
     def train(self, stop: StopRequest) -> bool:
         """All steps that are left; False if a signal ended them early (everything is saved then)."""
         session, log = self.session, self.log
-        agreement = StopAgreement(self.cluster)
+        consensus = StopConsensus(self.cluster)
         if self.done == 0:
             self._evaluate()
         session.protect()
-        if self.done < self.total and agreement.now(stop.requested):
+        if self.done < self.total and consensus.now(stop.requested):
             return False  # so far nothing was done that is not saved
         invariants = Invariants(session, self.settings.check_invariants)
         invariants.check(self.done)
@@ -121,8 +121,8 @@ class _Run:
                 invariants.after_step(batches)
                 logs = log.logs(self.done)
                 own = {"memory_gib": memory_gib(self.cluster.device)} if logs else {}
-                figures = agreement.average(terms, stop.requested, self.saves.written, own)
-                if agreement.written(self.saves.begun):
+                figures = consensus.average(terms, stop.requested, self.saves.written, own)
+                if consensus.written(self.saves.begun):
                     self._finish_save()
                 self._count_refused()
                 if logs:
@@ -132,7 +132,7 @@ class _Run:
                     values |= {"grad_norm": global_grad_norm(session.engine), "learning_rate": learning_rate}
                     values |= {"data_wait_seconds": wait}
                     log.step(values | self._rates(batches, time.perf_counter() - started))
-                stopping = agreement.reached() and self.done < self.total
+                stopping = consensus.reached() and self.done < self.total
                 self._between_steps(stopping)
                 if stopping:
                     return False

@@ -236,7 +236,7 @@ class Session:
                 f"{resume_from.path} was trained on another corpus than {self.inputs.corpus.path} is now. "
                 "Restore the corpus, or start anew in another --output_dir."
             )
-        for line in resume_from.passed_over:
+        for line in resume_from.skipped:
             self.log.print(line)
         self.log.print(f"going on from {resume_from.path}")
 

@@ -11,7 +11,7 @@ import torch
 from dga_scale.checkpoint.async_save import Saves
 from dga_scale.checkpoint.store import find_resume_point
 from dga_scale.errors import UserError
-from dga_scale.launch.preemption import EXIT_STOPPED, StopAgreement
+from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus
 from dga_scale.launch.world import join_cluster, single_process
 from dga_scale.logging.metrics import read_log
 from tests.checkpoint.test_state import kill_at_each_point, same, state_of
@@ -69,15 +69,15 @@ def test_the_bytes_are_those_of_a_save_that_training_waits_for(setup: Setup, tmp
 def agreed(lag: int) -> list[bool]:
     """When both ranks know that two saves are written, the second of which takes rank 1 ``lag`` steps."""
     cluster = join_cluster()
-    agreement, known = StopAgreement(cluster), []
+    consensus, known = StopConsensus(cluster), []
     for step in range(lag + 3):
         written = 2 if cluster.rank == 0 or step >= lag else 1
         own = {"memory": cluster.rank + 0.25, "other": 7.0} if step != 1 else {}
-        terms = agreement.average({"loss": torch.tensor(float(cluster.rank))}, False, written, own)
+        terms = consensus.average({"loss": torch.tensor(float(cluster.rank))}, False, written, own)
         assert {name: value.tolist() for name, value in terms.items()} == (
             {"loss": 0.5, "memory": [0.25, 1.25], "other": [7.0, 7.0]} if own else {"loss": 0.5}
         )
-        known.append(agreement.written(2))
+        known.append(consensus.written(2))
     return known
 
 

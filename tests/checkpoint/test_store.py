@@ -19,7 +19,7 @@ from dga_scale.checkpoint.store import (
 )
 from dga_scale.errors import UserError
 from dga_scale.launch.world import join_cluster, single_process
-from dga_scale.storage.checked_json import unseal
+from dga_scale.storage.checked_json import checked
 from dga_scale.storage.safetensors_stream import record_of
 from tests.helpers.ranks import run_ranks
 
@@ -50,7 +50,7 @@ def test_the_newest_is_chosen_by_number_not_by_name(tmp_path: Path) -> None:
     found = find_resume_point(tmp_path, "auto", ALONE)
     assert found == newest_verified(tmp_path, ALONE)
     assert found is not None
-    assert (found.step, found.world_size, found.passed_over) == (1_000_000, 2, ())
+    assert (found.step, found.world_size, found.skipped) == (1_000_000, 2, ())
     assert [path.name for path in found.shards] == list(FILES[:2])
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-1000000\n"
 
@@ -100,7 +100,7 @@ def test_a_damaged_one_is_named_and_the_older_taken(damage: object, problem: str
     found = find_resume_point(tmp_path, "auto", ALONE)
     assert found is not None
     assert found.path == older
-    assert len(found.passed_over) == 1
+    assert len(found.skipped) == 1
     with pytest.raises(UserError, match=problem):
         find_resume_point(tmp_path, str(newer), ALONE)
     damage(older)  # type: ignore[operator]
@@ -222,12 +222,12 @@ def test_all_ranks_choose_the_same(tmp_path: Path) -> None:
     found = run_ranks(2, chosen_by_all, tmp_path)
     assert found[0] == found[1]
     assert found[0].path == older
-    assert FILES[1] in found[0].passed_over[0]
+    assert FILES[1] in found[0].skipped[0]
 
 
 def test_the_manifest_is_plain_data(tmp_path: Path) -> None:
     path = made(tmp_path, 4)
     manifest = json.loads((path / "manifest.json").read_text())
-    unseal(manifest)
+    checked(manifest)
     assert (manifest["format"], manifest["step"], manifest["world_size"]) == (1, 4, 2)
     assert manifest["files"] == {name: dataclasses.asdict(record_of(path / name)) for name in sorted(FILES)}

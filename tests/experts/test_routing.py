@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.errors import UserError
-from dga_scale.experts.extension import collect_features, places_of, sparse_sublayers
+from dga_scale.experts.extension import collect_features, sparse_sublayers, sublayer_ids
 from dga_scale.experts.routing import Router
 from dga_scale.experts.sublayers import sublayer_modules
 from tests.helpers.small_experts import ALPHA, ROWS, move_apart, only, with_experts
@@ -251,9 +251,9 @@ def test_cost_of_a_sequence_is_the_dense_models() -> None:
 def test_collected_features_are_those_of_routing() -> None:
     dense = TINY["roberta"].model()
     anatomy = anatomy_of(dense)
-    places = places_of(anatomy, 2, "both")
+    sublayers = sublayer_ids(anatomy, 2, "both")
     halves = [(ROWS["input_ids"][i : i + 4], ROWS["attention_mask"][i : i + 4]) for i in (0, 4)]
-    samples = collect_features(dense, anatomy, places, halves, width=6, seed=0)
+    samples = collect_features(dense, anatomy, sublayers, halves, width=6, seed=0)
     model = with_experts(dense, layers=2)
     with torch.no_grad():
         model(**ROWS)
@@ -268,4 +268,4 @@ def test_what_is_refused() -> None:
     anatomy = anatomy_of(TINY["bert"].model())
     for layers in (0, 3):
         with pytest.raises(UserError, match=rf"--cse_layers {layers}: the model has 2 layers"):
-            places_of(anatomy, layers, "both")
+            sublayer_ids(anatomy, layers, "both")

@@ -16,8 +16,8 @@ from dga_scale.errors import UserError
 from dga_scale.experts.extension import (
     add_experts,
     collect_features,
-    places_of,
     sparse_sublayers,
+    sublayer_ids,
     update_centres_every,
 )
 from dga_scale.launch.world import join_cluster
@@ -45,10 +45,10 @@ def model_with_experts(passes: int = 1) -> ExtendedPreTrainedModel:
     """Experts around three sequences of the first batch, two of them rank 0's; weights set apart."""
     dense = tiny_bert().eval()
     anatomy = anatomy_of(dense)
-    places = places_of(anatomy, 2, "both")
+    sublayers = sublayer_ids(anatomy, 2, "both")
     ids, _ = global_batch(0)
-    samples = collect_features(dense, anatomy, places, [(ids, torch.ones_like(ids))], width=6, seed=0)
-    clusters = {place: clusters_around(samples[place].features, (0, 1, 7)) for place in places}
+    samples = collect_features(dense, anatomy, sublayers, [(ids, torch.ones_like(ids))], width=6, seed=0)
+    clusters = {place: clusters_around(samples[place].features, (0, 1, 7)) for place in sublayers}
     model = add_experts(dense, clusters, samples, alpha=0.9).train()
     update_centres_every(model, passes)
     return model

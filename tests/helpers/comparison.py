@@ -18,7 +18,7 @@ from dga_scale.config.settings import (
 )
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import IGNORED
-from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.objectives.methods import METHODS
 from dga_scale.objectives.training_model import TrainingModel
 from tests.helpers.batches import batch_of, dense_labels
@@ -40,9 +40,9 @@ def config_of(name: str, **settings: Any) -> TrainConfig:
     )
 
 
-def workplace_of(lm: PreTrainedModel, config: TrainConfig) -> Workplace:
+def method_context(lm: PreTrainedModel, config: TrainConfig) -> MethodContext:
     """One process without a corpus."""
-    return Workplace(
+    return MethodContext(
         lm=lm,
         anatomy=anatomy_of(lm),
         config=config,
@@ -73,7 +73,7 @@ def training_model(
     lm = toy_lm() if lm is None else lm
     method = method_of(name, **settings)
     if prepared:
-        lm = method.prepare(workplace_of(lm, config_of(name, **settings))) or lm
+        lm = method.prepare(method_context(lm, config_of(name, **settings))) or lm
     teacher = toy_lm(seed=teacher_seed) if method.needs_teacher else None
     return TrainingModel(lm, anatomy_of(lm), method, teacher=teacher).train(lm.training)
 

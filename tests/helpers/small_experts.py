@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.extended import ExtendedPreTrainedModel
 from dga_scale.experts.clustering import Clusters
-from dga_scale.experts.extension import add_experts, collect_features, places_of, sparse_sublayers
+from dga_scale.experts.extension import add_experts, collect_features, sparse_sublayers, sublayer_ids
 from dga_scale.experts.routing import SparseSublayer
 from tests.helpers.tiny_models import batch
 
@@ -33,10 +33,10 @@ def with_experts(
 ) -> ExtendedPreTrainedModel:
     """Extend ``dense`` in place, with an expert for each of some sequences of ``ROWS``."""
     anatomy = anatomy_of(dense)
-    places = places_of(anatomy, layers, which)
+    sublayers = sublayer_ids(anatomy, layers, which)
     text = [(ROWS["input_ids"], ROWS["attention_mask"])]
-    samples = collect_features(dense, anatomy, places, text, width=6, seed=0)
-    clusters = {place: clusters_around(samples[place].features, rows) for place in places}
+    samples = collect_features(dense, anatomy, sublayers, text, width=6, seed=0)
+    clusters = {place: clusters_around(samples[place].features, rows) for place in sublayers}
     return add_experts(dense, clusters, samples, alpha=ALPHA)
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dga_scale.errors import UserError
-from dga_scale.launch.environment import Place, first_host, read_place
+from dga_scale.launch.environment import LaunchInfo, first_host, read_launch_info
 from tests.helpers.mpi import mpich
 from tests.helpers.ranks import REPOSITORY
 
@@ -44,51 +44,57 @@ SRUN = {
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        (TORCH, Place("environment", 3, 4, 1, 2, "node1", 29501)),
-        (TORCHRUN, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
-        (DEEPSPEED, Place("deepspeed", 3, 4, 1, 2, "node1", 29501)),
+        (TORCH, LaunchInfo("environment", 3, 4, 1, 2, "node1", 29501)),
+        (TORCHRUN, LaunchInfo("torchrun", 3, 4, 1, 2, "node1", 29501)),
+        (DEEPSPEED, LaunchInfo("deepspeed", 3, 4, 1, 2, "node1", 29501)),
         # torchrun as the one task that srun or mpirun starts on each node: torchrun's ranks count.
-        (TORCHRUN | SRUN | {"SLURM_NTASKS": "2"}, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
-        (TORCHRUN | OPEN_MPI, Place("torchrun", 3, 4, 1, 2, "node1", 29501)),
+        (TORCHRUN | SRUN | {"SLURM_NTASKS": "2"}, LaunchInfo("torchrun", 3, 4, 1, 2, "node1", 29501)),
+        (TORCHRUN | OPEN_MPI, LaunchInfo("torchrun", 3, 4, 1, 2, "node1", 29501)),
         # deepspeed --hostfile and torchrun from the shell that srun --pty gave.
-        (DEEPSPEED | SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, Place("deepspeed", 3, 4, 1, 2, "node1", 29501)),
-        (OPEN_MPI | {"MASTER_PORT": "1234"}, Place("mpirun", 1, 2, 1, 2, "127.0.0.1", 1234)),
+        (
+            DEEPSPEED | SRUN | {"SLURM_STEP_NUM_TASKS": "1"},
+            LaunchInfo("deepspeed", 3, 4, 1, 2, "node1", 29501),
+        ),
+        (OPEN_MPI | {"MASTER_PORT": "1234"}, LaunchInfo("mpirun", 1, 2, 1, 2, "127.0.0.1", 1234)),
         (
             OPEN_MPI
             | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "MASTER_PORT": "1"},
-            Place("mpirun", 1, 2, 0, 1, None, 1),
+            LaunchInfo("mpirun", 1, 2, 0, 1, None, 1),
         ),
         # mpirun within an allocation, which starts its processes through srun: MPI's ranks count.
-        (OPEN_MPI | SRUN | {"MASTER_PORT": "1234"}, Place("mpirun", 1, 2, 1, 2, "127.0.0.1", 1234)),
-        (HYDRA | {"MASTER_PORT": "1234"}, Place("mpiexec", 2, 3, 2, 3, "127.0.0.1", 1234)),
-        (HYDRA | SRUN | {"MASTER_PORT": "1234"}, Place("mpiexec", 2, 3, 2, 3, "127.0.0.1", 1234)),
-        (HYDRA | {"MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0"}, Place("mpiexec", 2, 3, 0, 1, None, 29500)),
+        (OPEN_MPI | SRUN | {"MASTER_PORT": "1234"}, LaunchInfo("mpirun", 1, 2, 1, 2, "127.0.0.1", 1234)),
+        (HYDRA | {"MASTER_PORT": "1234"}, LaunchInfo("mpiexec", 2, 3, 2, 3, "127.0.0.1", 1234)),
+        (HYDRA | SRUN | {"MASTER_PORT": "1234"}, LaunchInfo("mpiexec", 2, 3, 2, 3, "127.0.0.1", 1234)),
+        (
+            HYDRA | {"MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0"},
+            LaunchInfo("mpiexec", 2, 3, 0, 1, None, 29500),
+        ),
         # deepspeed --launcher mpich adds the five to Hydra's; --launcher openmpi and slurm nothing.
         (
             HYDRA | TORCH | {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"},
-            Place("mpiexec", 2, 3, 2, 3, "node1", 29501),
+            LaunchInfo("mpiexec", 2, 3, 2, 3, "node1", 29501),
         ),
-        (SRUN | {"MASTER_PORT": "1234"}, Place("srun", 3, 4, 1, 2, "gpu07", 1234)),
-        (SRUN | {"PMI_RANK": "3", "MASTER_PORT": "1234"}, Place("srun", 3, 4, 1, 2, "gpu07", 1234)),
+        (SRUN | {"MASTER_PORT": "1234"}, LaunchInfo("srun", 3, 4, 1, 2, "gpu07", 1234)),
+        (SRUN | {"PMI_RANK": "3", "MASTER_PORT": "1234"}, LaunchInfo("srun", 3, 4, 1, 2, "gpu07", 1234)),
     ],
 )
-def test_place_under_each_launcher(env: dict[str, str], expected: Place) -> None:
-    assert read_place(env) == expected
+def test_launch_info_under_each_launcher(env: dict[str, str], expected: LaunchInfo) -> None:
+    assert read_launch_info(env) == expected
 
 
 def test_the_shell_of_salloc_is_one_process() -> None:
-    assert read_place(SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}).launcher == "python"
+    assert read_launch_info(SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}).launcher == "python"
 
 
 def test_a_batch_script_without_srun_is_one_process() -> None:
     batch = {k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
-    place = read_place(batch)
-    assert (place.launcher, place.rank, place.world_size) == ("python", 0, 1)
+    info = read_launch_info(batch)
+    assert (info.launcher, info.rank, info.world_size) == ("python", 0, 1)
 
 
 def test_ports_agree_within_a_job_and_differ_between_jobs() -> None:
     ports = {
-        (job, rank): read_place(SRUN | {"SLURM_JOB_ID": job, "SLURM_PROCID": rank}).master_port
+        (job, rank): read_launch_info(SRUN | {"SLURM_JOB_ID": job, "SLURM_PROCID": rank}).master_port
         for job in ("77", "78")
         for rank in ("2", "3")
     }
@@ -133,7 +139,7 @@ def test_first_host(hosts: str, first: str) -> None:
 )
 def test_incomplete_or_contradictory_variables(env: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_place(env)
+        read_launch_info(env)
 
 
 @pytest.mark.parametrize(
@@ -156,17 +162,17 @@ def test_one_rank_under_each_launcher(env: dict[str, str], launcher: str) -> Non
     one = env | dict.fromkeys(ranks & env.keys(), "0") | dict.fromkeys(sizes - {"CROSS_SIZE"}, "1")
     if launcher == "srun":
         one |= {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NODEID": "0"}
-    place = read_place(one)
-    assert (place.launcher, place.rank, place.world_size, place.local_rank) == (launcher, 0, 1, 0)
-    assert place.local_world_size == 1
+    info = read_launch_info(one)
+    assert (info.launcher, info.rank, info.world_size, info.local_rank) == (launcher, 0, 1, 0)
+    assert info.local_world_size == 1
 
 
 @pytest.mark.mpi
 def test_ranks_of_mpiexec_choose_one_port() -> None:
     """Behind a wrapper script too. Hydra sets nothing that they have in common."""
     look = (
-        "import os; from dga_scale.launch.environment import read_place; "
-        "print(read_place(os.environ).master_port)"
+        "import os; from dga_scale.launch.environment import read_launch_info; "
+        "print(read_launch_info(os.environ).master_port)"
     )
     wrapper = f"{sys.executable} -c '{look}'; true"
     done = subprocess.run(

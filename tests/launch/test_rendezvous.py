@@ -11,18 +11,18 @@ import pytest
 import torch.distributed as dist
 
 from dga_scale.errors import UserError
-from dga_scale.launch.environment import Place
-from dga_scale.launch.rendezvous import Arrival, _contradiction, _judge, meet
+from dga_scale.launch.environment import LaunchInfo
+from dga_scale.launch.rendezvous import RankInfo, _contradiction, _judge, rendezvous
 from tests.helpers.ranks import free_port
 
 HERE = socket.gethostname()
 
 
-def place(rank: int, world_size: int = 2, launcher: str = "mpirun") -> Place:
-    return Place(launcher, rank, world_size, rank, world_size, None, 0)
+def info(rank: int, world_size: int = 2, launcher: str = "mpirun") -> LaunchInfo:
+    return LaunchInfo(launcher, rank, world_size, rank, world_size, None, 0)
 
 
-def together(*places: Place, seconds: float = 20.0, gpus: tuple[str | None, ...] = ()) -> list[str]:
+def together(*infos: LaunchInfo, seconds: float = 20.0, gpus: tuple[str | None, ...] = ()) -> list[str]:
     """What each of several ranks, threads here, is told; "met" where nothing is wrong."""
     port = free_port()
     held = []  # rank 0's thread may be the first to end: the store must not end with it
@@ -30,25 +30,25 @@ def together(*places: Place, seconds: float = 20.0, gpus: tuple[str | None, ...]
     def one(number: int) -> str:
         gpu = gpus[number] if gpus else None
         try:
-            store = meet(places[number], "127.0.0.1", port, gpu, timedelta(seconds=seconds))
+            store = rendezvous(infos[number], "127.0.0.1", port, gpu, timedelta(seconds=seconds))
         except UserError as error:
             return str(error)
         held.append(store)
         store.set(f"done/{number}", "")
-        store.wait([f"done/{other}" for other in range(len(places))], timedelta(seconds=20))
+        store.wait([f"done/{other}" for other in range(len(infos))], timedelta(seconds=20))
         return "met"
 
-    with ThreadPoolExecutor(len(places)) as pool:
-        return list(pool.map(one, range(len(places))))
+    with ThreadPoolExecutor(len(infos)) as pool:
+        return list(pool.map(one, range(len(infos))))
 
 
 def test_ranks_meet() -> None:
-    assert together(place(0), place(1)) == ["met"] * 2
-    assert together(place(0, 1)) == ["met"]
+    assert together(info(0), info(1)) == ["met"] * 2
+    assert together(info(0, 1)) == ["met"]
 
 
 def test_a_rank_that_never_comes_is_named_to_all() -> None:
-    found = together(place(0, 4), place(2, 4), seconds=1.5)
+    found = together(info(0, 4), info(2, 4), seconds=1.5)
     assert found[0] == found[1]
     assert found[0].startswith(
         f"2 of 4 ranks did not come within 1.5 s: 1, 3 missing, there: 0 on {HERE}, 2 on"
@@ -65,13 +65,13 @@ def test_a_rank_that_came_is_there_however_late_the_store_answers() -> None:
 
     store = Slow()
     for rank in (0, 2):
-        store.set(f"rank/{rank}", json.dumps(asdict(Arrival("srun", 4, HERE, "10.0.0.1", None))))
+        store.set(f"rank/{rank}", json.dumps(asdict(RankInfo("srun", 4, HERE, "10.0.0.1", None))))
     found = _judge(store, 4, timedelta(seconds=0.1))
     assert found.startswith("2 of 4 ranks did not come within 0.1 s: 1, 3 missing, there: 0 on")
 
 
 def test_rank_0_out_of_reach() -> None:
-    (found,) = together(place(1), seconds=0.5)
+    (found,) = together(info(1), seconds=0.5)
     assert found.startswith(f"rank 1 on {HERE} can't reach rank 0 at 127.0.0.1:")
 
 
@@ -81,17 +81,17 @@ def test_a_port_that_is_taken() -> None:
         with pytest.raises(
             UserError, match=rf"rank 0 on {HERE} can't open port {port} .*another MASTER_PORT"
         ):
-            meet(place(0), "127.0.0.1", port, None, timedelta(seconds=1))
+            rendezvous(info(0), "127.0.0.1", port, None, timedelta(seconds=1))
 
 
 def test_ranks_that_count_otherwise() -> None:
-    found = together(place(0), place(1, 3))
+    found = together(info(0), info(1, 3))
     assert found[0] == found[1]
     assert found[0].startswith(f"rank 1 on {HERE} counts 3 ranks, rank 0 on {HERE} 2: give every node")
 
 
 def test_a_rank_that_comes_twice() -> None:
-    found = together(place(0, 3), place(1, 3), place(1, 3), seconds=1.5)
+    found = together(info(0, 3), info(1, 3), info(1, 3), seconds=1.5)
     assert (
         sum(f"two processes call themselves rank 1, on {HERE} and on {HERE}" in text for text in found) == 1
     )
@@ -99,15 +99,15 @@ def test_a_rank_that_comes_twice() -> None:
 
 
 def test_one_gpu_for_two_ranks() -> None:
-    found = together(place(0), place(1), gpus=("GPU-1", "GPU-1"))
+    found = together(info(0), info(1), gpus=("GPU-1", "GPU-1"))
     assert found[0] == found[1]
     assert f"ranks 0 and 1 have the same GPU of {HERE}" in found[0]
-    assert together(place(0), place(1), gpus=("GPU-1", "GPU-2")) == ["met"] * 2
+    assert together(info(0), info(1), gpus=("GPU-1", "GPU-2")) == ["met"] * 2
 
 
 def test_arrivals_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    first = Arrival("srun", 2, "alpha", "10.0.0.1", None)
+    first = RankInfo("srun", 2, "alpha", "10.0.0.1", None)
     second = replace(first, host="beta", own_address="10.0.0.2")
     assert _contradiction([first, second]) == ""
     assert "rank 1 on beta was started by mpirun, rank 0 on alpha by srun" in _contradiction(

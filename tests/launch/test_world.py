@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dga_scale.errors import EXIT_USER_ERROR, UserError
-from dga_scale.launch.environment import Place
-from dga_scale.launch.world import Cluster, _meeting_point, join_cluster
+from dga_scale.launch.environment import LaunchInfo
+from dga_scale.launch.world import Cluster, _rendezvous_address, join_cluster
 from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
 
 
@@ -64,9 +64,9 @@ def test_a_fault_of_ours_stays_where_it_is_and_stops_the_others() -> None:
 def test_rank_0_tells_where_it_is_through_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     """That it does is tested on two hosts; here that what is in the way is named."""
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    place = Place("mpirun", 1, 2, 0, 1, None, 0)
+    info = LaunchInfo("mpirun", 1, 2, 0, 1, None, 0)
     with pytest.raises(UserError, match=r"mpirun started processes on several nodes.*set MASTER_ADDR"):
-        _meeting_point(place)
+        _rendezvous_address(info)
 
 
 @pytest.mark.mpi

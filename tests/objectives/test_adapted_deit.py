@@ -10,10 +10,10 @@ from tests.helpers.comparison import (
     config_of,
     gradients_of,
     loss_of,
+    method_context,
     method_of,
     states_of,
     training_model,
-    workplace_of,
 )
 from tests.helpers.tiny_models import TINY
 from tests.helpers.toy import VOCAB, toy_batch, toy_lm
@@ -49,7 +49,7 @@ def test_every_architecture_reads_a_text_with_the_token(name: str) -> None:
     lm = TINY[name].model()
     anatomy = anatomy_of(lm)
     method = method_of("adapted_deit")
-    method.prepare(workplace_of(lm, config_of("adapted_deit")))
+    method.prepare(method_context(lm, config_of("adapted_deit")))
     model = TrainingModel(lm, anatomy, method, teacher=TINY[name].model()).eval()
     longest = anatomy.max_positions
     batch = toy_batch(3, tokens=longest)

@@ -14,10 +14,10 @@ from tests.helpers.comparison import (
     gradients_of,
     labels_in,
     loss_of,
+    method_context,
     method_of,
     training_model,
     wider,
-    workplace_of,
 )
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY
@@ -92,7 +92,7 @@ def test_every_architecture_takes_every_loss(name: str) -> None:
         lm = TINY[name].model(random_biases=False)
         made = method_of(method)
         if method != "simcse":
-            made.prepare(workplace_of(lm, config_of(method)))
+            made.prepare(method_context(lm, config_of(method)))
         teacher = TINY[name].model() if made.needs_teacher else None
         model = TrainingModel(lm, anatomy_of(lm), made, teacher=teacher)
         loss, terms = loss_of(model, toy_batch(4))

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from dga_scale.backbone.extended import ExtendedForMaskedLM
 from dga_scale.experts.clustering import NoClusters
-from dga_scale.experts.extension import Place, Sample, sparse_sublayers
+from dga_scale.experts.extension import Sample, SublayerId, sparse_sublayers
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.objectives.methods.cse import CSE, CSESettings
 from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
@@ -55,7 +55,7 @@ def test_what_is_handed_back(world: SmallWorld, tmp_path: Path) -> None:
     assert model.config.extension_settings == structure["settings"]
     assert model.config.base.hidden_dropout_prob == 0.1, "the run's own override is not handed on"
     sublayers = sparse_sublayers(model)
-    assert [str(place) for place in sublayers] == [each["place"] for each in structure["clusters"]]
+    assert [str(place) for place in sublayers] == [each["sublayer"] for each in structure["clusters"]]
     assert len(sublayers) == 4  # attention and FFN of the two last layers
     for each, sublayer in zip(structure["clusters"], sublayers.values(), strict=True):
         assert len(each["sizes"]) == len(sublayer.router.centres) >= 2
@@ -83,7 +83,7 @@ def test_a_sublayer_whose_text_is_in_one_piece_stays_dense() -> None:
     parted = torch.cat([blob, blob + 5])
     whole = Sample(torch.cat([blob, blob]), torch.eye(4))
     method = CSE(CSESettings(cse_eps=1.0))
-    first, second = Place(0, "ffn"), Place(1, "ffn")
+    first, second = SublayerId(0, "ffn"), SublayerId(1, "ffn")
     found, dense = method._clusters({first: Sample(parted, torch.eye(4)), second: whole})
     assert list(found) == [first]
     assert found[first].sizes == [60, 60]

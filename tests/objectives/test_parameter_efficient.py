@@ -27,9 +27,9 @@ from tests.helpers.comparison import (
     config_of,
     labels_in,
     loss_of,
+    method_context,
     method_of,
     training_model,
-    workplace_of,
 )
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.small import make_world
@@ -158,7 +158,7 @@ def test_lora_targets_and_what_its_config_says() -> None:
     lm = toy_lm()
     config = config_of("lora", lora_targets=["value", "down"], lora_rank=4, lora_alpha=6.0, lora_dropout=0.1)
     method = method_of("lora", lora_targets=["value", "down"], lora_rank=4, lora_alpha=6.0, lora_dropout=0.1)
-    assert method.prepare(workplace_of(lm, config)) is None
+    assert method.prepare(method_context(lm, config)) is None
     layer = lm.bert.encoder.layer[1]
     assert layer.attention.self.value.scaling == {"default": 1.5}
     assert layer.output.dense.lora_dropout["default"].p == 0.1

@@ -8,7 +8,7 @@ import torch
 from dga_scale.errors import UserError
 from dga_scale.objectives.views import ModelInputs, View, run_views
 from tests.helpers.batches import rows_of
-from tests.helpers.comparison import config_of, info_nce, loss_of, method_of, training_model, workplace_of
+from tests.helpers.comparison import config_of, info_nce, loss_of, method_context, method_of, training_model
 from tests.helpers.toy import tensors_of, toy_batch, toy_lm
 
 
@@ -44,5 +44,5 @@ def test_a_model_without_dropout_is_refused() -> None:
     lm.config.classifier_dropout = 0.3  # of a head that no LM has
     method = method_of("simcse")
     with pytest.raises(UserError, match="--dropout"):
-        method.prepare(workplace_of(lm, config_of("simcse")))
-    method.prepare(workplace_of(toy_lm(dropout=0.1), config_of("simcse")))
+        method.prepare(method_context(lm, config_of("simcse")))
+    method.prepare(method_context(toy_lm(dropout=0.1), config_of("simcse")))

@@ -72,7 +72,7 @@ def test_any_damaged_file_of_a_checkpoint_is_named_and_the_older_one_taken(
         assert found.step == 1, (file, damage)
         # A manifest that says something else of a file shows at that file.
         named = "step-000002/" if file == "manifest.json" else f"step-000002/{file}"
-        assert named in found.passed_over[0], (file, damage)
+        assert named in found.skipped[0], (file, damage)
         with pytest.raises(UserError, match="step-000002"):
             find_resume_point(run, str(run / "checkpoints" / "step-000002"), ALONE)
         shutil.rmtree(run)
@@ -101,7 +101,7 @@ def test_latest_is_for_people_only(saved: Path, tmp_path: Path, damage: str) -> 
     DAMAGES[damage](run / "checkpoints" / "latest")
     found = find_resume_point(run, "auto", ALONE)
     assert found is not None
-    assert (found.step, found.passed_over) == (2, ())
+    assert (found.step, found.skipped) == (2, ())
 
 
 # --- the other files of a run ----------------------------------------------------------------------------

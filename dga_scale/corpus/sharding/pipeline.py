@@ -43,7 +43,7 @@ from dga_scale.corpus.shards import FORMAT, MANIFEST, VALIDATION, WORK_FOLDER, M
 from dga_scale.corpus.tokenizer import encoder_spec, load_tokenizer, special_ids, tokenizer_hash
 from dga_scale.errors import UserError
 from dga_scale.storage.atomic import storage_errors, write_json
-from dga_scale.storage.checked_json import seal
+from dga_scale.storage.checked_json import with_checksum
 
 DOCUMENT_MODES = ("line", "file")
 
@@ -369,4 +369,4 @@ def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:
     write_json(folder / "state.json", state, scratch)
     info = {"features": features(manifest.vocab_size)}
     write_json(folder / "dataset_info.json", info, scratch)
-    write_json(folder / MANIFEST, seal(manifest.to_json()), scratch)
+    write_json(folder / MANIFEST, with_checksum(manifest.to_json()), scratch)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dga_scale.config.settings import AT_LEAST_0, MethodSettings, Rules, setting
-from dga_scale.objectives.method import Method, Reading, Term, Workplace
+from dga_scale.objectives.method import ForwardOutput, Method, MethodContext, Term
 from dga_scale.objectives.views import mean_pool
 
 
@@ -57,14 +57,14 @@ class AdaptedDeiT(Method):
     Settings = AdaptedDeiTSettings
     needs_teacher = True
 
-    def prepare(self, workplace: Workplace) -> None:
-        lm: Any = workplace.lm
+    def prepare(self, context: MethodContext) -> None:
+        lm: Any = context.lm
         width = lm.get_input_embeddings().embedding_dim
         self.token = DistillationToken(width, getattr(lm.config, "initializer_range", 0.02), lm.dtype)
-        self.max_positions = workplace.anatomy.max_positions
+        self.max_positions = context.anatomy.max_positions
 
-    def terms(self, reading: Reading) -> dict[str, Term]:
-        inputs, trunk = reading.inputs, reading.trunk
+    def terms(self, output: ForwardOutput) -> dict[str, Term]:
+        inputs, trunk = output.inputs, output.trunk
         size = min(inputs.input_ids.shape[1] + 1, self.max_positions)
         places = inputs.attention_mask.sum(dim=1).clamp(max=size - 1)  # (B,)
         embeddings = trunk.get_input_embeddings()(inputs.input_ids)
@@ -73,6 +73,6 @@ class AdaptedDeiT(Method):
         hidden = trunk(inputs_embeds=self.token(embeddings, places), attention_mask=mask).last_hidden_state
         at = places[:, None, None].expand(-1, 1, hidden.shape[-1])
         states = hidden.gather(1, at).squeeze(1).float()  # (B, H)
-        teachers = mean_pool(reading.teacher(False), inputs.attention_mask)
+        teachers = mean_pool(output.teacher(False), inputs.attention_mask)
         losses = 1 - F.cosine_similarity(states, teachers, dim=-1)
         return {"adapted_deit": Term(losses.mean(), self.settings.deit_weight)}

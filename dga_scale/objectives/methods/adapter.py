@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.peft.adapters import ADAPTER
 from dga_scale.config.settings import AT_LEAST_1, MethodSettings, Rules, TrainConfig, setting
 from dga_scale.objectives.added import check_base_is_frozen, extended, train_only
-from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.method import Method, MethodContext
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Adapter(Method):
     def check(self, config: TrainConfig, causal: bool) -> None:
         check_base_is_frozen(config)
 
-    def prepare(self, workplace: Workplace) -> PreTrainedModel:
+    def prepare(self, context: MethodContext) -> PreTrainedModel:
         settings = {"size": self.settings.adapter_size, "activation": self.settings.adapter_activation}
-        model = extended(workplace.lm, "adapter", settings)
+        model = extended(context.lm, "adapter", settings)
         train_only(model, ADAPTER)
         return model

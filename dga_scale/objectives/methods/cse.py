@@ -25,17 +25,17 @@ from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters, NoClusters, find_clusters
 from dga_scale.experts.extension import (
     EXPERTS,
-    Place,
     Sample,
+    SublayerId,
     add_experts,
     collect_features,
-    places_of,
     settings_of,
+    sublayer_ids,
     update_centres_every,
 )
-from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.storage.atomic import replace_file
-from dga_scale.storage.checked_json import seal, unseal
+from dga_scale.storage.checked_json import checked, with_checksum
 
 STRUCTURE = "experts.json"
 
@@ -49,11 +49,11 @@ class CSESettings(MethodSettings):
         "both", "Sublayers that an expert copies. Source: CSE, both did best.", ("attention", "ffn", "both")
     )
     cse_samples: int = setting(10_000, "Rows of the training text, mix included, that are clustered.")
-    cse_alpha: float = setting(0.99, "Share of a centre that one sequence leaves in place.")
+    cse_alpha: float = setting(0.99, "Share of a centre that one sequence leaves in sublayer.")
     cse_projection: int = setting(64, "Width of the Gaussian projection in which sequences are compared.")
     cse_eps: float | None = setting(
         None,
-        "DBSCAN's eps, at all places. Default: for each the elbow of its k-distance curve, or where that "
+        "DBSCAN's eps, at all sublayers. Default: for each the elbow of its k-distance curve, or where that "
         "joins everything the largest of the curve's 95% to 25% quantiles that leaves two clusters.",
     )
     cse_min_samples: int | None = setting(None, "DBSCAN's min_samples. Default: max(5, 0.5% of the rows).")
@@ -98,75 +98,79 @@ class CSE(Method):
                 'pip install "scikit-learn>=1.5,<2"'
             ) from None
 
-    def prepare(self, workplace: Workplace) -> PreTrainedModel:
-        model = self._with_experts(workplace)
+    def prepare(self, context: MethodContext) -> PreTrainedModel:
+        model = self._with_experts(context)
         # The step's passes, in settings that were completed before this.
-        update_centres_every(model, workplace.config.optimization.gradient_accumulation_steps or 1)
+        update_centres_every(model, context.config.optimization.gradient_accumulation_steps or 1)
         return model
 
-    def _with_experts(self, workplace: Workplace) -> ExtendedPreTrainedModel:
-        if isinstance(workplace.lm, ExtendedPreTrainedModel) and workplace.lm.config.extension == EXPERTS:
-            workplace.print("the model has experts already: they are trained on as they are")
-            return workplace.lm
-        path = workplace.folder / STRUCTURE
-        if workplace.resuming:
-            return extend(workplace.lm, EXPERTS, workplace.run_on_first(lambda: _read(path)))
-        samples = self._samples(workplace)
-        clusters, left_dense = workplace.run_on_first(lambda: self._clusters(samples))
+    def _with_experts(self, context: MethodContext) -> ExtendedPreTrainedModel:
+        if isinstance(context.lm, ExtendedPreTrainedModel) and context.lm.config.extension == EXPERTS:
+            context.print("the model has experts already: they are trained on as they are")
+            return context.lm
+        path = context.folder / STRUCTURE
+        if context.resuming:
+            return extend(context.lm, EXPERTS, context.run_on_first(lambda: _read(path)))
+        samples = self._samples(context)
+        clusters, left_dense = context.run_on_first(lambda: self._clusters(samples))
         for reason in left_dense:
-            workplace.print(f"left without experts: {reason}")
-        for place, found in clusters.items():
-            workplace.print(
-                f"{place}: {len(found.centres)} experts for clusters of {found.sizes} sequences, "
+            context.print(f"left without experts: {reason}")
+        for sublayer, found in clusters.items():
+            context.print(
+                f"{sublayer}: {len(found.centres)} experts for clusters of {found.sizes} sequences, "
                 f"{found.noise} of them noise (eps {found.eps:.4g}, min_samples {found.min_samples})"
             )
         structure = settings_of(clusters, alpha=self.settings.cse_alpha, width=self.settings.cse_projection)
-        if not workplace.config.run.dry_run:
-            workplace.run_on_first(lambda: _write(path, structure, clusters))
-        return add_experts(workplace.lm, clusters, samples, alpha=self.settings.cse_alpha)
+        if not context.config.run.dry_run:
+            context.run_on_first(lambda: _write(path, structure, clusters))
+        return add_experts(context.lm, clusters, samples, alpha=self.settings.cse_alpha)
 
-    def _samples(self, workplace: Workplace) -> dict[Place, Sample]:
+    def _samples(self, context: MethodContext) -> dict[SublayerId, Sample]:
         """Collect features of the sample on all ranks, as every rank gets them."""
         settings = self.settings
-        places = places_of(workplace.anatomy, settings.cse_layers, settings.cse_experts)
-        workplace.print(f"clustering {settings.cse_samples} rows of text for {len(places)} sublayers")
+        sublayers = sublayer_ids(context.anatomy, settings.cse_layers, settings.cse_experts)
+        context.print(f"clustering {settings.cse_samples} rows of text for {len(sublayers)} sublayers")
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for inputs in workplace.sample(settings.cse_samples):
+            for inputs in context.sample(settings.cse_samples):
                 yield inputs.masked_ids, inputs.attention_mask
 
-        workplace.lm.to(workplace.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+        context.lm.to(context.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
         own = collect_features(
-            workplace.lm,
-            workplace.anatomy,
-            places,
+            context.lm,
+            context.anatomy,
+            sublayers,
             batches(),
             width=settings.cse_projection,
-            seed=workplace.config.run.seed,
+            seed=context.config.run.seed,
         )
-        parts = workplace.all_gather_object({place: sample.features.numpy() for place, sample in own.items()})
+        parts = context.all_gather_object(
+            {sublayer: sample.features.numpy() for sublayer, sample in own.items()}
+        )
         return {
-            place: Sample(torch.cat([torch.from_numpy(part[place]) for part in parts]), sample.projection)
-            for place, sample in own.items()
+            sublayer: Sample(
+                torch.cat([torch.from_numpy(part[sublayer]) for part in parts]), sample.projection
+            )
+            for sublayer, sample in own.items()
         }
 
-    def _clusters(self, samples: dict[Place, Sample]) -> tuple[dict[Place, Clusters], list[str]]:
-        """Find each place's clusters; a sublayer where the text is in one piece stays dense, and says why.
+    def _clusters(self, samples: dict[SublayerId, Sample]) -> tuple[dict[SublayerId, Clusters], list[str]]:
+        """Find each sublayer's clusters; a sublayer where the text is in one piece stays dense, and says why.
 
         Raises:
             NoClusters: the text is in one piece everywhere.
 
         """
-        tried = {place: self._clusters_at(place, sample) for place, sample in samples.items()}
-        found = {place: clusters for place, clusters in tried.items() if isinstance(clusters, Clusters)}
+        tried = {sublayer: self._clusters_at(sublayer, sample) for sublayer, sample in samples.items()}
+        found = {sublayer: clusters for sublayer, clusters in tried.items() if isinstance(clusters, Clusters)}
         refused = [error for error in tried.values() if isinstance(error, NoClusters)]
         if not found:
             raise refused[0]
         return found, [str(error) for error in refused]
 
-    def _clusters_at(self, place: Place, sample: Sample) -> Clusters | NoClusters:
+    def _clusters_at(self, sublayer: SublayerId, sample: Sample) -> Clusters | NoClusters:
         settings, points = self.settings, sample.features.numpy()
-        what = f"the training text at {place}"
+        what = f"the training text at {sublayer}"
         try:
             return find_clusters(points, settings.cse_eps, settings.cse_min_samples, what=what)
         except NoClusters as error:
@@ -175,7 +179,7 @@ class CSE(Method):
 
 def _read(path: Path) -> Settings:
     try:
-        structure: Settings = unseal(json.loads(path.read_text(encoding="utf-8")))["settings"]
+        structure: Settings = checked(json.loads(path.read_text(encoding="utf-8")))["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path}, which says what experts the run has, can't be read ({error}): restore it, or start "
@@ -184,18 +188,18 @@ def _read(path: Path) -> Settings:
     return structure
 
 
-def _write(path: Path, structure: Settings, clusters: dict[Place, Clusters]) -> None:
+def _write(path: Path, structure: Settings, clusters: dict[SublayerId, Clusters]) -> None:
     """Write the experts' structure, and what they were made of for the reader; the file appears whole."""
     found: list[dict[str, Any]] = [
         {
-            "place": str(place),
+            "sublayer": str(sublayer),
             "sizes": each.sizes,
             "radii": each.radii.tolist(),
             "noise": each.noise,
             "eps": each.eps,
             "min_samples": each.min_samples,
         }
-        for place, each in clusters.items()
+        for sublayer, each in clusters.items()
     ]
-    text = json.dumps(seal({"settings": structure, "clusters": found}), indent=2) + "\n"
+    text = json.dumps(with_checksum({"settings": structure, "clusters": found}), indent=2) + "\n"
     replace_file(path, text.encode())

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, setting
 from dga_scale.corpus.loading.masking import IGNORED
-from dga_scale.objectives.method import Method, Reading, Term
+from dga_scale.objectives.method import ForwardOutput, Method, Term
 from dga_scale.preservation.divergence import kl_divergence
 
 
@@ -34,11 +34,11 @@ class KD(Method):
     compares_vocabulary = True
     needs_teacher = True
 
-    def terms(self, reading: Reading) -> dict[str, Term]:
-        positions, labels = reading.inputs.positions, reading.inputs.labels
+    def terms(self, output: ForwardOutput) -> dict[str, Term]:
+        positions, labels = output.inputs.positions, output.inputs.labels
         temperature = self.settings.kd_temperature
-        teacher = reading.teacher_logits(reading.teacher(True), positions).float() / temperature  # (N, V)
-        divergences = kl_divergence(teacher, reading.lm_logits.float() / temperature)  # (N,)
+        teacher = output.teacher_logits(output.teacher(True), positions).float() / temperature  # (N, V)
+        divergences = kl_divergence(teacher, output.lm_logits.float() / temperature)  # (N,)
         total = divergences.masked_fill(labels == IGNORED, 0).sum()
-        mean = total * temperature**2 * (reading.passes / sum(reading.masked))
+        mean = total * temperature**2 * (output.passes / sum(output.masked))
         return {"kd": Term(mean, self.settings.kd_weight)}

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, setting
-from dga_scale.objectives.method import Method, Reading, Term
+from dga_scale.objectives.method import ForwardOutput, Method, Term
 from dga_scale.objectives.methods.rehearsal import weighted_means
 from dga_scale.preservation.divergence import kl_divergence
 
@@ -47,15 +47,15 @@ class KL(Method):
     def token_weights(self, masked: Sequence[int]) -> tuple[float, ...]:
         return weighted_means(masked, self.settings.kl_mlm_weight)
 
-    def terms(self, reading: Reading) -> dict[str, Term]:
-        inputs, temperature = reading.inputs, self.settings.kl_temperature
+    def terms(self, output: ForwardOutput) -> dict[str, Term]:
+        inputs, temperature = output.inputs, self.settings.kl_temperature
         rows, slots, tokens = inputs.mixed_rows, inputs.mixed_slots, inputs.input_ids.shape[1]
-        hidden = reading.teacher(True, rows)  # (G, T, H)
+        hidden = output.teacher(True, rows)  # (G, T, H)
         # Slots of -1 only fill up: they read whatever the last place holds, and don't count.
-        positions, student = inputs.positions[slots], reading.lm_logits[slots]  # (K,), (K, V)
+        positions, student = inputs.positions[slots], output.lm_logits[slots]  # (K,), (K, V)
         place = torch.searchsorted(rows, positions // tokens).clamp(max=len(rows) - 1)  # among the G rows
-        base = reading.teacher_logits(hidden, place * tokens + positions % tokens)  # (K, V)
+        base = output.teacher_logits(hidden, place * tokens + positions % tokens)  # (K, V)
         divergences = kl_divergence(base.float() / temperature, student.float() / temperature)  # (K,)
         total = divergences.masked_fill(slots < 0, 0).sum()
-        mean = total * temperature**2 * (reading.passes / max(1, sum(reading.masked[1:])))
+        mean = total * temperature**2 * (output.passes / max(1, sum(output.masked[1:])))
         return {"kl": Term(mean, self.settings.kl_weight)}

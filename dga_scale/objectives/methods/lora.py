@@ -14,7 +14,7 @@ from dga_scale.config.settings import (
     setting,
 )
 from dga_scale.objectives.added import check_base_is_frozen
-from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.method import Method, MethodContext
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class LoRA(Method):
     def check(self, config: TrainConfig, causal: bool) -> None:
         check_base_is_frozen(config)
 
-    def prepare(self, workplace: Workplace) -> None:
+    def prepare(self, context: MethodContext) -> None:
         settings = self.settings
         inject_lora(
-            workplace.lm,
-            workplace.anatomy,
+            context.lm,
+            context.anatomy,
             roles=settings.lora_targets or ("query", "key", "value", "output"),
             rank=settings.lora_rank,
             alpha=settings.lora_alpha,
             dropout=settings.lora_dropout,
-            base_name=workplace.config.model.model,
+            base_name=context.config.model.model,
         )

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.peft.prompt import PROMPT
 from dga_scale.config.settings import AT_LEAST_1, MethodSettings, Rules, TrainConfig, setting
 from dga_scale.objectives.added import check_base_is_frozen, extended, train_only
-from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.method import Method, MethodContext
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Prompt(Method):
     def check(self, config: TrainConfig, causal: bool) -> None:
         check_base_is_frozen(config)
 
-    def prepare(self, workplace: Workplace) -> PreTrainedModel:
-        model = extended(workplace.lm, "prompt", {"tokens": self.settings.prompt_tokens})
+    def prepare(self, context: MethodContext) -> PreTrainedModel:
+        model = extended(context.lm, "prompt", {"tokens": self.settings.prompt_tokens})
         train_only(model, PROMPT)
         return model

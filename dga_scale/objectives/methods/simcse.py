@@ -9,7 +9,7 @@ from dga_scale.backbone.loading import has_dropout
 from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, Rules, setting
 from dga_scale.errors import UserError
 from dga_scale.objectives.contrast import Contrast, ContrastSettings, Side
-from dga_scale.objectives.method import Method, Workplace
+from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.objectives.views import View
 
 
@@ -34,14 +34,14 @@ class SimCSE(Method):
     summary = "MLM + contrast of two dropout draws of a sentence with all others (Gao et al., 2021)"
     Settings = SimCSESettings
 
-    def prepare(self, workplace: Workplace) -> PreTrainedModel | None:
+    def prepare(self, context: MethodContext) -> PreTrainedModel | None:
         """Refuse a model without dropout.
 
         Raises:
             UserError: two readings of a sentence would be the same.
 
         """
-        if not has_dropout(workplace.lm.config):
+        if not has_dropout(context.lm.config):
             raise UserError(
                 "--method simcse contrasts two dropout draws, and this model has no dropout: give it some "
                 "with --dropout 0.1"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, TrainConfig, setting
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
-from dga_scale.objectives.method import LM_VIEW, Method, Reading, Term
+from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method, Term
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class TaCL(Method):
                 "another method (kd distills the starting model into a causal LM too)"
             )
 
-    def terms(self, reading: Reading) -> dict[str, Term]:
-        inputs = reading.inputs
-        students = F.normalize(reading.hidden[LM_VIEW.name].float(), dim=-1)  # (B, T, H)
-        teachers = F.normalize(reading.teacher(False).float(), dim=-1)  # (B, T, H)
+    def terms(self, output: ForwardOutput) -> dict[str, Term]:
+        inputs = output.inputs
+        students = F.normalize(output.hidden[LM_VIEW.name].float(), dim=-1)  # (B, T, H)
+        teachers = F.normalize(output.teacher(False).float(), dim=-1)  # (B, T, H)
         # Of all tokens, then those masked: less than the teachers' states of a row for each of its tokens.
         similarities = (students @ teachers.mT).flatten(0, 1)[inputs.positions]  # (N, T)
         similarities = similarities / self.settings.tacl_temperature
@@ -52,5 +52,5 @@ class TaCL(Method):
         tokens = inputs.positions % inputs.input_ids.shape[1]
         targets = tokens.masked_fill(inputs.labels == IGNORED, IGNORED)
         total = F.cross_entropy(similarities, targets, ignore_index=IGNORED, reduction="sum")
-        mean = total * (reading.passes / sum(reading.masked))
+        mean = total * (output.passes / sum(output.masked))
         return {"tacl": Term(mean, self.settings.tacl_weight)}

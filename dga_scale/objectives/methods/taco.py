@@ -17,7 +17,7 @@ from dga_scale.config.settings import (
     setting,
 )
 from dga_scale.errors import UserError
-from dga_scale.objectives.method import LM_VIEW, Method, Reading, Term
+from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method, Term
 from dga_scale.objectives.views import View
 
 
@@ -58,12 +58,12 @@ class TaCo(Method):
     def views(self) -> tuple[View, ...]:
         return (replace(LM_VIEW, embeddings=True),)
 
-    def terms(self, reading: Reading) -> dict[str, Term]:
+    def terms(self, output: ForwardOutput) -> dict[str, Term]:
         settings = self.settings
-        contexts = reading.hidden[LM_VIEW.name].float() - reading.embeddings[LM_VIEW.name].float()
+        contexts = output.hidden[LM_VIEW.name].float() - output.embeddings[LM_VIEW.name].float()
         anchors = F.normalize(contexts, dim=-1)  # (B, T, H)
         keys = anchors.detach()
-        lengths = reading.inputs.attention_mask.sum(dim=1)  # (B,) real tokens come first
+        lengths = output.inputs.attention_mask.sum(dim=1)  # (B,) real tokens come first
         near = near_tokens(lengths, anchors.shape[1], settings.taco_window)  # (B, T)
         positives = keys.gather(1, near.unsqueeze(-1).expand_as(keys))
         rows, places = tokens_of_others(lengths, settings.taco_negatives)  # (B, K) each
@@ -73,7 +73,7 @@ class TaCo(Method):
         )  # (B, T, 1 + K)
         losses = -(similarities / settings.taco_temperature).log_softmax(dim=-1)[..., 0]  # (B, T)
         # A token on its own has no near token.
-        counts = (reading.inputs.attention_mask == 1) & (lengths > 1)[:, None]
+        counts = (output.inputs.attention_mask == 1) & (lengths > 1)[:, None]
         by_row = losses.masked_fill(~counts, 0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
         return {"taco": Term(by_row.mean(), settings.taco_weight)}
 
