@@ -2,12 +2,13 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 SPECIAL = {
@@ -17,6 +18,7 @@ SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+VOCABULARY = 400
 GENERAL = (
     "the", "river", "town", "people", "saw", "a", "long", "winter", "road", "and", "built", "houses", "near",
     "old", "water", "mills", "by", "hand",
@@ -52,12 +54,19 @@ def write_text(path: Path, words: Sequence[str], documents: int, seed: int) -> P
 
 
 def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer of the words in ``files``."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """A WordPiece tokenizer of the letters and the most frequent words in ``files``.
+
+    Put together here, as a trainer breaks ties by random hashes: ids would change with each process.
+    """
+    split = pre_tokenizers.Whitespace()
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files).lower()
+    counts = Counter(word for word, _ in split.pre_tokenize_str(text))
+    letters, words = sorted(set("".join(counts))), sorted(counts, key=lambda word: (-counts[word], word))
+    entries = [*SPECIAL.values(), *letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = {entry: i for i, entry in enumerate(list(dict.fromkeys(entries))[:VOCABULARY])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=list(SPECIAL.values()))
-    tokenizer.train([str(file) for file in files], trainer)
+    tokenizer.pre_tokenizer = split
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
