@@ -3,7 +3,7 @@
 ``tests/golden/CASE.json`` holds what the whole program logged on two ranks (gloo, fp32) under ZeRO-2 and
 ZeRO-3, and the machine that it was recorded on. Where this machine is like it (same libraries, CPU and
 threads), the numbers have to be equal to the last bit, and the test's id ends in ``-exact``. Elsewhere other
-kernels add up in another order: there they may differ by ``RTOL``, and the id ends in ``-close``.
+kernels add up in another order: there they may differ as ``may_differ`` says, and the id ends in ``-close``.
 
 A change that moves no number must leave the files alone. One that is meant to move some renews them, and
 says in its commit which and why::
@@ -26,8 +26,8 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from dga_scale.corpus.cli import main as shard
-from tests.ranks import REPOSITORY, run_ranks
-from tests.small import SmallWorld
+from tests.helpers.ranks import REPOSITORY, run_ranks
+from tests.helpers.small import SmallWorld
 from tests.test_train import run_training
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,6 @@ GOLDEN = REPOSITORY / "tests" / "golden"
 RENEW = bool(os.environ.get("RENEW_GOLDEN"))
 STAGES = ("zero2", "zero3")
 STEPS = 6
-RTOL = 2e-4
 FLAGS = {
     "max_steps": STEPS,
     "global_batch_size": 16,
@@ -198,7 +197,16 @@ def how(case: str) -> str:
     return "exact" if read(case)["machine"] == machine() else "close"
 
 
-def apart(golden: Numbers, numbers: Numbers, rtol: float) -> list[str]:
+def may_differ(name: str, golden: float) -> float:
+    """How far a number may lie from the one recorded on a machine that is not like this one.
+
+    Measured on one CPU with kernels for SSE in place of those for AVX-512: up to 5e-7 of a value, and 2e-7 in
+    divergences, which are small differences of large logits. A schedule is plain arithmetic.
+    """
+    return 0.0 if name == "learning_rate" else 1e-5 * abs(golden) + 1e-6
+
+
+def apart(golden: Numbers, numbers: Numbers, exact: bool) -> list[str]:
     """What differs, and by how much."""
     found = [f"{name} is logged now" for name in numbers.keys() - golden.keys()]
     found += [f"{name} is not logged any more" for name in golden.keys() - numbers.keys()]
@@ -207,9 +215,8 @@ def apart(golden: Numbers, numbers: Numbers, rtol: float) -> list[str]:
             found.append(f"{name} has {len(numbers[name])} values, not {len(golden[name])}")
             continue
         for at, (old, new) in enumerate(zip(golden[name], numbers[name], strict=True), start=1):
-            difference = abs(new - old) / max(abs(old), 1e-30)
-            if not difference <= rtol:
-                found.append(f"{name}, value {at}: {new!r}, not {old!r} (by {difference:.1e} of it)")
+            if not abs(new - old) <= (0.0 if exact else may_differ(name, old)):  # nor where it is NaN
+                found.append(f"{name}, value {at}: {new!r}, not {old!r} (by {new - old:.1e})")
     return sorted(found)
 
 
@@ -226,5 +233,5 @@ def test_numbers_are_those_recorded(case: str, how: str, inputs: Inputs, tmp_pat
         write(case, runs)
         pytest.skip(f"recorded {case}")
     golden = read(case)
-    found = {stage: apart(golden[stage], runs[stage], 0.0 if how == "exact" else RTOL) for stage in STAGES}
+    found = {stage: apart(golden[stage], runs[stage], exact=how == "exact") for stage in STAGES}
     assert found == {stage: [] for stage in STAGES}
