@@ -160,8 +160,6 @@ def _inspect(path: Path) -> tuple[Checkpoint | None, str]:
         if manifest["format"] != FORMAT:
             return None, f"{path / MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
         manifest = checked(manifest)
-        if unknown := manifest.keys() - {"format", "step", "world_size", "files"}:
-            raise ValueError(f"unknown: {', '.join(unknown)}")
         files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
         found = Checkpoint(path, manifest["step"], manifest["world_size"], files)
     except FileNotFoundError:

@@ -106,7 +106,7 @@ class Manifest:
                 "all_special_ids": tuple(content["all_special_ids"]),
                 "sources": tuple(content["sources"]),
                 "shards": tuple(Shard(**shard) for shard in content["shards"]),
-                "excluded": tuple(content.get("excluded", ())),
+                "excluded": tuple(content["excluded"]),
             }
         )
 

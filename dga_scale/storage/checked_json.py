@@ -16,18 +16,16 @@ def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, CHECKSUM: _checksum(content)}
 
 
-def checked(content: dict[str, Any]) -> dict[str, Any]:
+def checked(content: Any) -> dict[str, Any]:
     """Check what was read from JSON, and take the checksum off.
 
-    Without one it is returned as it is, for files of earlier versions: the caller refuses unknown keys, which
-    a damaged name of the checksum would be.
-
     Raises:
-        ValueError: it is not what was written.
+        ValueError: it is not what was written, or its checksum is lost.
     """
+    if not isinstance(content, dict) or CHECKSUM not in content:
+        raise ValueError("it has no checksum")
     content = dict(content)
-    expected = content.pop(CHECKSUM, None)
-    if expected is not None and expected != _checksum(content):
+    if content.pop(CHECKSUM) != _checksum(content):
         raise ValueError("its content does not have its checksum")
     return content
 

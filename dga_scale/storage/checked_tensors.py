@@ -27,17 +27,16 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what ``save_tensors`` wrote: the tensors, and the metadata without the checksum.
 
-    A file with one entry of metadata or none may lack the checksum: earlier versions wrote such.
-
     Raises:
         OSError, SafetensorError: no such file, or none that can be read.
-        ValueError: it is not what was written.
+        ValueError: it is not what was written, or its checksum is lost.
     """
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    expected = metadata.pop(CHECKSUM, None)
-    if expected != _checksum_of_tensors(tensors, metadata) and (expected is not None or len(metadata) > 1):
+    if CHECKSUM not in metadata:
+        raise ValueError("it has no checksum")
+    if metadata.pop(CHECKSUM) != _checksum_of_tensors(tensors, metadata):
         raise ValueError("its content does not have its checksum")
     return tensors, metadata
 

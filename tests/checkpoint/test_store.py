@@ -86,7 +86,7 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path: Path) -> None:
         (lambda path: (path / "manifest.json").write_text('{"format"'), r"manifest.json is damaged"),
         (
             lambda path: (path / "manifest.json").write_text('{"format": 1}'),
-            r"manifest.json is damaged \('files'\)",
+            r"manifest.json is damaged \(it has no checksum\)",
         ),
         (
             lambda path: (path / "manifest.json").write_text('{"format": 2}'),

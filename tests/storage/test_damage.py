@@ -1,5 +1,6 @@
 """Each file that a run reads again, lost or changed: found before use and named; an older one, or a stop."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -8,18 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from dga_scale.backbone.loading import load_model
 from dga_scale.backbone.warmup import load_head, save_head
 from dga_scale.checkpoint.fisher import load_fisher
 from dga_scale.checkpoint.store import find_resume_point
+from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
 from dga_scale.launch.world import single_process
 from dga_scale.logging.metrics import read_log
 from dga_scale.objectives.methods import read_config
 from dga_scale.objectives.methods.cse import _read as read_experts
 from dga_scale.preservation.importance import Importance
+from dga_scale.storage.checked_json import CHECKSUM
 from dga_scale.storage.checked_tensors import load_tensors
 from dga_scale.train.inputs import check_inputs
 from tests.helpers.damage import DAMAGES, every_damage, flip
@@ -237,3 +241,62 @@ def test_a_run_goes_on_with_its_output_damaged_and_not_without_its_importance(
     assert [r for r in read_log(run / "log.jsonl") if "loss/total" in r][-1]["loss/total"] == [
         r for r in read_log(original / "log.jsonl") if "loss/total" in r
     ][-1]["loss/total"]
+
+
+# --- a checksum that is lost -----------------------------------------------------------------------------
+
+
+def without_checksum(path: Path) -> None:
+    """Take the checksum out of a file, and leave all else as it was."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        del content[CHECKSUM]
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        return
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    del metadata[CHECKSUM]
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("method", "file"),
+    [
+        ("dga", "importance.safetensors"),
+        ("cse", "experts.json"),
+        ("ewc", "fisher/manifest.json"),
+        ("ewc", "checkpoints/step-000002/manifest.json"),
+    ],
+)
+def test_a_lost_checksum_is_refused(
+    runs: dict[str, tuple[Path, list[str]]], tmp_path: Path, method: str, file: str
+) -> None:
+    original, flags = runs[method]
+    run = Path(shutil.copytree(original, tmp_path / "run"))
+    without_checksum(run / file)
+    if file.startswith("checkpoints"):
+        flags = [*flags, f"--resume={(run / file).parent}"]
+    with pytest.raises(UserError, match=f"{Path(file).name}.*has no checksum"):
+        resumed(run, [*flags, f"--output_dir={run}"], file)
+
+
+def resumed(run: Path, flags: list[str], file: str) -> None:
+    """Read ``file`` as a resumed run does."""
+    if file.startswith("checkpoints"):
+        find_resume_point(run, read_config(flags).run.resume, ALONE)
+    else:
+        readers(run, flags)[file]()
+
+
+def test_a_lost_checksum_of_a_head_and_of_a_corpus_is_refused(world: SmallWorld, tmp_path: Path) -> None:
+    loaded = load_model(str(world.model))
+    head = tmp_path / "head.safetensors"
+    save_head(loaded.model, loaded.anatomy, head)
+    without_checksum(head)
+    with pytest.raises(UserError, match=r"head\.safetensors.*has no checksum"):
+        load_head(loaded.model, loaded.anatomy, head)
+    corpus = Path(shutil.copytree(world.corpus, tmp_path / "corpus"))
+    without_checksum(corpus / "manifest.json")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged \(it has no checksum\)"):
+        Corpus.open(corpus)
