@@ -23,9 +23,9 @@ from dga_scale.launch.world import join_cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.contrast import contrastive_loss
 from dga_scale.objectives.methods import read_config
+from dga_scale.objectives.views import to_device
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
-from dga_scale.train.batches import to_device
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.trainer import Session
 from dga_scale.zero.optimizer_hooks import Mask, wrap_optimizer_step

@@ -43,9 +43,8 @@ from dga_scale.launch.cpu_malloc import keep_freed_memory
 from dga_scale.objectives.contrast import contrastive_loss
 from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel
-from dga_scale.objectives.views import mean_pool
+from dga_scale.objectives.views import mean_pool, to_device
 from dga_scale.preservation.soft_mask import GradientMask, mask_factors
-from dga_scale.train.batches import to_device
 
 DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 LEARNING_RATE = 1e-4

@@ -34,9 +34,10 @@ from dga_scale.logging.metrics import RunLog
 from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.logging.throughput import device_peak, measured_flops, memory_gib, step_flops, wait_for
 from dga_scale.objectives.methods import read_config
+from dga_scale.objectives.views import to_device
 from dga_scale.preservation.importance import measure_importance
-from dga_scale.train.batches import IMPORTANCE_STREAM, seed_everything, to_device
 from dga_scale.train.inputs import check_inputs
+from dga_scale.train.seeds import IMPORTANCE_STREAM, seed_everything
 from dga_scale.train.trainer import Session
 from dga_scale.zero.optimizer_hooks import step_was_refused
 

@@ -37,7 +37,7 @@ from dga_scale.endtasks.significance import (
 from dga_scale.endtasks.suite import Suite
 from dga_scale.endtasks.tasks import Task, majority_share
 from dga_scale.errors import UserError
-from dga_scale.merging.sweep import batch_sums, held_out
+from dga_scale.evaluation.held_out import Evaluator, open_held_out
 from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.report.scores import FORMAT, RESULTS
@@ -112,7 +112,7 @@ def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: P
     comparable = {c.label: _comparable(base, c, bool(tasks), suite, notes) for c in everyone}
     tokenizer = load_tokenizer(base)
     corpora = {
-        name: held_out(folder, f"{kind}_corpora:", tokenizer) for kind, name, folder in suite.corpora()
+        name: open_held_out(folder, f"{kind}_corpora:", tokenizer) for kind, name, folder in suite.corpora()
     }
     overlap = _overlap(suite, [task for _, task, _ in tasks], corpora)
     output.mkdir(parents=True, exist_ok=True)
@@ -232,11 +232,12 @@ def _held_out_sums(folder: str, corpora: Mapping[str, Corpus], suite: Suite, pla
         check_sequence_length(corpus.manifest, loaded.anatomy.max_positions)
     model = TrainingModel(loaded.model, loaded.anatomy, MaskedLM(MaskedLM.Settings()))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    evaluator = Evaluator.of_one_process(
+        model, corpora, batch_size=suite.batch_size, max_rows=suite.max_eval_rows
+    )
     found = {}
-    for name, corpus in corpora.items():
-        columns = batch_sums(
-            model, corpus, batch_size=suite.batch_size, max_rows=suite.max_eval_rows
-        ).T.tolist()
+    for name in corpora:
+        columns = evaluator.batch_sums(model, name).T.tolist()
         found[name] = dict(zip(("loss", "labels", "correct"), columns, strict=True))
         print(f"{folder} on {name}: loss {_mean(found[name]):.4f}", flush=True)
     write_text(file, json.dumps({"identity": identity, "sums": found}) + "\n")

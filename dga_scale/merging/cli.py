@@ -95,13 +95,14 @@ def _sweep(merge: Any, settings: Sequence[MergeSettings], options: argparse.Name
     from rich.console import Console
     from rich.table import Table
 
-    from dga_scale.merging.sweep import held_out, sweep
+    from dga_scale.evaluation.held_out import open_held_out
+    from dga_scale.merging.sweep import sweep
     from dga_scale.report.plots import save_png, trade_off_figure
     from dga_scale.run_folder import write_text
 
     corpora = {
-        "domain": held_out(options.corpus, "--corpus", merge.base.tokenizer),
-        "general": held_out(options.general_corpus, "--general_corpus", merge.base.tokenizer),
+        "domain": open_held_out(options.corpus, "--corpus", merge.base.tokenizer),
+        "general": open_held_out(options.general_corpus, "--general_corpus", merge.base.tokenizer),
     }
     found = sweep(merge, settings, corpora, batch_size=options.batch_size, max_rows=options.max_eval_samples)
     points = []

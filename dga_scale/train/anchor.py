@@ -12,11 +12,10 @@ from dga_scale.corpus.loading.batches import EvalBatches
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.metrics import RunLog
-from dga_scale.objectives.views import ModelInputs
+from dga_scale.objectives.views import ModelInputs, to_device
 from dga_scale.preservation.anchors import Anchor, AnchorPlan, FragmentKey, key_of
 from dga_scale.preservation.fisher import Fisher, measure_fisher
 from dga_scale.preservation.fragments import Fragment
-from dga_scale.train.batches import to_device
 from dga_scale.train.inputs import Inputs
 from dga_scale.zero.optimizer_hooks import add_to_gradients, local_fragments
 

@@ -22,9 +22,9 @@ from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.method import Method, MethodContext
-from dga_scale.objectives.views import ModelInputs
-from dga_scale.train.batches import INITIAL_STREAM, PREPARE_STREAM, WARMUP_STREAM, seed_everything, to_device
+from dga_scale.objectives.views import ModelInputs, to_device
 from dga_scale.train.inputs import Inputs
+from dga_scale.train.seeds import INITIAL_STREAM, PREPARE_STREAM, WARMUP_STREAM, seed_everything
 from dga_scale.zero.engine import partitioned_loading
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.errors import UserError
-from dga_scale.train.batches import seed_of
 from dga_scale.train.schedule import learning_rate_at
+from dga_scale.train.seeds import seed_of
 from dga_scale.train.trainer import Session
 from dga_scale.zero.shards import LANGUAGE_MODEL_PREFIX, frozen_shares, local_shards, shape_of
 

@@ -18,6 +18,7 @@ from dga_scale.checkpoint.store import (
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.errors import UserError
+from dga_scale.evaluation.held_out import Evaluator
 from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus, StopRequest
 from dga_scale.launch.watchdog import note_step
 from dga_scale.launch.world import Cluster
@@ -96,6 +97,16 @@ class _Run:
         self.figures: dict[str, float] = {}
         log.settings(inputs.config.as_dict())
         self.session = Session(inputs, cluster, log, resume_from)
+        self.evaluator = Evaluator(
+            inputs.evaluations,
+            inputs.masking,
+            batch_size=inputs.resolved.micro_batch_size,
+            max_rows=inputs.config.data.max_eval_samples,
+            device=cluster.device,
+            rank=cluster.rank,
+            world_size=cluster.world_size,
+            reduce=cluster.sum,
+        )
         self.saves = Saves(background=self.settings.async_save)
         dtype = torch.float32 if inputs.resolved.precision == "fp32" else torch.bfloat16
         self.peak_flops = device_peak(cluster.device, dtype).flops * cluster.world_size
@@ -188,7 +199,7 @@ class _Run:
             )
 
     def _evaluate(self) -> None:
-        figures = self.figures = self.session.evaluate()
+        figures = self.figures = self.evaluator.evaluate(self.session.engine.module)
         if figures:
             self.log.event("evaluation", step=self.done, **figures)
             losses = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items() if "loss" in name]

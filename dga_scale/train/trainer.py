@@ -1,9 +1,8 @@
-"""The model, its DeepSpeed engine and its masks on one rank: built, protected, stepped, evaluated."""
+"""The model, its DeepSpeed engine and its masks on one rank: built, protected, stepped."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dga_scale.backbone.layers import learning_rate_scales
@@ -16,16 +15,16 @@ from dga_scale.launch.world import Cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.grad_cache import CachedContrast, cache_contrast
 from dga_scale.objectives.methods import build_method
-from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
-from dga_scale.objectives.views import ModelInputs
+from dga_scale.objectives.training_model import TrainingModel
+from dga_scale.objectives.views import ModelInputs, to_device
 from dga_scale.preservation.importance import Importance, combined_protection, measure_importance
 from dga_scale.preservation.movement import EffectiveProtection, MovementTracker
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
 from dga_scale.train.anchor import build_anchor
-from dga_scale.train.batches import IMPORTANCE_STREAM, seed_everything, to_device
 from dga_scale.train.initial_model import starting_model
 from dga_scale.train.inputs import Inputs
 from dga_scale.train.schedule import learning_rate_at
+from dga_scale.train.seeds import IMPORTANCE_STREAM, seed_everything
 from dga_scale.zero.engine import build_engine, set_learning_rate
 from dga_scale.zero.optimizer_hooks import backward, local_fragments, wrap_optimizer_step
 
@@ -177,25 +176,6 @@ class Session:
         """The terms, with a mixture's sources called by their names."""
         names = {f"mlm/{k}": f"mlm/{name}" for k, name in enumerate(self.inputs.source_names)}
         return {names.get(name, name): value for name, value in terms.items()}
-
-    def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on each held-out corpus: the same rows and masks whenever it is called."""
-        figures = {}
-        for name, corpus in self.inputs.evaluations.items():
-            batches = EvalBatches(
-                corpus,
-                self.inputs.masking,
-                batch_size=self.inputs.resolved.micro_batch_size,
-                rank=self.cluster.rank,
-                world_size=self.cluster.world_size,
-                max_rows=self.config.data.max_eval_samples,
-            )
-            sums = torch.zeros(3, dtype=torch.float64, device=self.cluster.device)
-            for batch in batches:
-                sums += evaluate_rows(self.engine.module, to_device(batch, self.cluster.device)).sum(dim=0)
-            loss, count, correct = self.cluster.sum(sums).tolist()
-            figures[f"{name}_loss"], figures[f"{name}_accuracy"] = loss / count, correct / count
-        return figures
 
     def effective_protection(self) -> dict[str, EffectiveProtection]:
         """By kind, how far each unit has moved against what its mask promised; empty without masks."""

@@ -14,6 +14,7 @@ import dga_scale.train.loop
 import dga_scale.train.trainer
 from dga_scale.checkpoint.state import Save
 from dga_scale.checkpoint.store import newest_complete
+from dga_scale.evaluation.held_out import Evaluator
 from dga_scale.launch.preemption import EXIT_STOPPED, ONE_REQUEST, StopRequest
 from dga_scale.launch.watchdog import EXIT_RANK_LOST, Watchdog
 from dga_scale.launch.world import join_cluster
@@ -29,7 +30,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "importance": (dga_scale.train.trainer, "measure_importance", 1),
     "training": (Session, "train_step", 3),
     "saving": (Save, "write", 1),
-    "evaluation": (Session, "evaluate", 2),
+    "evaluation": (Evaluator, "evaluate", 2),
     "handover": (dga_scale.train.loop, "hand_over", 1),
 }
 CASES = [
