@@ -18,6 +18,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dga_scale launchers tools
+	$(BIN)/lint-imports
 
 # [quickstart] or [test]; installed again when pyproject.toml changes.
 $(VENV)/.%: pyproject.toml | $(BIN)/pip

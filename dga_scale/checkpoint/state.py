@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -35,6 +34,7 @@ from dga_scale.launch.world import Cluster
 from dga_scale.run_folder import write_text
 from dga_scale.storage.atomic import sync
 from dga_scale.storage.safetensors_stream import Entry, FileRecord, PieceReader, record_of, write_safetensors
+from dga_scale.zero.engine import Engine
 from dga_scale.zero.shards import equal_share, frozen_shares, local_shards, refresh_model_weights
 
 STATE, MODEL = "trainer_state.json", "model"
@@ -73,7 +73,7 @@ class Save:
 
     def __init__(
         self,
-        engine: DeepSpeedEngine,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         run_dir: Path,
         state: TrainerState,
@@ -165,7 +165,7 @@ def _as_user_error(work: Callable[[], T], final: Path) -> T:
         ) from None
 
 
-def _describe_shard(engine: DeepSpeedEngine, cluster: Cluster) -> tuple[list[Entry], dict[str, str]]:
+def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict[str, str]]:
     """Describe this rank's part: fragments of the trained parameters, their moments, shares of the rest."""
     entries: list[Entry] = []
     places: dict[str, tuple[int, tuple[int, ...]]] = {}
@@ -203,7 +203,7 @@ def _describe_shard(engine: DeepSpeedEngine, cluster: Cluster) -> tuple[list[Ent
 
 
 @torch.no_grad()
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, cluster: Cluster) -> TrainerState:
+def load_checkpoint(engine: Engine, checkpoint: Checkpoint, cluster: Cluster) -> TrainerState:
     """Load weights, buffers, moments and counters into a fresh engine; every rank has to call it.
 
     Raises:
@@ -220,7 +220,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, cluster: Cl
     return state
 
 
-def _load_shard(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+def _load_shard(engine: Engine, checkpoint: Checkpoint) -> None:
     with PieceReader(checkpoint.shards) as reader:
         for name, buffer in engine.module.lm.named_buffers():
             if f"weight:{name}" in reader.stored:

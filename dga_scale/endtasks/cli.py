@@ -91,7 +91,7 @@ def forgetting(arguments: Sequence[str] | None = None) -> int:
     from rich.table import Table
 
     from dga_scale.endtasks.forgetting import measure_forgetting
-    from dga_scale.report.plots import forgetting_figure, save_png
+    from dga_scale.logging.plots import forgetting_figure, save_png
 
     result = measure_forgetting(options.run, tasks, _seeds(options), jobs=options.jobs)
     domains = result["domains"]

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     suite = load_suite(options.suite)
     from dga_scale.endtasks.evaluate import evaluate, parse_contenders  # transformers' import takes seconds
-    from dga_scale.report.plots import comparison_figure, save_png
+    from dga_scale.logging.plots import comparison_figure, save_png
     from dga_scale.report.scores import RESULTS, trade_off
 
     result = evaluate(options.base, parse_contenders(options.model), suite, options.output_dir)

@@ -1,7 +1,6 @@
 """Who am I: the rank of this process, whichever launcher started it, and what the ranks say to each other."""
 
 import errno
-import importlib
 import os
 import socket
 import sys
@@ -181,11 +180,6 @@ def _start_group(info: LaunchInfo, device: torch.device, store: dist.Store, time
     if device.type == "cpu":
         # Otherwise DeepSpeed looks for accelerators and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # On CPUs DeepSpeed compiles a shared-memory all-reduce here: 40 s of g++ on each fresh machine, for an
-    # operation that only inference calls. (``deepspeed.comm.torch`` as an attribute is torch itself.)
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     store.set_timeout(COLLECTIVE_TIMEOUT)
     # The group waits for its connections as long as for a collective.
@@ -208,9 +202,6 @@ def _start_group(info: LaunchInfo, device: torch.device, store: dist.Store, time
         raise UserError(f"{_unconnected(info)} ({' '.join(str(error).split())})") from error
     finally:
         impatience.cancel()
-    deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
-    )
 
 
 def _unconnected(info: LaunchInfo) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dga_scale.errors import UserError
-from dga_scale.report import plots
+from dga_scale.logging import plots
 from dga_scale.storage.atomic import replace_file
 
 T = TypeVar("T")

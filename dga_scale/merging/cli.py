@@ -96,8 +96,8 @@ def _sweep(merge: Any, settings: Sequence[MergeSettings], options: argparse.Name
     from rich.table import Table
 
     from dga_scale.evaluation.held_out import open_held_out
+    from dga_scale.logging.plots import save_png, trade_off_figure
     from dga_scale.merging.sweep import sweep
-    from dga_scale.report.plots import save_png, trade_off_figure
     from dga_scale.run_folder import write_text
 
     corpora = {

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dga_scale.backbone.loading import load_model
     from dga_scale.corpus.shards import Corpus, check_matches, check_sequence_length
     from dga_scale.experts.consistency import consistency
-    from dga_scale.report.plots import consistency_figure, save_png
+    from dga_scale.logging.plots import consistency_figure, save_png
 
     loaded = load_model(options.model)
     torch.nn.Module.to(loaded.model, "cuda" if torch.cuda.is_available() else "cpu")

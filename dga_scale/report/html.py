@@ -6,7 +6,7 @@ from html import escape
 
 from matplotlib.figure import Figure
 
-from dga_scale.report import plots
+from dga_scale.logging import plots
 
 Draw = Callable[[plots.Theme], Figure]
 """Draws a figure for a light or a dark page."""

@@ -13,7 +13,8 @@ import torch
 
 import dga_scale
 from dga_scale.errors import UserError
-from dga_scale.report import html, plots
+from dga_scale.logging import plots
+from dga_scale.report import html
 from dga_scale.report.groups import Group, comparison, grouped
 from dga_scale.report.html import Draw
 from dga_scale.report.run_data import Change, RunData, load_run, protection_verdict, verdict

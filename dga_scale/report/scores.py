@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dga_scale.errors import UserError
-from dga_scale.report import html, plots
+from dga_scale.logging import plots
+from dga_scale.report import html
 
 RESULTS, FORMAT = "results.json", 1
 COLUMNS = ("model", "value", "95% interval", "n", "difference", "95% interval", "p (t)", "p (flips)")

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from dga_scale.checkpoint.fisher import load_fisher, save_fisher
@@ -17,12 +16,11 @@ from dga_scale.preservation.anchors import Anchor, AnchorPlan, FragmentKey, key_
 from dga_scale.preservation.fisher import Fisher, measure_fisher
 from dga_scale.preservation.fragments import Fragment
 from dga_scale.train.inputs import Inputs
+from dga_scale.zero.engine import Engine
 from dga_scale.zero.optimizer_hooks import add_to_gradients, local_fragments
 
 
-def build_anchor(
-    engine: DeepSpeedEngine, plan: AnchorPlan, inputs: Inputs, cluster: Cluster, log: RunLog
-) -> Anchor:
+def build_anchor(engine: Engine, plan: AnchorPlan, inputs: Inputs, cluster: Cluster, log: RunLog) -> Anchor:
     """Anchor the weights where they are and have each step feel it; every rank has to call it.
 
     Call it on a new engine, before a checkpoint is loaded into it: a run that goes on then has the same
@@ -50,7 +48,7 @@ def build_anchor(
 
 
 def _measured(
-    engine: DeepSpeedEngine,
+    engine: Engine,
     plan: AnchorPlan,
     inputs: Inputs,
     cluster: Cluster,

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from dga_scale.corpus.loading.batches import StepBatches
@@ -28,6 +27,7 @@ from dga_scale.errors import UserError
 from dga_scale.train.schedule import learning_rate_at
 from dga_scale.train.seeds import seed_of
 from dga_scale.train.trainer import Session
+from dga_scale.zero.engine import Engine
 from dga_scale.zero.shards import LANGUAGE_MODEL_PREFIX, frozen_shares, local_shards, shape_of
 
 T = TypeVar("T", bound=Hashable)
@@ -204,7 +204,7 @@ def _kept_whole(parameter: Any) -> bool:
     return bool(parameter.ds_persist) and parameter.ds_status.name == "AVAILABLE"
 
 
-def _owned(engine: DeepSpeedEngine) -> Iterator[Piece]:
+def _owned(engine: Engine) -> Iterator[Piece]:
     """What this rank alone keeps of each parameter."""
     if engine.zero_optimization_stage() > 0:
         for shard in local_shards(engine):
@@ -214,7 +214,7 @@ def _owned(engine: DeepSpeedEngine) -> Iterator[Piece]:
         yield name, start, values.numel()
 
 
-def _spread(engine: DeepSpeedEngine) -> dict[str, int]:
+def _spread(engine: Engine) -> dict[str, int]:
     """By name, the sizes of all parameters of which each rank keeps a part."""
     return {
         name.removeprefix(LANGUAGE_MODEL_PREFIX): torch.Size(shape_of(parameter)).numel()
@@ -246,7 +246,7 @@ def _incomplete(owned: Sequence[Sequence[Piece]], sizes: Mapping[str, int]) -> s
     return None
 
 
-def _stale_weight(engine: DeepSpeedEngine, rank: int) -> str | None:
+def _stale_weight(engine: Engine, rank: int) -> str | None:
     """Find a weight of the passes that is not its master, rounded."""
     parameters: dict[str, Any] = {
         name.removeprefix(LANGUAGE_MODEL_PREFIX): p for name, p in engine.module.named_parameters()

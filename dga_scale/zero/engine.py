@@ -1,7 +1,6 @@
 """The DeepSpeed engine: built from a resolved configuration, its learning rate set, its norm read."""
 
 import contextlib
-import importlib
 import io
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,14 +8,29 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime import compiler
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from dga_scale.launch.world import COLLECTIVE_TIMEOUT
 from dga_scale.zero.ds_config import ResolvedConfig
-from dga_scale.zero.optimizer_hooks import close_gaps, local_fragments
+from dga_scale.zero.optimizer_hooks import local_fragments
+from dga_scale.zero.patches import import_muon_uncompiled, no_shared_memory_reduce, patch_engine
 from dga_scale.zero.shards import LANGUAGE_MODEL_PREFIX, keep_frozen_weights, shape_of
+
+Engine = DeepSpeedEngine
+"""The engine's type, by which other rooms call it."""
+
+
+def connect_deepspeed() -> None:
+    """Let DeepSpeed communicate through the process group that torch has; at its second call, do nothing."""
+    if not deepspeed.comm.is_initialized():
+        with no_shared_memory_reduce():
+            deepspeed.init_distributed(
+                dist_backend=torch.distributed.get_backend(),
+                auto_mpi_discovery=False,
+                timeout=COLLECTIVE_TIMEOUT,
+                verbose=False,
+            )
 
 
 @contextlib.contextmanager
@@ -28,6 +42,7 @@ def partitioned_loading(resolved: ResolvedConfig) -> Iterator[None]:
     if resolved.zero_stage < 3:
         yield
         return
+    connect_deepspeed()  # zero.Init would do it by itself, unpatched
     # transformers finds it by a weak reference: it counts as long as this name holds it.
     config = HfDeepSpeedConfig(resolved.ds_config)
     try:
@@ -55,7 +70,8 @@ def build_engine(
         eps=settings.adam_epsilon,
         fused=True,
     )
-    _import_muon()
+    connect_deepspeed()
+    import_muon_uncompiled()
     # References, not copies: DeepSpeed's cast to 16 bits would otherwise be the last of these numbers.
     originals = {name: p.data for name, p in model.named_parameters() if not hasattr(p, "ds_id")}
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory
@@ -66,27 +82,11 @@ def build_engine(
             config=resolved.ds_config,
             dist_init_required=False,
         )
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        # Its constructor takes an optimizer step with zero gradients, which counts as Adam's first.
-        optimizer.state.clear()
-    close_gaps(engine)
+    patch_engine(engine)
     if resolved.precision != "fp32":
         _restore_masters(engine, originals)
         keep_frozen_weights(engine, originals)
     return engine
-
-
-def _import_muon() -> None:
-    """Import DeepSpeed's optimizer Muon, which its ZeRO compares ours with, and leave it uncompiled.
-
-    Nobody calls it; ``torch.compile`` would import the whole of Inductor to wrap it, for over a second.
-    """
-    compiling = compiler.compile
-    compiler.compile = lambda *_, **__: lambda function: function
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        compiler.compile = compiling
 
 
 def _groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -1,17 +1,10 @@
-"""What happens around the optimizer's step: masks on the shards it steps, and no step on a NaN or infinity.
-
-DeepSpeed 0.19.8 looks at the global gradient norm before each step and leaves the step out on all ranks where
-it is not finite: no weight, no moment and no step count changes. Two gaps in that are closed here: ZeRO-0 in
-fp32, where it calls the torch optimizer as it is, and ZeRO-1 and 2 with optimizer offload, where a refused
-step's gradients stay in the accumulator and poison all later ones.
-"""
+"""What happens around the optimizer's step: masks on the shards it steps, and steps that are refused."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from dga_scale.preservation.fragments import Fragment
@@ -80,48 +73,3 @@ def step_was_refused(engine: DeepSpeedEngine) -> bool:
     All ranks give the same answer. ``engine.skipped_steps`` counts them.
     """
     return not engine.was_step_applied()
-
-
-def close_gaps(engine: DeepSpeedEngine) -> None:
-    """Make refused steps the same in every stage; on a new engine."""
-    if engine.optimizer is engine.basic_optimizer:
-        _guard_stage_zero(engine)
-    elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer) and engine.optimizer.cpu_offload:
-        _forget_refused_gradients(engine.optimizer)
-
-
-def _forget_refused_gradients(optimizer: Any) -> None:
-    """Drop the accumulated gradients with the other buffers of a step; after a good step they are gone.
-
-    DeepSpeed does so after a refused one without offload only.
-    """
-    reset = optimizer.reset_cpu_buffers
-
-    def reset_all() -> None:
-        reset()
-        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
-
-    optimizer.reset_cpu_buffers = reset_all
-
-
-def _guard_stage_zero(engine: DeepSpeedEngine) -> None:
-    """Give ZeRO-0 in fp32 what the other stages have: a gradient norm, and no step where it is not finite.
-
-    DeepSpeed reads ``overflow`` and ``_global_grad_norm`` off the optimizer, where it has them.
-    """
-    optimizer: Any = engine.optimizer
-    unguarded = optimizer.step
-    limit = engine.gradient_clipping()
-
-    def step() -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        optimizer._global_grad_norm = norm
-        optimizer.overflow = not bool(torch.isfinite(norm))
-        if not optimizer.overflow:
-            if limit > 0:
-                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-            unguarded()
-
-    optimizer.step = step
-    engine.clip_fp32_gradients = lambda: None  # done in the step, after the norm was looked at

@@ -21,7 +21,7 @@ from dga_scale.endtasks import evaluate as module
 from dga_scale.endtasks.evaluate import parse_contenders
 from dga_scale.endtasks.evaluate_cli import main
 from dga_scale.errors import UserError
-from dga_scale.report.plots import comparison_figure
+from dga_scale.logging.plots import comparison_figure
 from dga_scale.report.scores import load_scores
 from tests.helpers.small import DOMAIN, GENERAL, write_text
 from tests.helpers.tiny_tasks import examples, tiny_model, write_split, write_task

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from dga_scale.report import plots
+from dga_scale.logging import plots
 
 
 @contextmanager

@@ -213,9 +213,11 @@ def _join() -> None:
     import torch
 
     from dga_scale.launch.world import join_cluster
+    from dga_scale.zero.engine import connect_deepspeed
 
     torch.set_num_threads(1)
     join_cluster()
+    connect_deepspeed()  # for tests that call DeepSpeed by themselves
 
 
 def _run(payload: bytes) -> Any:
