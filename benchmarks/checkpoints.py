@@ -1,6 +1,7 @@
-"""Time and memory of saving, resuming and consolidating, against DeepSpeed's own and torch.save.
+"""Time and memory of saving, resuming and consolidating; how long training stands still for a save.
 
     python -m benchmarks.checkpoints [--rounds 3] [--stages 2 3] [--layers 12]
+    python -m benchmarks.checkpoints --background [--rounds 4] [--layers 12]
 
 A RoBERTa-base-shaped random model in bf16 under ZeRO on two ranks of this machine's CPUs. All systems take
 turns, round after round, on the same engine and disk:
@@ -11,15 +12,18 @@ deepspeed    ``engine.save_checkpoint``, ``load_checkpoint``, and ``zero_to_fp32
              safetensors it refuses a model with tied weights.
 torch.save   of the very tensors that ours writes, one file a rank; ``torch.load`` and a copy into place.
 
-Neither rival hashes or waits for the disk, so each has a second figure that ends when its files are synced
-as well. Files are read from the system's cache. Memory is what a rank takes beyond what it held before, pages
-of files apart: the system can drop those.
+Neither of the others hashes or waits for the disk, so each has a second figure that ends when its files are
+synced as well. Files are read from the system's cache. Memory is what a rank takes beyond what it held
+before, pages of files apart: the system can drop those.
+
+With --background: our saves with and without ``--async_save`` in turn, under ZeRO-2 in fp32. A background
+save stands still for the copy of the shard, and for the commit once all ranks have written; what its thread
+takes from the steps meanwhile is told apart.
 """
 
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -32,13 +36,14 @@ from typing import Any
 import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from benchmarks.results import append_section
+from benchmarks.common import keep_section, on_ranks, parser_of, table
+from dga_scale.checkpoint.async_save import Saves
 from dga_scale.checkpoint.export import consolidate
 from dga_scale.checkpoint.state import Save, TrainerState, load_checkpoint
 from dga_scale.checkpoint.store import find_resume_point
+from dga_scale.launch.preemption import StopConsensus
 from dga_scale.launch.world import join_cluster
 from dga_scale.storage.atomic import sync
-from tests.helpers.ranks import run_ranks
 from tests.helpers.training import MaskedLM, Setup, tiny_engine, tiny_tokenizer, train_step
 
 RANKS = 2
@@ -89,7 +94,7 @@ class Clock:
 
 def base_size(layers: int) -> RobertaForMaskedLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+    sizes: dict[str, Any] = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
     return RobertaForMaskedLM(RobertaConfig(num_hidden_layers=layers, **sizes))
 
 
@@ -174,50 +179,121 @@ def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def table(ranks: list[Figures], sizes: dict[str, int]) -> list[str]:
+def comparison(ranks: list[Figures], sizes: dict[str, int]) -> list[list[str]]:
     """Medians over the rounds of the slower and larger rank, beside ours."""
-    lines = ["| | MB | seconds, all rounds | median | to ours | most memory of a rank, MiB |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    rows = []
     for name in ranks[0]:
-        seconds = [max(r[name][i][0] for r in ranks) for i in range(len(ranks[0][name]))]
         kind, system = name.split(": ")
-        ours = median(max(r[f"{kind}: ours"][i][0] for r in ranks) for i in range(len(seconds)))
-        memory = max(bytes_ for r in ranks for _, bytes_ in r[name])
-        written = sizes[("whole " if kind == "consolidate" else "") + system.split(",")[0]]
-        every = " ".join(f"{s:.2f}" for s in seconds)
-        lines.append(
-            f"| {name} | {written / 1e6:.0f} | {every} | {median(seconds):.2f} "
-            f"| {median(seconds) / ours:.2f} | {memory / MIB:.0f} |"
+        seconds, ours = (
+            [max(rank[each][i][0] for rank in ranks) for i in range(len(ranks[0][each]))]
+            for each in (name, f"{kind}: ours")
         )
-    return lines
+        memory = max(bytes_ for rank in ranks for _, bytes_ in rank[name])
+        written = sizes[("whole " if kind == "consolidate" else "") + system.split(",")[0]]
+        rows.append([name, f"{written / 1e6:.0f}", " ".join(f"{s:.2f}" for s in seconds)])
+        rows[-1] += [f"{median(seconds):.2f}", f"{median(seconds) / median(ours):.2f}", f"{memory / MIB:.0f}"]
+    return rows
+
+
+def beside_others(options: argparse.Namespace) -> str:
+    """Ours, DeepSpeed's and torch.save, for each stage."""
+    head = ["", "MB", "seconds, all rounds", "median", "to ours", "most memory of a rank, MiB"]
+    said = f"{RANKS} ranks, {options.rounds} rounds in turns, load {os.getloadavg()[0]:.1f} at the start. "
+    parts = [said + 'Seconds of the slower rank; "to ours" is over ours: above 1, we are faster.']
+    for stage in options.stages:
+        with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
+            folder = Path(name)
+            ranks = on_ranks(RANKS, on_each_rank, folder, stage, options.rounds, options.layers)
+            whole = on_ranks(1, on_one, folder, options.rounds)
+            sizes = {name: bytes_of(folder / path) for name, path in (
+                ("ours", "ours"), ("deepspeed", "deepspeed"), ("torch.save", "torch"),
+                ("whole ours", "ours whole"), ("whole deepspeed", "deepspeed whole"))}  # fmt: skip
+        rows = [head, *comparison(ranks, sizes), *comparison(whole, sizes)]
+        parts += [f"ZeRO-{stage}", table(rows)]
+    return "\n\n".join(parts)
+
+
+# --- saves in the background ---
+
+
+def stalls(folder: Path, rounds: int, layers: int) -> dict[str, list[float]]:
+    """Seconds of stalls, and of the steps without and during a background save, on this rank."""
+    cluster = join_cluster()
+    engine = tiny_engine(Setup(stage=2, rows=RANKS), MaskedLM(base_size(layers)))
+    consensus, number = StopConsensus(cluster), 0
+    kinds = ("waiting", "background", "copy", "commit", "alone", "during")
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+
+    def step(kind: str, saves: Saves) -> None:
+        nonlocal number
+        number += 1
+        cluster.barrier()
+        started = time.perf_counter()
+        train_step(engine, number)
+        consensus.average({"loss": torch.zeros(())}, False, saves.written)
+        found[kind].append(time.perf_counter() - started)
+
+    ways = Saves(background=False), Saves(background=True)
+    for _ in range(2):  # which make Adam's moments
+        step("alone", ways[0])
+    found["alone"].clear()
+    for background in (False, True) * rounds:
+        saves = ways[background]
+        step("alone", saves)
+        cluster.barrier()
+        started = time.perf_counter()
+        saves.begin(Save(engine, tiny_tokenizer(), folder, TrainerState(number), cluster, 1), started)
+        if background:
+            found["copy"].append(time.perf_counter() - started)
+            while not consensus.written(saves.begun):
+                step("during", saves)
+        started = time.perf_counter()
+        saved = saves.finish()
+        assert saved is not None
+        if background:
+            found["commit"].append(time.perf_counter() - started)
+        found["background" if background else "waiting"].append(saved.seconds)
+    engine.destroy()
+    return found
+
+
+def in_background(options: argparse.Namespace) -> str:
+    """Stalls of saves that are waited for, and of those in the background."""
+    with tempfile.TemporaryDirectory(prefix="checkpoints-") as folder:
+        ranks = on_ranks(RANKS, stalls, Path(folder), options.rounds, options.layers)
+        size = bytes_of(Path(folder)) / RANKS / 1e6
+    slower = {kind: [max(both) for both in zip(*(r[kind] for r in ranks), strict=True)] for kind in ranks[0]}
+    middle = {kind: median(seconds) for kind, seconds in slower.items()}
+    rows = [["", "median", "all"]]
+    for name, kind in (
+        ("stall, training waits", "waiting"),
+        ("stall, `--async_save`", "background"),
+        ("of which the copy", "copy"),
+        ("of which the commit", "commit"),
+        ("a step", "alone"),
+        ("a step during a background save", "during"),
+    ):
+        rows.append([name, f"{middle[kind]:.2f}", " ".join(f"{s:.2f}" for s in slower[kind])])
+    return (
+        f"{size:.0f} MB a rank, {options.rounds} saves of each kind, seconds of the slower rank; load "
+        f"average {os.getloadavg()[1]:.1f}.\n\n{table(rows)}\n\nIn the background a save stalls training "
+        f"{middle['background'] / middle['waiting']:.2f} times as long; meanwhile a step takes "
+        f"{middle['during'] / middle['alone']:.2f} times as long."
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Measure the one or the other."""
+    parser = parser_of(__doc__, data=False)
+    parser.add_argument("--background", action="store_true", help="saves that training does not wait for")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--layers", type=int, default=12)
     options = parser.parse_args()
-    from benchmarks import checkpoints  # this file by the name under which the ranks can import it
-
-    lines = [
-        f"{RANKS} ranks, {options.rounds} rounds in turns, load {os.getloadavg()[0]:.1f} at the start.",
-        'Seconds of the slower rank; "to ours" is over ours: above 1, we are faster.',
-    ]
-    for stage in options.stages:
-        folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
-        try:
-            arguments = (folder, stage, options.rounds, options.layers)
-            ranks = run_ranks(RANKS, checkpoints.on_each_rank, *arguments, timeout=1200)
-            whole = run_ranks(1, checkpoints.on_one, folder, options.rounds, timeout=1200)
-            sizes = {name: bytes_of(folder / path) for name, path in (
-                ("ours", "ours"), ("deepspeed", "deepspeed"), ("torch.save", "torch"),
-                ("whole ours", "ours whole"), ("whole deepspeed", "deepspeed whole"))}  # fmt: skip
-        finally:
-            shutil.rmtree(folder)
-        lines += ["", f"ZeRO-{stage}", "", *table(ranks, sizes), *table(whole, sizes)[2:]]
-    command = " ".join(["python -m benchmarks.checkpoints", *sys.argv[1:]])
-    append_section("Checkpoints: time and memory", "\n".join(lines), command)
+    if options.background:
+        keep_section("A save in the background", in_background(options))
+    else:
+        keep_section("Checkpoints: time and memory", beside_others(options))
 
 
 if __name__ == "__main__":

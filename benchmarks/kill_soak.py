@@ -5,7 +5,6 @@ model (sha256) of a run that nobody disturbed, and leave no temporary file. Prin
 (``tests/helpers/kills.py`` says what the faults are), and stops at the first run that is not so.
 """
 
-import argparse
 import itertools
 import random
 import shutil
@@ -15,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.results import append_section
+from benchmarks.common import keep_section, parser_of, table
 from tests.helpers.kills import Outcome, Soak
 from tests.helpers.small import make_world
 
@@ -28,9 +27,8 @@ NAMES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Kill runs until so many faults have struck."""
+    parser = parser_of(__doc__, data=False)
     parser.add_argument("--kills", type=int, default=500, help="Faults that strike.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
     parser.add_argument("--zero", type=int, default=2, help="ZeRO stage.")
@@ -54,13 +52,12 @@ def main() -> None:
             if len(outcomes) >= arguments.kills or time.monotonic() - began > 60 * arguments.minutes:
                 break
     lost = (time.monotonic() - first - runs * soak.seconds) / len(outcomes)
-    command = f"python -m benchmarks.kill_soak {' '.join(sys.argv[1:])}"
-    append_section("Runs killed and launched again", _table(outcomes, runs, soak, lost), command)
+    keep_section("Runs killed and launched again", summary(outcomes, runs, soak, lost))
 
 
-def _table(outcomes: list[Outcome], runs: int, soak: Soak, lost: float) -> str:
-    columns = ("fault", "victim", "times", "survived", "others ended after, median (largest)", "steps again")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+def summary(outcomes: list[Outcome], runs: int, soak: Soak, lost: float) -> str:
+    """What was tried, by kind of fault and victim; a run that does not survive ends the soak."""
+    rows = [["fault", "victim", "times", "survived", "others ended after, median (largest)", "steps again"]]
     for how, victim in itertools.product(NAMES, (0, 1, None)):
         found = [o for o in outcomes if (o.fault.how, o.fault.victim) == (how, victim)]
         if not found:
@@ -68,15 +65,15 @@ def _table(outcomes: list[Outcome], runs: int, soak: Soak, lost: float) -> str:
         met = [o.seconds_to_end for o in found if o.met and victim is not None]
         ended = f"{statistics.median(met):.2f} s ({max(met):.2f} s)" if met else ""
         again = statistics.mean(o.steps_again for o in found)
-        who = "all" if victim is None else f"rank {victim}"
-        lines.append(f"| {NAMES[how]} | {who} | {len(found)} | {len(found)} | {ended} | {again:.2f} |")
+        who, times = "all" if victim is None else f"rank {victim}", str(len(found))
+        rows.append([NAMES[how], who, times, times, ended, f"{again:.2f}"])
     early = sum(not o.met for o in outcomes)
     return (
         f"{len(outcomes)} faults in {runs} runs of {len(soak.reference)} steps with a save every second "
         "step. Every run ended with the losses of an undisturbed one in every bit, the same model and no "
         f"temporary file. {early} faults struck before the ranks had met, where the launcher has to end "
         f"the others. Lost per fault: {lost:.1f} s, where an undisturbed run takes {soak.seconds:.1f} s, "
-        "most of it to start.\n\n" + "\n".join(lines)
+        "most of it to start.\n\n" + table(rows)
     )
 
 

@@ -1,83 +1,89 @@
 """What a run does beside DeepSpeed's forward, backward and step: logging, curves, stop signals.
 
-    python benchmarks/loop_overhead.py DATA [--method mlm] [--ranks 2] [--rounds 3]
+    python -m benchmarks.loop_overhead DATA [--method mlm] [--ranks 2] [--rounds 3]
 
-DATA as for ``steps.py``; ZeRO-2 in bf16, packed rows of 128 tokens, one thread a rank, every step logged. The
-clock runs around each call of the engine, and from the beginning of a step to that of the next; what is left
-is ours. Whole runs of two programs differ by more than that from round to round. A part of it is the one
-small reduction of a step, in which a rank also waits for the others: without it, it would wait in the next
-step's. Rank 0's medians are appended to RESULTS.md, with the target.
+ZeRO-2 in bf16, packed rows of 128 tokens, one thread a rank, every step logged. The clock runs around each
+call of the engine, and from the beginning of a step to that of the next; what is left is ours. Whole runs of
+two programs differ by more than that from round to round. A part of it is the one small reduction of a step,
+in which a rank also waits for the others: without it, it would wait in the next step's. Figures are rank 0's
+medians.
 """
 
-import argparse
 import json
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from results import append_section
-from steps import OURS, WARM_UP, WORK, free_port, prepare, run, spread
+from benchmarks.common import (
+    SHAPES,
+    WARM_UP,
+    WORK,
+    corpus_of,
+    keep_section,
+    launch,
+    model_of,
+    parser_of,
+    spread,
+    table,
+    verdict,
+)
+from dga_scale.logging.metrics import read_log
 
 TARGET = 0.02
 OUTPUT = WORK / "loop_overhead"
+METHODS = {"mlm": (), "dga": ("--soft_mask", "update", "--importance_samples", 32)}
 
 
 def main() -> None:
-    """Measure and append."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--shape", choices=["minilm", "roberta-base"], default="minilm")
-    parser.add_argument("--method", choices=list(OURS), default="mlm")
+    """Measure in rounds."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="minilm")
+    parser.add_argument("--method", choices=list(METHODS), default="mlm")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=16, help="rows of one rank")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    options.text = "packed"
-    model, corpus = prepare(options)
+    rows = options.batch_size * options.ranks
+    model, corpus, steps = model_of(options.data, options.shape), corpus_of(options.data), options.steps
     rounds = []
     for number in range(options.rounds):
         shutil.rmtree(OUTPUT, ignore_errors=True)
-        run("-m", "deepspeed.launcher.runner", "--num_gpus", options.ranks, "--master_port", free_port(),
-            "benchmarks/loop_overhead.py", "--ds_config", "ds_configs/zero2.json", "--model", model,
-            "--corpus", corpus, "--output_dir", OUTPUT, *OURS[options.method], "--max_steps", options.steps,
-            "--global_batch_size", options.batch_size * options.ranks, "--max_eval_samples", 16,
-            "--save_steps", options.steps, "--eval_steps", options.steps)  # fmt: skip
+        launch(options.ranks, "benchmarks.loop_overhead", "--ds_config", "ds_configs/zero2.json", "--model",
+               model, "--corpus", corpus, "--output_dir", OUTPUT, "--method", options.method,
+               *METHODS[options.method], "--max_steps", steps, "--save_steps", steps, "--eval_steps", steps,
+               "--max_eval_samples", 16, "--global_batch_size", rows)  # fmt: skip
         rounds.append(figures())
         print(f"round {number + 1}: {rounds[-1]}", flush=True)
-    lines = ["| | of the engine's time |", "|---|---|"]
-    lines += [
-        f"| {name} | {spread([100 * r[name] for r in rounds])}% |" for name in rounds[0] if name != "seconds"
-    ]
-    ours = statistics.median(r["ours"] for r in rounds)
+    seconds = spread(each.pop("seconds") for each in rounds)
+    lines = [["", "of the engine's time"]]
+    lines += [[name, f"{spread(100 * each[name] for each in rounds)}%"] for name in rounds[0]]
+    met = verdict(statistics.median(each["ours"] for each in rounds) < TARGET)
     body = (
         f"{options.ranks} ranks x {options.batch_size} rows, {options.method}; the engine's forward, "
-        f"backward and step take {spread([r['seconds'] for r in rounds])} s.\n\n" + "\n".join(lines) + "\n\n"
-        f"Target: ours under {TARGET:.0%} of bare DeepSpeed: {'met' if ours < TARGET else 'not met'}."
+        f"backward and step take {seconds} s.\n\n{table(lines)}\n\n"
+        f"Target: ours under {TARGET:.0%} of bare DeepSpeed: {met}."
     )
-    command = " ".join(["python", "benchmarks/loop_overhead.py", *sys.argv[1:]])
-    append_section(f"What the loop costs beside DeepSpeed, {options.shape}", body, command)
+    keep_section(f"What the loop costs beside DeepSpeed, {options.shape}", body)
 
 
 def figures() -> dict[str, float]:
     """One run's medians of steps: the engine's seconds, and the rest as shares of those."""
-    steps = json.loads((OUTPUT / "clock.json").read_text())
-    log = [json.loads(line) for line in (OUTPUT / "log.jsonl").read_text().splitlines()]
-    waits = [record["data_wait_seconds"] for record in log if "event" not in record]
-    # The last step's end is that of the run, with its evaluation and its checkpoint.
+    steps = json.loads((OUTPUT / "clock.json").read_text(encoding="utf-8"))
+    log = read_log(OUTPUT / "log.jsonl")
+    waits = [record["data_wait_seconds"] for record in log if "data_wait_seconds" in record]
     shares: dict[str, list[float]] = {"seconds": [], "ours": [], "reduction": [], "waiting for data": []}
+    # The last step's end is that of the run, with its evaluation and its checkpoint.
     for number in range(WARM_UP, len(steps) - 1):
-        step, wait = steps[number], waits[number]
+        step = steps[number]
         whole = steps[number + 1]["began"] - step["began"] - waits[number + 1]
         shares["seconds"].append(step["engine"])
         shares["ours"].append((whole - step["engine"]) / step["engine"])
         shares["reduction"].append(step["reduction"] / step["engine"])
-        shares["waiting for data"].append(wait / step["engine"])
+        shares["waiting for data"].append(waits[number] / step["engine"])
     return {name: statistics.median(values) for name, values in shares.items()}
 
 
@@ -102,11 +108,12 @@ def rank() -> None:
 
         return call
 
+    step: Any = Session.train_step
+
     def train_step(self: Session, batches: Any) -> Any:
         steps.append({"began": time.perf_counter(), "engine": 0.0, "reduction": 0.0})
         return step(self, batches)
 
-    step: Any = Session.train_step
     Session.train_step = train_step  # type: ignore[method-assign]
     for method in ("forward", "backward", "step"):
         setattr(DeepSpeedEngine, method, clocked(getattr(DeepSpeedEngine, method), "engine"))
@@ -115,7 +122,7 @@ def rank() -> None:
         train_command()
     finally:
         if os.environ["RANK"] == "0":
-            (OUTPUT / "clock.json").write_text(json.dumps(steps))
+            (OUTPUT / "clock.json").write_text(json.dumps(steps), encoding="utf-8")
 
 
 if __name__ == "__main__":

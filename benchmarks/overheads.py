@@ -1,71 +1,259 @@
-"""What DGA's parts cost beside a step: masks, importance, the contrast's gather, GradCache, shared readings.
+"""What DGA's parts cost beside a step: masks, importance, the contrast's gather, GradCache, shared views.
 
-    python benchmarks/overheads.py DATA [--shape minilm|roberta-base] [--rounds 10]
+    python -m benchmarks.overheads DATA [--shape minilm|roberta-base] [--rounds 10] [--ranks 1 2 4]
 
-DATA as for ``steps.py``; ZeRO-2 in bf16, packed rows of 128 tokens, one thread a rank. Masks, readings and
-contrasts take turns step by step in one process on the same batches: medians of the paired ratios, with 95%
-confidence intervals from the bootstrap. Masks are measured by the clock around them too, as a difference of
-whole steps hardly shows a hundredth. The table is appended to RESULTS.md, with the targets.
+ZeRO-2 in bf16, packed rows of 128 tokens, one thread a rank. Masks, views and contrasts take turns step by
+step in one process on the same batches: medians of the paired ratios, with 95% confidence intervals from the
+bootstrap. Masks are measured by the clock around them too, as a difference of whole steps hardly shows a
+hundredth.
 """
 
-import argparse
-import json
-import shutil
+import dataclasses
+import itertools
 import statistics
-import sys
-from pathlib import Path
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from results import append_section
-from steps import WORK, free_port, prepare, run
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import (
+    ROOT,
+    SHAPES,
+    corpus_of,
+    keep_section,
+    model_of,
+    on_ranks,
+    parser_of,
+    ratios,
+    table,
+    verdict,
+)
+from dga_scale.corpus.loading.batches import StepBatches
+from dga_scale.launch.world import join_cluster
+from dga_scale.logging.metrics import RunLog
+from dga_scale.objectives.contrast import contrastive_loss
+from dga_scale.objectives.methods import read_config
+from dga_scale.objectives.views import to_device
+from dga_scale.preservation.importance import Importance, measure_importance
+from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
+from dga_scale.train.inputs import check_inputs
+from dga_scale.train.trainer import Session
+from dga_scale.zero.optimizer_hooks import Mask, wrap_optimizer_step
 
 STEPS = 2500
 IMPORTANCE_ROWS = 10_000
 """A run of the papers, and the rows that its importance is measured on (``--importance_samples``)."""
-HOOKS, UPDATE, IMPORTANCE = 0.01, 0.03, 0.02
+GRADIENT, UPDATE, IMPORTANCE = 0.01, 0.03, 0.02
 """Targets, as shares of a step or a run."""
-PASSES = 4
+ACCUMULATION = 4
 GLOBAL_BATCHES = (256, 32)
 """The papers', and that of ``steps.py``."""
+WARM_UP = 2
+GATHERS = 100
+Figures = dict[str, list[float]]
 
 
 def main() -> None:
-    """Measure and append."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--shape", choices=["minilm", "roberta-base"], default="minilm")
+    """Measure what is local to a rank on one, the contrast's gather on several."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="minilm")
     parser.add_argument("--batch_size", type=int, default=16, help="rows of one rank")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each variant")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes of the gather")
     options = parser.parse_args()
-    options.text = "packed"
-    model, corpus = prepare(options)
-    output = WORK / "overheads"
-
-    def measured(*command: Any, rounds: int, rows: int) -> dict[str, Any]:
-        shutil.rmtree(output, ignore_errors=True)
-        run(*command, "--model", model, "--corpus", corpus, "--output_dir", output, "--rounds", rounds,
-            "--batch_size", rows)  # fmt: skip
-        found: dict[str, Any] = json.loads((output / "figures.json").read_text())
-        return found
-
-    parts = "benchmarks/overhead_parts.py"
-    local = measured(parts, "local", "--passes", PASSES, rounds=options.rounds, rows=options.batch_size)
-    gathers = {}
-    for ranks in options.ranks:
-        launch = ("-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", free_port())
-        gathers[ranks] = measured(*launch, parts, "gather", rounds=3, rows=options.batch_size)
+    rows, rounds = options.batch_size, options.rounds
+    folders = (str(model_of(options.data, options.shape)), str(corpus_of(options.data)))
+    (masks,) = on_ranks(1, measure_masks, *folders, rows, rounds)
+    (importance,) = on_ranks(1, measure_importance_and_step, *folders, rows, rounds)
+    (contrasts,) = on_ranks(1, measure_contrasts, *folders, rows, rounds)
+    gathers = {ranks: on_ranks(ranks, measure_gather, *folders, rows)[0] for ranks in options.ranks}
     sections = (
-        masks(local),
-        importance(local["importance"], options.batch_size),
-        contrast(local["contrast"]),
-        gather(gathers),
+        f"{rows} rows of 128 tokens a step of a rank, one thread a rank.",
+        masks_table(masks),
+        importance_table(importance, rows),
+        contrasts_table(contrasts),
+        gather_table(gathers),
     )
-    title = f"What DGA's parts cost, {options.shape}"
-    body = f"{options.batch_size} rows of 128 tokens a step of a rank, one thread a rank.\n\n"
-    command = " ".join(["python", "benchmarks/overheads.py", *sys.argv[1:]])
-    append_section(title, body + "\n\n".join(sections), command)
+    keep_section(f"What DGA's parts cost, {options.shape}", "\n\n".join(sections))
+
+
+# --- on the ranks ---
+
+
+@contextmanager
+def session_of(
+    model: str, corpus: str, rows: int, method: str = "dga", accumulation: int = 1
+) -> Iterator[Session]:
+    """A run's session, whose gradient hooks stand and whose units are protected by half."""
+    cluster = join_cluster()
+    with tempfile.TemporaryDirectory() as folder:
+        config = read_config(
+            [
+                "--ds_config", str(ROOT / "ds_configs" / "zero2.json"), "--method", method,
+                "--soft_mask", "gradient", "--model", model, "--corpus", corpus, "--output_dir", folder,
+                "--global_batch_size", str(rows * cluster.world_size * accumulation),
+                "--gradient_accumulation_steps", str(accumulation), "--max_steps", "10000",
+            ]
+        )  # fmt: skip
+        inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
+        # No rank but 0 writes a log; nor shall this one.
+        session = Session(inputs, cluster, RunLog(inputs.folder.path, cluster.rank + 1, 1))
+        anatomy = session.anatomy
+        session.set_protection(
+            {k: torch.full((anatomy.num_layers, anatomy.units(k)), 0.5) for k in session.method.kinds}
+        )
+        yield session
+        session.engine.destroy()
+
+
+def turns(
+    session: Session, variants: Mapping[str, Callable[[], Any]], rounds: int, clock: Sequence[float] = ()
+) -> tuple[Figures, Figures]:
+    """Seconds of a step in each variant, and what a clock of ``inside`` ran meanwhile.
+
+    Variants take turns on the same batch, each first as often as last.
+    """
+    seconds: Figures = {name: [] for name in variants}
+    clocked: Figures = {name: [] for name in variants}
+    names, stream = itertools.cycle(variants), session.stream(0)
+    for number in range(rounds + WARM_UP):
+        batches = stream.step(number)
+        for name in itertools.islice(names, len(variants)):
+            variants[name]()
+            started, before = time.perf_counter(), sum(clock)
+            session.train_step(batches)
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - started)
+                clocked[name].append(sum(clock) - before)
+        next(names)
+    return seconds, clocked
+
+
+@contextmanager
+def inside(*methods: tuple[Any, str]) -> Iterator[list[float]]:
+    """Within, all seconds that are spent in some methods of classes."""
+    spent, originals = [0.0], {place: getattr(*place) for place in methods}
+
+    def timed(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **settings: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return original(*args, **settings)
+            finally:
+                spent[0] += time.perf_counter() - started
+
+        return call
+
+    for place, original in originals.items():
+        setattr(*place, timed(original))
+    try:
+        yield spent
+    finally:
+        for place, original in originals.items():
+            setattr(*place, original)
+
+
+def measure_masks(model: str, corpus: str, rows: int, rounds: int) -> dict[str, tuple[Figures, Figures]]:
+    """By method: steps without a mask, with gradient masks and update masks; the seconds inside of these."""
+    found = {}
+    timed = (GradientMask, "_masked"), (UpdateMask, "before_step"), (UpdateMask, "after_step")
+    for method in ("dga", "das"):
+        with session_of(model, corpus, rows, method) as session, inside(*timed) as clock:
+            measured = importance_of(session, session.stream(0).step(0))
+            factors = mask_factors(session.anatomy, measured.protection("clip"))
+            hooks = session._gradient_mask
+            assert hooks is not None
+            update = UpdateMask(session.anatomy, factors, session.method.kinds)
+            masked = [False]
+
+            def where_masked(mask: Mask, masked: list[bool] = masked) -> Mask:
+                return lambda fragments: mask(fragments) if masked[0] else None
+
+            wrap_optimizer_step(
+                session.engine, where_masked(update.before_step), where_masked(update.after_step)
+            )
+
+            def variant(of_gradient: Any, of_update: bool, hooks: Any = hooks, masked: Any = masked) -> Any:
+                def apply() -> None:
+                    hooks.set(of_gradient)
+                    masked[0] = of_update
+
+                return apply
+
+            variants = {"none": ({}, False), "gradient": (factors, False), "update": ({}, True)}
+            found[method] = turns(session, {n: variant(*v) for n, v in variants.items()}, rounds, clock)
+    return found
+
+
+def importance_of(session: Session, batches: StepBatches) -> Importance:
+    """Of the units that the method protects, over the micro-batches of a step."""
+    rows = [to_device(batch, session.cluster.device) for batch in batches.micro_batches]
+    return measure_importance(session.engine.module, rows, kinds=session.method.kinds)
+
+
+def measure_importance_and_step(model: str, corpus: str, rows: int, rounds: int) -> Figures:
+    """Seconds of the importance of a micro-batch, of a step on one, and of the optimizer in that step."""
+    found: Figures = {"importance": [], "step": [], "optimizer": []}
+    with (
+        session_of(model, corpus, rows) as session,
+        inside((type(session.engine), "step")) as optimizer,
+    ):
+        stream = session.stream(0)
+        for number in range(rounds + WARM_UP):
+            batches = stream.step(number)
+            started = time.perf_counter()
+            importance_of(session, batches)
+            middle, before = time.perf_counter(), optimizer[0]
+            session.train_step(batches)
+            found["importance"].append(middle - started)
+            found["step"].append(time.perf_counter() - middle)
+            found["optimizer"].append(optimizer[0] - before)
+    return {name: values[WARM_UP:] for name, values in found.items()}
+
+
+def measure_contrasts(model: str, corpus: str, rows: int, rounds: int) -> Figures:
+    """Steps of several micro-batches: the contrast of each or of all, views as in the paper or shared."""
+    with session_of(model, corpus, rows // ACCUMULATION, accumulation=ACCUMULATION) as session:
+        settings = session.method.settings
+
+        def variant(**changes: Any) -> Callable[[], None]:
+            changed = dataclasses.replace(settings, **changes)
+            return lambda: setattr(session.method, "settings", changed)
+
+        variants = {
+            "paper": variant(contrast_scope="micro_batch", contrast_views="paper"),
+            "paper, global": variant(contrast_scope="global_batch", contrast_views="paper"),
+            "shared": variant(contrast_scope="micro_batch", contrast_views="shared"),
+            "shared, global": variant(contrast_scope="global_batch", contrast_views="shared"),
+            "plain MLM": variant(contrastive_weight=0.0),
+        }
+        return turns(session, variants, rounds)[0]
+
+
+def measure_gather(model: str, corpus: str, rows: int) -> Figures:
+    """Seconds of a step, and of the contrast alone, forward and backward, after a barrier.
+
+    In a step a rank also waits in the gather for the slower ones; it would in the reduction of the gradients.
+    """
+    with session_of(model, corpus, rows) as session:
+        steps, _ = turns(session, {"step": lambda: None}, 3)
+        states = torch.randn(3, rows, session.anatomy.hidden_size).requires_grad_()
+        seconds = []
+        for _ in range(GATHERS):
+            if session.cluster.world_size > 1:
+                dist.barrier()
+            started = time.perf_counter()
+            contrastive_loss(states[0], states[1], states[2], 0.05).backward()
+            seconds.append(time.perf_counter() - started)
+        return steps | {"contrast": seconds[WARM_UP:]}
+
+
+# --- tables ---
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -75,70 +263,58 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), float(low), float(high)
 
 
-def ratio(values: list[float], to: list[float]) -> str:
-    """Median of paired ratios, with its interval."""
-    median, low, high = interval([a / b for a, b in zip(values, to, strict=True)])
-    return f"{median:.3f} ({low:.3f} to {high:.3f})"
+def within(values: list[float], form: str) -> str:
+    """Median with its interval."""
+    median, low, high = (format(value, form) for value in interval(values))
+    return f"{median} ({low} to {high})"
 
 
-def masks(local: dict[str, Any]) -> str:
+def masks_table(found: dict[str, tuple[Figures, Figures]]) -> str:
     """By method, the seconds inside masks over those of a step without, and the ratio of whole steps."""
-    lines = [
-        "| soft-mask | inside it, of a step | target | met | step / step without |",
-        "|---|---|---|---|---|",
-    ]
-    for method in ("dga", "das"):
-        steps, inside = local[method]["steps"], local[method]["inside"]
+    rows = [["soft-mask", "inside it, of a step", "target", "step / step without"]]
+    for method, (steps, clock) in found.items():
         plain = statistics.median(steps["none"])
-        for name, target in (("gradient", HOOKS), ("update", UPDATE)):
-            median, low, high = interval([seconds / plain for seconds in inside[name]])
-            lines.append(
-                f"| {method} {name} | {median:.2%} ({low:.2%} to {high:.2%}) | {target:.0%} | "
-                f"{'yes' if median < target else 'no'} | {ratio(steps[name], steps['none'])} |"
-            )
-    return "\n".join(lines)
+        for name, target in (("gradient", GRADIENT), ("update", UPDATE)):
+            shares = [seconds / plain for seconds in clock[name]]
+            met = verdict(statistics.median(shares) < target)
+            whole = within(ratios(steps[name], steps["none"]), ".3f")
+            rows.append([f"{method} {name}", within(shares, ".2%"), f"{target:.0%}: {met}", whole])
+    return table(rows)
 
 
-def importance(found: dict[str, list[float]], rows: int) -> str:
+def importance_table(found: Figures, rows_of_a_rank: int) -> str:
     """The importance of 10,000 rows, as a share of a run of 2,500 steps by global batch.
 
-    A step of G rows is G / rows passes and one step of the optimizer.
+    A step of G rows is G / rows micro-batches and one step of the optimizer.
     """
-    measured, step, optimizer = (statistics.median(found[key]) for key in ("importance", "step", "optimizer"))
-    costs = (
-        f"Importance takes {measured / rows * 1e3:.1f} ms a row, forward and backward pass of a step "
-        f"{(step - optimizer) / rows * 1e3:.1f} ms, the optimizer {optimizer * 1e3:.0f} ms a step.\n"
+    importance, step, optimizer = (statistics.median(values) for values in found.values())
+    a_row = (step - optimizer) / rows_of_a_rank
+    rows = [["global batch", f"importance of {IMPORTANCE_ROWS:,} rows, of {STEPS:,} steps", "target"]]
+    for size in GLOBAL_BATCHES:
+        share = IMPORTANCE_ROWS * importance / rows_of_a_rank / (STEPS * (a_row * size + optimizer))
+        rows.append([str(size), f"{share:.2%}", f"{IMPORTANCE:.0%}: {verdict(share < IMPORTANCE)}"])
+    return (
+        f"Importance takes {importance / rows_of_a_rank * 1e3:.1f} ms a row, forward and backward pass of a "
+        f"step {a_row * 1e3:.1f} ms, the optimizer {optimizer * 1e3:.0f} ms a step.\n\n{table(rows)}"
     )
-    lines = [
-        costs,
-        f"| global batch | importance of {IMPORTANCE_ROWS:,} rows, of {STEPS:,} steps | target | met |",
-        "|---|---|---|---|",
-    ]
-    for total in GLOBAL_BATCHES:
-        training = STEPS * ((step - optimizer) * total / rows + optimizer)
-        share = IMPORTANCE_ROWS / rows * measured / training
-        verdict = "yes" if share < IMPORTANCE else "no"
-        lines.append(f"| {total} | {share:.2%} | {IMPORTANCE:.0%} | {verdict} |")
-    return "\n".join(lines)
 
 
-def contrast(seconds: dict[str, list[float]]) -> str:
-    """Steps of several passes, against DGA as in the paper with negatives of each pass."""
-    lines = [f"| DGA, {PASSES} passes a step | seconds | / the paper's |", "|---|---|---|"]
+def contrasts_table(seconds: Figures) -> str:
+    """Steps of several micro-batches, against DGA as in the paper with negatives of each of them."""
+    rows = [[f"DGA, {ACCUMULATION} micro-batches a step", "seconds", "/ the paper's"]]
     for name, values in seconds.items():
-        lines.append(f"| {name} | {statistics.median(values):.3f} | {ratio(values, seconds['paper'])} |")
-    return "\n".join(lines)
+        share = within(ratios(values, seconds["paper"]), ".3f")
+        rows.append([name, f"{statistics.median(values):.3f}", share])
+    return table(rows)
 
 
-def gather(found: dict[int, dict[str, list[float]]]) -> str:
+def gather_table(found: dict[int, Figures]) -> str:
     """The contrast's time by world size."""
-    lines = ["| ranks | contrast with its gather, ms | of a step |", "|---|---|---|"]
+    rows = [["ranks", "contrast with its gather, ms", "of a step"]]
     for ranks, figures in found.items():
-        step, (median, low, high) = statistics.median(figures["step"]), interval(figures["contrast"])
-        lines.append(
-            f"| {ranks} | {median * 1e3:.2f} ({low * 1e3:.2f} to {high * 1e3:.2f}) | {median / step:.2%} |"
-        )
-    return "\n".join(lines)
+        share = statistics.median(figures["contrast"]) / statistics.median(figures["step"])
+        rows.append([str(ranks), within([1e3 * s for s in figures["contrast"]], ".2f"), f"{share:.2%}"])
+    return table(rows)
 
 
 if __name__ == "__main__":

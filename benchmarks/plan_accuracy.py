@@ -1,10 +1,10 @@
-"""Memory of a rank: predicted, measured, and beside a bare DeepSpeed engine, for ZeRO 0 to 3 on 1 to 4 ranks.
+"""Memory of a rank as planned and as measured, for ZeRO 0 to 3 on 1 to 4 ranks.
 
     python -m benchmarks.plan_accuracy [--stages 0 1 2 3] [--ranks 1 2 4] [--rows 4] [--sequence_length 64]
 
 A RoBERTa-base-shaped random model in bf16, real gloo ranks on this machine's CPUs, the program's own training
-model, in three ways: ``bare``, DeepSpeed's engine around the Hugging Face model; ``mlm``; and ``dga`` with
-gates, movement tracker and masked updates. Without dropout, whose masks take twice the bytes on a CPU.
+model, for ``mlm`` and for ``dga`` with gates, movement tracker and masked updates. Without dropout, whose
+masks take twice the bytes on a CPU.
 
 ``held`` are the bytes of all tensors that exist between steps and did not before the model was built, counted
 by their storages. ``kept`` is what a forward pass leaves for the backward pass. ``peak`` is ``held`` and the
@@ -13,26 +13,22 @@ as on a GPU: interpreter, libraries, communication buffers, and what malloc does
 of them. Predictions are ``dga-plan``'s own.
 """
 
-import argparse
 import dataclasses
 import gc
 import itertools
 import json
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig
 
-from benchmarks.results import append_section
+from benchmarks.common import ROOT, keep_section, on_ranks, parser_of, table, verdict
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.loading import set_dropout
 from dga_scale.objectives.methods import build_method, read_config
@@ -46,16 +42,9 @@ from dga_scale.zero.ds_keys import load_ds_config
 from dga_scale.zero.engine import build_engine, partitioned_loading, set_learning_rate
 from dga_scale.zero.optimizer_hooks import backward, local_fragments, wrap_optimizer_step
 from tests.helpers.engines import saved_bytes, storages
-from tests.helpers.ranks import run_ranks
-from tests.helpers.training import MaskedLM
 
-CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 MIB = 2**20
 TARGET = 0.1
-THEORY = """\
-Between steps, measured and by the ZeRO paper (arXiv 1910.02054, section 3.1): of each parameter 2 bytes of
-weights, spread over the ranks in stage 3, 12 of master and moments, spread from stage 1 on, and in stage 3
-the 2 of gradients that the others let go after a step. "Our parts": DGA's tensors over the bare engine's."""
 METHODS = {"mlm": ("--method", "mlm"), "dga": ("--method", "dga", "--soft_mask", "update")}
 
 
@@ -77,18 +66,19 @@ class Found(NamedTuple):
 
 def planner_of(shape: Shape, method: str, stage: int, ranks: int) -> Planner:
     """The planner of a cell."""
-    path = str(CONFIGS / f"zero{stage}.json")
+    path = str(ROOT / "ds_configs" / f"zero{stage}.json")
     arguments = ["--model", shape.model, "--corpus", "any", "--dropout", "0", *METHODS[method]]
     config = read_config([*arguments, "--ds_config", path, "--global_batch_size", str(shape.rows * ranks)])
     return make_planner(config, load_ds_config(path), Cluster(ranks, ranks, GPUS["h100"]), shape.length)
 
 
-def measure(shape: Shape, way: str, stage: int) -> Found:
-    """What this rank takes in one way to train."""
-    planner = planner_of(shape, "mlm" if way == "bare" else way, stage, dist.get_world_size())
+def measure(model: str, rows: int, length: int, method: str, stage: int) -> Found:
+    """What this rank takes with a method."""
+    shape = Shape(model, rows, length)
+    planner = planner_of(shape, method, stage, dist.get_world_size())
     gc.collect()
     before = set(live_storages())
-    engine, forward, parts = (bare if way == "bare" else ours)(planner, shape)
+    engine, forward, parts = build(planner, shape)
     loss, kept = saved_bytes(engine.module, forward)
     backward(engine, loss)
     del loss
@@ -113,18 +103,7 @@ def live_storages() -> dict[int, int]:
     return storages(found)
 
 
-def bare(planner: Planner, shape: Shape) -> tuple[Any, Callable[[], Tensor], Any]:
-    """DeepSpeed around the model as it is, with the same JSON."""
-    resolved = planner.resolved()
-    with partitioned_loading(resolved):
-        model = MaskedLM(random_model(shape)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=resolved.ds_config)[0]
-    ids = torch.randint(5, planner.model.anatomy.vocab_size, (shape.rows, shape.length))
-    return engine, lambda: engine(ids, ids, 1e-3), None
-
-
-def ours(planner: Planner, shape: Shape) -> tuple[Any, Callable[[], Tensor], Any]:
+def build(planner: Planner, shape: Shape) -> tuple[Any, Callable[[], Tensor], Any]:
     """What a run builds, with all that its method keeps."""
     resolved, ranks = planner.resolved(), dist.get_world_size()
     with partitioned_loading(resolved):
@@ -180,76 +159,41 @@ def predicted(planner: Planner) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Measure and predict every stage on every number of ranks."""
+    parser = parser_of(__doc__, data=False)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rows", type=int, default=4, help="rows of a rank")
     parser.add_argument("--sequence_length", type=int, default=64)
     parser.add_argument("--layers", type=int, default=12)
     options = parser.parse_args()
-    from benchmarks import plan_accuracy  # this file by the name under which the ranks can import it
-
-    accuracy = [
-        "| ZeRO | ranks | method "
-        + "".join(f"| {name}, MiB | predicted | off by " for name in ("held", "kept", "peak"))
-        + "|",
-        f"|{'---|' * 12}",
-    ]
-    theory = [
-        "| ZeRO | ranks | theory, MiB | bare engine | ours, DGA | our parts |",
-        f"|{'---|' * 6}",
-    ]
+    accuracy = [["ZeRO", "ranks", "method"]]
+    accuracy[0] += [cell for name in Found._fields for cell in (f"{name}, MiB", "predicted", "off by")]
     worst: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "config.json"
-        sizes = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+        sizes: dict[str, Any] = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
         config = RobertaConfig(num_hidden_layers=options.layers, **sizes)
         model.write_text(json.dumps(config.to_dict()), encoding="utf-8")
-        shape = plan_accuracy.Shape(str(model), options.rows, options.sequence_length)
+        shape = Shape(str(model), options.rows, options.sequence_length)
         for ranks, stage in itertools.product(options.ranks, options.stages):
-            started = time.monotonic()
-            found: dict[str, Found] = {}
-            for way in ("bare", *METHODS):
-                every = run_ranks(ranks, plan_accuracy.measure, shape, way, stage, timeout=600.0)
-                found[way] = Found(*(max(column) for column in zip(*every, strict=True)))
             for method in METHODS:
+                every = on_ranks(ranks, measure, *shape, method, stage)
+                found = Found(*(max(column) for column in zip(*every, strict=True)))
                 expected = predicted(planner_of(shape, method, stage, ranks))
-                cells = []
-                for name, real, number in zip(Found._fields, found[method], expected, strict=True):
+                accuracy.append([str(stage), str(ranks), method])
+                for name, real, number in zip(Found._fields, found, expected, strict=True):
                     error = number / real - 1
                     worst[name] = max(worst.get(name, 0.0), error, key=abs)
-                    cells.append(f"{real / MIB:.1f} | {number / MIB:.1f} | {error:+.1%}")
-                accuracy.append(f"| {stage} | {ranks} | {method} | {' | '.join(cells)} |")
-                print(accuracy[-1], flush=True)
-            parameters = planner_of(shape, "mlm", stage, ranks).model.parameters
-            theory.append(theory_row(stage, ranks, parameters, found))
-            print(theory[-1], f"{time.monotonic() - started:.0f} s", flush=True)
-    met = all(abs(error) <= TARGET for error in worst.values())
+                    accuracy[-1] += [f"{real / MIB:.1f}", f"{number / MIB:.1f}", f"{error:+.1%}"]
+                print(" | ".join(accuracy[-1]), flush=True)
+    met = verdict(all(abs(error) <= TARGET for error in worst.values()))
     errors = ", ".join(f"{name} {error:+.1%}" for name, error in worst.items())
-    lines = [
-        f"{options.rows} rows of {options.sequence_length} tokens a rank, {options.layers} layers.",
-        f"Worst errors: {errors}. Target, all within {TARGET:.0%}: {'met' if met else 'not met'}.",
-        "",
-        *accuracy,
-        "",
-        THEORY,
-        "",
-        *theory,
-    ]
-    append_section(
-        "Memory of a rank", "\n".join(lines), " ".join(["python -m benchmarks.plan_accuracy", *sys.argv[1:]])
+    said = (
+        f"{options.rows} rows of {options.sequence_length} tokens a rank, {options.layers} layers.\n"
+        f"Worst errors: {errors}. Target, all within {TARGET:.0%}: {met}."
     )
-
-
-def theory_row(stage: int, ranks: int, parameters: int, found: dict[str, Found]) -> str:
-    """What the ZeRO paper says is held between steps, beside what is."""
-    spread = [1, ranks]
-    weights = 2 * parameters / spread[stage == 3]
-    paper = weights + 12 * parameters / spread[stage >= 1] + 2 * parameters / ranks * (stage == 3)
-    bare_, dga = found["bare"], found["dga"]
-    cells: Iterable[float] = (paper, bare_.held, dga.held)
-    own = f"{(dga.held - bare_.held) / MIB:+.1f} ({dga.held / bare_.held - 1:+.2%})"
-    return f"| {stage} | {ranks} | {' | '.join(f'{c / MIB:.1f}' for c in cells)} | {own} |"
+    keep_section("Memory of a rank", f"{said}\n\n{table(accuracy)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Starts a SLURM of two nodes on this machine (Debian's slurm-wlm and munge), submits a run through dga-submit,
 and while it trains: the time limit, a requeue by SLURM itself (as for a preemption), the loss of a rank, and
-the loss of a node. At the end its losses are compared with those of an uninterrupted run, bit for bit.
+the loss of a node. At the end its losses are compared with those of an uninterrupted run, bit for bit. The
+job's log goes to runs/benchmarks/slurm_faults.log.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.results import append_section
+from benchmarks.common import WORK, keep_section, parser_of, table
 from tests.helpers.ranks import REPOSITORY, close_pools, run_ranks
 from tests.helpers.slurm_cluster import SlurmCluster, job_states, run, wait_until
 from tests.helpers.small import make_world
@@ -29,6 +30,8 @@ TURN = "going on from"
 
 
 def main() -> None:
+    """Submit the job, bring the faults about and compare."""
+    parser_of(__doc__, data=False).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "state").mkdir()
@@ -48,19 +51,17 @@ def main() -> None:
         run_ranks(2, train_ranks, [*flags, f"--output_dir={folder / 'plain'}"], timeout=PATIENCE)
         close_pools()
         same = losses(Path("run")) == losses(Path("plain"))
-    verdict = (
+    (WORK / "slurm_faults.log").write_text(log, encoding="utf-8")
+    said = (
         f"{STEPS} losses, {'all equal' if same else 'NOT equal'} to an uninterrupted run's, bit for bit. "
         "Not in the seconds: two minutes for which SLURM holds a job back that it has requeued."
     )
-    table = ["| fault | steps done again | seconds without training |", "|---|---|---|", *rows]
-    table += ["", verdict, "", "The job's log, most steps left out:", "", *trimmed(log)]
-    append_section(
-        "SLURM: faults of a job of two nodes", "\n".join(table), "python -m benchmarks.slurm_faults"
-    )
+    rows = [["fault", "steps done again", "seconds without training"], *rows]
+    keep_section("SLURM: faults of a job of two nodes", f"{table(rows)}\n\n{said}")
     sys.exit(not same)
 
 
-def faults(slurm: SlurmCluster, number: str) -> list[str]:
+def faults(slurm: SlurmCluster, number: str) -> list[list[str]]:
     """One fault after the other; a row of the table for each."""
 
     def kill_rank() -> None:
@@ -84,7 +85,7 @@ def faults(slurm: SlurmCluster, number: str) -> list[str]:
         ("kill -9 of a rank", kill_rank),
     ):
         again, seconds = cost(number, fault)
-        rows.append(f"| {name} | {again} | {seconds:.0f} |")
+        rows.append([name, str(again), f"{seconds:.0f}"])
         print(rows[-1], flush=True)
     return rows
 
@@ -129,16 +130,6 @@ def steps(number: str) -> list[list[int]]:
     """The steps that each turn of the job has logged."""
     turns = job_log(number).split(TURN)
     return [[int(found) for found in re.findall(r"^step (\d+)/", turn, re.MULTILINE)] for turn in turns]
-
-
-def trimmed(log: str) -> list[str]:
-    """The log as a block of Markdown: of each row of steps the first and the last, no table at the end."""
-    lines = [line for line in log.split("━")[0].splitlines() if line.strip()]
-    kept = []
-    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
-        if not all(each.startswith("step ") for each in (before, line, after)):
-            kept.append("    " + line[:110])
-    return kept
 
 
 if __name__ == "__main__":

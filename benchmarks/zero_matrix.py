@@ -1,12 +1,12 @@
-"""Print how far both soft-masks under every ZeRO stage are from plain PyTorch.
+"""How far both soft-masks under every ZeRO stage are from plain PyTorch.
 
 ``python -m benchmarks.zero_matrix``: all 672 combinations of mode, stage, offload, precision, accumulation,
 clipping, recomputation and 1, 2, 4 ranks, three optimizer steps each, against tests/helpers/reference.py.
 """
 
-import argparse
 from collections import defaultdict
 
+from benchmarks.common import keep_section, parser_of, table
 from tests.helpers.zero_matrix import (
     Cell,
     Outcome,
@@ -21,24 +21,25 @@ from tests.helpers.zero_matrix import (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="World sizes.")
-    parser.add_argument("--every", action="store_true", help="A line for each cell, not only for each group.")
-    arguments = parser.parse_args()
+    """Run all cells, 28 at a time."""
+    parser = parser_of(__doc__, data=False)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes")
+    parser.add_argument("--every", action="store_true", help="a line for each cell, not only for each group")
+    options = parser.parse_args()
     groups: dict[tuple[str, int, bool, str, int], list[tuple[float, ...]]] = defaultdict(list)
-    cells = all_cells(arguments.ranks)
-    batches = [cells[i : i + 28] for i in range(0, len(cells), 28)]
-    for batch in batches:
-        for cell, ours in run_on_ranks(batch).items():
+    cells = all_cells(options.ranks)
+    for first in range(0, len(cells), 28):
+        for cell, ours in run_on_ranks(cells[first : first + 28]).items():
             figures = deviations(cell, ours)
             groups[cell.mode, cell.stage, cell.offload, cell.precision, cell.world_size].append(figures)
-            if arguments.every:
+            if options.every:
                 print(cell, " ".join(f"{figure:.1e}" for figure in figures), flush=True)
-    print("| mask | ZeRO | offload | precision | ranks | cells | weight | movement | of bf16's own | norm |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for key, rows in sorted(groups.items()):
-        largest = [f"{max(column):.1e}" for column in zip(*rows, strict=True)]
-        print("|", " | ".join([*map(str, key), str(len(rows)), *largest]), "|")
+    rows = [["mask", "ZeRO", "offload", "precision", "ranks", "cells", "weight", "movement", "of bf16's own"]]
+    rows[0].append("norm")
+    for key, found in sorted(groups.items()):
+        largest = [f"{max(column):.1e}" for column in zip(*found, strict=True)]
+        rows.append([*map(str, key), str(len(found)), *largest])
+    keep_section("ZeRO against plain PyTorch", table(rows))
 
 
 def deviations(cell: Cell, ours: Outcome) -> tuple[float, float, float, float]:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.common import ROOT
 from benchmarks.gpu.trace import record, waits
 from dga_scale.corpus.loading.batches import EvalBatches, StepBatches
 from dga_scale.launch.preemption import StopConsensus
@@ -43,7 +44,6 @@ from dga_scale.zero.optimizer_hooks import step_was_refused
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parents[2]
 RISES = 1.02
 """A larger batch has to be faster by so much to be taken."""
 TRACED_STEPS = 2

@@ -11,9 +11,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common import ROOT
 from dga_scale.logging.throughput import wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUPS = (
     # The first pattern that is found in a kernel's name says what it does.
     ("attention", r"flash|fmha|attention|sdpa"),

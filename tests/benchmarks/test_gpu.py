@@ -13,7 +13,7 @@ from tests.helpers.ranks import run_ranks
 
 def _measured(folder: Path) -> dict[str, Any]:
     """On a rank: what the benchmark's own process does."""
-    from benchmarks.gpu.__main__ import plan
+    from benchmarks.gpu.benchmark import plan
     from benchmarks.gpu.measure import Bench
     from benchmarks.gpu.world import SMOKE, make_world
     from dga_scale.launch.world import join_cluster

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from scipy import stats
 
-from benchmarks.paper_tables.__main__ import main
-from benchmarks.paper_tables.cost import trainings
-from benchmarks.paper_tables.pieces import Piece, Work
-from benchmarks.paper_tables.runner import Ledger, Runner, environment
-from benchmarks.paper_tables.settings import load_settings
-from benchmarks.paper_tables.tables import load_published, write_tables
+from benchmarks.experiments.paper_tables.__main__ import main
+from benchmarks.experiments.paper_tables.cost import trainings
+from benchmarks.experiments.paper_tables.pieces import Piece, Work
+from benchmarks.experiments.paper_tables.runner import Ledger, Runner, environment
+from benchmarks.experiments.paper_tables.settings import load_settings
+from benchmarks.experiments.paper_tables.tables import load_published, write_tables
 from dga_scale.errors import UserError
 from dga_scale.launch.preemption import EXIT_STOPPED
 from tests.helpers.ranks import REPOSITORY
@@ -28,7 +28,7 @@ from tests.helpers.tiny_tasks import tiny_model, write_task
 
 pytestmark = pytest.mark.slow
 
-FOLDER = REPOSITORY / "benchmarks" / "paper_tables"
+FOLDER = REPOSITORY / "benchmarks" / "experiments" / "paper_tables"
 
 SMALL: dict[str, Any] = {
     "model": "{data}/model",

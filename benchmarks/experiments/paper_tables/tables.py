@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.paper_tables.pieces import Work
-from benchmarks.paper_tables.settings import label
+from benchmarks.experiments.paper_tables.pieces import Work
+from benchmarks.experiments.paper_tables.settings import label
 from dga_scale.corpus.shards import MANIFEST, Corpus
 from dga_scale.endtasks.evaluate import BASE
 from dga_scale.endtasks.significance import Difference, difference, ratio_difference

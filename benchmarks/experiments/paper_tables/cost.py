@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from benchmarks.paper_tables.settings import Flags, Settings, as_flags
-from benchmarks.paper_tables.tables import table
+from benchmarks.experiments.paper_tables.settings import Flags, Settings, as_flags
+from benchmarks.experiments.paper_tables.tables import table
 from dga_scale.errors import UserError
 from dga_scale.objectives.methods import read_config
 from dga_scale.planning.gpus import find_gpu

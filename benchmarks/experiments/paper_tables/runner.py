@@ -14,13 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.paper_tables.pieces import Piece
-from benchmarks.paper_tables.settings import label
+from benchmarks.common import ROOT
+from benchmarks.experiments.paper_tables.pieces import Piece
+from benchmarks.experiments.paper_tables.settings import label
 from dga_scale.errors import UserError
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.run_folder import write_text
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Ledger:

@@ -1,6 +1,6 @@
 """DGA's comparison of methods over domains, and DAS's sequence of them, at the scale that a YAML says.
 
-    python -m benchmarks.paper_tables CONFIG.yaml --data DIR --output_dir DIR
+    python -m benchmarks.experiments.paper_tables CONFIG.yaml --data DIR --output_dir DIR
 
 Runs this project's own commands one after the other; what is finished is kept, so the same command goes on
 after a stop at any moment, over as many sittings as it takes. DIR/tables.md is the comparison so far.
@@ -10,10 +10,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.paper_tables.pieces import Work
-from benchmarks.paper_tables.runner import Runner, environment
-from benchmarks.paper_tables.settings import load_settings
-from benchmarks.paper_tables.tables import write_tables
+from benchmarks.experiments.paper_tables.pieces import Work
+from benchmarks.experiments.paper_tables.runner import Runner, environment
+from benchmarks.experiments.paper_tables.settings import load_settings
+from benchmarks.experiments.paper_tables.tables import write_tables
 from dga_scale.config.arguments import Parser
 from dga_scale.errors import run_main
 from dga_scale.launch.preemption import EXIT_STOPPED
@@ -22,10 +22,12 @@ from dga_scale.launch.preemption import EXIT_STOPPED
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is left, and write the tables."""
     parser = Parser(
-        prog="python -m benchmarks.paper_tables", description=__doc__.split("\n")[0], allow_abbrev=False
+        prog="python -m benchmarks.experiments.paper_tables",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("config", type=Path, metavar="CONFIG.yaml", help="see benchmarks/paper_tables/*.yaml")
+    add("config", type=Path, metavar="CONFIG.yaml", help="see benchmarks/experiments/paper_tables/*.yaml")
     add("--data", default=".", metavar="DIR", help="takes the place of {data} in the YAML; default: here")
     add("--output_dir", type=Path, metavar="DIR", help="corpora, runs, scores and tables.md go here")
     add("--tables", action="store_true", help="only write the tables of what is finished")
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     settings = load_settings(options.config, os.path.abspath(options.data))
     if options.plan:
-        from benchmarks.paper_tables.cost import print_cost  # transformers' import takes seconds
+        from benchmarks.experiments.paper_tables.cost import print_cost  # transformers' import takes seconds
 
         return print_cost(settings)
     if options.output_dir is None:

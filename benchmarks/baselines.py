@@ -4,17 +4,15 @@ trainer    transformers' Trainer with DataCollatorForLanguageModeling: logits of
            padded to its longest row, as run_mlm.py does.
 plain_dga  DGA written down naively: a pass of the whole model for each reading, logits of every position in
            all of them, masks on the gradient.
-bare       our model and batches under a run's DeepSpeed settings, in a loop of three lines, without logging,
-           signals or evaluation.
 
-Started by ``steps.py`` through the deepspeed launcher; rank 0 prints one line of JSON, the seconds of steps.
+Started by ``steps.py`` through the deepspeed launcher, and by ``benchmarks.gpu``. Rank 0 writes the seconds
+of all steps but the first to steps.json in its --output_dir.
 """
 
 import argparse
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,22 +29,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from dga_scale.backbone.cpu_kernels import use_cpu_kernels
+from benchmarks.common import ROOT, parser_of
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.loading import load_model
-from dga_scale.corpus.loading.batches import Batch, BatchStream
+from dga_scale.corpus.loading.batches import BatchStream
 from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
-from dga_scale.launch.cpu_malloc import keep_freed_memory
 from dga_scale.objectives.contrast import contrastive_loss
-from dga_scale.objectives.methods.mlm import MaskedLM
-from dga_scale.objectives.training_model import TrainingModel
-from dga_scale.objectives.views import mean_pool, to_device
+from dga_scale.objectives.views import mean_pool
 from dga_scale.preservation.soft_mask import GradientMask, mask_factors
 
-DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
+DS_CONFIG = ROOT / "ds_configs" / "zero2.json"
 LEARNING_RATE = 1e-4
 
 
@@ -100,74 +95,6 @@ def trainer(options: argparse.Namespace) -> list[float]:
     return clock.ends
 
 
-def batches(options: argparse.Namespace) -> Iterator[tuple[Batch, tuple[int, ...]]]:
-    """Our batches of this rank, and the number of labels of each global batch."""
-    corpus = Corpus.open(options.corpus)
-    world_size = torch.distributed.get_world_size()
-    stream = BatchStream(
-        Mixture([corpus], [], 42),
-        MaskingPolicy.for_corpus(corpus, 0.15),
-        global_batch_size=options.batch_size * world_size,
-        micro_batch_size=options.batch_size,
-        rank=torch.distributed.get_rank(),
-        world_size=world_size,
-        start_step=0,
-        num_steps=options.steps,
-        pack=True,
-    )
-    with stream:
-        for step in stream:
-            yield step.micro_batches[0], step.global_masked
-
-
-def engine_of(model: nn.Module, options: argparse.Namespace, **settings: Any) -> Any:
-    """A DeepSpeed engine with the shared JSON, its "auto" filled in, and further settings."""
-    config = json.loads(DS_CONFIG.read_text())
-    config |= {
-        "train_micro_batch_size_per_gpu": options.batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
-    } | settings
-    del config["train_batch_size"], config["fp16"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-def loop(
-    options: argparse.Namespace, engine: Any, loss_of: Callable[[Batch, tuple[int, ...]], Tensor]
-) -> list[float]:
-    """Ends of the steps of the shortest loop there is."""
-    ends = []
-    for batch, masked in batches(options):
-        engine.backward(loss_of(batch, masked))
-        engine.step()
-        ends.append(time.perf_counter())
-    return ends
-
-
-def bare(options: argparse.Namespace) -> list[float]:
-    """Our training model as a run has it, stepped by nothing but DeepSpeed, with a run's settings."""
-    loaded = load_model(options.model)
-    if not torch.cuda.is_available():
-        use_cpu_kernels(loaded.model)
-        keep_freed_memory()
-    model = TrainingModel(loaded.model, loaded.anatomy, MaskedLM(MaskedLM.Settings())).train()
-    engine = engine_of(
-        model,
-        options,
-        bf16={"enabled": True, "check_grad_overflow": True},
-        communication_data_type="fp32",
-        timers={"throughput": {"enabled": False}},
-    )
-    passes = float(torch.distributed.get_world_size())
-
-    def loss_of(batch: Batch, masked: tuple[int, ...]) -> Tensor:
-        return engine(*to_device(batch, engine.device), masked=masked, passes=passes)[0]
-
-    return loop(options, engine, loss_of)
-
-
 class PlainDGA(nn.Module):
     """Four passes of the whole model, one after the other."""
 
@@ -195,41 +122,67 @@ class PlainDGA(nn.Module):
 
 
 def plain_dga(options: argparse.Namespace) -> list[float]:
-    """DGA as one would write it down first."""
-    engine = engine_of(PlainDGA(options.model), options)
+    """Ends of the steps of DGA as one would write it down first, in the shortest loop there is."""
+    deepspeed.init_distributed(verbose=False)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    config = json.loads(DS_CONFIG.read_text(encoding="utf-8"))
+    del config["train_batch_size"], config["fp16"]
+    config |= {  # in place of "auto"
+        "train_micro_batch_size_per_gpu": options.batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+    }
+    model = PlainDGA(options.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    corpus = Corpus.open(options.corpus)
+    stream = BatchStream(
+        Mixture([corpus], [], 42),
+        MaskingPolicy.for_corpus(corpus, 0.15),
+        global_batch_size=options.batch_size * world_size,
+        micro_batch_size=options.batch_size,
+        rank=rank,
+        world_size=world_size,
+        start_step=0,
+        num_steps=options.steps,
+        pack=True,
+    )
+    ends = []
+    with stream:
+        for step in stream:
+            batch = step.micro_batches[0]
+            # Padding label indices name position 0, which is a CLS without a label.
+            labels = torch.full_like(batch.input_ids, -100).flatten()
+            labels = labels.scatter(0, batch.positions, batch.labels).view_as(batch.input_ids)
+            tensors = (batch.input_ids, batch.masked_ids, batch.attention_mask, labels)
+            engine.backward(engine(*(t.to(engine.device) for t in tensors)))
+            engine.step()
+            ends.append(time.perf_counter())
+    return ends
 
-    def loss_of(batch: Batch, _: tuple[int, ...]) -> Tensor:
-        # Slots that only fill up name place 0, which is a CLS without a label.
-        labels = torch.full_like(batch.input_ids, -100).flatten().scatter(0, batch.positions, batch.labels)
-        labels = labels.view_as(batch.input_ids)
-        tensors = (batch.input_ids, batch.masked_ids, batch.attention_mask, labels)
-        return engine(*(t.to(engine.device) for t in tensors))
 
-    return loop(options, engine, loss_of)
-
-
-SYSTEMS = {"trainer": trainer, "plain_dga": plain_dga, "bare": bare}
+SYSTEMS = {"trainer": trainer, "plain_dga": plain_dga}
 
 
 def main() -> None:
     """Run one system on this rank."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__, data=False)
     parser.add_argument("system", choices=list(SYSTEMS))
     parser.add_argument("--model", required=True)
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch_size", type=int, required=True, help="rows of one rank")
-    parser.add_argument("--local_rank", type=int, default=-1)
     options = parser.parse_args()
     # DeepSpeed would compile a shared-memory operation for CPUs, which only inference calls: 40 s.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     torch.manual_seed(42)
-    if options.system != "trainer":  # which does it itself
-        deepspeed.init_distributed(verbose=False)
     ends = SYSTEMS[options.system](options)
     if torch.distributed.get_rank() == 0:
-        print(json.dumps([b - a for a, b in pairwise(ends)]), flush=True)
+        path = Path(options.output_dir, "steps.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([b - a for a, b in pairwise(ends)]), encoding="utf-8")
     torch.distributed.destroy_process_group()  # or gloo's threads may abort the process at its end
 
 

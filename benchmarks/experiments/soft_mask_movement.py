@@ -1,6 +1,6 @@
 """How far a soft-mask lets the query rows of a head move, on the gradient and on the update.
 
-    python benchmarks/soft_mask_movement.py [--steps 100] [--learning_rate 5e-5] [--epsilon 1e-8]
+    python -m benchmarks.experiments.soft_mask_movement [--steps 100] [--learning_rate 5e-5] [--epsilon 1e-8]
 
 A random RoBERTa of 3 layers learns made-up text by masked LM and plain AdamW, in one process, three times
 from the same weights and batches: without a mask, with it on the gradient, with it on the update. Heads have
@@ -9,13 +9,11 @@ without a mask. Adam undoes a mask on the gradient as far as gradients are large
 size is printed too.
 """
 
-import argparse
-
 import torch
-from results import append_section
 from torch import Tensor
 from transformers import RobertaConfig, RobertaForMaskedLM
 
+from benchmarks.common import keep_section, parser_of, table
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.preservation.fragments import Fragment
 from dga_scale.preservation.movement import MovementTracker
@@ -70,9 +68,8 @@ def movement(soft_mask: str, steps: int, learning_rate: float, epsilon: float) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure all three ways and compare."""
+    parser = parser_of(__doc__, data=False)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--epsilon", type=float, default=1e-8, help="AdamW's")
@@ -81,16 +78,12 @@ def main() -> None:
         name: movement(name, settings.steps, settings.learning_rate, settings.epsilon)
         for name in ("none", "gradient", "update")
     }
-    lines = ["| 1 - a | " + " | ".join(f"{factor:g}" for factor in FACTORS) + " |", "|---" * 5 + "|"]
+    rows = [["1 - a", *(f"{factor:g}" for factor in FACTORS)]]
     for name in ("gradient", "update"):
         relative = (runs[name][0] / runs["none"][0]).view(LAYERS, -1, len(FACTORS)).mean(dim=(0, 1))
-        lines.append(f"| mask on the {name} | " + " | ".join(f"{share:.3f}" for share in relative) + " |")
-    lines += ["", f"Without a mask the median |gradient| of the query weights is {runs['none'][1]:.1g}."]
-    command = (
-        f"python benchmarks/soft_mask_movement.py --steps {settings.steps} "
-        f"--learning_rate {settings.learning_rate:g} --epsilon {settings.epsilon:g}"
-    )
-    append_section("Movement of query rows under a soft-mask", "\n".join(lines), command)
+        rows.append([f"mask on the {name}", *(f"{share:.3f}" for share in relative)])
+    size = f"Without a mask the median |gradient| of the query weights is {runs['none'][1]:.1g}."
+    keep_section("Movement of query rows under a soft-mask", f"{table(rows)}\n\n{size}")
 
 
 if __name__ == "__main__":

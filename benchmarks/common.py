@@ -1,0 +1,163 @@
+"""What benchmarks share: models and corpora made of DATA, commands, figures and where they are kept."""
+
+import argparse
+import importlib
+import os
+import platform
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "runs" / "benchmarks"
+"""Models, corpora and runs are made here."""
+SECTIONS = WORK / "sections.md"
+"""What was measured, newest last, until it takes its place in RESULTS.md."""
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
+SEQUENCE_LENGTH = 128
+SHAPES = ("minilm", "roberta-base")
+TEXTS = {"packed": ("acl", "chunk"), "reviews": ("restaurant", "document")}
+"""Corpus and packing. A review is a row of its own, most of them far shorter than 128 tokens."""
+WARM_UP = 3
+"""Steps that are not counted: kernels are chosen, buffers allocated."""
+
+
+def parser_of(description: str | None, data: bool = True) -> argparse.ArgumentParser:
+    """A parser that shows the module's docstring; with ``data``, of a benchmark that reads DATA."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if data:
+        words = "folder with corpora/NAME.jsonl.gz, endtasks/NAME and models/minilm-l6-mlm"
+        parser.add_argument("data", type=Path, metavar="DATA", help=words)
+    return parser
+
+
+def model_of(data: Path, shape: str) -> Path:
+    """The folder of the pretrained MiniLM, or of a random model of RoBERTa-base's shape."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig
+
+    small = data.resolve() / "models" / "minilm-l6-mlm"
+    if shape == "minilm":
+        return small
+    model = WORK / f"{shape}-shaped"
+    if not (model / "tokenizer.json").exists():  # saved last
+        tokenizer = AutoTokenizer.from_pretrained(small)
+        config = RobertaConfig(
+            vocab_size=50265,
+            max_position_embeddings=514,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.cls_token_id,
+            eos_token_id=tokenizer.sep_token_id,
+        )
+        AutoModelForMaskedLM.from_config(config).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    return model
+
+
+def corpus_of(data: Path, name: str = "acl", packing: str = "chunk", validation_share: float = 0.02) -> Path:
+    """The folder of a corpus of rows of at most 128 tokens; it is made where it is not there yet."""
+    corpus = WORK / f"{name}-{packing}"
+    run("tools/shard_corpus.py", data.resolve() / "corpora" / f"{name}.jsonl.gz", "--tokenizer",
+        model_of(data, "minilm"), "--output", corpus, "--sequence_length", SEQUENCE_LENGTH,
+        "--packing", packing, "--validation_share", validation_share)  # fmt: skip
+    return corpus
+
+
+def run(*command: Any, codes: Sequence[int] = (0,)) -> str:
+    """Run Python on ``command`` in the repository, one thread a process; what it printed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in codes:
+        sys.exit(f"{shlex.join(map(str, command))} failed with {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def launch(ranks: int, program: str, *arguments: Any) -> str:
+    """Run a script, or a module by its dotted name, on ``ranks`` ranks; what it printed."""
+    module = () if program.endswith(".py") else ("--module", "--no_local_rank")
+    # Other runs may use the launcher's usual port.
+    return run("-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", free_port(), *module,
+               program, *arguments)  # fmt: skip
+
+
+def train(ranks: int, output: Path, steps: int, *flags: Any) -> None:
+    """Run the program for some steps under ZeRO-2, with no save or evaluation before the last one."""
+    launch(ranks, "launchers/dga_train.py", "--ds_config", "ds_configs/zero2.json", "--output_dir", output,
+           "--max_steps", steps, "--save_steps", steps, "--eval_steps", steps, *flags)  # fmt: skip
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a function of the benchmark on each of some new gloo ranks of this machine's CPUs; its results.
+
+    Arguments and results are pickled: a class of the module that was started must not be among the first.
+    """
+    from tests.helpers.ranks import close_pools, run_ranks
+
+    # The ranks can't import the module by the name that it has where it was started.
+    function = getattr(importlib.import_module(_started()), function.__name__)
+    try:
+        return run_ranks(ranks, function, *arguments, timeout=7200.0)
+    finally:
+        close_pools()
+
+
+def spread(values: Iterable[float], digits: int = 2) -> str:
+    """Median, and the range where there are several."""
+    values = list(values)
+    median, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return f"{median} ({low} to {high})" if len(values) > 1 else median
+
+
+def ratios(values: Iterable[float], others: Iterable[float]) -> list[float]:
+    """Of each value to the other of its round."""
+    return [a / b for a, b in zip(values, others, strict=True)]
+
+
+def verdict(met: bool) -> str:
+    """Whether a target is met."""
+    return "met" if met else "missed"
+
+
+def table(rows: Iterable[Iterable[Any]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *rest = [list(map(str, row)) for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rest))
+
+
+def keep_section(title: str, body: str, path: Path = SECTIONS) -> None:
+    """Print ``body`` (Markdown), and append it to ``path`` with machine, versions and this command."""
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    command = shlex.join(["python", "-m", _started(), *sys.argv[1:]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(f"### {title}\n\n{date.today()}, {machine}, {versions}.\n\n    {command}\n\n{body}\n\n")
+    print(f"{body}\n\nkept in {path}", flush=True)
+
+
+def _started() -> str:
+    """The name of the module that was started with ``python -m``."""
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "start benchmarks with python -m benchmarks.NAME"
+    return spec.name.removesuffix(".__main__")

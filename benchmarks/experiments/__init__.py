@@ -1,0 +1,1 @@
+"""What methods do to a model: losses, end tasks, how far protected heads move."""
