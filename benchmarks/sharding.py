@@ -92,12 +92,12 @@ def raw_fast(model: Path, parts: Sequence[Path], output: Path, workers: int) -> 
     context = multiprocessing.get_context("spawn")
     barrier, counts = context.Barrier(workers + 1), context.Queue()
     shares = [list(texts_of(parts))[index::workers] for index in range(workers)]
-    team = [context.Process(target=_share, args=(model, share, barrier, counts)) for share in shares]
-    for process in team:
+    executor = [context.Process(target=_share, args=(model, share, barrier, counts)) for share in shares]
+    for process in executor:
         process.start()
     barrier.wait()
     started = time.perf_counter()
-    tokens = sum(counts.get() for _ in team)
+    tokens = sum(counts.get() for _ in executor)
     return time.perf_counter() - started, tokens
 
 

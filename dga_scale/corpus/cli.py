@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description="Tokenise raw text into a corpus folder: Arrow shards and a manifest. A run that was "
         "interrupted goes on when the same command is given again; the result is the same, byte for byte, "
-        "for any number of workers, mpirun ranks or parts.",
+        "for any number of workers, mpirun ranks or array tasks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -87,25 +87,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_workers",
         type=int,
         default=1 if under_mpi() else len(os.sched_getaffinity(0)),
-        help="cores to use, of each rank or part; the default is all, 1 under mpirun",
+        help="cores to use, of each rank or array task; the default is all, 1 under mpirun",
     )
     add(
-        "--part",
-        type=_part,
+        "--array_task",
+        type=_array_task,
         metavar="i/N",
         help="do the i-th of N shares (from 0), in a job array whose tasks see one file system; the task "
         "that comes last writes the manifest",
     )
     add(
-        "--part_patience",
+        "--array_task_patience",
         type=float,
         default=60.0,
-        help="seconds without any progress after which a part does the shares of the others too",
+        help="seconds without any progress after which an array task does the shares of the others too",
     )
     return parser
 
 
-def _part(text: str) -> tuple[int, int]:
+def _array_task(text: str) -> tuple[int, int]:
     index, slash, size = text.partition("/")
     if not (slash and index.isdecimal() and size.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/N, for example 0/8")
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(build_parser().parse_args(arguments))
     inputs, output = options.pop("inputs"), options.pop("output")
     options["exclude"] = tuple(options.get("exclude", ()))
-    run = {name: options.pop(name) for name in ("num_workers", "part", "part_patience")}
+    run = {name: options.pop(name) for name in ("num_workers", "array_task", "array_task_patience")}
     report = shard_corpus(inputs, output, ShardSettings(**options), **run)
     if not (under_mpi() and report.index):
         print(summary(output, report))
@@ -148,7 +148,7 @@ def summary(output: Path, report: ShardReport) -> str:
         rate = f"{report.text_bytes / 1e6 / report.seconds:.2f} MB/s"
         lines.append(
             f"  time       {report.seconds:.1f} s for {report.text_bytes / 1e6:.1f} MB of text"
-            + (" (part of it by earlier or other runs)" if report.resumed else f", {rate}")
+            + (" (some of it by earlier or other runs)" if report.resumed else f", {rate}")
         )
     return "\n".join(lines)
 

@@ -41,7 +41,7 @@ class JobOptions:
     """Of ``train`` only: as SLURM writes the tasks of an array."""
     stop_minutes: float = 5.0
     """Of ``train`` only."""
-    parts: int = 1
+    array_tasks: int = 1
     """Of ``shard`` only."""
 
     @property
@@ -62,7 +62,7 @@ class JobOptions:
 
     def array(self) -> str | None:
         """Tasks of the job array, if the job is one."""
-        return self.seeds or (f"0-{self.parts - 1}" if self.parts > 1 else None)
+        return self.seeds or (f"0-{self.array_tasks - 1}" if self.array_tasks > 1 else None)
 
     def seed_numbers(self) -> list[int]:
         """Every seed of ``seeds``."""
@@ -100,7 +100,7 @@ def add_options(parser: Parser) -> None:
         "three at a time")  # fmt: skip
     add("stop_minutes", "train only: minutes before the time limit at which the run saves and stops, to go "
         "on in its next turn (default: 5); longer than a save takes", type=float)  # fmt: skip
-    add("parts", "shard only: tasks of the job array that share the work", type=int)
+    add("array_tasks", "shard only: tasks of the job array that share the work", type=int)
 
 
 def make_options(stage: str, given: dict[str, Any]) -> JobOptions:
@@ -116,7 +116,7 @@ def make_options(stage: str, given: dict[str, Any]) -> JobOptions:
     rules: list[tuple[str, Callable[[Any], object], str]] = [
         ("nodes", lambda v: v >= 1, "must be at least 1"),
         ("cpus_per_task", lambda v: v >= 1, "must be at least 1"),
-        ("parts", lambda v: v >= 1, "must be at least 1"),
+        ("array_tasks", lambda v: v >= 1, "must be at least 1"),
         ("gpus_per_node", _GPUS.fullmatch, "write a number, or TYPE:NUMBER as in h100:4"),
         ("time", seconds, "write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"),
         ("seeds", _ARRAY.fullmatch, "write numbers and ranges, as in 1-5, 1,2,7 or 1-9%3"),
@@ -142,10 +142,10 @@ def make_options(stage: str, given: dict[str, Any]) -> JobOptions:
 
 
 def _check_belonging(stage: str, values: dict[str, Any]) -> None:
-    owners = {"nodes": "train", "seeds": "train", "stop_minutes": "train", "parts": "shard"}
+    owners = {"nodes": "train", "seeds": "train", "stop_minutes": "train", "array_tasks": "shard"}
     for name, owner in owners.items():
         if name in values and stage != owner:
-            instead = {"shard": "its processes are --parts and --cpus_per_task", "train": "see --nodes",
+            instead = {"shard": "its processes are --array_tasks and --cpus_per_task", "train": "see --nodes",
                        "evaluate": "it is one process"}[stage]  # fmt: skip
             raise UserError(
                 f"--{name} {values[name]}: {stage} does not take it ({instead}). Write it after `{owner}`"

@@ -74,8 +74,8 @@ def _shard(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
     from dga_scale.corpus.reading.sources import find_sources
 
     found = build_parser().parse_args(arguments)
-    if found.part is not None:
-        raise UserError("--part: the job array gives each task its own. Write --parts N")
+    if found.array_task is not None:
+        raise UserError("--array_task: the job array gives each task its own. Write --array_tasks N")
     find_sources(found.inputs)
     for file in getattr(found, "exclude", ()):
         if not os.path.isfile(file):
@@ -84,8 +84,8 @@ def _shard(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
     command = [*map(shlex.quote, ["dga-shard", *arguments])]
     if options.cpus_per_task and not _given("num_workers", arguments):
         command.append(f"--num_workers={options.cpus_per_task}")
-    if options.parts > 1:
-        command.append(f"--part={TASK}/{options.parts}")
+    if options.array_tasks > 1:
+        command.append(f"--array_task={TASK}/{options.array_tasks}")
     return Job("shard", options, tuple(command), str(found.output))
 
 

@@ -89,7 +89,7 @@ def test_rows_longer_than_the_tokenizer_states_are_noted(
             ["x", "--tokenizer", "t", "--output", "o", "--packing", "bins"],
             r"argument --packing: invalid choice",
         ),
-        (["x", "--tokenizer", "t", "--output", "o", "--part", "3"], r"'3' is not of the form i/N"),
+        (["x", "--tokenizer", "t", "--output", "o", "--array_task", "3"], r"'3' is not of the form i/N"),
     ],
 )
 def test_arguments_that_do_not_parse(arguments: list[str], message: str) -> None:

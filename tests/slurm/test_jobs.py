@@ -98,7 +98,8 @@ def chain(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Chai
         numbers = submit([
             "--cpus_per_task", "1", "--time", "10",
             "shard", str(world.domain_text), "--tokenizer", str(world.model), "--output", "corpora/domain",
-            "--sequence_length", "32", "--validation_share", "0.1", "--parts", "2", "--part_patience", "5",
+            "--sequence_length", "32", "--validation_share", "0.1", "--array_tasks", "2",
+            "--array_task_patience", "5",
             "--then", "train", "--nodes", "2", "--seeds", "1,2", *SETUP,
             *training_flags(world.model, Path("corpora/domain")), "--output_dir", "runs/mine",
             "--then", "evaluate", "--base", str(world.model), "--model",

@@ -126,7 +126,7 @@ def test_a_chain_and_its_arrays(world: SmallWorld, capsys: pytest.CaptureFixture
     """Later jobs may read what earlier ones have yet to write."""
     Path("suite.yaml").write_text("domain_corpora: [new]\n")
     arguments = [
-        "--account", "proj", *shard(world, "--parts", "8", "--cpus_per_task", "3"),
+        "--account", "proj", *shard(world, "--array_tasks", "8", "--cpus_per_task", "3"),
         "--then", *train(world, "--seeds", "1-3,7%2", "--corpus", "new", "--output_dir", "runs/my run"),
         "--then", "evaluate", "--base", str(world.model), "--model", "runs/my run/seed-7/model",
         "--suite", "suite.yaml", "--output_dir", "evaluation",
@@ -138,7 +138,7 @@ def test_a_chain_and_its_arrays(world: SmallWorld, capsys: pytest.CaptureFixture
     assert printed.count("sbatch --dependency=afterok:JOB_OF_") == 2
     assert not Path("slurm").exists()
     assert (directives(first)["array"], directives(first)["output"]) == ("0-7", "slurm/%x-%A_%a.log")
-    assert step(first)[-2:] == ["--num_workers=3", "--part=7/8"]
+    assert step(first)[-2:] == ["--num_workers=3", "--array_task=7/8"]
     assert directives(second)["array"] == "1-3,7%2"
     assert step(second)[-2:] == ["--seed=7", "--output_dir=runs/my run/seed-7"]
     assert "array" not in directives(third)
@@ -207,7 +207,7 @@ REFUSED = [
     ("train", ["--time", "5", "--stop_minutes", "5"], "is not before the end of --time 5"),
     ("train", ["--account", "my account"], "--account my account: letters"),
     ("train", ["--sbatch", "--constraint"], "expected one argument"),
-    ("train", ["--parts", "3"], "train does not take it .*Write it after `shard`"),
+    ("train", ["--array_tasks", "3"], "train does not take it .*Write it after `shard`"),
     ("train", ["--nodes", "3"], "256 rows does not divide into 1 passes on each of 3 ranks"),
     ("train", ["--nodes", "2", "--gpus_per_node", "3"], "on each of 6 ranks"),
     ("train", ["--max_stpes", "3"], "unknown setting --max_stpes. Did you mean max_steps"),
@@ -220,8 +220,8 @@ REFUSED = [
     ("train", ["--mounts", "/tmp"], "of use with --container only"),
     ("train", ["--logs", "100%"], "in the path of a log"),
     ("train", ["--then", "publish"], "--then publish: write one of shard, train, evaluate"),
-    ("shard", ["--nodes", "2"], "shard does not take it .its processes are --parts"),
-    ("shard", ["--part", "0/2"], "the job array gives each task its own"),
+    ("shard", ["--nodes", "2"], "shard does not take it .its processes are --array_tasks"),
+    ("shard", ["--array_task", "0/2"], "the job array gives each task its own"),
     ("shard", ["--exclude", "missing.jsonl"], "--exclude missing.jsonl: no such file"),
     ("shard", ["--packing", "tight"], "invalid choice: 'tight'"),
 ]  # fmt: skip

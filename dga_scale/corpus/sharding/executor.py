@@ -1,7 +1,7 @@
-"""Who does which part of the work: worker processes, MPI ranks, or the tasks of a job array.
+"""Executors say who does which work: worker processes, MPI ranks, or the tasks of a job array.
 
 Work is a list of items, each of which leaves a file when it is done. Items do not depend on who does them,
-and doing one twice gives the same file, so the teams below differ in nothing but who takes which item and
+and doing one twice gives the same file, so the executors below differ in nothing but who takes which item and
 how they wait for each other.
 """
 
@@ -33,8 +33,8 @@ and no shard of their own; reading, finding duplicates and packing are Python, a
 
 
 @dataclass(frozen=True)
-class Phase:
-    """Items that can be done in any order, all of which must be done before the next phase."""
+class Stage:
+    """Items that can be done in any order, all of which must be done before the next stage."""
 
     name: str
     calls: Sequence[Callable[[], None]]
@@ -50,7 +50,7 @@ class Phase:
         return [] if missing and self.finished.exists() else missing
 
 
-class Team(AbstractContextManager["Team"]):
+class Executor(AbstractContextManager["Executor"]):
     """A single process, with worker processes from four workers on: does every item."""
 
     index = 0
@@ -62,7 +62,7 @@ class Team(AbstractContextManager["Team"]):
         self._num_workers = num_workers
         self._processes = max(1, num_workers // _THREADS)
         self._output = output
-        self._executor: ProcessPoolExecutor | None = None
+        self._pool: ProcessPoolExecutor | None = None
         self._show_progress = show_progress
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -73,7 +73,7 @@ class Team(AbstractContextManager["Team"]):
             disable=not (show_progress and sys.stderr.isatty()),
         )
 
-    def __enter__(self) -> "Team":
+    def __enter__(self) -> "Executor":
         self._bar.start()
         return self
 
@@ -84,28 +84,28 @@ class Team(AbstractContextManager["Team"]):
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def threads(self, items: int) -> int:
         """Threads for each of ``items`` items that make use of several."""
         return self._num_workers // min(self._processes, items)
 
     def on_first(self, action: Callable[[], Any]) -> None:
-        """Run ``action`` once for the team; when it returns, its files are there for all."""
+        """Run ``action`` once for the executor; when it returns, its files are there for all."""
         action()
 
-    def run(self, phase: Phase) -> None:
-        """Do the phase; returns when every item of it is done, by whomever."""
-        self._do(phase, phase.missing())
+    def run(self, stage: Stage) -> None:
+        """Do the stage; returns when every item of it is done, by whomever."""
+        self._do(stage, stage.missing())
 
-    def _do(self, phase: Phase, items: Sequence[int]) -> None:
+    def _do(self, stage: Stage, items: Sequence[int]) -> None:
         if not items:
             return
         if self._show_progress and not sys.stderr.isatty():
-            print(f"{phase.name}: {len(items)} of {len(phase.markers)} to do", file=sys.stderr, flush=True)
-        bar = self._bar.add_task(phase.name, total=len(items))
-        for _ in self._completed([phase.calls[number] for number in items]):
+            print(f"{stage.name}: {len(items)} of {len(stage.markers)} to do", file=sys.stderr, flush=True)
+        bar = self._bar.add_task(stage.name, total=len(items))
+        for _ in self._completed([stage.calls[number] for number in items]):
             self._bar.advance(bar)
 
     def _completed(self, calls: Sequence[Callable[[], None]]) -> Iterator[None]:
@@ -115,20 +115,20 @@ class Team(AbstractContextManager["Team"]):
                 _run(call, self._output)
                 yield
             return
-        if self._executor is None:
+        if self._pool is None:
             # Spawned, not forked: MPI and the tokenizers' threads do not survive a fork.
-            self._executor = ProcessPoolExecutor(
+            self._pool = ProcessPoolExecutor(
                 self._processes,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
             )
-        futures = [self._executor.submit(_run, call, self._output) for call in calls]
+        futures = [self._pool.submit(_run, call, self._output) for call in calls]
         try:
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed, probably for want of memory. Finished parts are kept: run the "
+                "a worker process was killed, probably for want of memory. What is finished is kept: run the "
                 "same command again to continue, with fewer --num_workers"
             ) from error
         finally:
@@ -154,7 +154,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-class MpiTeam(Team):
+class MpiExecutor(Executor):
     """The ranks of one ``mpirun``: item i is done by rank i modulo the number of ranks."""
 
     def __init__(self, num_workers: int, output: Path) -> None:
@@ -162,7 +162,8 @@ class MpiTeam(Team):
             from mpi4py import MPI
         except ImportError as error:
             raise UserError(
-                "started by mpirun, but mpi4py is missing: pip install 'dga_scale[mpi]', or use --part i/N"
+                "started by mpirun, but mpi4py is missing: pip install 'dga_scale[mpi]', or use "
+                "--array_task i/N"
             ) from error
         self._comm = MPI.COMM_WORLD
         self.index, self.size = self._comm.Get_rank(), self._comm.Get_size()
@@ -170,7 +171,7 @@ class MpiTeam(Team):
             raise UserError(
                 f"mpirun started {_started_by_mpi()} processes, but mpi4py counts {self.size}: it was built "
                 "with another MPI than that mpirun's. Use the mpirun beside this python, set MPI4PY_MPIABI "
-                "and LD_LIBRARY_PATH to the other MPI, or use --part i/N"
+                "and LD_LIBRARY_PATH to the other MPI, or use --array_task i/N"
             )
         super().__init__(num_workers, output, show_progress=self.index == 0)
 
@@ -178,11 +179,11 @@ class MpiTeam(Team):
         """Rank 0 runs ``action``; its error ends every rank."""
         self._together(action if self.index == 0 else lambda: None)
 
-    def run(self, phase: Phase) -> None:
+    def run(self, stage: Stage) -> None:
         """Each rank does its share; an error on one ends all."""
         # One list for all: a rank that looked later would see other ranks' items done, and shift the shares.
-        missing = self._comm.bcast(phase.missing() if self.index == 0 else None)
-        self._together(lambda: self._do(phase, missing[self.index :: self.size]))
+        missing = self._comm.bcast(stage.missing() if self.index == 0 else None)
+        self._together(lambda: self._do(stage, missing[self.index :: self.size]))
 
     def _together(self, action: Callable[[], Any]) -> None:
         failure: Exception | None = None
@@ -198,7 +199,7 @@ class MpiTeam(Team):
             raise SystemExit(EXIT_USER_ERROR)
 
 
-class PartTeam(Team):
+class ArrayTaskExecutor(Executor):
     """One task of a job array: tasks see each other's work in the output folder only.
 
     A task does its share, then waits for the others. Where nothing has moved for ``patience`` seconds (the
@@ -214,21 +215,25 @@ class PartTeam(Team):
         self._patience = patience
         self._scratch = scratch
 
-    def run(self, phase: Phase) -> None:
+    def run(self, stage: Stage) -> None:
         """Do this task's share, wait for the others', do what nobody does."""
-        self._do(phase, [number for number in phase.missing() if number % self.size == self.index])
+        self._do(stage, [number for number in stage.missing() if number % self.size == self.index])
         last_change = time.monotonic()
         state = None
-        if missing := phase.missing():
-            print(f"{phase.name}: waiting for other parts, {len(missing)} to do", file=sys.stderr, flush=True)
-        while missing := phase.missing():
+        if missing := stage.missing():
+            print(
+                f"{stage.name}: waiting for the other array tasks, {len(missing)} to do",
+                file=sys.stderr,
+                flush=True,
+            )
+        while missing := stage.missing():
             current = (len(missing), _sizes(self._scratch))
             if current != state:
                 state, last_change = current, time.monotonic()
             if time.monotonic() - last_change > self._patience:
                 # Each waiting task begins elsewhere, and looks again after each round.
                 first = self.index * len(missing) // self.size
-                self._do(phase, (missing[first:] + missing[:first])[: self._processes])
+                self._do(stage, (missing[first:] + missing[:first])[: self._processes])
             else:
                 time.sleep(min(1.0, self._patience / 10))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from dga_scale.corpus.sharding.staging import Work, duplicates_of, load_units, read_unit
+from dga_scale.corpus.sharding.staging import Work, duplicates_of, load_document_batches, read_document_batch
 from dga_scale.corpus.shards import VALIDATION, Shard, file_sha256
 from dga_scale.corpus.tokenizer import Encoder, cached_encoder
 from dga_scale.errors import UserError
@@ -125,12 +125,12 @@ class Packer:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: the documents of ``units`` that are in ``split`` and no duplicates."""
+    """One shard to write: the documents of ``document_batches`` that are in ``split`` and no duplicates."""
 
     split: str
     number: int
-    units: tuple[int, int]
-    """First unit and the one after the last."""
+    document_batches: tuple[int, int]
+    """First document batch and the one after the last."""
     threshold: int
     """Documents whose hash (second half) is below are held out."""
     partitions: int
@@ -185,11 +185,11 @@ def write_shard(folder: Path, task: ShardTask, threads: int) -> None:
 
 def _texts(work: Work, task: ShardTask) -> Iterator[list[str]]:
     """The task's documents, a batch at a time."""
-    units = load_units(work.units_file)
-    for index in range(*task.units):
+    document_batches = load_document_batches(work.document_batches_file)
+    for index in range(*task.document_batches):
         repeats = duplicates_of(work, index, task.partitions)
         place = 0
-        for texts, low in read_unit(work, units[index].name):
+        for texts, low in read_document_batch(work, document_batches[index].name):
             wanted = low < np.uint64(task.threshold)
             if task.split != VALIDATION:
                 wanted = ~wanted

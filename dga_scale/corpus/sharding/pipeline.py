@@ -1,8 +1,8 @@
 """The sharder: raw text in, a corpus folder out.
 
-    plan -> read (pieces of the input) -> find duplicates -> write shards -> manifest
+    plan -> read (input splits of the input) -> find duplicates -> write shards -> manifest
 
-Every step leaves files that are complete or absent, so a run that was killed goes on where it stopped, and
+Every step leaves files that are complete or absent, so a run that was killed resumes where it stopped, and
 the bytes do not depend on who did what.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dga_scale.corpus.reading.overlap import load_overlap
-from dga_scale.corpus.sharding.executor import MpiTeam, PartTeam, Phase, Team, under_mpi
+from dga_scale.corpus.sharding.executor import ArrayTaskExecutor, Executor, MpiExecutor, Stage, under_mpi
 from dga_scale.corpus.sharding.packing import (
     PACKINGS,
     Layout,
@@ -28,16 +28,16 @@ from dga_scale.corpus.sharding.packing import (
     write_tokenizer_file,
 )
 from dga_scale.corpus.sharding.staging import (
-    PieceReport,
+    DocumentBatch,
+    InputSplitReport,
     Plan,
     ShardSettings,
-    Unit,
     Work,
     find_duplicates,
+    load_document_batches,
     load_plan,
-    load_units,
     number_of_partitions,
-    read_piece,
+    read_input_split,
 )
 from dga_scale.corpus.shards import FORMAT, MANIFEST, VALIDATION, WORK_FOLDER, Manifest, Shard, read_manifest
 from dga_scale.corpus.tokenizer import encoder_spec, load_tokenizer, special_ids, tokenizer_hash
@@ -61,7 +61,7 @@ class ShardReport:
     resumed: bool
     """Whether another call had done part of the work, or is doing it."""
     index: int
-    """Rank or part that this call was."""
+    """Rank or array task that this call was."""
 
 
 def shard_corpus(
@@ -70,8 +70,8 @@ def shard_corpus(
     settings: ShardSettings,
     *,
     num_workers: int = 1,
-    part: tuple[int, int] | None = None,
-    part_patience: float = 60.0,
+    array_task: tuple[int, int] | None = None,
+    array_task_patience: float = 60.0,
 ) -> ShardReport:
     """Tokenise text into a corpus folder, which ``Corpus.open`` reads.
 
@@ -82,32 +82,32 @@ def shard_corpus(
         inputs: Files, folders and globs.
         output: The corpus folder: new, empty, or of an earlier call with the same inputs and settings.
         settings: What decides the bytes; ``tokenizer_hash`` and ``exclude_hash`` are filled in here.
-        num_workers: Cores to use (of each rank or part).
+        num_workers: Cores to use (of each rank or array task).
         part: (i, N): do the i-th of N shares, counted from 0; for job arrays.
-        part_patience: Seconds without any progress after which a part does the others' shares.
+        array_task_patience: Seconds without any progress after which an array task does the others' shares.
 
     Raises:
         UserError: any input, setting or folder that can't be used, or a full disk.
     """
     started = time.monotonic()
-    for cached in (load_plan, load_units, load_tokenizer_file, load_overlap):
+    for cached in (load_plan, load_document_batches, load_tokenizer_file, load_overlap):
         cached.cache_clear()  # another call may have used the same folder for another corpus
-    _check_settings(settings, num_workers, part)
+    _check_settings(settings, num_workers, array_task)
     work = Work(output / WORK_FOLDER)
     finished = output / MANIFEST
-    team = _team(num_workers, output, part, part_patience, work)
-    with team:
+    executor = _executor(num_workers, output, array_task, array_task_patience, work)
+    with executor:
         resumed = work.plan_file.exists() or finished.exists()
-        team.on_first(lambda: _begin(inputs, settings, work, finished))
+        executor.on_first(lambda: _begin(inputs, settings, work, finished))
         text_bytes = 0
         try:
             if not finished.exists():
-                text_bytes = _complete(work, team, finished)
+                text_bytes = _complete(work, executor, finished)
         except FileNotFoundError:
-            # Another part did this one's work as well, ended, and removed the folder under our hands.
+            # Another array task did this one's work as well, ended, and removed the folder under our hands.
             if not finished.exists():
                 raise
-        team.on_first(lambda: shutil.rmtree(work.folder, ignore_errors=True))
+        executor.on_first(lambda: shutil.rmtree(work.folder, ignore_errors=True))
     validation = output / VALIDATION
     return ShardReport(
         train=read_manifest(output),
@@ -115,11 +115,11 @@ def shard_corpus(
         text_bytes=text_bytes,
         seconds=time.monotonic() - started,
         resumed=resumed,
-        index=team.index,
+        index=executor.index,
     )
 
 
-def _check_settings(settings: ShardSettings, num_workers: int, part: tuple[int, int] | None) -> None:
+def _check_settings(settings: ShardSettings, num_workers: int, array_task: tuple[int, int] | None) -> None:
     rules: list[tuple[bool, str]] = [
         (settings.sequence_length >= 8, f"--sequence_length {settings.sequence_length}: must be at least 8"),
         (settings.packing in PACKINGS, f"--packing {settings.packing}: must be one of {', '.join(PACKINGS)}"),
@@ -135,23 +135,28 @@ def _check_settings(settings: ShardSettings, num_workers: int, part: tuple[int, 
         (settings.seed >= 0, f"--seed {settings.seed}: must be 0 or more"),
         (num_workers >= 1, f"--num_workers {num_workers}: must be at least 1"),
     ]
-    if part is not None:
+    if array_task is not None:
         rules.append(
-            (0 <= part[0] < part[1], f"--part {part[0]}/{part[1]}: parts of {part[1]} count from 0 to N - 1")
+            (
+                0 <= array_task[0] < array_task[1],
+                f"--array_task {array_task[0]}/{array_task[1]}: count from 0 to N - 1",
+            )
         )
     for holds, message in rules:
         if not holds:
             raise UserError(message)
 
 
-def _team(num_workers: int, output: Path, part: tuple[int, int] | None, patience: float, work: Work) -> Team:
+def _executor(
+    num_workers: int, output: Path, array_task: tuple[int, int] | None, patience: float, work: Work
+) -> Executor:
     if under_mpi():
-        if part is not None:
-            raise UserError("--part under mpirun: the ranks share the work by themselves. Leave --part out")
-        return MpiTeam(num_workers, output)
-    if part is not None:
-        return PartTeam(num_workers, output, *part, patience, work.scratch)
-    return Team(num_workers, output)
+        if array_task is not None:
+            raise UserError("--array_task under mpirun: the ranks share the work by themselves. Leave it out")
+        return MpiExecutor(num_workers, output)
+    if array_task is not None:
+        return ArrayTaskExecutor(num_workers, output, *array_task, patience, work.scratch)
+    return Executor(num_workers, output)
 
 
 # --- the plan ---
@@ -181,9 +186,9 @@ def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished:
         _check_same(output, "was begun with", plan, begun["settings"], begun["sources"])
         if begun == plan.to_json():  # else the same inputs lie elsewhere now
             return
-    elif output.exists() and (not output.is_dir() or _strangers(output)):
+    elif output.exists() and (not output.is_dir() or _unknown_files(output)):
         raise UserError(
-            f"--output {output} is not empty and holds no corpus: {', '.join(_strangers(output)[:3])}. "
+            f"--output {output} is not empty and holds no corpus: {', '.join(_unknown_files(output)[:3])}. "
             "Choose a new folder"
         )
     with storage_errors(output):
@@ -193,14 +198,14 @@ def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished:
         write_json(work.plan_file, plan.to_json(), work.scratch)
 
 
-def _strangers(output: Path) -> list[str]:
+def _unknown_files(output: Path) -> list[str]:
     if not output.is_dir():
         return ["it is a file"]
     return sorted(path.name for path in output.iterdir() if path.name != WORK_FOLDER)
 
 
 def _check_same(output: Path, state: str, plan: Plan, settings: dict, sources: Sequence[dict]) -> None:
-    """Refuse to go on with other settings or inputs than the folder's."""
+    """Refuse to resume with other settings or inputs than the folder's."""
     ours = plan.to_json()
     settings = {field.name: field.default for field in fields(ShardSettings)} | settings
     differences = [
@@ -224,41 +229,41 @@ def _check_same(output: Path, state: str, plan: Plan, settings: dict, sources: S
 # --- the work ---
 
 
-def _complete(work: Work, team: Team, finished: Path) -> int:
+def _complete(work: Work, executor: Executor, finished: Path) -> int:
     """Everything after the plan; returns the bytes of cleaned text."""
     plan = load_plan(work.plan_file)
-    numbers = range(len(plan.pieces))
-    calls = [partial(read_piece, work.folder, number) for number in numbers]
-    team.run(Phase("reading", calls, [work.piece(number) for number in numbers], finished))
-    team.on_first(lambda: _gather_units(work, plan))
-    units = load_units(work.units_file)
+    numbers = range(len(plan.input_splits))
+    calls = [partial(read_input_split, work.folder, number) for number in numbers]
+    executor.run(Stage("reading", calls, [work.input_split(number) for number in numbers], finished))
+    executor.on_first(lambda: _gather_document_batches(work, plan))
+    document_batches = load_document_batches(work.document_batches_file)
 
     partitions = 0
     if not plan.settings.keep_duplicates:
-        partitions = number_of_partitions(units)
+        partitions = number_of_partitions(document_batches)
         numbers = range(partitions)
         calls = [partial(find_duplicates, work.folder, number, partitions) for number in numbers]
-        team.run(Phase("finding duplicates", calls, [work.duplicates(n) for n in numbers], finished))
+        executor.run(Stage("finding duplicates", calls, [work.duplicates(n) for n in numbers], finished))
 
-    tasks = shard_tasks(units, plan.settings, partitions)
-    calls = [partial(write_shard, work.folder, task, team.threads(len(tasks))) for task in tasks]
+    tasks = shard_tasks(document_batches, plan.settings, partitions)
+    calls = [partial(write_shard, work.folder, task, executor.threads(len(tasks))) for task in tasks]
     markers = [work.shard(task.split, task.number) for task in tasks]
-    team.run(Phase("tokenising", calls, markers, finished))
-    team.on_first(lambda: _assemble(work, plan, units, tasks))
-    return sum(unit.bytes for unit in units)
+    executor.run(Stage("tokenising", calls, markers, finished))
+    executor.on_first(lambda: _assemble(work, plan, document_batches, tasks))
+    return sum(document_batch.bytes for document_batch in document_batches)
 
 
-def _gather_units(work: Work, plan: Plan) -> None:
-    """Write the list of all units, in the order of the input."""
-    report, units = PieceReport(), []
+def _gather_document_batches(work: Work, plan: Plan) -> None:
+    """Write the list of all document batches, in the order of the input."""
+    report, document_batches = InputSplitReport(), []
     found: set[int] = set()
-    for number in range(len(plan.pieces)):
-        content = json.loads(work.piece(number).read_text(encoding="utf-8"))
-        units += content["units"]
+    for number in range(len(plan.input_splits)):
+        content = json.loads(work.input_split(number).read_text(encoding="utf-8"))
+        document_batches += content["document_batches"]
         found.update(content["examples_found"])
         for name, value in content["report"].items():
             setattr(report, name, getattr(report, name) + value)
-    if not units:
+    if not document_batches:
         raise UserError(
             f"no document with text in the inputs: {report.documents_read} read, {report.empty} of them "
             f"empty, {report.control_only} of control characters only, {report.excluded} excluded"
@@ -270,14 +275,17 @@ def _gather_units(work: Work, plan: Plan) -> None:
     ]
     with storage_errors(work.output):
         write_json(work.report_file, {**asdict(report), "excluded_files": excluded}, work.scratch)
-        write_json(work.units_file, units, work.scratch)
+        write_json(work.document_batches_file, document_batches, work.scratch)
 
 
-def shard_tasks(units: Sequence[Unit], settings: ShardSettings, partitions: int) -> list[ShardTask]:
-    """The shards to write: neighbouring units up to a shard's size; the held-out ones first, being slow."""
+def shard_tasks(
+    document_batches: Sequence[DocumentBatch], settings: ShardSettings, partitions: int
+) -> list[ShardTask]:
+    """List the shards to write: neighbouring document batches up to a shard's size; the held-out ones, which
+    are slow, come first."""
     share = settings.validation_share
     threshold = int(share * 2**64)
-    lowest = min(unit.lowest for unit in units)
+    lowest = min(document_batch.lowest for document_batch in document_batches)
     if share and lowest >= threshold:
         # None of so few documents fell below: hold out the lowest, so that an evaluation corpus exists.
         threshold = lowest + 1
@@ -285,9 +293,9 @@ def shard_tasks(units: Sequence[Unit], settings: ShardSettings, partitions: int)
     for split, part in ((VALIDATION, share), ("train", 1.0)):
         first, size = 0, 0.0
         groups = []
-        for index, unit in enumerate(units):
-            size += unit.bytes * part
-            if size >= settings.shard_bytes or index + 1 == len(units):
+        for index, document_batch in enumerate(document_batches):
+            size += document_batch.bytes * part
+            if size >= settings.shard_bytes or index + 1 == len(document_batches):
                 groups.append((first, index + 1))
                 first, size = index + 1, 0.0
         if part:
@@ -300,7 +308,9 @@ def shard_tasks(units: Sequence[Unit], settings: ShardSettings, partitions: int)
 # --- the manifest ---
 
 
-def _assemble(work: Work, plan: Plan, units: Sequence[Unit], tasks: Sequence[ShardTask]) -> None:
+def _assemble(
+    work: Work, plan: Plan, document_batches: Sequence[DocumentBatch], tasks: Sequence[ShardTask]
+) -> None:
     """Write both manifests, the training corpus's last: with it the folder is a corpus."""
     report = json.loads(work.report_file.read_text(encoding="utf-8"))
     shards = {
@@ -311,7 +321,9 @@ def _assemble(work: Work, plan: Plan, units: Sequence[Unit], tasks: Sequence[Sha
     dropped = {
         "empty": report["empty"],
         "control_only": report["control_only"],
-        "duplicates": report["duplicates"] + sum(unit.documents for unit in units) - kept,
+        "duplicates": report["duplicates"]
+        + sum(document_batch.documents for document_batch in document_batches)
+        - kept,
     }
     if plan.settings.exclude:
         dropped["excluded"] = report["excluded"]

@@ -1,8 +1,8 @@
-"""First half of sharding: documents read, cleaned, hashed and spooled; duplicates found.
+"""First half of sharding: documents read, cleaned, hashed and staged; duplicates found.
 
-Documents are spooled as units of bounded size, so that everything after depends neither on the input's
-format nor on its compression. A unit and its list of hashes are cut by the text alone, never by the number
-of processes.
+Documents are staged in document batches of bounded size, so that everything after depends neither on the
+input's format nor on its compression. A document batch and its list of hashes are cut by the text alone, never
+by the number of processes.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from dga_scale.corpus.reading.sources import Reading, Segment, Source, find_sour
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.storage.atomic import atomic_file, write_array, write_json
 
-UNIT_DOCUMENTS = 1 << 18
-"""A unit ends after this many documents even where they are short: its hashes are held in memory."""
+BATCH_DOCUMENTS = 1 << 18
+"""A document batch ends after so many documents even where they are short: its hashes are held in memory."""
 
 PARTITION_HASHES = 1 << 17
 """Hashes compared at once when duplicates are looked for, which takes about 15 MB of memory."""
 
-_BATCH_BYTES = 1 << 18
-"""Text in a batch of a unit, which is tokenised at once: a tokenizer needs many times the memory of it."""
+_RECORD_BATCH_BYTES = 1 << 18
+"""Bytes of text in a record batch, which is tokenised at once: a tokenizer needs many times that memory."""
 
 _SCHEMA = pa.schema([("text", pa.large_string()), ("low", pa.uint64())])
 
@@ -68,27 +68,27 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole work, decided before it begins: settings, sources, and pieces that are read on their own."""
+    """The whole work, decided before it begins: settings, sources, and the input splits, each read by itself."""
 
     settings: ShardSettings
     sources: tuple[Source, ...]
-    pieces: tuple[tuple[Segment, ...], ...]
+    input_splits: tuple[tuple[Segment, ...], ...]
 
     @classmethod
     def make(cls, inputs: Sequence[str], settings: ShardSettings) -> "Plan":
-        """Find the sources and cut them into pieces of about four shards each."""
+        """Find the sources and cut them into input splits of about four shards each."""
         sources = find_sources(inputs)
         target = 4 * settings.shard_bytes
-        pieces: list[tuple[Segment, ...]] = []
-        piece: list[Segment] = []
+        input_splits: list[tuple[Segment, ...]] = []
+        input_split: list[Segment] = []
         for number, source in enumerate(sources):
             for segment in segments(number, source, settings.reading, target):
-                if piece and sum(s.weight for s in piece) + segment.weight > target:
-                    pieces.append(tuple(piece))
-                    piece = []
-                piece.append(segment)
-        pieces.append(tuple(piece))
-        return cls(settings, tuple(sources), tuple(pieces))
+                if input_split and sum(s.weight for s in input_split) + segment.weight > target:
+                    input_splits.append(tuple(input_split))
+                    input_split = []
+                input_split.append(segment)
+        input_splits.append(tuple(input_split))
+        return cls(settings, tuple(sources), tuple(input_splits))
 
     def to_json(self) -> dict:
         """Plain data, the content of plan.json."""
@@ -102,7 +102,10 @@ class Plan:
                 **{**content["settings"], "exclude": tuple(content["settings"].get("exclude", ()))}
             ),
             tuple(Source(**source) for source in content["sources"]),
-            tuple(tuple(Segment(**segment) for segment in piece) for piece in content["pieces"]),
+            tuple(
+                tuple(Segment(**segment) for segment in input_split)
+                for input_split in content["input_splits"]
+            ),
         )
 
 
@@ -115,20 +118,20 @@ class Work:
         self.scratch = folder / "scratch"
         self.plan_file = folder / "plan.json"
         self.tokenizer_file = folder / "tokenizer.json"
-        self.units_file = folder / "units.json"
+        self.document_batches_file = folder / "document_batches.json"
         self.report_file = folder / "report.json"
 
-    def piece(self, number: int) -> Path:
-        """Written when a piece has been read."""
-        return self.folder / f"piece-{number:05d}.json"
+    def input_split(self, number: int) -> Path:
+        """Written when an input split has been read."""
+        return self.folder / f"input-{number:05d}.json"
 
-    def unit(self, name: str) -> Path:
-        """Documents of a unit."""
-        return self.folder / f"unit-{name}.arrow"
+    def document_batch(self, name: str) -> Path:
+        """Documents of a document batch."""
+        return self.folder / f"documents-{name}.arrow"
 
     def hashes(self, name: str) -> Path:
-        """Hashes of a unit."""
-        return self.folder / f"unit-{name}.npy"
+        """Hashes of a document batch."""
+        return self.folder / f"documents-{name}.npy"
 
     def duplicates(self, number: int) -> Path:
         """Duplicates found in a partition of the hashes."""
@@ -151,8 +154,8 @@ def load_plan(path: Path) -> Plan:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Documents of one spool file, in the order of the input."""
+class DocumentBatch:
+    """Documents of one staging file, in the order of the input."""
 
     name: str
     documents: int
@@ -162,20 +165,22 @@ class Unit:
 
 
 @lru_cache(maxsize=1)
-def load_units(path: Path) -> tuple[Unit, ...]:
-    """All units in the order of the input, read once a process."""
-    return tuple(Unit(**unit) for unit in json.loads(path.read_text(encoding="utf-8")))
+def load_document_batches(path: Path) -> tuple[DocumentBatch, ...]:
+    """All document batches in the order of the input, read once a process."""
+    return tuple(
+        DocumentBatch(**document_batch) for document_batch in json.loads(path.read_text(encoding="utf-8"))
+    )
 
 
 @dataclass
-class PieceReport:
-    """What reading a piece found."""
+class InputSplitReport:
+    """What reading an input split found."""
 
     documents_read: int = 0
     empty: int = 0
     control_only: int = 0
     duplicates: int = 0
-    """Within a unit; the others are found when all units are there."""
+    """Within a document batch; the others are found when all document batches are there."""
     excluded: int = 0
 
 
@@ -184,32 +189,34 @@ def document_hash(text: bytes, seed: int) -> bytes:
     return hashlib.blake2b(text, digest_size=16, salt=seed.to_bytes(16, "little")).digest()
 
 
-def read_piece(folder: Path, number: int) -> None:
-    """Read piece ``number``: write its units, then its report, which says that it is done."""
+def read_input_split(folder: Path, number: int) -> None:
+    """Read input split ``number``: write its document batches, then the report that says it is done."""
     work = Work(folder)
     plan = load_plan(work.plan_file)
-    report = PieceReport()
+    report = InputSplitReport()
     found: set[int] = set()
     documents = _documents(plan, number, report, found)
-    units: list[Unit] = []
+    document_batches: list[DocumentBatch] = []
     while (first := next(documents, None)) is not None:
-        name = f"{number:05d}-{len(units):04d}"
-        units.append(_write_unit(work, name, chain([first], documents), plan.settings, report))
+        name = f"{number:05d}-{len(document_batches):04d}"
+        document_batches.append(
+            _write_document_batch(work, name, chain([first], documents), plan.settings, report)
+        )
     content = {
         "report": asdict(report),
-        "units": [asdict(unit) for unit in units],
+        "document_batches": [asdict(document_batch) for document_batch in document_batches],
         "examples_found": sorted(found),
     }
-    write_json(work.piece(number), content, work.scratch)
+    write_json(work.input_split(number), content, work.scratch)
 
 
-def _documents(plan: Plan, number: int, report: PieceReport, found: set[int]) -> Iterator[str]:
-    """Cleaned documents of a piece; those without content or to be excluded are counted and left out.
+def _documents(plan: Plan, number: int, report: InputSplitReport, found: set[int]) -> Iterator[str]:
+    """Cleaned documents of an input split; those without content or to be excluded are counted and left out.
 
     Numbers of the excluded examples that stand in the documents are added to ``found``.
     """
     overlap = load_overlap(tuple(plan.settings.exclude)) if plan.settings.exclude else None
-    for segment in plan.pieces[number]:
+    for segment in plan.input_splits[number]:
         for raw in read_segment(plan.sources[segment.source], segment, plan.settings.reading):
             report.documents_read += 1
             text = clean(raw)
@@ -224,14 +231,14 @@ def _documents(plan: Plan, number: int, report: PieceReport, found: set[int]) ->
                 report.empty += 1
 
 
-def _write_unit(
-    work: Work, name: str, documents: Iterator[str], settings: ShardSettings, report: PieceReport
-) -> Unit:
-    """Take documents until the unit is full; those that repeat one of the unit are counted and left out."""
+def _write_document_batch(
+    work: Work, name: str, documents: Iterator[str], settings: ShardSettings, report: InputSplitReport
+) -> DocumentBatch:
+    """Take documents until the document batch is full; those that repeat one in it are counted and left out."""
     hashes: list[bytes] = []
     seen: set[bytes] = set()
     size = 0
-    with atomic_file(work.unit(name), work.scratch) as file:
+    with atomic_file(work.document_batch(name), work.scratch) as file:
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.ipc.new_stream(file, _SCHEMA, options=options) as writer:
             batch: list[bytes] = []
@@ -247,8 +254,8 @@ def _write_unit(
                 hashes.append(digest)
                 batch.append(text)
                 batch_bytes += len(text)
-                full = size + batch_bytes >= settings.shard_bytes or len(hashes) >= UNIT_DOCUMENTS
-                if full or batch_bytes >= _BATCH_BYTES:
+                full = size + batch_bytes >= settings.shard_bytes or len(hashes) >= BATCH_DOCUMENTS
+                if full or batch_bytes >= _RECORD_BATCH_BYTES:
                     writer.write_batch(_record_batch(batch, hashes[-len(batch) :]))
                     size += batch_bytes
                     batch, batch_bytes = [], 0
@@ -261,7 +268,7 @@ def _write_unit(
     if not settings.keep_duplicates:
         order = np.lexsort((pairs[1], pairs[0]))
         write_array(work.hashes(name), np.stack([*pairs[:, order], order.astype(np.uint64)]), work.scratch)
-    return Unit(name, len(hashes), size, int(pairs[1].min()))
+    return DocumentBatch(name, len(hashes), size, int(pairs[1].min()))
 
 
 def _pairs(hashes: list[bytes]) -> np.ndarray:
@@ -273,9 +280,9 @@ def _record_batch(texts: list[bytes], hashes: list[bytes]) -> pa.RecordBatch:
     return pa.record_batch([pa.array(texts, pa.large_string()), pa.array(_pairs(hashes)[1])], schema=_SCHEMA)
 
 
-def read_unit(work: Work, name: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
-    """The unit's documents with the second half of their hashes, (documents,) uint64, a batch at a time."""
-    with open(work.unit(name), "rb") as file, pa.ipc.open_stream(file) as reader:
+def read_document_batch(work: Work, name: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
+    """Yield a document batch's documents with the second half of their hashes, (documents,) uint64, in turns."""
+    with open(work.document_batch(name), "rb") as file, pa.ipc.open_stream(file) as reader:
         for batch in reader:
             yield batch.column("text"), batch.column("low").to_numpy()
 
@@ -283,42 +290,49 @@ def read_unit(work: Work, name: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
 # --- duplicates ---
 
 
-def number_of_partitions(units: Sequence[Unit]) -> int:
+def number_of_partitions(document_batches: Sequence[DocumentBatch]) -> int:
     """Parts that the hashes are compared in."""
-    return max(1, -(-sum(unit.documents for unit in units) // PARTITION_HASHES))
+    return max(
+        1, -(-sum(document_batch.documents for document_batch in document_batches) // PARTITION_HASHES)
+    )
 
 
 def find_duplicates(folder: Path, number: int, partitions: int) -> None:
     """Find the documents of partition ``number`` of the hashes that repeat an earlier one.
 
-    The first occurrence in the order of the input stays. Writes (2, duplicates) uint64: unit and place in it,
-    in rising order. Memory depends on the partition's size: a document comes at most once from each unit.
+    The first occurrence in the order of the input stays. Writes (2, duplicates) uint64: document batch and position
+    in it, in rising order. Memory depends on the partition's size: a document comes at most once from each
+    document batch.
     """
     work = Work(folder)
     bounds = [(number * 2**64) // partitions, ((number + 1) * 2**64) // partitions]
     parts = []
-    for index, unit in enumerate(load_units(work.units_file)):
-        hashes = np.load(work.hashes(unit.name), mmap_mode="r")  # (3, documents): both halves and the place
+    for index, document_batch in enumerate(load_document_batches(work.document_batches_file)):
+        hashes = np.load(
+            work.hashes(document_batch.name), mmap_mode="r"
+        )  # (3, documents): both halves and the position
         first = int(np.searchsorted(hashes[0], np.uint64(bounds[0])))
         last = hashes.shape[1]
         if number + 1 < partitions:
             last = int(np.searchsorted(hashes[0], np.uint64(bounds[1])))
         part = hashes[:, first:last]
         parts.append(np.concatenate([part[:2], np.full((1, last - first), index, np.uint64), part[2:]]))
-    high, low, unit_of, place = np.concatenate(parts, axis=1)
-    order = np.lexsort((place, unit_of, low, high))
-    high, low, unit_of, place = high[order], low[order], unit_of[order], place[order]
+    high, low, batch_of, position = np.concatenate(parts, axis=1)
+    order = np.lexsort((position, batch_of, low, high))
+    high, low, batch_of, position = high[order], low[order], batch_of[order], position[order]
     repeats = np.flatnonzero((high[1:] == high[:-1]) & (low[1:] == low[:-1])) + 1
-    found = np.stack([unit_of[repeats], place[repeats]])
+    found = np.stack([batch_of[repeats], position[repeats]])
     found = found[:, np.lexsort((found[1], found[0]))]
     write_array(work.duplicates(number), found, work.scratch)
 
 
-def duplicates_of(work: Work, unit: int, partitions: int) -> np.ndarray:
-    """Places of unit ``unit`` whose documents repeat an earlier one."""
-    places = []
+def duplicates_of(work: Work, document_batch: int, partitions: int) -> np.ndarray:
+    """List the positions in document batch ``document_batch`` whose documents repeat an earlier one."""
+    positions = []
     for number in range(partitions):
         found = np.load(work.duplicates(number), mmap_mode="r")
-        first, last = np.searchsorted(found[0], np.array([unit, unit + 1], dtype=np.uint64))
-        places.append(np.asarray(found[1, first:last]))
-    return np.concatenate([np.empty(0, np.uint64), *places])
+        first, last = np.searchsorted(
+            found[0], np.array([document_batch, document_batch + 1], dtype=np.uint64)
+        )
+        positions.append(np.asarray(found[1, first:last]))
+    return np.concatenate([np.empty(0, np.uint64), *positions])

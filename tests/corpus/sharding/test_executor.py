@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dga_scale.corpus.sharding.executor import Phase, Team, under_mpi
+from dga_scale.corpus.sharding.executor import Executor, Stage, under_mpi
 from dga_scale.corpus.sharding.pipeline import shard_corpus
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.errors import EXIT_USER_ERROR, UserError
@@ -80,15 +80,15 @@ def test_parts_and_ranks_exclude_each_other(
     assert not under_mpi()
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert under_mpi()
-    with pytest.raises(UserError, match=r"--part under mpirun: .* Leave --part out"):
-        shard_corpus(["x"], tmp_path / "corpus", ShardSettings(str(wordpiece)), part=(0, 2))
+    with pytest.raises(UserError, match=r"--array_task under mpirun: .* Leave --array_task out"):
+        shard_corpus(["x"], tmp_path / "corpus", ShardSettings(str(wordpiece)), array_task=(0, 2))
 
 
 def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
     calls = [partial(os._exit, 9)] * 2
-    phase = Phase("dying", calls, [tmp_path / "0", tmp_path / "1"], tmp_path / "finished")
+    stage = Stage("dying", calls, [tmp_path / "0", tmp_path / "1"], tmp_path / "finished")
     with (
-        Team(4, tmp_path) as team,
+        Executor(4, tmp_path) as executor,
         pytest.raises(UserError, match=r"worker process was killed.*run the same"),
     ):
-        team.run(phase)
+        executor.run(stage)

@@ -28,7 +28,7 @@ from tests.helpers import tiny_corpora as tiny
 from tests.helpers.ranks import REPOSITORY
 
 SHARD_SIZE = 0.01
-"""Megabytes: a few kilobytes of text make several pieces, units and shards."""
+"""Megabytes: a few kilobytes of text make several input splits, document batches and shards."""
 
 
 def settings(tokenizer: Path, **changes: object) -> ShardSettings:
@@ -159,7 +159,7 @@ def test_few_documents_still_hold_one_out(wordpiece: Path, tmp_path: Path) -> No
 
 
 def test_long_and_short_units_give_one_corpus(raw: Path, wordpiece: Path, tmp_path: Path) -> None:
-    """Duplicates are the same documents wherever the units are cut."""
+    """Duplicates are the same documents wherever the document batches are cut."""
     chosen = settings(wordpiece, packing="document", sequence_length=512, validation_share=0.1)
     kept = []
     for size in (0.003, 0.01, 16):
@@ -186,7 +186,7 @@ def in_fork(*arguments: object, **options: object) -> multiprocessing.process.Ba
 
 def test_parts_side_by_side(raw: Path, wordpiece: Path, expected: Path, tmp_path: Path) -> None:
     output = tmp_path / "corpus"
-    parts = [in_fork([str(raw)], output, settings(wordpiece), part=(i, 3)) for i in range(3)]
+    parts = [in_fork([str(raw)], output, settings(wordpiece), array_task=(i, 3)) for i in range(3)]
     for part in parts:
         part.join(60)
         assert part.exitcode == 0
@@ -196,10 +196,10 @@ def test_parts_side_by_side(raw: Path, wordpiece: Path, expected: Path, tmp_path
 def test_parts_one_after_the_other(raw: Path, wordpiece: Path, expected: Path, tmp_path: Path) -> None:
     """Where the cluster starts them one by one, the first does what nobody else does."""
     output = tmp_path / "corpus"
-    first = shard_corpus([str(raw)], output, settings(wordpiece), part=(1, 2), part_patience=0.2)
+    first = shard_corpus([str(raw)], output, settings(wordpiece), array_task=(1, 2), array_task_patience=0.2)
     assert contents(output) == contents(expected)
     assert first.text_bytes > 0
-    late = shard_corpus([str(raw)], output, settings(wordpiece), part=(0, 2), part_patience=0.2)
+    late = shard_corpus([str(raw)], output, settings(wordpiece), array_task=(0, 2), array_task_patience=0.2)
     assert late.text_bytes == 0
     assert contents(output) == contents(expected)
 
@@ -208,9 +208,9 @@ def test_a_killed_part_is_replaced_by_the_others(
     raw: Path, wordpiece: Path, expected: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "corpus"
-    victim = in_fork_killed_at(5, [str(raw)], output, settings(wordpiece), part=(0, 2))
+    victim = in_fork_killed_at(5, [str(raw)], output, settings(wordpiece), array_task=(0, 2))
     assert victim.exitcode == -signal.SIGKILL
-    shard_corpus([str(raw)], output, settings(wordpiece), part=(1, 2), part_patience=0.2)
+    shard_corpus([str(raw)], output, settings(wordpiece), array_task=(1, 2), array_task_patience=0.2)
     assert contents(output) == contents(expected)
 
 
@@ -352,7 +352,7 @@ def test_output_with_other_files(raw: Path, wordpiece: Path, tmp_path: Path) -> 
         ({"packing": "bins"}, {}, r"--packing bins: must be one of chunk, document"),
         ({"document": "page"}, {}, r"--document page: must be one of line, file"),
         ({}, {"num_workers": 0}, r"--num_workers 0: must be at least 1"),
-        ({}, {"part": (4, 4)}, r"--part 4/4: parts of 4 count from 0"),
+        ({}, {"array_task": (4, 4)}, r"--array_task 4/4: parts of 4 count from 0"),
     ],
 )
 def test_settings_out_of_range(
@@ -408,7 +408,7 @@ def test_full_disk(num_workers: int, wordpiece: Path, small_disk: Path, tmp_path
         UserError, match=rf"the disk of {output} is full \(0\.\d MB free\).*Finished parts are kept"
     ):
         shard_corpus([str(path)], output, chosen, num_workers=num_workers)
-    finished = list((output / WORK_FOLDER).glob("piece-*.json"))
+    finished = list((output / WORK_FOLDER).glob("input_split-*.json"))
     assert finished
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     report = shard_corpus([str(path)], output, chosen)

@@ -1,4 +1,4 @@
-"""Units and duplicates, against a plain dictionary."""
+"""Document batches and duplicates, against a plain dictionary."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dga_scale.corpus.sharding import staging as spool
+from dga_scale.corpus.sharding import staging as staging
 from dga_scale.corpus.sharding.staging import (
     Plan,
     ShardSettings,
@@ -14,8 +14,8 @@ from dga_scale.corpus.sharding.staging import (
     document_hash,
     duplicates_of,
     find_duplicates,
-    read_piece,
-    read_unit,
+    read_document_batch,
+    read_input_split,
 )
 from dga_scale.storage.atomic import write_json
 from tests.helpers import tiny_corpora as tiny
@@ -26,22 +26,22 @@ def work(tmp_path: Path) -> Work:
     """An empty work folder."""
     work = Work(tmp_path / "corpus" / ".sharding")
     work.folder.mkdir(parents=True)
-    spool.load_plan.cache_clear()
-    spool.load_units.cache_clear()
+    staging.load_plan.cache_clear()
+    staging.load_document_batches.cache_clear()
     return work
 
 
 def read_all(work: Work, documents: list[str], tmp_path: Path, shard_size: float) -> list[dict]:
-    """Spool ``documents``: the units."""
+    """Spool ``documents``: the document batches."""
     path = tiny.write_jsonl(tmp_path / "a.jsonl", documents)
     plan = Plan.make([str(path)], ShardSettings("unused", shard_size=shard_size))
     write_json(work.plan_file, plan.to_json(), work.scratch)
-    units = []
-    for number in range(len(plan.pieces)):
-        read_piece(work.folder, number)
-        units += json.loads(work.piece(number).read_text())["units"]
-    write_json(work.units_file, units, work.scratch)
-    return units
+    document_batches = []
+    for number in range(len(plan.input_splits)):
+        read_input_split(work.folder, number)
+        document_batches += json.loads(work.input_split(number).read_text())["document_batches"]
+    write_json(work.document_batches_file, document_batches, work.scratch)
+    return document_batches
 
 
 @pytest.mark.parametrize("partitions", [1, 2, 7])
@@ -49,32 +49,36 @@ def test_the_first_occurrence_stays(partitions: int, work: Work, tmp_path: Path)
     texts = tiny.texts(300)
     generator = np.random.default_rng(0)
     documents = [texts[i] for i in generator.integers(0, 300, 1500)]
-    units = read_all(work, documents, tmp_path, shard_size=0.005)
-    assert len(units) > 5
+    document_batches = read_all(work, documents, tmp_path, shard_size=0.005)
+    assert len(document_batches) > 5
     for number in range(partitions):
         find_duplicates(work.folder, number, partitions)
     kept = []
-    for index, unit in enumerate(units):
-        spooled = [text for texts, _ in read_unit(work, unit["name"]) for text in texts.to_pylist()]
+    for index, document_batch in enumerate(document_batches):
+        staged = [
+            text
+            for texts, _ in read_document_batch(work, document_batch["name"])
+            for text in texts.to_pylist()
+        ]
         repeats = set(duplicates_of(work, index, partitions).tolist())
-        kept += [text for place, text in enumerate(spooled) if place not in repeats]
+        kept += [text for place, text in enumerate(staged) if place not in repeats]
     assert kept == list(dict.fromkeys(documents))
 
 
 def test_one_document_repeated_does_not_fill_the_memory(work: Work, tmp_path: Path) -> None:
-    """A unit lists each document once, so a partition holds it at most once a unit."""
-    units = read_all(work, ["the same"] * 5000 + ["another"], tmp_path, shard_size=0.005)
-    for unit in units:
-        assert unit["documents"] <= 2
-        assert np.load(work.hashes(unit["name"])).shape == (3, unit["documents"])
+    """A document batch lists each document once, so a partition holds it at most once a document batch."""
+    document_batches = read_all(work, ["the same"] * 5000 + ["another"], tmp_path, shard_size=0.005)
+    for document_batch in document_batches:
+        assert document_batch["documents"] <= 2
+        assert np.load(work.hashes(document_batch["name"])).shape == (3, document_batch["documents"])
 
 
 def test_units_end_after_many_short_documents(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "UNIT_DOCUMENTS", 40)
-    units = read_all(work, tiny.texts(100), tmp_path, shard_size=16)
-    assert [unit["documents"] for unit in units] == [40, 40, 20]
+    monkeypatch.setattr(staging, "BATCH_DOCUMENTS", 40)
+    document_batches = read_all(work, tiny.texts(100), tmp_path, shard_size=16)
+    assert [document_batch["documents"] for document_batch in document_batches] == [40, 40, 20]
 
 
 def test_hashes_spread_evenly() -> None:
