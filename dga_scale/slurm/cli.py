@@ -28,9 +28,9 @@ def build_parser() -> Parser:
         description="Checks and submits SLURM jobs from a login node. STAGE is shard, train or evaluate, and "
         "takes the arguments of dga-shard, dga-train or dga-evaluate. Each job starts when the one before "
         "has ended well. Options may stand before the first STAGE, for all jobs, or after one, for it alone.",
-        epilog="dga-submit --account abc shard my_text/ --tokenizer MODEL --output corpora/domain --array_tasks "
-        "8 --then train --nodes 2 --gpus_per_node 8 --time 12:00:00 --ds_config ds_configs/zero2.json --model "
-        "MODEL --corpus corpora/domain --output_dir runs/mine",
+        epilog="dga-submit --account abc shard my_text/ --tokenizer MODEL --output corpora/domain "
+        "--array_tasks 8 --then train --nodes 2 --gpus_per_node 8 --time 12:00:00 --ds_config "
+        "ds_configs/zero2.json --model MODEL --corpus corpora/domain --output_dir runs/mine",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

@@ -1,8 +1,8 @@
 """First half of sharding: documents read, cleaned, hashed and staged; duplicates found.
 
 Documents are staged in document batches of bounded size, so that everything after depends neither on the
-input's format nor on its compression. A document batch and its list of hashes are cut by the text alone, never
-by the number of processes.
+input's format nor on its compression. A document batch and its list of hashes are cut by the text alone,
+never by the number of processes.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole work, decided before it begins: settings, sources, and the input splits, each read by itself."""
+    """The whole work, decided before it begins: settings, sources and input splits."""
 
     settings: ShardSettings
     sources: tuple[Source, ...]
@@ -234,7 +234,7 @@ def _documents(plan: Plan, number: int, report: InputSplitReport, found: set[int
 def _write_document_batch(
     work: Work, name: str, documents: Iterator[str], settings: ShardSettings, report: InputSplitReport
 ) -> DocumentBatch:
-    """Take documents until the document batch is full; those that repeat one in it are counted and left out."""
+    """Take documents until the document batch is full; repeats are counted and left out."""
     hashes: list[bytes] = []
     seen: set[bytes] = set()
     size = 0
@@ -281,7 +281,7 @@ def _record_batch(texts: list[bytes], hashes: list[bytes]) -> pa.RecordBatch:
 
 
 def read_document_batch(work: Work, name: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
-    """Yield a document batch's documents with the second half of their hashes, (documents,) uint64, in turns."""
+    """Yield a batch's documents with the second half of their hashes, (documents,) uint64, some at a time."""
     with open(work.document_batch(name), "rb") as file, pa.ipc.open_stream(file) as reader:
         for batch in reader:
             yield batch.column("text"), batch.column("low").to_numpy()
@@ -300,9 +300,9 @@ def number_of_partitions(document_batches: Sequence[DocumentBatch]) -> int:
 def find_duplicates(folder: Path, number: int, partitions: int) -> None:
     """Find the documents of partition ``number`` of the hashes that repeat an earlier one.
 
-    The first occurrence in the order of the input stays. Writes (2, duplicates) uint64: document batch and position
-    in it, in rising order. Memory depends on the partition's size: a document comes at most once from each
-    document batch.
+    The first occurrence in the order of the input stays. Writes (2, duplicates) uint64: document batch and
+    position in it, in rising order. Memory depends on the partition's size: a document comes at most once
+    from each document batch.
     """
     work = Work(folder)
     bounds = [(number * 2**64) // partitions, ((number + 1) * 2**64) // partitions]

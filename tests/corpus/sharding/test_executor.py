@@ -74,13 +74,13 @@ def test_an_mpirun_of_another_mpi_is_refused(wordpiece: Path, tmp_path: Path) ->
     assert not (tmp_path / "corpus").exists()
 
 
-def test_parts_and_ranks_exclude_each_other(
+def test_array_tasks_and_ranks_exclude_each_other(
     wordpiece: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not under_mpi()
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert under_mpi()
-    with pytest.raises(UserError, match=r"--array_task under mpirun: .* Leave --array_task out"):
+    with pytest.raises(UserError, match=r"--array_task under mpirun"):
         shard_corpus(["x"], tmp_path / "corpus", ShardSettings(str(wordpiece)), array_task=(0, 2))
 
 

@@ -352,7 +352,7 @@ def test_output_with_other_files(raw: Path, wordpiece: Path, tmp_path: Path) -> 
         ({"packing": "bins"}, {}, r"--packing bins: must be one of chunk, document"),
         ({"document": "page"}, {}, r"--document page: must be one of line, file"),
         ({}, {"num_workers": 0}, r"--num_workers 0: must be at least 1"),
-        ({}, {"array_task": (4, 4)}, r"--array_task 4/4: parts of 4 count from 0"),
+        ({}, {"array_task": (4, 4)}, r"--array_task 4/4: count from 0"),
     ],
 )
 def test_settings_out_of_range(
@@ -408,7 +408,7 @@ def test_full_disk(num_workers: int, wordpiece: Path, small_disk: Path, tmp_path
         UserError, match=rf"the disk of {output} is full \(0\.\d MB free\).*Finished parts are kept"
     ):
         shard_corpus([str(path)], output, chosen, num_workers=num_workers)
-    finished = list((output / WORK_FOLDER).glob("input_split-*.json"))
+    finished = list((output / WORK_FOLDER).glob("input-*.json"))
     assert finished
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     report = shard_corpus([str(path)], output, chosen)
