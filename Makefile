@@ -1,12 +1,14 @@
 # Everything happens in .venv, which the first target makes. Another Python: make demo PYTHON=python3.12
 PYTHON ?= python3
 # Where no GPU is to be seen, torch alone first, so that nothing pulls in another build of it later.
-TORCH ?= torch==2.13.0
+TORCH ?= torch
+LOCK := constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+UV := .venv-uv/bin/uv
 
-.PHONY: demo test lint
+.PHONY: demo test lint lock test-latest test-oldest
 
 demo: $(VENV)/.quickstart
 	$(BIN)/python tools/demo.py
@@ -20,11 +22,35 @@ lint: $(VENV)/.test
 	$(BIN)/mypy dga_scale launchers tools
 	$(BIN)/lint-imports
 
-# [quickstart] or [test]; installed again when pyproject.toml changes.
-$(VENV)/.%: pyproject.toml | $(BIN)/pip
+# The newest versions in the ranges of pyproject.toml, for every Python; to be tested before they are committed.
+lock: $(UV)
+	$(call compile,$(LOCK),--universal --python-version 3.10)
+
+# The suite at both ends of the ranges, with this Python, each in an environment of its own.
+test-latest: $(UV)
+	$(call compile,.venv-latest.txt,--python $(PYTHON))
+	@$(MAKE) test VENV=.venv-latest LOCK=.venv-latest.txt
+
+test-oldest: $(UV)
+	$(call compile,.venv-oldest.txt,--python $(PYTHON) --resolution lowest-direct)
+	@$(MAKE) test VENV=.venv-oldest LOCK=.venv-oldest.txt
+
+# Without what torch pins itself, which depends on its build.
+define compile
+	@$(UV) pip compile pyproject.toml --all-extras --upgrade --quiet --no-annotate --no-emit-index-url \
+	  --custom-compile-command 'make $@' --output-file $(1).all $(2)
+	@grep -vE '^(cuda|nvidia)-|^triton=' $(1).all >$(1) && rm $(1).all
+endef
+
+$(UV):
+	@$(PYTHON) -m venv .venv-uv
+	@.venv-uv/bin/python -m pip -qq --disable-pip-version-check install 'uv>=0.13,<0.14'
+
+# [quickstart] or [test]; installed again when pyproject.toml or the lock changes.
+$(VENV)/.%: pyproject.toml $(LOCK) | $(BIN)/pip
 	@echo "installing dga_scale[$*] and what it needs into $(VENV): a few minutes the first time"
-	@command -v nvidia-smi >/dev/null || $(PIP) install "$(TORCH)"
-	@$(PIP) install --editable ".[$*]"
+	@command -v nvidia-smi >/dev/null || $(PIP) install --constraint $(LOCK) "$(TORCH)"
+	@$(PIP) install --constraint $(LOCK) --editable ".[$*]"
 	@touch $@
 
 $(BIN)/pip:
