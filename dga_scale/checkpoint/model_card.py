@@ -9,6 +9,7 @@ import yaml
 
 import dga_scale
 from dga_scale.backbone.extended import MODEL_TYPE
+from dga_scale.logging.evaluations import before_and_after, evaluations
 from dga_scale.logging.metrics import LOG_FILE, read_log
 from dga_scale.run_folder import RunFolder
 
@@ -80,14 +81,16 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 
 def _figures(run_dir: Path, step: int) -> list[str]:
-    """Tabulate held-out figures before the first step and at the checkpoint's."""
+    """Tabulate held-out figures of the base model and of the checkpoint's, or the last before it."""
     log = run_dir / LOG_FILE
     records = read_log(log) if log.is_file() else []
-    evaluations = [r for r in records if r.get("event") == "evaluation" and r["step"] <= step]
-    if not evaluations:
+    found = before_and_after(records, until=step)
+    if not found:
         return []
-    first, last = evaluations[0], evaluations[-1]
-    names = [name for name in last if isinstance(last[name], float) and name in first]
-    rows = [f"| {name.replace('_', ' ')} | {first[name]:.4f} | {last[name]:.4f} |" for name in names]
-    header = f"| held-out text | step {first['step']} | step {last['step']} |"
+    evaluated = max(record["step"] for record in evaluations(records) if record["step"] <= step)
+    rows = []
+    for name, figures in found.items():
+        before, after, _ = figures.cells(".4f")
+        rows.append(f"| {name.replace('_', ' ')} | {before} | {after} |")
+    header = f"| held-out text | step 0 | step {evaluated} |"
     return ["", "## Figures", "", header, "|---|---|---|", *rows]

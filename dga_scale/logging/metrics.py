@@ -3,7 +3,7 @@
 Only rank 0 writes; on the other ranks every call returns at once. ``log.jsonl``, one JSON object a line::
 
     {"step": 12, "loss/total": 3.51, "loss/mlm": 3.2, "learning_rate": 1e-4, ...}     a step that was logged
-    {"event": "evaluation", "step": 500, "domain_loss": 3.1, "general_loss": 3.8}      anything else
+    {"event": "checkpoint", "step": 500, "path": "runs/acl/checkpoints/step-000500"}    anything else
 
 ``step`` counts finished optimizer steps, from 1; events before the first step have step 0. A value that is
 NaN or infinite is ``null`` there (JSON has no other word for it) and spelt out in the line on the terminal.

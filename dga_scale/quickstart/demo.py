@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dga_scale.logging.evaluations import BeforeAfter
 from dga_scale.quickstart.prepare import FOLDER, defaults, repository, run_command
 
 MASTER_PORT = 29500
@@ -73,9 +74,9 @@ def show(folder: Path, run: Path) -> None:
     for column in ("loss before", "loss after", "change", "perplexity"):
         table.add_column(column, justify="right")
     for name, what in (("domain", "domain: docstrings"), ("general", "general: Wikipedia")):
-        before, after = summary[f"{name}_loss"]["before"], summary[f"{name}_loss"]["after"]
-        perplexity = f"{_perplexity(before)} to {_perplexity(after)}"
-        table.add_row(what, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}", perplexity)
+        found = BeforeAfter(**summary[f"{name}_loss"])
+        perplexity = " to ".join(_perplexity(loss) for loss in found if loss is not None)
+        table.add_row(what, *found.cells(".3f"), perplexity)
     console.print()
     console.print(table)
     places = {

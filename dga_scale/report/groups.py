@@ -78,7 +78,8 @@ def grouped(runs: Sequence[RunData]) -> list[Group]:
     """Group the runs whose losses were measured, in the order they came in."""
     measured = [run for run in runs if run.change("domain") and run.change("general")]
     keys = [
-        repr(sorted((k, v) for k, v in run.settings.items() if k not in _NOT_COMPARED)) for run in measured
+        repr((sorted((k, v) for k, v in run.settings.items() if k not in _NOT_COMPARED), run.texts))
+        for run in measured
     ]
     order = sorted(range(len(measured)), key=lambda i: keys.index(keys[i]))
     groups = [tuple(measured[i] for i in same) for _, same in groupby(order, key=lambda i: keys[i])]
@@ -102,10 +103,18 @@ def _short(value: object) -> str:
     return " ".join(str(each).rstrip("/").rsplit("/", 1)[-1] for each in values)
 
 
+def on_same_text(groups: Sequence[Group]) -> bool:
+    """Whether all were evaluated on the same domain text and the same general text."""
+    scored = [[group.runs[0].texts[text] for text in ("domain", "general")] for group in groups]
+    return all(texts == scored[0] for texts in scored)
+
+
 def comparison(groups: Sequence[Group]) -> str | None:
     """The methods against plain MLM, in words; None where there is nothing to compare."""
     if len(groups) < 2:
         return None
+    if not on_same_text(groups):
+        return "The runs were evaluated on different text, so their losses can't be compared."
     best_domain = min(groups, key=lambda group: group.after("domain").mean)
     best_general = min(groups, key=lambda group: group.after("general").mean)
     sentences = [

@@ -14,8 +14,9 @@ import torch
 import dga_scale
 from dga_scale.errors import UserError
 from dga_scale.logging import plots
+from dga_scale.logging.evaluations import NOT_MEASURED, BeforeAfter
 from dga_scale.report import html
-from dga_scale.report.groups import Group, comparison, grouped
+from dga_scale.report.groups import Group, comparison, grouped, on_same_text
 from dga_scale.report.html import Draw
 from dga_scale.report.run_data import Change, RunData, load_run, protection_verdict, verdict
 from dga_scale.report.scores import load_scores, scores_html
@@ -97,10 +98,10 @@ def _outcome(runs: Sequence[RunData]) -> str:
         said.append("One seed a method: differences of a few hundredths can be chance.")
     rows = []
     for text in ("domain", "general"):
-        measured = [(run, change) for run in runs if (change := run.change(text))]
+        measured = [(run, found) for run in runs if (found := run.before_and_after(text))]
         if len(runs) > 1 and measured:
             rows.append(f'<tr class="group"><td colspan="4">{text}</td></tr>')
-        rows += [_change_row(run.name if len(runs) > 1 else text, change) for run, change in measured]
+        rows += [_change_row(run.name if len(runs) > 1 else text, found) for run, found in measured]
     paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in said)
     head = ("held-out text", "before", "after", "change")
     compared = _methods(groups) if len(groups) > 1 else ""
@@ -116,6 +117,8 @@ def _methods(groups: Sequence[Group]) -> str:
         values = (cells[0], changes[0], cells[1], changes[1], str(len(group.runs)))
         rows.append(f"<tr><td>{escape(group.label)}</td>{html.cells(values)}</tr>")
     head = ("method", "domain loss", "change", "general loss", "change", "seeds")
+    if not on_same_text(groups):
+        return html.table(head, rows)
     before = [(d.before, g.before) for group in groups for d, g in group.changes()]
     # Runs of one base start from the same losses, measured again by each.
     points = [("before", [before[0][0]], [before[0][1]])] + [
@@ -127,10 +130,13 @@ def _methods(groups: Sequence[Group]) -> str:
     return html.table(head, rows) + picture
 
 
-def _change_row(name: str, change: Change) -> str:
+def _change_row(name: str, found: BeforeAfter) -> str:
     def loss(value: float) -> str:
         return f"<td>{value:.3f}<small>ppl {math.exp(value):,.1f}</small></td>"
 
+    if found.before is None:
+        return f"<tr><td>{escape(name)}</td><td>{NOT_MEASURED}</td>{loss(found.after)}<td></td></tr>"
+    change = Change(found.before, found.after)
     kind = "better" if change.difference < 0 else "worse"
     difference = f'<td class="{kind}">{change.difference:+.3f}<small>{change.relative:+.1%}</small></td>'
     return f"<tr><td>{escape(name)}</td>{loss(change.before)}{loss(change.after)}{difference}</tr>"
@@ -163,9 +169,8 @@ def _points(wanted: dict[str, tuple[RunData, str]]) -> dict[str, tuple[list[int]
     """Held-out losses by label, where any were measured."""
     found = {}
     for label, (run, text) in wanted.items():
-        records = [r for r in run.named("evaluation") if r.get(f"{text}_loss") is not None]
-        if records:
-            found[label] = ([r["step"] for r in records], [r[f"{text}_loss"] for r in records])
+        if losses := run.losses(text):
+            found[label] = ([step for step, _ in losses], [loss for _, loss in losses])
     return found
 
 

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from dga_scale.errors import UserError
+from dga_scale.logging.evaluations import BeforeAfter, Texts, before_and_after, history, last_texts
 from dga_scale.logging.metrics import LOG_FILE, read_log
 from dga_scale.preservation.importance import Importance
 
@@ -77,10 +78,23 @@ class RunData:
         """The events of one name, in order."""
         return [r for r in self.events if r["event"] == event]
 
+    def losses(self, text: str) -> list[tuple[int, float]]:
+        """Steps and losses on the held-out ``"domain"`` or ``"general"`` text of the last evaluation."""
+        return history(self.events, text)
+
+    def before_and_after(self, text: str) -> BeforeAfter | None:
+        """Loss on that text of the base model, where it was measured on it, and of the trained one."""
+        return before_and_after(self.events).get(f"{text}_loss")
+
     def change(self, text: str) -> Change | None:
-        """Loss on held-out ``"domain"`` or ``"general"`` text at the first and the last evaluation."""
-        losses = [r[f"{text}_loss"] for r in self.named("evaluation") if r.get(f"{text}_loss") is not None]
-        return Change(losses[0], losses[-1]) if len(losses) > 1 else None
+        """Loss on that text before and after training; None where one of the two was not measured."""
+        found = self.before_and_after(text)
+        return None if found is None or found.before is None else Change(found.before, found.after)
+
+    @property
+    def texts(self) -> Texts:
+        """What the last evaluation scored."""
+        return last_texts(self.events)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one logged number, NaN where it was none; empty where it was never logged."""
@@ -162,6 +176,12 @@ def _json(path: Path) -> dict[str, Any]:
 def verdict(run: RunData) -> str:
     """One run in plain words: what was gained in the domain and what it cost outside."""
     domain, general = run.change("domain"), run.change("general")
+    if domain is None and (found := run.before_and_after("domain")) is not None:
+        return (
+            f"Loss on held-out domain text is {found.after:.3f}. Nothing can be said about what was learnt: "
+            "the base model was not measured on this text. It is another one, or another number of its rows, "
+            "than the run began with."
+        )
     if domain is None:
         return (
             "Nothing can be said about the domain: the run has no two evaluations on held-out domain text. "
@@ -170,6 +190,11 @@ def verdict(run: RunData) -> str:
     sentence = f"Loss on held-out domain text {_moved(domain)}."
     if domain.difference >= 0:
         sentence += " The run did not make the model better in the domain."
+    if general is None and run.before_and_after("general") is not None:
+        return (
+            f"{sentence} Nothing can be said about forgetting: the base model was not measured on the "
+            "general text that the trained one was."
+        )
     if general is None:
         return (
             f"{sentence} General loss was not measured, so nothing can be said about forgetting: pass "

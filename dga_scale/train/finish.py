@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dga_scale.checkpoint.export import consolidate
 from dga_scale.launch.world import Cluster
+from dga_scale.logging.evaluations import BeforeAfter, before_and_after, last_texts
 from dga_scale.logging.metrics import LOG_FILE, read_log
 from dga_scale.report.report import write_report
 from dga_scale.run_folder import RunFolder, write_text
@@ -33,15 +34,13 @@ def _write(inputs: Inputs, cluster: Cluster) -> None:
 
 
 def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
-    """The run's figures: settings that matter, held-out losses before and after, time."""
+    """The run's figures: settings that matter, held-out losses before and after, time.
+
+    "before" is null where the base model was not measured on the text that the trained one was.
+    """
     records = read_log(inputs.folder.path / LOG_FILE)
-    evaluations = [r for r in records if r.get("event") == "evaluation"]
     steps = [r for r in records if "event" not in r]
-    figures = {
-        name: {"before": evaluations[0][name], "after": evaluations[-1][name]}
-        for name in (evaluations[0] if evaluations else {})
-        if name not in ("event", "step")
-    }
+    figures = {name: found._asdict() for name, found in before_and_after(records).items()}
     config = inputs.config
     return {
         "model": config.model.model,
@@ -56,6 +55,7 @@ def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
         "precision": inputs.resolved.precision,
         "seconds_per_step": _median([r["step_seconds"] for r in steps if r.get("step_seconds")]),
         "refused_steps": sum(r.get("event") == "refused" for r in records),
+        "texts": last_texts(records),
         **figures,
     }
 
@@ -67,8 +67,8 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     for column in ("held-out text", "loss before", "loss after", "change"):
         table.add_column(column, justify="left" if column == "held-out text" else "right")
     for name in [key.removesuffix("_loss") for key in summary if key.endswith("_loss")]:
-        before, after = summary[f"{name}_loss"]["before"], summary[f"{name}_loss"]["after"]
-        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+        found = BeforeAfter(**summary[f"{name}_loss"])
+        table.add_row(name, *found.cells(".4f"))
     if table.row_count:
         console.print(table)
     for what, where in (

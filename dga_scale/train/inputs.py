@@ -14,6 +14,7 @@ from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
+from dga_scale.logging.evaluations import Texts
 from dga_scale.objectives.methods import build_method
 from dga_scale.run_folder import RunFolder
 from dga_scale.zero.ds_config import ResolvedConfig, resolve_ds_config
@@ -51,6 +52,15 @@ class Inputs:
         """All text that is read, to learn from or to be evaluated on."""
         general = [self.general] if self.general else []
         return [*self.mixture.corpora, *general, *self.evaluations.values()]
+
+    @property
+    def evaluated_texts(self) -> Texts:
+        """What an evaluation scores of each held-out corpus."""
+        most = self.config.data.max_eval_samples
+        return {
+            name: {"content_hash": corpus.content_hash, "rows": min(most, len(corpus))}
+            for name, corpus in self.evaluations.items()
+        }
 
     @property
     def content_hash(self) -> str:

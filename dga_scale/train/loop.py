@@ -23,6 +23,7 @@ from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus, StopRequest
 from dga_scale.launch.watchdog import note_step
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.environment import describe_environment, device_name, write_environment
+from dga_scale.logging.evaluations import EVALUATION
 from dga_scale.logging.metrics import RunLog, Value
 from dga_scale.logging.throughput import device_peak, memory_gib, rates, step_flops
 from dga_scale.train.dry_run import dry_run
@@ -201,7 +202,8 @@ class _Run:
     def _evaluate(self) -> None:
         figures = self.figures = self.evaluator.evaluate(self.session.engine.module)
         if figures:
-            self.log.event("evaluation", step=self.done, **figures)
+            texts = self.inputs.evaluated_texts
+            self.log.event(EVALUATION, step=self.done, **figures, texts=texts)
             losses = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items() if "loss" in name]
             self.log.print(f"evaluation after step {self.done}: {', '.join(losses)}")
 

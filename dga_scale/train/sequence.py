@@ -8,6 +8,7 @@ was stopped goes on where it was.
 import dataclasses
 import gc
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,14 +151,8 @@ def _hand_over(config: TrainConfig, stages: list[TrainConfig]) -> None:
     folders = [RunFolder(Path(stage.run.output_dir or "")) for stage in stages]
     root, names = folders[0].path.parent, [Path(path).resolve().name for path in config.data.corpus or []]
     summaries = [json.loads(folder.summary.read_text(encoding="utf-8")) for folder in folders]
-    losses: dict[str, list[float | None]] = {name: [] for name in names}
-    for number, summary in enumerate(summaries):
-        for place, name in enumerate(names):
-            key = "domain_loss" if place == number else f"{name}_loss"
-            losses[name].append(summary[key]["after"] if key in summary else None)
-    general = [summary.get("general_loss", {}).get("after") for summary in summaries]
-    before = summaries[0].get("general_loss", {}).get("before")
-    figures = {"domains": names, "losses": losses, "general": [before, *general]}
+    losses, general = losses_after_each(summaries, names)
+    figures = {"domains": names, "losses": losses, "general": general}
     write_text(root / "sequence.json", json.dumps(figures, indent=2) + "\n")
     write_report([folder.path for folder in folders], root / "report.html")
     console = Console(highlight=False)
@@ -166,10 +161,43 @@ def _hand_over(config: TrainConfig, stages: list[TrainConfig]) -> None:
         table.add_column(column, justify="left" if column == "after" else "right")
     for number, name in enumerate(names):
         row = [losses[other][number] for other in names]
-        table.add_row(name, *(_figure(value) for value in (*row, general[number])))
+        table.add_row(name, *(_figure(value) for value in (*row, general[number + 1])))
     console.print(table)
     console.print(f"{'models':>12}: {', '.join(str(folder.model) for folder in folders)}", soft_wrap=True)
     console.print(f"{'report':>12}: {root / 'report.html'}", soft_wrap=True)
+
+
+def losses_after_each(
+    summaries: Sequence[dict[str, Any]], names: Sequence[str]
+) -> tuple[dict[str, list[float | None]], list[float | None]]:
+    """Follow each domain's held-out loss, and that on general text, through a sequence of runs.
+
+    Args:
+        summaries: what ``summary.json`` says of each run.
+        names: of the domains, one a run.
+
+    Returns:
+        losses by domain, one after each run; losses on general text before the first run and after each. None
+        where there is none on the text that the domain's own run (of general text: the first) was scored on.
+
+    """
+
+    def on_text(summary: dict[str, Any], name: str, text: dict[str, Any] | None, when: str) -> float | None:
+        if text is None or summary["texts"].get(name) != text:
+            return None
+        figure: float | None = summary.get(f"{name}_loss", {}).get(when)
+        return figure
+
+    losses: dict[str, list[float | None]] = {}
+    for own, name in enumerate(names):
+        text = summaries[own]["texts"].get("domain")
+        losses[name] = [
+            on_text(summary, "domain" if number == own else name, text, "after")
+            for number, summary in enumerate(summaries)
+        ]
+    text = summaries[0]["texts"].get("general")
+    after = [on_text(summary, "general", text, "after") for summary in summaries]
+    return losses, [on_text(summaries[0], "general", text, "before"), *after]
 
 
 def _figure(value: float | None) -> str:

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from dga_scale.checkpoint.model_card import model_card
+from tests.helpers.evaluations import evaluation
 
 
-def run_of(folder: Path, model: str, records: list[dict[str, object]]) -> Path:
+def run_of(folder: Path, model: str, records: list[dict[str, Any]]) -> Path:
     settings = {
         "model": model,
         "corpus": str(folder / "somewhere" / "acl"),
@@ -23,11 +25,11 @@ def run_of(folder: Path, model: str, records: list[dict[str, object]]) -> Path:
 
 
 def test_figures_of_the_step_it_holds(tmp_path: Path) -> None:
-    records: list[dict[str, object]] = [
-        {"event": "evaluation", "step": 0, "domain_loss": 4.2, "general_loss": 3.8},
+    records = [
+        evaluation(0, domain=4.2, general=3.8),
         {"step": 50, "loss/total": 4.0},
-        {"event": "evaluation", "step": 100, "domain_loss": 3.7, "general_loss": 3.9},
-        {"event": "evaluation", "step": 200, "domain_loss": 3.5, "general_loss": 4.0},
+        evaluation(100, domain=3.7, general=3.9),
+        evaluation(200, domain=3.5, general=4.0),
     ]
     card = model_card(run_of(tmp_path, "FacebookAI/roberta-base", records), 100, tmp_path / "config.json")
     front = yaml.safe_load(card.split("---")[1])
@@ -39,6 +41,18 @@ def test_figures_of_the_step_it_holds(tmp_path: Path) -> None:
     assert "| general loss | 3.8000 | 3.9000 |" in card
     assert "| learning_rate | 0.0001 |" in card
     assert "AutoModelForMaskedLM" in card
+
+
+def test_a_base_that_was_not_measured_on_the_text(tmp_path: Path) -> None:
+    records = [evaluation(0, rows=10, domain=4.2, general=3.8), evaluation(100, rows=20, domain=3.7)]
+    card = model_card(run_of(tmp_path, "base", records), 100, tmp_path / "config.json")
+    assert "| domain loss | not measured | 3.7000 |" in card
+    assert "general" not in card.split("## Figures")[1].split("## Use")[0]
+
+
+def test_a_checkpoint_before_the_first_evaluation_has_no_figures(tmp_path: Path) -> None:
+    card = model_card(run_of(tmp_path, "base", [evaluation(0, domain=4.2)]), 5, tmp_path / "config.json")
+    assert "## Figures" not in card
 
 
 def test_paths_of_the_machine_are_not_told(tmp_path: Path) -> None:

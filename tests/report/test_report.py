@@ -24,6 +24,7 @@ from dga_scale.preservation.importance import Importance
 from dga_scale.report.groups import comparison, grouped
 from dga_scale.report.report import write_report
 from dga_scale.report.run_data import load_run, protection_verdict, verdict
+from tests.helpers.evaluations import evaluation
 
 VOID = {"meta", "source", "img", "br"}
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
@@ -87,8 +88,12 @@ def make_run(
     moved: float = 0.95,
     tokens: int = 1000,
     steps: int = 4,
+    rows: int = 10,
+    base_rows: int | None = None,
     **settings: Any,
 ) -> Path:
+    """A run's folder; ``rows`` of the held-out texts were scored, of the base model ``base_rows``."""
+    base_rows = rows if base_rows is None else base_rows
     losses = {"domain": (4.0, 3.0), "general": (3.5, 3.6)} if losses is None else losses
     folder.mkdir(parents=True)
     settings = {
@@ -99,11 +104,12 @@ def make_run(
     environment = describe_environment(launcher="deepspeed", devices=["GPU X"], hosts=["a"])
     write_environment(folder / "environment.json", environment)
     with RunLog(folder, 0, 4) as log:
-        log.event("evaluation", step=0, **{f"{name}_loss": v[0] for name, v in losses.items()})
+        before = {name: value[0] for name, value in losses.items()}
+        write_evaluation(log, 0, base_rows, **before)
         for step in range(1, steps + 1):
             values = {"step": step, "loss/total": 4.0 / step, "loss/mlm": 3.0 / step}
             log.step(values | {"tokens_per_second": 100.0, "step_seconds": 2.0, "data_wait_seconds": 0.1})
-        log.event("evaluation", step=steps, **{f"{name}_loss": v[1] for name, v in losses.items()})
+        write_evaluation(log, steps, rows, **{name: value[1] for name, value in losses.items()})
         if method == "dga":
             importance = Importance({"heads": torch.arange(1.0, 9.0).view(2, 4) ** 2}, {})
             importance.save(folder / "importance.safetensors")
@@ -113,6 +119,11 @@ def make_run(
     if steps == 4:
         (folder / "summary.json").write_text(json.dumps({"tokens": tokens}))
     return folder
+
+
+def write_evaluation(log: RunLog, step: int, rows: int, **losses: float) -> None:
+    record = evaluation(step, rows, **losses)
+    log.event(record.pop("event"), **record)
 
 
 def page_of(tmp_path: Path, *runs: Path) -> Page:
@@ -308,3 +319,48 @@ def test_refused_folders(tmp_path: Path) -> None:
     (run / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json is damaged"):
         load_run(run)
+
+
+# --- evaluations of different texts ----------------------------------------------------------------------
+
+
+def test_a_base_that_was_measured_on_other_rows_is_not_compared(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows=20, base_rows=10)
+    page = page_of(tmp_path, run)
+    assert "the base model was not measured on this text" in page.text
+    assert ["domain", "not measured", "3.000 ppl 20.1", ""] in page.rows
+    assert "fell by" not in page.text
+    assert grouped([load_run(run)]) == []
+
+
+def test_a_general_text_that_only_the_trained_model_was_scored_on(tmp_path: Path) -> None:
+    run = load_run(make_run(tmp_path / "run", losses={"domain": (4.0, 3.0)}))
+    last = run.named("evaluation")[-1]
+    last |= {"general_loss": 3.3, "texts": evaluation(4, domain=3.0, general=3.3)["texts"]}
+    assert "Nothing can be said about forgetting: the base model was not measured" in verdict(run)
+
+
+def test_runs_that_were_evaluated_on_different_texts_are_not_compared(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "dga", rows=20),
+        make_run(
+            tmp_path / "mlm",
+            method="mlm",
+            soft_mask="none",
+            losses={"domain": (4.0, 2.0), "general": (3.5, 3.9)},
+        ),
+    ]
+    groups = grouped([load_run(run) for run in runs])
+    said = comparison(groups)
+    assert said == "The runs were evaluated on different text, so their losses can't be compared."
+    alike = page_of(tmp_path, runs[0], make_run(tmp_path / "other", rows=20, learning_rate=1.0))
+    apart = page_of(tmp_path, *runs)
+    assert "what was learnt against what was kept" in str(alike.texts)
+    assert "what was learnt against what was kept" not in str(apart.texts)
+
+
+def test_seeds_that_were_evaluated_on_different_texts_are_no_group(tmp_path: Path) -> None:
+    runs = [load_run(make_run(tmp_path / str(seed), rows=10 + seed, seed=seed)) for seed in (0, 1)]
+    assert [len(group.runs) for group in grouped(runs)] == [1, 1]
+    alike = [load_run(make_run(tmp_path / f"alike-{seed}", seed=seed)) for seed in (0, 1)]
+    assert [len(group.runs) for group in grouped(alike)] == [2]

@@ -16,7 +16,7 @@ from dga_scale.corpus.cli import main as shard
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import join_cluster
 from dga_scale.objectives.methods import read_config
-from dga_scale.train.sequence import train_sequence
+from dga_scale.train.sequence import losses_after_each, train_sequence
 from dga_scale.train.trainer import Session
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.small import DOMAIN, GENERAL, SmallWorld, make_world, write_text
@@ -185,3 +185,22 @@ def test_experts_after_a_dense_warm_up_from_random_weights(world: SmallWorld, tm
 def test_dry_run_of_a_sequence_writes_nothing(world: SmallWorld, tmp_path: Path) -> None:
     assert run_ranks(2, run_sequence, flags_of(world, tmp_path / "run", dry_run="true")) == [0, 0]
     assert not (tmp_path / "run").exists()
+
+
+def test_losses_of_another_text_are_left_out_of_a_sequence() -> None:
+    """Each domain is followed on the text of its own run, general text on that of the first."""
+
+    def summary(**losses: tuple[str, float]) -> dict[str, Any]:
+        texts = {name: {"content_hash": text, "rows": 5} for name, (text, _) in losses.items()}
+        figures = {f"{name}_loss": {"before": 9.0, "after": loss} for name, (_, loss) in losses.items()}
+        return {"texts": texts, **figures}
+
+    one = summary(domain=("x", 1.0), general=("g", 2.0))
+    two = summary(domain=("y", 1.5), x=("x", 1.1), general=("g", 2.1))
+    assert losses_after_each([one, two], ["x", "y"]) == ({"x": [1.0, 1.1], "y": [None, 1.5]}, [9.0, 2.0, 2.1])
+    two = summary(domain=("y", 1.5), x=("x, sharded again", 1.1), general=("more", 2.1))
+    assert losses_after_each([one, two], ["x", "y"]) == (
+        {"x": [1.0, None], "y": [None, 1.5]},
+        [9.0, 2.0, None],
+    )
+    assert losses_after_each([summary(domain=("x", 1.0))], ["x"]) == ({"x": [1.0]}, [None, None])
