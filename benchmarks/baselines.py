@@ -32,7 +32,7 @@ from transformers import (
 from benchmarks.common import ROOT, parser_of
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.loading import load_model
-from dga_scale.corpus.loading.batches import BatchStream
+from dga_scale.corpus.loading.batches import Batch, BatchStream
 from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.shards import Corpus
@@ -107,10 +107,13 @@ class PlainDGA(nn.Module):
         self.mask = GradientMask(self.lm.named_parameters(), self.anatomy, ("heads",))
         self.mask.set(mask_factors(self.anatomy, {"heads": self.protection}, "min"))
 
-    def forward(self, clean: Tensor, masked: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """The loss of ids (B, T), labels (B, T) with -100 where nothing is predicted."""
-        logits = self.lm(input_ids=masked, attention_mask=attention_mask).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss, with labels (B, T) that are -100 where nothing is predicted."""
+        clean, attention_mask = batch.input_ids, batch.attention_mask
+        # Label indices that only fill up are of position 0, which is a CLS without a label.
+        labels = torch.full_like(clean, -100).flatten().scatter(0, batch.positions, batch.labels)
+        logits = self.lm(input_ids=batch.masked_ids, attention_mask=attention_mask).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels)
         pooled: list[Tensor] = []
         gate = self.protection.to(clean.device).expand(len(clean), -1, -1)
         for gated in (False, False, True):
@@ -151,12 +154,7 @@ def plain_dga(options: argparse.Namespace) -> list[float]:
     ends = []
     with stream:
         for step in stream:
-            batch = step.micro_batches[0]
-            # Padding label indices name position 0, which is a CLS without a label.
-            labels = torch.full_like(batch.input_ids, -100).flatten()
-            labels = labels.scatter(0, batch.positions, batch.labels).view_as(batch.input_ids)
-            tensors = (batch.input_ids, batch.masked_ids, batch.attention_mask, labels)
-            engine.backward(engine(*(t.to(engine.device) for t in tensors)))
+            engine.backward(engine(step.micro_batches[0].to(engine.device)))
             engine.step()
             ends.append(time.perf_counter())
     return ends

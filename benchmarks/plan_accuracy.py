@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig
 
 from benchmarks.common import ROOT, keep_section, on_ranks, parser_of, table, verdict
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.loading import set_dropout
+from dga_scale.corpus.loading.batches import Counts
+from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.methods import build_method, read_config
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.planning.gpus import GPUS
@@ -41,6 +42,7 @@ from dga_scale.preservation.soft_mask import UpdateMask, mask_factors
 from dga_scale.zero.ds_keys import load_ds_config
 from dga_scale.zero.engine import build_engine, partitioned_loading, set_learning_rate
 from dga_scale.zero.optimizer_hooks import backward, local_fragments, wrap_optimizer_step
+from tests.helpers.batches import batch_of
 from tests.helpers.engines import saved_bytes, storages
 
 MIB = 2**20
@@ -121,13 +123,12 @@ def build(planner: Planner, shape: Shape) -> tuple[Any, Callable[[], Tensor], An
         wrap_optimizer_step(engine, mask.before_step, mask.after_step)
     labelled = planner.as_configured().batch.labels
     ids = torch.randint(5, anatomy.vocab_size, (shape.rows, shape.length))
-    mask_of_rows = torch.ones_like(ids)
-    positions = mask_of_rows.cumsum(dim=1).le(labelled).flatten().nonzero().flatten()
-    masked = (labelled * shape.rows * ranks,)
-    labels = ids.flatten()[positions]
-    fillers = planner.as_configured().batch.head_slots - len(positions)
-    inputs = (ids, ids, mask_of_rows, F.pad(positions, (0, fillers)), F.pad(labels, (0, fillers), value=-100))
-    return engine, lambda: engine(*inputs, masked=masked, passes=float(ranks))[0], tracker
+    labels = ids.clone()
+    labels[:, labelled:] = IGNORED
+    batch = batch_of(ids, ids, torch.ones_like(ids), labels)
+    assert len(batch.positions) == planner.as_configured().batch.head_positions
+    counts = Counts((labelled * shape.rows * ranks,), num_micro_batches=ranks)
+    return engine, lambda: engine(batch, counts)[0], tracker
 
 
 def random_model(shape: Shape) -> Any:
@@ -152,7 +153,7 @@ def predicted(planner: Planner) -> tuple[int, int, int]:
         del parts["gradients"]  # gone after the step
     soft_mask = getattr(planner.config.method, "soft_mask", "none")
     held = sum(parts.values()) + sum(extras(model, plan.zero, soft_mask).values())
-    width, positions = plan.zero.weight_bytes, plan.batch.head_slots
+    width, positions = plan.zero.weight_bytes, plan.batch.head_positions
     kept = activations(model, plan.batch, width, checkpointing=False)
     kept += positions * width * (model.anatomy.vocab_size + 4 * model.anatomy.hidden_size)  # no gradients yet
     return held, kept, plan.memory.total

@@ -35,7 +35,6 @@ from dga_scale.logging.metrics import RunLog
 from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.logging.throughput import device_peak, measured_flops, memory_gib, step_flops, wait_for
 from dga_scale.objectives.methods import read_config
-from dga_scale.objectives.views import to_device
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.seeds import IMPORTANCE_STREAM, seed_everything
@@ -240,18 +239,18 @@ class Bench:
     def _figures(self, session: Session, seconds: list[float]) -> dict[str, Any]:
         """Rates at the median of the rounds, and memory since they began."""
         rows = session.inputs.resolved.global_batch_size
-        views = len(session.method.views())
+        views = len(session.model.views)
         flops = step_flops(
             session.anatomy,
             views=views,
             rows_by_width=self.last.rows_by_width,
-            head_tokens=self.last.head_slots,
+            head_tokens=self.last.head_positions,
         )
         median = statistics.median(seconds)
         reserved = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
         return {
             "seconds": seconds,
-            "tokens_per_second": sum(self.last.global_tokens) / median,
+            "tokens_per_second": sum(self.last.tokens_per_source) / median,
             "rows_per_second": rows / median,
             "mfu": flops / (median * self.peak),
             "views": views,
@@ -276,7 +275,7 @@ class Bench:
         started = time.perf_counter()
         measure_importance(
             session.engine.module,
-            (to_device(batch, self.device) for batch in batches),
+            (batch.to(self.device) for batch in batches),
             kinds=session.method.kinds,
         )
         wait_for(self.device)

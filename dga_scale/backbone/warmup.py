@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,33 +11,15 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.packed_rows import last_hidden_states
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.errors import UserError
 from dga_scale.storage.checked_tensors import load_tensors, save_tensors
-
-
-class PredictionBatch(Protocol):
-    """What is read of a batch: B rows of T tokens, N predicted positions, on the model's device."""
-
-    @property
-    def masked_ids(self) -> Tensor: ...  # (B, T)
-
-    @property
-    def attention_mask(self) -> Tensor: ...  # (B, T)
-
-    @property
-    def positions(self) -> Tensor: ...  # (N,) in the flattened (B, T)
-
-    @property
-    def labels(self) -> Tensor: ...  # (N,), -100 where there is none
-
-    @property
-    def packed(self) -> Tensor | None: ...  # (P, T), the rows end to end; see ``packed_rows``
 
 
 def warm_up_head(
     model: PreTrainedModel,
     anatomy: Anatomy,
-    batches: Iterable[PredictionBatch],
+    batches: Iterable[Batch],
     *,
     steps: int,
     learning_rate: float,
@@ -55,7 +36,7 @@ def warm_up_head(
     Args:
         model: whole on every rank, the same weights on all.
         anatomy: its anatomy.
-        batches: at least ``steps`` of them; this rank's part of each global batch.
+        batches: at least ``steps`` of them, on the model's device; this rank's part of each global batch.
         steps: optimizer steps.
         learning_rate: at the first step.
         train_trunk: train all parameters instead, the embeddings too.
@@ -74,7 +55,11 @@ def warm_up_head(
         with torch.autocast(batch.labels.device.type, autocast, enabled=autocast is not None):
             with torch.set_grad_enabled(train_trunk):
                 hidden = last_hidden_states(
-                    anatomy.trunk(model), anatomy, batch.masked_ids, batch.attention_mask, batch.packed
+                    anatomy.trunk(model),
+                    anatomy,
+                    batch.masked_ids,
+                    batch.attention_mask,
+                    batch.packed_positions,
                 )  # (B, T, H)
             states = hidden.flatten(0, 1).index_select(0, batch.positions)
             logits = anatomy.lm_logits(model, states)  # (N, vocab)

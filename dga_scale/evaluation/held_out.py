@@ -17,7 +17,6 @@ from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches
 from dga_scale.errors import UserError
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
-from dga_scale.objectives.views import to_device
 from dga_scale.preservation.fragments import Reduce
 
 MASK_PROBABILITY = 0.15
@@ -157,5 +156,5 @@ class Evaluator:
         """Each batch with the sums of its rows (B, 3) on the device: loss, labels, correct guesses."""
         for batch in batches:
             with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-                of_rows = evaluate_rows(model, to_device(batch, self._device))
+                of_rows = evaluate_rows(model, batch.to(self._device))
             yield batch, of_rows

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dga_scale.config.settings import MethodSettings, setting
-from dga_scale.objectives.views import ModelInputs, View, mean_pool
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.objectives.views import View, mean_pool
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ContrastSettings(MethodSettings):
     )
 
 
-def pool_real_tokens(hidden: Tensor, inputs: ModelInputs) -> Tensor:
+def pool_real_tokens(hidden: Tensor, inputs: Batch) -> Tensor:
     """Mean of hidden states (B, T, H) over the real tokens of each example: (B, H) in fp32."""
     return mean_pool(hidden, inputs.attention_mask)
 
@@ -36,7 +37,7 @@ class Side(NamedTuple):
     """One state an example: a reading, and how its hidden states (B, T, H) become (B, H)."""
 
     view: View
-    pool: Callable[[Tensor, ModelInputs], Tensor] = pool_real_tokens
+    pool: Callable[[Tensor, Batch], Tensor] = pool_real_tokens
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Contrast:
         """Whether the contrast goes over several micro-steps."""
         return self.scope == "global_batch" and micro_steps > 1
 
-    def pooled(self, hidden: Mapping[str, Tensor], inputs: ModelInputs) -> tuple[Tensor, ...]:
+    def pooled(self, hidden: Mapping[str, Tensor], inputs: Batch) -> tuple[Tensor, ...]:
         """(B, H) fp32 of each side, from hidden states (B, T, H) by name of view."""
         return tuple(side.pool(hidden[side.view.name], inputs) for side in self.sides)
 

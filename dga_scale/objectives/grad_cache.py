@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.objectives.contrast import Contrast
-from dga_scale.objectives.views import ModelInputs
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class CachedContrast:
 
 def cache_contrast(
     contrast: Contrast,
-    micro_batches: Sequence[ModelInputs],
-    pooled: Callable[[ModelInputs], tuple[Tensor, ...]],
+    micro_batches: Sequence[Batch],
+    pooled: Callable[[Batch], tuple[Tensor, ...]],
 ) -> list[CachedContrast]:
     """Read a global batch for the first time: one gather over ranks, whatever the number of micro-steps.
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.config.settings import MethodSettings, TrainConfig
+from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.objectives.contrast import Contrast
-from dga_scale.objectives.views import ModelInputs, View
+from dga_scale.objectives.views import View
 from dga_scale.preservation.anchors import AnchorPlan
 
 LM_VIEW = View("mlm", masked=True)
@@ -35,7 +36,10 @@ class ForwardOutput:
     """What was computed of one micro-batch of B examples with T tokens.
 
     Attributes:
-        inputs: the batch.
+        inputs: the micro-batch.
+        counts: of the global batch that it is a part of. A sum over the micro-batch's labels, times
+            ``num_micro_batches / num_labels``, has the mean over the global batch's labels as its mean over
+            the global batch's micro-batches.
         hidden: last hidden states (B, T, H), by name of view.
         embeddings: the trunk's embedding output (B, T, H), of the views that asked for it.
         trunk: of the model trained, without its LM head, for a reading of the method's own.
@@ -44,21 +48,17 @@ class ForwardOutput:
             or the clean text (False); of some rows only where a second argument gives their indices. No
             gradient. Under ZeRO-3 every rank has to call it, on a row at least.
         teacher_logits: the frozen model's, (N, V) at positions (N,) in the flattened hidden states (B, T, H).
-        masked: labels of the global batch, by source.
-        passes: ranks * micro-steps. A sum over this rank's positions, times ``passes`` over their number in
-            the global batch, has the global mean as its mean over ranks and micro-steps.
 
     """
 
-    inputs: ModelInputs
+    inputs: Batch
+    counts: Counts
     hidden: Mapping[str, Tensor]
     embeddings: Mapping[str, Tensor]
     trunk: Any
     lm_logits: Tensor
     teacher: Callable[..., Tensor]
     teacher_logits: Callable[[Tensor, Tensor], Tensor]
-    masked: Sequence[int]
-    passes: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class MethodContext:
     folder: Path
     resuming: bool
     device: torch.device
-    sample: Callable[[int], Iterator[ModelInputs]]
+    sample: Callable[[int], Iterator[Batch]]
     sum: Callable[[Tensor], Tensor]
     all_gather_object: Callable[[Any], list[Any]]
     run_on_first: Callable[[Callable[[], Any]], Any]
@@ -144,23 +144,29 @@ class Method(nn.Module):
         return None
 
     def views(self) -> tuple[View, ...]:
-        """Return the readings of each batch; ``LM_VIEW`` is one of them. By default, and the contrast's."""
+        """Return the views of each batch; ``LM_VIEW`` is one of them. By default, it and the contrast's.
+
+        The training model asks once, when it is built: after ``prepare``.
+        """
         contrast = self.contrast()
         contrasted = contrast.views if contrast else ()
         return LM_VIEW, *(view for view in contrasted if view != LM_VIEW)
 
     def contrast(self) -> Contrast | None:
-        """Return the contrast of examples that is added to the LM loss; None: there is none."""
+        """Return the contrast of examples that is added to the LM loss; None: there is none.
+
+        The training model asks once, when it is built: after ``prepare``.
+        """
         return None
 
-    def token_weights(self, masked: Sequence[int]) -> tuple[float, ...]:
-        """Weight in the LM loss of one masked token of each source.
+    def token_weights(self, labels_per_source: Sequence[int]) -> tuple[float, ...]:
+        """Weight in the LM loss of one label of each source; by default all labels count alike.
 
         Args:
-            masked: how many of them the global batch has, by source. By default all count alike.
+            labels_per_source: how many of them the global batch has, by source.
 
         """
-        return tuple(1 / sum(masked) for _ in masked)
+        return tuple(1 / sum(labels_per_source) for _ in labels_per_source)
 
     def anchor(self) -> AnchorPlan | None:
         """Return how the weights are drawn back to those that training starts from; None: they are not."""

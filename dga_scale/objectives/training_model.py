@@ -12,16 +12,16 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.packed_rows import last_hidden_states
+from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.cross_entropy import cross_entropies
 from dga_scale.objectives.grad_cache import CachedContrast
 from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method
-from dga_scale.objectives.views import ModelInputs, States, View, run_views
-from dga_scale.preservation.importance import InputTensors
+from dga_scale.objectives.views import States, View, run_views
 
 
 class TrainingModel(nn.Module):
-    """A language model that returns its training loss.
+    """A language model that returns its training loss: ``engine(batch, counts)`` under DeepSpeed.
 
     All that a run computes goes through a call of this module, importance and evaluation too (``compute``),
     so that ZeRO-3, which hooks the call, always has the parameters at hand. Parameters are named ``lm.`` +
@@ -49,6 +49,7 @@ class TrainingModel(nn.Module):
         self.lm = lm
         self.anatomy = anatomy
         self.method = method
+        self.views, self.contrast = method.views(), method.contrast()
         self.gates = Gates(lm, anatomy, method.kinds)
         self.teacher = teacher
         if teacher is not None:
@@ -78,131 +79,98 @@ class TrainingModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        masked_ids: Tensor,
-        attention_mask: Tensor,
-        positions: Tensor,
-        labels: Tensor,
-        sources: Tensor | None = None,
-        mixed_rows: Tensor | None = None,
-        mixed_slots: Tensor | None = None,
-        packed: Tensor | None = None,
-        padded: bool = True,
+        inputs: Batch,
+        counts: Counts | None = None,
         *,
-        masked: Sequence[int] = (1,),
-        passes: float = 1.0,
         cached: CachedContrast | None = None,
-        compute: Callable[[ModelInputs], Any] | None = None,
+        compute: Callable[[Batch], Any] | None = None,
     ) -> Any:
         """Training loss of one micro-batch on this rank.
 
         Args:
-            input_ids, masked_ids, attention_mask: (B, T).
-            positions, labels: (N,), positions in the flattened (B, T), labels -100 where there is none.
-            sources, mixed_rows, mixed_slots, packed, padded: see ``ModelInputs``; left out: one corpus, rows
-                as they stand.
-            masked: labels of the global batch, by source.
-            passes: ranks * micro-steps of a global batch. DeepSpeed takes the mean of the gradients over
-                them; times this, a sum over this pass's positions counts towards one over the global batch.
-            cached: of the contrast over all micro-steps, for this micro-batch; None: it is of this pass only.
+            inputs: the micro-batch, on the model's device.
+            counts: of the global batch that it is a part of; only ``compute`` goes without.
+            cached: of the contrast over all micro-batches of the step, for this one; None: the contrast is of
+                this micro-batch on all ranks.
             compute: run this on the inputs and return its result, instead of the loss.
 
         Returns:
             the loss (scalar, fp32, with gradient), and its terms by name, detached and unweighted: "mlm",
-            "mlm/SOURCE" where there are several, and those of the method. A term's mean over ranks and
-            micro-steps is its value on the global batch.
+            "mlm/SOURCE" where there are several, and those of the method. A term's mean over the global
+            batch's micro-batches is its value on the global batch.
 
         """
-        if sources is None or mixed_rows is None or mixed_slots is None:
-            sources = positions.new_zeros(len(input_ids))
-            mixed_rows, mixed_slots = positions.new_zeros(1), positions.new_full((1,), -1)
-        inputs = ModelInputs(
-            input_ids,
-            masked_ids,
-            attention_mask,
-            positions,
-            labels,
-            sources,
-            mixed_rows,
-            mixed_slots,
-            packed,
-            padded,
-        )
         if compute is not None:
             return compute(inputs)
+        assert counts is not None, "a loss is a part of the global batch's: it needs the counts"
         states = self._read(inputs, cached)
-        logits = self._logits(self.lm, states.hidden[LM_VIEW.name], positions)
-        loss, logged = self._lm_loss(logits, inputs, masked, passes)
+        logits = self._logits(self.lm, states.hidden[LM_VIEW.name], inputs.positions)
+        loss, logged = self._lm_loss(logits, inputs, counts)
         output = ForwardOutput(
             inputs=inputs,
+            counts=counts,
             hidden=states.hidden,
             embeddings=states.embeddings,
             trunk=self.anatomy.trunk(self.lm),
             lm_logits=logits,
             teacher=partial(self._teacher_hidden, inputs),
             teacher_logits=self._teacher_logits,
-            masked=masked,
-            passes=passes,
         )
-        contrast = self.method.contrast()
-        if contrast is not None:
-            pooled = contrast.pooled(states.hidden, inputs)
-            value = contrast.loss(pooled) if cached is None else cached.term(pooled)
-            loss = loss + contrast.weight * value
-            logged[contrast.name] = value.detach()
+        if self.contrast is not None:
+            pooled = self.contrast.pooled(states.hidden, inputs)
+            value = self.contrast.loss(pooled) if cached is None else cached.term(pooled)
+            loss = loss + self.contrast.weight * value
+            logged[self.contrast.name] = value.detach()
         for name, term in self.method.terms(output).items():
             loss = loss + term.weight * term.value
             logged[name] = term.value.detach()
         return loss, logged
 
-    def contrasted(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
+    def contrasted(self, inputs: Batch) -> tuple[Tensor, ...]:
         """States (B, H) of the contrast's sides; dropout is drawn as ``cached`` draws it again."""
-        contrast = self.method.contrast()
-        assert contrast is not None, "the method contrasts no examples"
-        return contrast.pooled(self._run(contrast.views, inputs).hidden, inputs)
+        assert self.contrast is not None, "the method contrasts no examples"
+        return self.contrast.pooled(self._run(self.contrast.views, inputs).hidden, inputs)
 
-    def _read(self, inputs: ModelInputs, cached: CachedContrast | None) -> States:
-        """All readings: in one pass, or those contrasted apart where they repeat an earlier pass."""
-        contrast, views = self.method.contrast(), self.method.views()
-        if cached is None or contrast is None:
-            return self._run(views, inputs)
+    def _read(self, inputs: Batch, cached: CachedContrast | None) -> States:
+        """All views: in one pass, or those contrasted apart where they repeat an earlier pass."""
+        if cached is None or self.contrast is None:
+            return self._run(self.views, inputs)
         with cached.repeated_draws():
-            states = self._run(contrast.views, inputs)
-        others = [view for view in views if view not in contrast.views]
+            states = self._run(self.contrast.views, inputs)
+        others = [view for view in self.views if view not in self.contrast.views]
         if others:
             apart = self._run(others, inputs)
             states = States(states.hidden | apart.hidden, states.embeddings | apart.embeddings)
         return states
 
-    def _run(self, views: Sequence[View], inputs: ModelInputs) -> States:
+    def _run(self, views: Sequence[View], inputs: Batch) -> States:
         device = inputs.input_ids.device
         self.protection = {kind: a.to(device) for kind, a in self.protection.items()}  # moves once
         trunk = self.anatomy.trunk(self.lm)
         return run_views(trunk, self.gates, views, inputs, self.protection, split=self.split_views)
 
-    def _lm_loss(
-        self, logits: Tensor, inputs: ModelInputs, masked: Sequence[int], passes: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _lm_loss(self, logits: Tensor, inputs: Batch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of logits (N, V), weighted by source as the method says; and what is logged."""
         losses = cross_entropies(logits, inputs.labels)  # (N,)
-        if len(masked) == 1:
-            loss = losses.sum() * (self.method.token_weights(masked)[0] * passes)
+        labels_per_source, scale = counts.labels_per_source, counts.num_micro_batches
+        weights = self.method.token_weights(labels_per_source)
+        if len(labels_per_source) == 1:
+            loss = losses.sum() * (weights[0] * scale)
             return loss, {"mlm": loss.detach()}
-        own = inputs.sources[inputs.rows]  # (N,)
-        sums = losses.new_zeros(len(masked)).index_add(0, own, losses).unbind()  # a scalar a source
+        own = inputs.sources[inputs.label_rows]  # (N,)
+        sums = losses.new_zeros(len(weights)).index_add(0, own, losses).unbind()  # a scalar a source
         # Products with numbers, not with a tensor made of them: nothing is copied to the device.
-        weights = self.method.token_weights(masked)
-        loss = torch.stack([of * (weight * passes) for of, weight in zip(sums, weights, strict=True)]).sum()
-        means = [of.detach() * (passes / max(1, n)) for of, n in zip(sums, masked, strict=True)]
+        loss = torch.stack([of * (weight * scale) for of, weight in zip(sums, weights, strict=True)]).sum()
+        means = [of.detach() * (scale / max(1, n)) for of, n in zip(sums, labels_per_source, strict=True)]
         return loss, {"mlm": loss.detach(), **{f"mlm/{k}": mean for k, mean in enumerate(means)}}
 
     @torch.no_grad()
-    def _teacher_hidden(self, inputs: ModelInputs, masked: bool, rows: Tensor | None = None) -> Tensor:
+    def _teacher_hidden(self, inputs: Batch, masked: bool, rows: Tensor | None = None) -> Tensor:
         assert self.teacher is not None, "the method did not say that it needs a teacher"
         ids = inputs.masked_ids if masked else inputs.input_ids
         trunk = self.anatomy.trunk(self.teacher)
         if rows is None:
-            return last_hidden_states(trunk, self.anatomy, ids, inputs.key_mask, inputs.packed)
+            return last_hidden_states(trunk, self.anatomy, ids, inputs.key_mask, inputs.packed_positions)
         return last_hidden_states(trunk, self.anatomy, ids[rows], inputs.attention_mask[rows])
 
     @torch.no_grad()
@@ -210,18 +178,20 @@ class TrainingModel(nn.Module):
         assert self.teacher is not None, "the method did not say that it needs a teacher"
         return self._logits(self.teacher, hidden, positions)
 
-    def masked_sums(self, inputs: ModelInputs) -> Tensor:
+    def masked_sums(self, inputs: Batch) -> Tensor:
         """Of each row, sum of cross-entropies, labels and correct guesses: (B, 3) fp64; masked text."""
         trunk = self.anatomy.trunk(self.lm)
-        hidden = last_hidden_states(trunk, self.anatomy, inputs.masked_ids, inputs.key_mask, inputs.packed)
+        hidden = last_hidden_states(
+            trunk, self.anatomy, inputs.masked_ids, inputs.key_mask, inputs.packed_positions
+        )
         logits = self._logits(self.lm, hidden, inputs.positions)
         found = (
             cross_entropies(logits, inputs.labels),
             inputs.labels != IGNORED,
             logits.argmax(dim=-1) == inputs.labels,
         )
-        of_slots = torch.stack([value.double() for value in found], dim=1)  # (N, 3)
-        return of_slots.new_zeros(len(hidden), 3).index_add(0, inputs.rows, of_slots)
+        of_labels = torch.stack([value.double() for value in found], dim=1)  # (N, 3)
+        return of_labels.new_zeros(len(hidden), 3).index_add(0, inputs.label_rows, of_labels)
 
     def _logits(self, lm: PreTrainedModel, hidden: Tensor, positions: Tensor) -> Tensor:
         """Logits (N, V) at positions (N,) of hidden states: only those go through the LM head."""
@@ -229,12 +199,12 @@ class TrainingModel(nn.Module):
 
 
 @torch.no_grad()
-def evaluate_rows(model: TrainingModel, batch: InputTensors) -> Tensor:
+def evaluate_rows(model: TrainingModel, batch: Batch) -> Tensor:
     """Score a batch in eval mode.
 
     Args:
         model: DeepSpeed: ``engine.module``.
-        batch: its tensors on the model's device.
+        batch: on the model's device.
 
     Returns:
         (B, 3) fp64 on that device: of each row the sum of cross-entropies over its labels, their number, and
@@ -243,7 +213,6 @@ def evaluate_rows(model: TrainingModel, batch: InputTensors) -> Tensor:
     """
     training = model.training
     model.eval()
-    tensors = batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels
-    sums = model(*tensors, compute=model.masked_sums)
+    sums: Tensor = model(batch, compute=model.masked_sums)
     model.train(training)
     return sums

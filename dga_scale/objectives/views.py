@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,42 +10,6 @@ from torch import Tensor, nn
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.packed_rows import read_rows
 from dga_scale.corpus.loading.batches import Batch
-
-
-class ModelInputs(NamedTuple):
-    """The tensors of a batch that reach the model, on its device; see ``corpus.batches.Batch``."""
-
-    input_ids: Tensor  # (B, T)
-    masked_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T)
-    positions: Tensor  # (N,) row * T + token
-    labels: Tensor  # (N,), -100 where there is none
-    sources: Tensor  # (B,) corpus of each row: 0 the domain's, 1, ... those mixed in
-    mixed_rows: Tensor  # (G,) rows of the mixed-in; [0] where there is none
-    mixed_slots: Tensor  # (K,) where theirs stand among the N, then -1
-    packed: Tensor | None = None  # (P, T) row * T + token, or -1: the rows end to end; see ``packed_rows``
-    padded: bool = True  # whether any row is shorter than T
-
-    @property
-    def key_mask(self) -> Tensor | None:
-        """The attention mask where there is padding: to see that it masks nothing, a device is waited for."""
-        return self.attention_mask if self.padded else None
-
-    @property
-    def rows(self) -> Tensor:
-        """The row of each position: (N,)."""
-        return self.positions // self.input_ids.shape[1]
-
-
-def to_device(batch: Batch, device: torch.device) -> ModelInputs:
-    """The tensors of a batch that the model reads, on its device; on CUDA copied without waiting."""
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
-
-    return ModelInputs._make(moved(getattr(batch, name)) for name in ModelInputs._fields)
 
 
 @dataclass(frozen=True)
@@ -77,7 +41,7 @@ def run_views(
     trunk: nn.Module,
     gates: Gates,
     views: Sequence[View],
-    inputs: ModelInputs,
+    inputs: Batch,
     protection: Mapping[str, Tensor],
     *,
     split: bool = False,
@@ -92,14 +56,14 @@ def run_views(
         trunk: the model without its LM head.
         gates: of that model, made for the kinds in ``protection``.
         views: at least one.
-        inputs: B examples of T tokens.
+        inputs: the micro-batch of B examples with T tokens.
         protection: ``a`` (layers, units) by kind, on the model's device: the gates of gated views.
         split: see above.
 
     """
     hidden: dict[str, Tensor] = {}
     embeddings: dict[str, Tensor] = {}
-    rows = len(inputs.input_ids if inputs.packed is None else inputs.packed)  # that the trunk reads
+    rows = len(inputs.input_ids if inputs.packed_positions is None else inputs.packed_positions)
     for group in [[view] for view in views] if split else [list(views)]:
         gates.set(_gate_rows(group, rows, protection))
         last, first = read_rows(
@@ -107,7 +71,7 @@ def run_views(
             gates.anatomy,
             [inputs.masked_ids if view.masked else inputs.input_ids for view in group],
             inputs.key_mask,
-            inputs.packed,
+            inputs.packed_positions,
             embeddings=any(view.embeddings for view in group),
         )
         gates.set(None)

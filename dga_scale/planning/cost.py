@@ -148,12 +148,12 @@ def forward_backward_flops(
     Recomputed blocks add a forward pass; a teacher a forward pass of one reading; a contrast over all passes
     one of the readings contrasted. A model whose lower part is frozen is counted as if it were not.
     """
-    rows, head_slots = batch.rows * passes * ranks, batch.head_slots * passes * ranks
+    rows, head_positions = batch.rows * passes * ranks, batch.head_positions * passes * ranks
     counted = step_flops(
         model.anatomy,
         views=batch.views,
         rows_by_width={batch.length: rows},
-        head_tokens=head_slots,
+        head_tokens=head_positions,
     )
     computed = counted
     if checkpointing:
@@ -164,7 +164,7 @@ def forward_backward_flops(
         tokens = len(contrast.sides) * rows * batch.length
         computed += model.anatomy.forward_flops(tokens, batch.length, 0)
     if model.method.needs_teacher:
-        computed += model.anatomy.forward_flops(rows * batch.length, batch.length, head_slots)
+        computed += model.anatomy.forward_flops(rows * batch.length, batch.length, head_positions)
     return counted, computed
 
 
@@ -191,7 +191,7 @@ def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int, c
     entries += 3 * 2 * (anatomy.num_heads * anatomy.head_dim + model.kv_size)
     a_token = entries * w + (8 * w + 4) * h * model.dropout
     blocks = batch.tokens * batch.views * anatomy.num_layers * a_token
-    head = batch.head_slots * anatomy.vocab_size * (4 * w + 36)
+    head = batch.head_positions * anatomy.vocab_size * (4 * w + 36)
     travels = 2 * (w + zero.communication_bytes) * (zero.communication_bytes != w and zero.ranks > 1)
     gradients = model.trained_parameters * (w + (2 * w + travels if zero.stage else 0))
     return passes * ((blocks + head) * computed + gradients)

@@ -43,7 +43,7 @@ class Batch:
         return self.rows * self.length
 
     @property
-    def head_slots(self) -> int:
+    def head_positions(self) -> int:
         """Places that go through the LM head: the labels of all rows, filled up (``corpus.shapes``)."""
         return int(rounded_up(self.rows * self.labels))
 
@@ -252,7 +252,7 @@ def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
     (``objectives.cross_entropy``). A teacher's are another w + 4, with two log-softmaxes and their divergence
     in fp32 (3 x 4). Before that, the head keeps four states of the hidden size.
     """
-    positions = batch.head_slots
+    positions = batch.head_positions
     widths = 2 * width
     if model.method.compares_vocabulary:
         widths += 16 + width

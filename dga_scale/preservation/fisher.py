@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
-from dga_scale.backbone.warmup import PredictionBatch
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.preservation.anchors import FragmentKey, key_of
 from dga_scale.preservation.fragments import Fragment, Reduce
-from dga_scale.preservation.importance import LOSS_SCALE, InputTensors
+from dga_scale.preservation.importance import LOSS_SCALE
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 _LOWEST, _HIGHEST, _BINS_A_DECADE = -40, 20, 20
@@ -32,7 +32,7 @@ class LanguageModel(Protocol):
 
     def eval(self) -> Any: ...
     def train(self, mode: bool = True) -> Any: ...
-    def __call__(self, *tensors: Tensor, compute: Callable[[Any], Any]) -> Any: ...
+    def __call__(self, inputs: Batch, *, compute: Callable[[Batch], Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Fisher:
 
 def measure_fisher(
     model: LanguageModel,
-    batches: Iterable[InputTensors],
+    batches: Iterable[Batch],
     fragments: Sequence[Fragment],
     reduce: Reduce = lambda tensor: tensor,
     *,
@@ -75,8 +75,8 @@ def measure_fisher(
 
     Args:
         model: as trained, on the weights that the anchor holds. DeepSpeed: ``engine.module``.
-        batches: of this rank; every rank the same number of the same size. Examples without labels are there
-            to fill up and don't count.
+        batches: of this rank, on the model's device; every rank the same number of the same size. Examples
+            without labels are there to fill up and don't count.
         fragments: of this rank.
         reduce: sums over ranks.
         normalize: scale F to mean 1 over all entries that are trained.
@@ -116,29 +116,30 @@ def _device(fragments: Mapping[str, Fragment]) -> torch.device:
 
 
 def _example_gradients(
-    model: LanguageModel, batch: InputTensors, row: int, parameters: list[nn.Parameter]
+    model: LanguageModel, batch: Batch, row: int, parameters: list[nn.Parameter]
 ) -> tuple[Sequence[Tensor | None], int]:
-    """Gradients of one example's loss, times LOSS_SCALE, and whether it counts."""
-    tensors = batch.input_ids, batch.masked_ids, batch.attention_mask
-    tokens = batch.input_ids.shape[1]
-    own = batch.positions // tokens == row  # (N,)
-    positions = torch.where(own, batch.positions - row * tokens, 0)
-    labels = batch.labels.masked_fill(~own, IGNORED)
-    one = (*(tensor[row : row + 1] for tensor in tensors), positions, labels)
-    loss = model(*one, compute=lambda inputs: _example_loss(model, inputs))
-    counts = bool((one[-1] != IGNORED).any())
+    """Gradients of the loss of one row, times LOSS_SCALE, and whether it counts (1) or has no label (0)."""
+    labels = batch.labels.masked_fill(batch.label_rows != row, IGNORED)  # (N,)
+    counts = bool((labels != IGNORED).any())
+    loss = model(batch, compute=lambda inputs: _example_loss(model, inputs, row, labels))
     # The graph is walked without labels too: ZeRO-3's gathers are collective.
     scale = LOSS_SCALE if counts else 0.0
     return torch.autograd.grad(loss * scale, parameters, allow_unused=True), int(counts)
 
 
-def _example_loss(model: LanguageModel, inputs: PredictionBatch) -> Tensor:
-    """Mean cross-entropy of the labels of one example, scalar fp32; 0 without labels."""
-    trunk = model.anatomy.trunk(model.lm)
-    hidden = trunk(input_ids=inputs.masked_ids, attention_mask=inputs.attention_mask).last_hidden_state
-    logits = model.anatomy.lm_logits(model.lm, hidden[0, inputs.positions])  # (N, V)
-    losses = F.cross_entropy(logits.float(), inputs.labels, ignore_index=IGNORED, reduction="sum")
-    return losses / (inputs.labels != IGNORED).sum().clamp(min=1)
+def _example_loss(model: LanguageModel, inputs: Batch, row: int, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of one row's labels, scalar fp32; 0 without.
+
+    ``labels`` (N,) are the batch's, IGNORED where they are another row's.
+    """
+    trunk, own = model.anatomy.trunk(model.lm), slice(row, row + 1)
+    hidden = trunk(
+        input_ids=inputs.masked_ids[own], attention_mask=inputs.attention_mask[own]
+    ).last_hidden_state  # (1, T, H)
+    tokens = inputs.positions - row * hidden.shape[1]
+    logits = model.anatomy.lm_logits(model.lm, hidden[0, tokens.masked_fill(labels == IGNORED, 0)])  # (N, V)
+    losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return losses / (labels != IGNORED).sum().clamp(min=1)
 
 
 def _squares(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:

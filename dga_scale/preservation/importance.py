@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.gates import Gates
-from dga_scale.backbone.warmup import PredictionBatch
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.preservation.divergence import kl_divergence
@@ -42,18 +42,11 @@ NO_SPREAD = 1e-6
 """Standard deviation over mean below which the units of a layer differ by fp32 rounding only."""
 
 
-class InputTensors(PredictionBatch, Protocol):
-    """The tensors of a batch, on the model's device; see ``corpus.batches.Batch``."""
-
-    @property
-    def input_ids(self) -> Tensor: ...  # (B, T)
-
-
 class GatedModel(Protocol):
     """What importance needs of ``objectives.training_model.TrainingModel``.
 
-    Calling it with the tensors of a batch and ``compute`` returns ``compute(inputs)``, run inside the
-    module's call: that is where ZeRO-3 has the parameters at hand.
+    Calling it with a batch and ``compute`` returns ``compute(batch)``, run inside the module's call: that is
+    where ZeRO-3 has the parameters at hand.
     """
 
     lm: PreTrainedModel
@@ -61,7 +54,7 @@ class GatedModel(Protocol):
     gates: Gates
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def __call__(self, *tensors: Tensor, compute: Callable[[Any], Any]) -> Any: ...
+    def __call__(self, inputs: Batch, *, compute: Callable[[Batch], Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -178,7 +171,7 @@ def combined_protection(
 
 def measure_importance(
     model: GatedModel,
-    batches: Iterable[InputTensors],
+    batches: Iterable[Batch],
     *,
     kinds: Sequence[str] = ("heads",),
     loss: str = "proxy_kl",
@@ -194,8 +187,8 @@ def measure_importance(
 
     Args:
         model: in train mode for proxy_kl, which compares two dropout draws. DeepSpeed: ``engine.module``.
-        batches: of this rank; every rank the same number of them, some examples may be empty (no labels:
-            they don't count).
+        batches: of this rank, on the model's device; every rank the same number of them, some examples may be
+            empty (no labels: they don't count).
         kinds: of unit; the model's gates must have been made for them.
         loss: "proxy_kl", KL(f1 || f2) of two dropout draws on the clean text; "mlm", the masked LM loss on
             the masked text. Both are means within the example.
@@ -254,30 +247,29 @@ def measure_importance(
 
 
 def _losses(
-    model: GatedModel, batch: InputTensors, gates: dict[str, Tensor], loss: str, distribution: str
+    model: GatedModel, batch: Batch, gates: dict[str, Tensor], loss: str, distribution: str
 ) -> tuple[Tensor, Tensor]:
     """L_impt of each example (B,); the largest relative difference of its two draws (B,), detached."""
 
-    def compute(inputs: InputTensors) -> tuple[Tensor, Tensor]:
+    def compute(inputs: Batch) -> tuple[Tensor, Tensor]:
         if loss == "mlm":
             losses = _masked_lm_losses(model, inputs, gates)
             return losses, torch.zeros_like(losses)
         return _proxy_kl(model, inputs, gates, distribution)
 
-    tensors = batch.input_ids, batch.masked_ids, batch.attention_mask, batch.positions, batch.labels
-    return model(*tensors, compute=compute)
+    return model(batch, compute=compute)
 
 
 def _proxy_kl(
-    model: GatedModel, inputs: InputTensors, gates: dict[str, Tensor], distribution: str
+    model: GatedModel, inputs: Batch, gates: dict[str, Tensor], distribution: str
 ) -> tuple[Tensor, Tensor]:
     """KL(f1 || f2) per example: both draws in one forward pass of the doubled batch, under the same gates."""
     doubled = {kind: rows.repeat(2, 1, 1) for kind, rows in gates.items()}
     tokens = inputs.attention_mask  # (B, T)
     hidden = _hidden(model, inputs.input_ids.repeat(2, 1), tokens.repeat(2, 1), doubled)  # (2B, T, H)
     if distribution == "vocabulary":
-        places = inputs.positions
-        logits = _logits_at(model, hidden, torch.cat([places, places + tokens.numel()]))  # (2N, V)
+        positions = torch.cat([inputs.positions, inputs.positions + tokens.numel()])
+        logits = _logits_at(model, hidden, positions)  # (2N, V)
         losses = _row_means(inputs, kl_divergence(*logits.chunk(2)))
     elif distribution == "hidden":
         divergence = kl_divergence(*hidden.chunk(2))  # (B, T)
@@ -292,29 +284,24 @@ def _proxy_kl(
     return losses, differences
 
 
-def _masked_lm_losses(model: GatedModel, inputs: InputTensors, gates: dict[str, Tensor]) -> Tensor:
+def _masked_lm_losses(model: GatedModel, inputs: Batch, gates: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of each example's masked positions (B,)."""
     hidden = _hidden(model, inputs.masked_ids, inputs.attention_mask, gates)
     logits = _logits_at(model, hidden, inputs.positions)  # (N, V)
     return _row_means(inputs, F.cross_entropy(logits, inputs.labels, reduction="none"))
 
 
-def _row_means(inputs: InputTensors, values: Tensor) -> Tensor:
+def _row_means(inputs: Batch, values: Tensor) -> Tensor:
     """Mean of values (N,) over the labels of each row: (B,), 0 where it has none."""
     counted = values.masked_fill(inputs.labels == IGNORED, 0)
-    sums = values.new_zeros(len(inputs.input_ids)).index_add(0, _rows(inputs), counted)
+    sums = values.new_zeros(len(inputs.input_ids)).index_add(0, inputs.label_rows, counted)
     return sums / _labels_by_row(inputs).clamp(min=1)
 
 
-def _labels_by_row(inputs: InputTensors) -> Tensor:
+def _labels_by_row(inputs: Batch) -> Tensor:
     """Labels of each row: (B,) long."""
     counts = inputs.labels.new_zeros(len(inputs.input_ids))
-    return counts.index_add(0, _rows(inputs), (inputs.labels != IGNORED).long())
-
-
-def _rows(inputs: InputTensors) -> Tensor:
-    """The row of each position (N,)."""
-    return inputs.positions // inputs.input_ids.shape[1]
+    return counts.index_add(0, inputs.label_rows, (inputs.labels != IGNORED).long())
 
 
 def _hidden(model: GatedModel, ids: Tensor, attention_mask: Tensor, gates: dict[str, Tensor]) -> Tensor:

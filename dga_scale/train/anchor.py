@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from dga_scale.checkpoint.fisher import load_fisher, save_fisher
-from dga_scale.corpus.loading.batches import EvalBatches
+from dga_scale.corpus.loading.batches import Batch, EvalBatches
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.metrics import RunLog
-from dga_scale.objectives.views import ModelInputs, to_device
 from dga_scale.preservation.anchors import Anchor, AnchorPlan, FragmentKey, key_of
 from dga_scale.preservation.fisher import Fisher, measure_fisher
 from dga_scale.preservation.fragments import Fragment
@@ -69,9 +68,9 @@ def _measured(
         max_rows=plan.fisher_samples,
     )
 
-    def on_device() -> Iterator[ModelInputs]:
+    def on_device() -> Iterator[Batch]:
         for batch in log.track(batches, len(batches), "Fisher"):
-            yield to_device(batch, cluster.device)
+            yield batch.to(cluster.device)
 
     log.print(f"measuring the Fisher on {min(plan.fisher_samples, len(inputs.general))} rows of general text")
     fisher = measure_fisher(engine.module, on_device(), fragments, cluster.sum, normalize=plan.normalize)

@@ -29,7 +29,7 @@ def dry_run(inputs: Inputs, cluster: Cluster) -> int:
         seconds = time.perf_counter() - started
     memory = max(cluster.all_gather_object(memory_gib(cluster.device)))
     if cluster.rank == 0:
-        _print(inputs, cluster, session, sum(batches.global_tokens), seconds, memory)
+        _print(inputs, cluster, session, sum(batches.tokens_per_source), seconds, memory)
     return 0
 
 
@@ -42,7 +42,7 @@ def _print(
     rows = steps * resolved.global_batch_size
     views = ", ".join(
         f"{view.name} ({'masked' if view.masked else 'clean'} text{', gated' if view.gated else ''})"
-        for view in session.method.views()
+        for view in session.model.views
     )
     batch = (
         f"{resolved.global_batch_size} rows = {resolved.micro_batch_size} x {resolved.accumulation_steps} "

@@ -16,13 +16,12 @@ from dga_scale.backbone.layers import freeze
 from dga_scale.backbone.loading import LoadedModel, load_model, load_model_config
 from dga_scale.backbone.packed_rows import can_pack
 from dga_scale.backbone.warmup import load_head, save_head, warm_up_head
-from dga_scale.corpus.loading.batches import BatchStream, mixed_batch
+from dga_scale.corpus.loading.batches import Batch, BatchStream, mixed_batch
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.method import Method, MethodContext
-from dga_scale.objectives.views import ModelInputs, to_device
 from dga_scale.train.inputs import Inputs
 from dga_scale.train.seeds import INITIAL_STREAM, PREPARE_STREAM, WARMUP_STREAM, seed_everything
 from dga_scale.zero.engine import partitioned_loading
@@ -109,13 +108,13 @@ def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> L
 def _context(
     loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLog, resuming: bool
 ) -> MethodContext:
-    def sample(rows: int) -> Iterator[ModelInputs]:
+    def sample(rows: int) -> Iterator[Batch]:
         size = inputs.resolved.micro_batch_size
         pass_rows = size * cluster.world_size
         for start in range(0, max(1, rows // pass_rows) * pass_rows, pass_rows):
             first = start + cluster.rank * size
             picks = inputs.mixture.picks(first, first + size)
-            yield to_device(mixed_batch(inputs.mixture, picks, inputs.masking), cluster.device)
+            yield mixed_batch(inputs.mixture, picks, inputs.masking).to(cluster.device)
 
     return MethodContext(
         lm=loaded.model,
@@ -163,7 +162,7 @@ def _give_head(loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLo
         warm_up_head(
             loaded.model,
             loaded.anatomy,
-            (to_device(step.micro_batches[0], cluster.device) for step in stream),
+            (step.micro_batches[0].to(cluster.device) for step in stream),
             steps=steps,
             learning_rate=settings.head_warmup_learning_rate,
             reduce=cluster.sum,

@@ -245,9 +245,9 @@ class _Run:
     def _rates(self, batches: StepBatches, seconds: float) -> dict[str, float]:
         flops = step_flops(
             self.session.anatomy,
-            views=len(self.session.method.views()),
+            views=len(self.session.model.views),
             rows_by_width=batches.rows_by_width,
-            head_tokens=batches.head_slots,
+            head_tokens=batches.head_positions,
         )
-        tokens = sum(batches.global_tokens)
+        tokens = sum(batches.tokens_per_source)
         return rates(tokens=tokens, seconds=seconds, flops=flops, peak_flops=self.peak_flops)

@@ -16,7 +16,6 @@ from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.grad_cache import CachedContrast, cache_contrast
 from dga_scale.objectives.methods import build_method
 from dga_scale.objectives.training_model import TrainingModel
-from dga_scale.objectives.views import ModelInputs, to_device
 from dga_scale.preservation.importance import Importance, combined_protection, measure_importance
 from dga_scale.preservation.movement import EffectiveProtection, MovementTracker
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
@@ -148,27 +147,26 @@ class Session:
         learning_rate = learning_rate_at(batches.step, self.config.optimization)
         set_learning_rate(self.engine, learning_rate)
         seed_everything(self.config.run.seed, 0, batches.step, self.cluster.rank)
-        passes = float(self.cluster.world_size * resolved.accumulation_steps)
         sums: dict[str, Tensor] = {}
         for inputs, cached in self._passes(batches.micro_batches):
-            loss, terms = self.engine(*inputs, masked=batches.global_masked, passes=passes, cached=cached)
+            loss, terms = self.engine(inputs, batches.counts, cached=cached)
             backward(self.engine, loss)
             self.engine.step()
             for name, value in {"total": loss.detach(), **self._by_corpus(terms)}.items():
                 sums[name] = sums.get(name, 0.0) + value / resolved.accumulation_steps
         return sums, learning_rate
 
-    def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[ModelInputs, CachedContrast | None]]:
+    def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, CachedContrast | None]]:
         """Each micro-batch on the device, and its part of a contrast over all of them where there is one."""
-        contrast, model = self.method.contrast(), self.engine.module
-        moved = (to_device(batch, self.cluster.device) for batch in batches)
-        if contrast is None or not contrast.spans(len(batches)):
+        model: TrainingModel = self.engine.module
+        moved = (batch.to(self.cluster.device) for batch in batches)
+        if model.contrast is None or not model.contrast.spans(len(batches)):
             yield from ((inputs, None) for inputs in moved)
         else:
             together = list(moved)
             # Through the module's call, which gathers ZeRO-3's parameters, but past the engine's.
             cached = cache_contrast(
-                contrast, together, lambda inputs: model(*inputs, compute=model.contrasted)
+                model.contrast, together, lambda inputs: model(inputs, compute=model.contrasted)
             )
             yield from zip(together, cached, strict=True)
 
@@ -256,9 +254,9 @@ class Session:
         self.cluster.run_on_first(lambda: importance.save(path))
         return importance
 
-    def _on_device(self, batches: EvalBatches, name: str) -> Iterator[ModelInputs]:
+    def _on_device(self, batches: EvalBatches, name: str) -> Iterator[Batch]:
         for batch in self.log.track(batches, len(batches), name):
-            yield to_device(batch, self.cluster.device)
+            yield batch.to(self.cluster.device)
 
 
 def _known_importance(path: Path, needed: bool) -> Importance | None:

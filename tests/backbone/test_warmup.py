@@ -1,7 +1,6 @@
 """Head warm-up, against plain PyTorch on the stock model and on several real ranks."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +11,13 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.warmup import warm_up_head
+from dga_scale.corpus.loading.batches import Batch
+from tests.helpers.batches import batch_of, dense_labels, rows_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import TINY, VOCAB
 
 
-def batches(number: int, rows: int = 4) -> Iterator[SimpleNamespace]:
+def batches(number: int, rows: int = 4) -> Iterator[Batch]:
     """Token i is always followed by i + 1: something a head can learn. Uneven numbers of labels a row."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(number):
@@ -25,25 +26,14 @@ def batches(number: int, rows: int = 4) -> Iterator[SimpleNamespace]:
         positions = torch.rand(rows, 12, generator=generator).topk(3, dim=1).indices.sort(dim=1).values
         labels = ids.gather(1, positions)
         labels[::2, 2] = -100
-        masked = ids.scatter(1, positions, 4)
-        places = (12 * torch.arange(rows)[:, None] + positions).flatten()
-        yield SimpleNamespace(
-            masked_ids=masked,
-            attention_mask=torch.ones_like(ids),
-            positions=places,
-            labels=labels.flatten(),
-            packed=None,
-        )
+        dense = torch.full_like(ids, -100).scatter(1, positions, labels)
+        yield batch_of(ids, ids.scatter(1, positions, 4), torch.ones_like(ids), dense)
 
 
-def full_loss(model: PreTrainedModel, batch: SimpleNamespace) -> Tensor:
+def full_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The stock model's own masked-LM loss, over full logits."""
-    labels = torch.full_like(batch.masked_ids, -100)
-    for place, value in zip(batch.positions.tolist(), batch.labels.tolist(), strict=True):
-        if value != -100:
-            labels[place // 12, place % 12] = value
     logits = model(input_ids=batch.masked_ids, attention_mask=batch.attention_mask).logits
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), dense_labels(batch).flatten())
 
 
 def plain_pytorch(model: PreTrainedModel, names: list[str], steps: int, learning_rate: float) -> list[float]:
@@ -137,17 +127,7 @@ def warmed_up(rank: int | None = None, world_size: int = 1) -> tuple[dict[str, T
     torch.manual_seed(0)
     model = TINY["bert"].model()
 
-    def rows(batch: SimpleNamespace) -> SimpleNamespace:
-        own = {0: slice(0, 3), 1: slice(3, 4), None: slice(None)}[rank]
-        first, last, _ = own.indices(4)
-        slots = slice(3 * first, 3 * last)  # three a row, with a label or without
-        return SimpleNamespace(
-            masked_ids=batch.masked_ids[own],
-            attention_mask=batch.attention_mask[own],
-            positions=batch.positions[slots] - 12 * first,
-            labels=batch.labels[slots],
-            packed=None,
-        )
+    own = {0: slice(0, 3), 1: slice(3, 4), None: slice(None)}[rank]
 
     def total(tensor: Tensor) -> Tensor:
         if rank is not None:
@@ -158,7 +138,7 @@ def warmed_up(rank: int | None = None, world_size: int = 1) -> tuple[dict[str, T
     warm_up_head(
         model,
         anatomy_of(model),
-        (rows(batch) for batch in batches(5)),
+        (rows_of(batch, own) for batch in batches(5)),
         steps=5,
         learning_rate=1e-2,
         reduce=total,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.corpus.loading.shapes import rounded_up
 
@@ -18,31 +18,41 @@ def batch_of(
     *,
     sample_ids: Tensor | None = None,
     sources: Tensor | None = None,
-    packed: Tensor | None = None,
+    packed_positions: Tensor | None = None,
 ) -> Batch:
     """A batch of rows (B, T) with labels (B, T), IGNORED where nothing is predicted."""
     rows = len(input_ids)
     sources = torch.zeros(rows, dtype=torch.long) if sources is None else sources
-    places = (labels.flatten() != IGNORED).nonzero().flatten()
-    mixed = (sources > 0).nonzero().flatten()
-    slots = (sources[places // input_ids.shape[1]] > 0).nonzero().flatten()
+    positions = (labels.flatten() != IGNORED).nonzero().flatten()
+    mixed_rows = (sources > 0).nonzero().flatten()
+    mixed_label_indices = (sources[positions // input_ids.shape[1]] > 0).nonzero().flatten()
     return Batch(
-        input_ids,
-        masked_ids,
-        attention_mask,
-        _filled(places, 0),
-        _filled(labels.flatten()[places], IGNORED),
-        torch.arange(rows) if sample_ids is None else sample_ids,
-        sources,
-        mixed if len(mixed) else torch.zeros(1, dtype=torch.long),
-        _filled(slots, -1),
-        packed,
-        not bool(attention_mask.all()),
+        input_ids=input_ids,
+        masked_ids=masked_ids,
+        attention_mask=attention_mask,
+        positions=_filled(positions, 0),
+        labels=_filled(labels.flatten()[positions], IGNORED),
+        sample_ids=torch.arange(rows) if sample_ids is None else sample_ids,
+        sources=sources,
+        mixed_rows=mixed_rows if len(mixed_rows) else torch.zeros(1, dtype=torch.long),
+        mixed_label_indices=_filled(mixed_label_indices, -1),
+        packed_positions=packed_positions,
+        padded=not bool(attention_mask.all()),
     )
 
 
-def _filled(values: Tensor, filler: int) -> Tensor:
-    return torch.cat([values, values.new_full((int(rounded_up(len(values))) - len(values),), filler)])
+def counts_of(batch: Batch, sources: int = 1, *, num_micro_batches: int = 1) -> Counts:
+    """Counts of the global batch ``batch``, of which so many micro-batches are made.
+
+    ``sources``: 1 counts all rows as one corpus.
+    """
+    of_rows = (dense_labels(batch) != IGNORED).sum(dim=1)
+    own = batch.sources if sources > 1 else torch.zeros_like(batch.sources)
+    return Counts(tuple(int(of_rows[own == source].sum()) for source in range(sources)), num_micro_batches)
+
+
+def _filled(values: Tensor, padding: int) -> Tensor:
+    return torch.cat([values, values.new_full((int(rounded_up(len(values))) - len(values),), padding)])
 
 
 def dense_labels(batch: Batch) -> Tensor:
@@ -100,7 +110,7 @@ def without_labels(batch: Batch, rows: slice | list[int] | int) -> Batch:
         labels,
         sample_ids=batch.sample_ids,
         sources=batch.sources,
-        packed=batch.packed,
+        packed_positions=batch.packed_positions,
     )
 
 

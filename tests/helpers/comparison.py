@@ -16,13 +16,13 @@ from dga_scale.config.settings import (
     RunSettings,
     TrainConfig,
 )
-from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.objectives.methods import METHODS
 from dga_scale.objectives.training_model import TrainingModel
-from tests.helpers.batches import batch_of, dense_labels
-from tests.helpers.toy import PAD, tensors_of, toy_lm
+from tests.helpers.batches import batch_of, counts_of, dense_labels
+from tests.helpers.toy import PAD, toy_lm
 
 
 def config_of(name: str, **settings: Any) -> TrainConfig:
@@ -78,15 +78,11 @@ def training_model(
     return TrainingModel(lm, anatomy_of(lm), method, teacher=teacher).train(lm.training)
 
 
-def labels_in(batch: Batch) -> int:
-    return int((batch.labels != IGNORED).sum())
-
-
 def loss_of(
-    model: TrainingModel, batch: Batch, *, labels: int | None = None, passes: float = 1.0
+    model: TrainingModel, batch: Batch, counts: Counts | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss, where the global batch has ``labels`` (default: this batch is all of it)."""
-    return model(*tensors_of(batch), masked=(labels or labels_in(batch),), passes=passes)
+    """The training loss, where the global batch has these counts (default: this batch is all of it)."""
+    return model(batch, counts or counts_of(batch))
 
 
 def states_of(lm: PreTrainedModel, batch: Batch, masked: bool) -> list[Tensor]:

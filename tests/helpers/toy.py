@@ -11,7 +11,6 @@ from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.methods import METHODS
 from dga_scale.objectives.training_model import TrainingModel
-from dga_scale.objectives.views import ModelInputs
 from tests.helpers.batches import batch_of
 
 VOCAB, LAYERS, HEADS, HIDDEN, INTERMEDIATE = 96, 2, 4, 32, 48
@@ -71,8 +70,3 @@ def toy_batch(rows: int = 8, tokens: int = 12, seed: int = 0) -> Batch:
         chosen = torch.randperm(int(lengths[row]), generator=generator)[:count].sort().values
         labels[row, chosen], masked_ids[row, chosen] = ids[row, chosen], MASK
     return batch_of(ids, masked_ids, attention_mask, labels)
-
-
-def tensors_of(batch: Batch) -> tuple[Any, ...]:
-    """What the training model is called with."""
-    return tuple(getattr(batch, name) for name in ModelInputs._fields)

@@ -17,10 +17,10 @@ from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
 from dga_scale.zero.engine import build_engine, global_grad_norm, set_learning_rate
 from dga_scale.zero.optimizer_hooks import backward, wrap_optimizer_step
-from tests.helpers.batches import rows_of
+from tests.helpers.batches import counts_of, rows_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import Reference
-from tests.helpers.toy import HEADS, LAYERS, tensors_of, toy_batch, toy_lm
+from tests.helpers.toy import HEADS, LAYERS, toy_batch, toy_lm
 from tests.helpers.training import Setup, full_weights
 
 ROWS = 16
@@ -139,13 +139,13 @@ def run_cell(cell: Cell, from_zero_init: bool = False) -> Outcome:
     micro = resolved.micro_batch_size
     for step, learning_rate in enumerate(LEARNING_RATES):
         batch = toy_batch(ROWS, seed=step)
-        labels, passes = int((batch.labels != -100).sum()), ranks * cell.accumulation
+        counts = counts_of(batch, num_micro_batches=ranks * cell.accumulation)
         set_learning_rate(engine, learning_rate)
         total = torch.zeros(())
         for index in range(cell.accumulation):
             start = (index * ranks + rank) * micro
             own = rows_of(batch, slice(start, start + micro))
-            loss, _ = engine(*tensors_of(own), masked=(labels,), passes=passes)
+            loss, _ = engine(own, counts)
             total += loss.detach() / (ranks * cell.accumulation)
             backward(engine, loss)
             engine.step()

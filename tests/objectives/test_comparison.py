@@ -11,8 +11,8 @@ from tests.helpers.batches import rows_of
 from tests.helpers.comparison import (
     assert_same_gradients,
     config_of,
+    counts_of,
     gradients_of,
-    labels_in,
     loss_of,
     method_context,
     method_of,
@@ -39,7 +39,7 @@ def found(name: str, micro_steps: int = 1, rank: int = 0, ranks: int = 1) -> Fou
     for step in range(micro_steps):
         start = (step * ranks + rank) * size
         own = rows_of(batch, slice(start, start + size))
-        loss, terms = loss_of(model, own, labels=labels_in(batch), passes=ranks * micro_steps)
+        loss, terms = loss_of(model, own, counts_of(batch, num_micro_batches=ranks * micro_steps))
         (loss / micro_steps).backward()
         term += terms[name].item() / micro_steps
     return term, gradients_of(model)

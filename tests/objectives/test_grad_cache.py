@@ -6,15 +6,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dga_scale.backbone.cpu_kernels import use_cpu_kernels
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.objectives.grad_cache import cache_contrast
 from dga_scale.objectives.method import LM_VIEW
 from dga_scale.objectives.training_model import TrainingModel
-from dga_scale.objectives.views import ModelInputs, run_views
-from tests.helpers.batches import rows_of
-from tests.helpers.comparison import assert_same_gradients, gradients_of, labels_in
+from dga_scale.objectives.views import run_views
+from tests.helpers.batches import counts_of, rows_of
+from tests.helpers.comparison import assert_same_gradients, gradients_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import Reference
-from tests.helpers.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
+from tests.helpers.toy import toy_batch, toy_lm, toy_model, toy_protection
 
 ROWS = 8
 METHODS = ("dga", "das", "simcse", "infoword")
@@ -33,24 +34,25 @@ def protected_model(method: str, dropout: float = 0.0, **settings: object) -> Tr
     return model
 
 
-def micro_batches(accumulation: int, ranks: int = 1, rank: int = 0) -> list[ModelInputs]:
+def micro_batches(accumulation: int, ranks: int = 1, rank: int = 0) -> list[Batch]:
     """This rank's part of the global batch."""
     size, batch = ROWS // (accumulation * ranks), toy_batch(ROWS)
     starts = [(step * ranks + rank) * size for step in range(accumulation)]
-    return [ModelInputs(*tensors_of(rows_of(batch, slice(start, start + size)))) for start in starts]
+    return [rows_of(batch, slice(start, start + size)) for start in starts]
 
 
-def stepped(model: TrainingModel, parts: list[ModelInputs], ranks: int = 1) -> Found:
+def stepped(model: TrainingModel, parts: list[Batch], ranks: int = 1) -> Found:
     """Means over micro-steps of what is logged, and of the gradients."""
-    contrast, labels = model.method.contrast(), labels_in(toy_batch(ROWS))
+    contrast = model.contrast
+    counts = counts_of(toy_batch(ROWS), num_micro_batches=ranks * len(parts))
     assert contrast is not None
     caches = [None] * len(parts)
     if contrast.spans(len(parts)):
-        caches = cache_contrast(contrast, parts, lambda inputs: model(*inputs, compute=model.contrasted))
+        caches = cache_contrast(contrast, parts, lambda inputs: model(inputs, compute=model.contrasted))
         assert not gradients_of(model), "the first reading left gradients"
     sums: dict[str, float] = {}
     for inputs, cached in zip(parts, caches, strict=True):
-        loss, terms = model(*inputs, masked=(labels,), passes=ranks * len(parts), cached=cached)
+        loss, terms = model(inputs, counts, cached=cached)
         (loss / len(parts)).backward()
         for name, value in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0.0) + value.item() / len(parts)
@@ -116,11 +118,11 @@ def test_second_readings_repeat_the_dropout_of_the_first(
 ) -> None:
     """Plain: the states of all micro-batches drawn once, with gradient; then the LM loss's readings."""
     settings = {"contrast_views": views, "contrast_scope": "global_batch", "split_views": split}
-    parts, labels = micro_batches(4), labels_in(toy_batch(ROWS))
+    parts, labels = micro_batches(4), counts_of(toy_batch(ROWS)).num_labels
     plain = protected_model("dga", dropout=0.1, **settings)
     if kernels:
         use_cpu_kernels(plain.lm)
-    contrast = plain.method.contrast()
+    contrast = plain.contrast
     assert contrast is not None
     torch.manual_seed(5)
     trunk = plain.anatomy.trunk(plain.lm)
@@ -166,13 +168,13 @@ def test_memory_is_that_of_one_micro_batch() -> None:
             largest = max(largest, now)
             return tensor
 
-        contrast, parts = model.method.contrast(), micro_batches(8)[:accumulation]
+        contrast, parts = model.contrast, micro_batches(8)[:accumulation]
         assert contrast is not None
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            caches = cache_contrast(contrast, parts, lambda inputs: model(*inputs, compute=model.contrasted))
+            caches = cache_contrast(contrast, parts, lambda inputs: model(inputs, compute=model.contrasted))
             for inputs, cached in zip(parts, caches, strict=True):
                 now = 0
-                model(*inputs, cached=cached)[0].backward()
+                model(inputs, counts_of(inputs), cached=cached)[0].backward()
         return largest
 
     assert kept(8) < 1.1 * kept(2)

@@ -7,7 +7,6 @@ import torch
 
 from dga_scale.errors import UserError
 from dga_scale.objectives.methods.infoword import pool_masked_words
-from dga_scale.objectives.views import ModelInputs
 from tests.helpers.batches import masked_places, rows_of, without_labels
 from tests.helpers.comparison import (
     assert_gradients_of_mlm_and,
@@ -18,7 +17,7 @@ from tests.helpers.comparison import (
     states_of,
     training_model,
 )
-from tests.helpers.toy import tensors_of, toy_batch, toy_lm
+from tests.helpers.toy import toy_batch, toy_lm
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
@@ -47,7 +46,7 @@ def test_sentences_that_are_alike_give_log_of_their_number() -> None:
 def test_a_sentence_without_masked_words_is_pooled_whole() -> None:
     batch = without_labels(toy_batch(2), 0)
     hidden = torch.randn(*batch.input_ids.shape, 5)
-    pooled = pool_masked_words(hidden, ModelInputs(*tensors_of(batch)))
+    pooled = pool_masked_words(hidden, batch)
     length = int(batch.attention_mask[0].sum())
     torch.testing.assert_close(pooled[0], hidden[0, :length].mean(dim=0))
     torch.testing.assert_close(pooled[1], hidden[1, masked_places(batch)[1]].mean(dim=0))

@@ -11,8 +11,8 @@ from dga_scale.corpus.loading.batches import Batch
 from tests.helpers.batches import masked_places
 from tests.helpers.comparison import (
     assert_same_gradients,
+    counts_of,
     gradients_of,
-    labels_in,
     loss_of,
     training_model,
 )
@@ -38,7 +38,7 @@ def test_term_and_gradient_are_the_references(temperature: float) -> None:
     for ours, theirs in zip(logits_of(lm, batch), logits_of(teacher, batch), strict=True):
         student, target = Categorical(logits=ours / temperature), Categorical(logits=theirs / temperature)
         total = total + torch.distributions.kl_divergence(target, student).sum()
-    expected = total * temperature**2 / labels_in(batch)
+    expected = total * temperature**2 / counts_of(batch).num_labels
     assert terms["kd"].item() == pytest.approx(expected.item(), rel=1e-5)
     (terms["mlm"] + 0.5 * expected).backward()
     mlm = training_model("mlm")

@@ -14,11 +14,11 @@ from dga_scale.objectives.methods.kl import KL, KLSettings
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.zero.engine import build_engine, set_learning_rate
 from dga_scale.zero.optimizer_hooks import backward
-from tests.helpers.batches import masked_places, rows_of
+from tests.helpers.batches import counts_of, masked_places, rows_of
 from tests.helpers.ranks import run_ranks
-from tests.helpers.toy import tensors_of, toy_lm
+from tests.helpers.toy import toy_lm
 from tests.helpers.training import Setup, full_weights
-from tests.objectives.test_rehearsal import labels_of, mean_loss, mixed
+from tests.objectives.test_rehearsal import mean_loss, mixed
 
 SETTINGS = KLSettings(kl_weight=0.8, kl_temperature=2.0, kl_mlm_weight=0.3)
 TEACHER = 5
@@ -58,7 +58,7 @@ def expected_loss(student: Any, batch: Batch, settings: KLSettings = SETTINGS) -
 @pytest.mark.parametrize("settings", [SETTINGS, KLSettings()])
 def test_loss_and_gradient_are_those_of_the_formula(settings: KLSettings) -> None:
     batch, model, student = mixed(), build(settings, dropout=0.4), toy_lm()
-    loss, _ = model(*tensors_of(batch), masked=labels_of(batch), passes=1.0)
+    loss, _ = model(batch, counts_of(batch, sources=3))
     loss.backward()
     expected = expected_loss(student, batch, settings)
     expected.backward()
@@ -71,7 +71,7 @@ def test_loss_and_gradient_are_those_of_the_formula(settings: KLSettings) -> Non
 
 def test_a_student_that_is_the_base_has_no_divergence() -> None:
     batch, model = mixed(), build(teacher=0)
-    loss, logged = model(*tensors_of(batch), masked=labels_of(batch), passes=1.0)
+    loss, logged = model(batch, counts_of(batch, sources=3))
     assert abs(logged["kl"]) < 1e-6
     torch.autograd.grad(loss, model.lm.parameters(), allow_unused=True)
 
@@ -80,8 +80,9 @@ def test_parts_of_a_global_batch_add_up_also_where_one_has_no_general_text() -> 
     batch, model = mixed(), build()
     order = torch.argsort(batch.sources, stable=True)
     halves = [rows_of(batch, order[:4]), rows_of(batch, order[4:])]
-    _, whole = model(*tensors_of(batch), masked=labels_of(batch), passes=1.0)
-    parts = [model(*tensors_of(half), masked=labels_of(batch), passes=2.0)[1]["kl"] for half in halves]
+    _, whole = model(batch, counts_of(batch, sources=3))
+    counts = counts_of(batch, sources=3, num_micro_batches=2)
+    parts = [model(half, counts)[1]["kl"] for half in halves]
     assert parts[0] == 0
     torch.testing.assert_close(torch.stack(parts).mean(), whole["kl"])
 
@@ -96,7 +97,7 @@ def trained(stages: Sequence[int]) -> list[dict[str, Tensor]]:
         engine = build_engine(build(), Setup(stage, clipping=0.0, epsilon=1e-2).resolved(2))
         set_learning_rate(engine, 1e-2)
         for _ in range(2):
-            loss, _ = engine(*tensors_of(own), masked=labels_of(batch), passes=2.0)
+            loss, _ = engine(own, counts_of(batch, sources=3, num_micro_batches=2))
             backward(engine, loss)
             engine.step()
         found.append(full_weights(engine))

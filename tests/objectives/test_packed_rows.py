@@ -12,17 +12,16 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.cpu_kernels import use_cpu_kernels
 from dga_scale.backbone.packed_rows import can_pack, last_hidden_states
-from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.corpus.loading.shapes import places_of
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
-from dga_scale.objectives.views import ModelInputs
 from dga_scale.zero.engine import build_engine, set_learning_rate
 from dga_scale.zero.optimizer_hooks import backward
 from tests.helpers.batches import batch_of, dense_labels, rows_of
 from tests.helpers.comparison import (
     assert_same_gradients,
+    counts_of,
     gradients_of,
-    labels_in,
     loss_of,
     method_of,
     training_model,
@@ -30,7 +29,7 @@ from tests.helpers.comparison import (
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import Reference
 from tests.helpers.tiny_models import TINY
-from tests.helpers.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
+from tests.helpers.toy import toy_batch, toy_lm, toy_model, toy_protection
 from tests.helpers.training import Setup, full_weights
 
 ROWS, TOKENS = 8, 20
@@ -64,21 +63,20 @@ def end_to_end(batch: Batch) -> Batch:
         batch.attention_mask[:, cut],
         dense_labels(batch)[:, cut],
         sources=batch.sources,
-        packed=F.pad(places, (0, 0, 0, 1), value=-1),
+        packed_positions=F.pad(places, (0, 0, 0, 1), value=-1),
     )
 
 
 def compare(model: TrainingModel) -> None:
     """Loss, its terms and all gradients of the packed rows are those of the padded rows."""
     padded, packed = by_length(), end_to_end(by_length())
-    assert packed.packed is not None
-    assert len(packed.packed) < ROWS
+    assert packed.packed_positions is not None
+    assert len(packed.packed_positions) < ROWS
     found = []
     for batch in (padded, packed):
         model.zero_grad()
-        labels = [int((dense_labels(batch)[batch.sources == source] != -100).sum()) for source in range(3)]
         torch.manual_seed(0)
-        loss, terms = model(*tensors_of(batch), masked=labels)
+        loss, terms = model(batch, counts_of(batch, sources=3))
         loss.backward()
         found.append(({"loss": loss.item(), **{k: v.item() for k, v in terms.items()}}, gradients_of(model)))
         found[-1] = (found[-1][0], {name: g.clone() for name, g in found[-1][1].items()})
@@ -123,7 +121,7 @@ def test_the_cpus_own_attention() -> None:
     assert can_pack(lm, anatomy)
     padded, packed = by_length(), end_to_end(by_length())
     found = [
-        last_hidden_states(lm.roberta, anatomy, b.input_ids, b.attention_mask, b.packed)
+        last_hidden_states(lm.roberta, anatomy, b.input_ids, b.attention_mask, b.packed_positions)
         for b in (padded, packed)
     ]
     real = packed.attention_mask == 1
@@ -169,7 +167,7 @@ def test_checkpointing_repeats_the_gates_and_the_dropout_of_packed_rows() -> Non
         if checkpointing:
             model.enable_gradient_checkpointing()
         torch.manual_seed(1)
-        loss, _ = loss_of(model, end_to_end(by_length()), labels=10)
+        loss, _ = loss_of(model, end_to_end(by_length()), Counts((10,), 1))
         loss.backward()
         found.append((loss.item(), gradients_of(model.lm)))
     assert found[0][0] == found[1][0]
@@ -179,13 +177,10 @@ def test_checkpointing_repeats_the_gates_and_the_dropout_of_packed_rows() -> Non
 def test_evaluation_and_the_states_of_padding() -> None:
     batch, model = by_length(), toy_model("mlm")
     packed = end_to_end(batch)
-    inputs = ModelInputs._make(tensors_of(packed))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model.eval().masked_sums(inputs), evaluate_rows(model, batch), rtol=1e-5, atol=1e-6
-        )
+    ours, expected = evaluate_rows(model, packed), evaluate_rows(model, batch)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     hidden = last_hidden_states(
-        model.lm.bert, model.anatomy, packed.input_ids, packed.attention_mask, packed.packed
+        model.lm.bert, model.anatomy, packed.input_ids, packed.attention_mask, packed.packed_positions
     )
     assert hidden[packed.attention_mask == 1].any(dim=-1).all()
     assert not hidden[packed.attention_mask == 0].any()
@@ -194,11 +189,9 @@ def test_evaluation_and_the_states_of_padding() -> None:
 def test_a_full_batch_needs_no_attention_mask() -> None:
     full = toy_batch(4, 6, seed=1)
     assert not full.padded
-    assert ModelInputs._make(tensors_of(full)).key_mask is None
-    model, found = toy_model("mlm"), []
-    for told in (True, False):
-        tensors = ModelInputs._make(tensors_of(full))._replace(padded=told)
-        found.append(model(*tensors, masked=(labels_in(full),))[0].item())
+    assert full.key_mask is None
+    model = toy_model("mlm")
+    found = [loss_of(model, full._replace(padded=padded))[0].item() for padded in (True, False)]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
@@ -212,7 +205,7 @@ def trained(stages: Sequence[int]) -> list[dict[str, Tensor]]:
         model.set_protection({"heads": toy_protection()})
         set_learning_rate(engine, 1e-2)
         for _ in range(2):
-            loss, _ = engine(*tensors_of(own), masked=(labels_in(by_length()),), passes=float(ranks))
+            loss, _ = engine(own, counts_of(by_length(), num_micro_batches=ranks))
             backward(engine, loss)
             engine.step()
         found.append(full_weights(engine))

@@ -25,7 +25,7 @@ from dga_scale.zero.optimizer_hooks import backward
 from tests.helpers.batches import rows_of
 from tests.helpers.comparison import (
     config_of,
-    labels_in,
+    counts_of,
     loss_of,
     method_context,
     method_of,
@@ -33,7 +33,7 @@ from tests.helpers.comparison import (
 )
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.small import make_world
-from tests.helpers.toy import tensors_of, toy_batch, toy_lm
+from tests.helpers.toy import toy_batch, toy_lm
 from tests.helpers.training import Setup, full_weights, save, tiny_engine
 from tests.test_train import arguments, run_training
 
@@ -75,7 +75,7 @@ def stepped(engine: DeepSpeedEngine, batch: Batch, steps: range) -> None:
     size = len(batch.input_ids) // ranks
     own = rows_of(batch, slice(rank * size, (rank + 1) * size))
     for _ in steps:
-        loss, _ = engine(*tensors_of(own), masked=(labels_in(batch),), passes=ranks)
+        loss, _ = engine(own, counts_of(batch, num_micro_batches=ranks))
         backward(engine, loss)
         engine.step()
 

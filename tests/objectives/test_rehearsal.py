@@ -11,8 +11,8 @@ from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.objectives.methods.rehearsal import Rehearsal, RehearsalSettings
 from dga_scale.objectives.training_model import TrainingModel
-from tests.helpers.batches import batch_of, dense_labels, rows_of
-from tests.helpers.toy import tensors_of, toy_batch, toy_lm
+from tests.helpers.batches import batch_of, counts_of, dense_labels, rows_of
+from tests.helpers.toy import toy_batch, toy_lm
 
 SOURCES = torch.tensor([0, 2, 0, 1, 1, 0, 0, 2])
 
@@ -22,10 +22,6 @@ def mixed() -> Batch:
     return batch_of(
         batch.input_ids, batch.masked_ids, batch.attention_mask, dense_labels(batch), sources=SOURCES
     )
-
-
-def labels_of(batch: Batch, sources: int = 3) -> list[int]:
-    return [int((dense_labels(batch)[batch.sources == k] != -100).sum()) for k in range(sources)]
 
 
 def mean_loss(lm: Any, batch: Batch) -> Tensor:
@@ -42,7 +38,7 @@ def build(weight: float | None) -> TrainingModel:
 @pytest.mark.parametrize("weight", [None, 0.0, 0.7])
 def test_loss_and_gradient_are_those_of_the_two_means(weight: float | None) -> None:
     batch, model, lm = mixed(), build(weight), toy_lm()
-    loss, logged = model(*tensors_of(batch), masked=labels_of(batch), passes=1.0)
+    loss, logged = model(batch, counts_of(batch, sources=3))
     loss.backward()
     domain, general = (rows_of(batch, (batch.sources > 0) == mix) for mix in (False, True))
     if weight is None:
@@ -63,8 +59,9 @@ def test_parts_of_a_global_batch_add_up_also_where_one_has_no_general_text() -> 
     batch, model = mixed(), build(0.7)
     order = torch.argsort(batch.sources, stable=True)  # the first half is all domain
     halves = [rows_of(batch, order[:4]), rows_of(batch, order[4:])]
-    whole, _ = model(*tensors_of(batch), masked=labels_of(batch), passes=1.0)
-    parts = [model(*tensors_of(half), masked=labels_of(batch), passes=2.0)[0] for half in halves]
+    whole, _ = model(batch, counts_of(batch, sources=3))
+    counts = counts_of(batch, sources=3, num_micro_batches=2)
+    parts = [model(half, counts)[0] for half in halves]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 

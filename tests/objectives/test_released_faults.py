@@ -16,21 +16,21 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils.flop_counter import FlopCounterMode
 
-from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.errors import UserError
 from dga_scale.objectives.contrast import contrastive_loss
-from dga_scale.objectives.views import ModelInputs, mean_pool, run_views
+from dga_scale.objectives.views import mean_pool, run_views
 from dga_scale.preservation.divergence import kl_divergence
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
 from tests.helpers.batches import batch_of, dense_labels, rows_of
+from tests.helpers.comparison import loss_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.toy import (
     HEADS,
     HIDDEN,
     LAYERS,
     VOCAB,
-    tensors_of,
     toy_batch,
     toy_model,
     toy_protection,
@@ -135,7 +135,7 @@ def test_fault_3_masks_along_the_input_axis(soft_mask: str) -> None:
         GradientMask(model.lm.named_parameters(), model.anatomy).set(factors)
     before = {name: weight.clone() for name, weight in weights.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-12, weight_decay=0)
-    loss, _ = model(*tensors_of(toy_batch()))
+    loss, _ = loss_of(model, toy_batch())
     loss.backward()
     update_mask.before_step(fragments)
     optimizer.step()
@@ -160,12 +160,11 @@ def test_fault_3_masks_along_the_input_axis(soft_mask: str) -> None:
 
 
 def pooled_views(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-    inputs = ModelInputs(*tensors_of(batch))
     hidden = run_views(
         model.anatomy.trunk(model.lm),
         model.gates,
         model.method.views(),
-        inputs,
+        batch,
         {"heads": toy_protection()},
     ).hidden
     return {name: mean_pool(states, batch.attention_mask) for name, states in hidden.items()}
@@ -254,7 +253,7 @@ def masked_gradients(micro_steps: int, faulty: bool = False) -> dict[str, Tensor
         GradientMask(model.lm.named_parameters(), model.anatomy).set(factors)
     size = ROWS // micro_steps
     for start in range(0, ROWS, size):
-        loss, _ = model(*tensors_of(rows_of(batch, slice(start, start + size))), masked=(16,))
+        loss, _ = loss_of(model, rows_of(batch, slice(start, start + size)), Counts((16,), 1))
         loss.backward()
         if faulty:  # the released code: the accumulated gradient is masked after each backward pass
             for name, parameter in model.lm.named_parameters():
@@ -281,7 +280,7 @@ def test_fault_9_head_and_loss_on_the_contrast_passes() -> None:
     model, batch = toy_model("dga"), toy_batch()
     model.set_protection({"heads": toy_protection()})
     with FlopCounterMode(display=False) as counter:
-        model(*tensors_of(batch))
+        loss_of(model, batch)
     with FlopCounterMode(display=False) as faulty:
         for _ in range(4):
             model.lm(batch.input_ids, attention_mask=batch.attention_mask)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dga_scale.errors import UserError
-from dga_scale.objectives.views import ModelInputs, View, run_views
+from dga_scale.objectives.views import View, run_views
 from tests.helpers.batches import rows_of
 from tests.helpers.comparison import config_of, info_nce, loss_of, method_context, method_of, training_model
-from tests.helpers.toy import tensors_of, toy_batch, toy_lm
+from tests.helpers.toy import toy_batch, toy_lm
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
@@ -20,7 +20,7 @@ def test_term_is_the_formula_on_the_states_of_the_two_draws(temperature: float) 
     loss, terms = loss_of(model, batch)
     torch.manual_seed(5)
     views = (View("mlm", masked=True), View("first"), View("second"))
-    hidden = run_views(model.lm.bert, model.gates, views, ModelInputs(*tensors_of(batch)), {}).hidden
+    hidden = run_views(model.lm.bert, model.gates, views, batch, {}).hidden
     lengths = batch.attention_mask.sum(dim=1).tolist()
     first, second = (
         [hidden[name][row, :n].mean(dim=0) for row, n in enumerate(lengths)] for name in ("first", "second")

@@ -11,8 +11,8 @@ from tests.helpers.batches import masked_places
 from tests.helpers.comparison import (
     assert_same_gradients,
     config_of,
+    counts_of,
     gradients_of,
-    labels_in,
     loss_of,
     method_of,
     states_of,
@@ -32,7 +32,7 @@ def test_term_and_gradient_are_the_references(temperature: float) -> None:
         for i in places:
             cosines = torch.stack([F.cosine_similarity(ours[i], state, dim=0) for state in theirs.detach()])
             total = total + torch.logsumexp(cosines / temperature, 0) - cosines[i] / temperature
-    expected = total / labels_in(batch)
+    expected = total / counts_of(batch).num_labels
     expected.backward()
 
     model = training_model("tacl", tacl_temperature=temperature, tacl_weight=3.0)

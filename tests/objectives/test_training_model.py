@@ -9,20 +9,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.config.settings import MethodSettings
-from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.methods import METHODS
 from dga_scale.objectives.methods.dga import DGA, DGASettings
 from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
-from tests.helpers.batches import dense_labels, joined, rows_of, without_labels
+from tests.helpers.batches import batch_of, counts_of, dense_labels, joined, rows_of, without_labels
+from tests.helpers.comparison import loss_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import Reference
 from tests.helpers.tiny_models import TINY
 from tests.helpers.toy import (
     HIDDEN,
     VOCAB,
-    tensors_of,
     toy_batch,
     toy_lm,
     toy_model,
@@ -37,10 +36,6 @@ def gradients_of(model: TrainingModel) -> dict[str, Tensor]:
         name: parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         for name, parameter in model.lm.named_parameters()
     }
-
-
-def labels_in(batch: Batch) -> int:
-    return int((batch.labels != IGNORED).sum())
 
 
 def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -60,11 +55,11 @@ def trained_part(
     model = toy_model(method, split_views=split_views)
     model.set_protection({"heads": toy_protection()})
     micro = ROWS // (ranks * accumulation)
-    sums: dict[str, float] = {}
+    counts, sums = counts_of(batch, num_micro_batches=ranks * accumulation), dict[str, float]()
     for step in range(accumulation):
         start = (step * ranks + rank) * micro
         own = rows_of(batch, slice(start, start + micro))
-        loss, terms = model(*tensors_of(own), masked=(labels_in(batch),), passes=ranks * accumulation)
+        loss, terms = model(own, counts)
         (loss / accumulation).backward()
         for name, term in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0.0) + term.item() / accumulation
@@ -116,7 +111,7 @@ def test_activation_checkpointing_repeats_gates_and_dropout() -> None:
         if checkpointing:
             model.enable_gradient_checkpointing()
         torch.manual_seed(1)
-        loss, _ = model(*tensors_of(toy_batch()), masked=(10,))
+        loss, _ = loss_of(model, toy_batch())
         model.gates.set(None)
         loss.backward()
         return loss.item(), gradients_of(model)
@@ -129,9 +124,9 @@ def test_activation_checkpointing_repeats_gates_and_dropout() -> None:
 def test_a_weight_of_zero_leaves_the_contrast_views_out() -> None:
     assert [view.name for view in DGA(DGASettings(contrastive_weight=0.0)).views()] == ["mlm"]
     model, plain = toy_model("dga", contrastive_weight=0.0), toy_model("mlm")
-    loss, terms = model(*tensors_of(toy_batch()))
+    loss, terms = loss_of(model, toy_batch())
     assert terms.keys() == {"mlm"}
-    assert torch.equal(loss, plain(*tensors_of(toy_batch()))[0])
+    assert torch.equal(loss, loss_of(plain, toy_batch())[0])
 
 
 def test_temperature_and_weight_come_from_the_settings() -> None:
@@ -141,7 +136,7 @@ def test_temperature_and_weight_come_from_the_settings() -> None:
         method = DGA(DGASettings(**values))
         model = TrainingModel(lm, anatomy_of(lm), method)
         model.set_protection({"heads": toy_protection()})
-        loss, terms = model(*tensors_of(toy_batch()))
+        loss, terms = loss_of(model, toy_batch())
         model.gates.remove()
         return loss.item(), terms
 
@@ -202,7 +197,7 @@ def test_lm_head_and_loss_run_on_masked_positions_of_the_mlm_view_only() -> None
         model = toy_model(method)
         model.set_protection({"heads": toy_protection()})
         with FlopCounterMode(display=False) as counter:
-            model(*tensors_of(batch))
+            loss_of(model, batch)
         counts = counter.get_flop_counts()
         return sum(counts["TrainingModel.lm.cls"].values()), sum(counts["TrainingModel.lm.bert"].values())
 
@@ -216,7 +211,8 @@ def test_causal_models_train_on_the_next_token(name: str) -> None:
     """The positions and labels of a causal batch give the loss of the stock model's own ``labels``."""
     lm = TINY[name].model()  # in eval mode: GPT-2 has dropout
     ids = torch.randint(3, 90, (4, 9))
-    positions = (9 * torch.arange(4)[:, None] + torch.arange(8)).flatten()
+    labels = torch.cat([ids[:, 1:], ids.new_full((4, 1), IGNORED)], dim=1)
+    batch = batch_of(ids, ids, torch.ones_like(ids), labels)
     model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MethodSettings()))
-    loss, _ = model(ids, ids, torch.ones_like(ids), positions, ids[:, 1:].flatten(), masked=(32,))
+    loss, _ = loss_of(model, batch)
     assert loss.item() == pytest.approx(lm(input_ids=ids, labels=ids).loss.item(), rel=1e-5)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dga_scale.objectives.views import ModelInputs, View, mean_pool, run_views
+from dga_scale.objectives.views import View, mean_pool, run_views
 from tests.helpers.reference import Reference
-from tests.helpers.toy import tensors_of, toy_batch, toy_lm, toy_model, toy_protection
+from tests.helpers.toy import toy_batch, toy_lm, toy_model, toy_protection
 
 VIEWS = (View("mlm", masked=True), View("full"), View("general", gated=True))
 
@@ -14,9 +14,8 @@ VIEWS = (View("mlm", masked=True), View("full"), View("general", gated=True))
 def test_each_view_is_a_forward_of_its_own(split: bool) -> None:
     """Against the stock model: masked ids, clean ids, and clean ids with gates put on by hand."""
     model, batch, a = toy_model(), toy_batch(), toy_protection()
-    inputs = ModelInputs(*tensors_of(batch))
     trunk = model.anatomy.trunk(model.lm)
-    hidden = run_views(trunk, model.gates, VIEWS, inputs, {"heads": a}, split=split).hidden
+    hidden = run_views(trunk, model.gates, VIEWS, batch, {"heads": a}, split=split).hidden
 
     stock = toy_lm()
     reference = Reference(stock, protection=a)
@@ -35,9 +34,8 @@ def test_each_view_is_a_forward_of_its_own(split: bool) -> None:
 def test_a_pass_leaves_no_gates_behind() -> None:
     model, batch = toy_model(), toy_batch()
     trunk = model.anatomy.trunk(model.lm)
-    inputs = ModelInputs(*tensors_of(batch))
     before = trunk(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-    run_views(trunk, model.gates, VIEWS, inputs, {"heads": toy_protection()})
+    run_views(trunk, model.gates, VIEWS, batch, {"heads": toy_protection()})
     after = trunk(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     assert torch.equal(before, after)
 
@@ -50,7 +48,7 @@ def test_views_draw_their_own_dropout() -> None:
             model.anatomy.trunk(model.lm),
             model.gates,
             views,
-            ModelInputs(*tensors_of(batch)),
+            batch,
             {},
             split=split,
         ).hidden

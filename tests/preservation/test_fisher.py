@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from tests.helpers.reference import per_example_fisher
 from tests.helpers.toy import toy_batch, toy_lm
 
 ROWS = 6
-NAMES = "input_ids", "masked_ids", "attention_mask", "positions", "labels"
 
 
 class Caller(nn.Module):
@@ -32,8 +30,8 @@ class Caller(nn.Module):
         self.lm = toy_lm(dropout)
         self.anatomy = anatomy_of(self.lm)
 
-    def forward(self, *tensors: Tensor, compute: Callable[[Any], Any]) -> Any:
-        return compute(SimpleNamespace(**dict(zip(NAMES, tensors, strict=True))))
+    def forward(self, inputs: Batch, *, compute: Callable[[Batch], Any]) -> Any:
+        return compute(inputs)
 
 
 def fragments_of(model: Caller) -> list[Fragment]:

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.corpus.loading.batches import Counts
 from dga_scale.preservation.movement import MovementTracker, compare
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
 from tests.helpers.tiny_models import TINY
-from tests.helpers.toy import LAYERS, tensors_of, toy_batch, toy_model, toy_protection
+from tests.helpers.toy import LAYERS, toy_batch, toy_model, toy_protection
 from tests.preservation.test_soft_mask import cut
 
 
@@ -121,7 +122,7 @@ def test_adam_undoes_a_gradient_mask_and_not_an_update_mask(soft_mask: str) -> N
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, eps=1e-6, weight_decay=0)
     for step in range(30):
         optimizer.zero_grad()
-        loss, _ = model(*tensors_of(toy_batch(8, seed=step)), masked=(16,))
+        loss, _ = model(toy_batch(8, seed=step), Counts((16,), 1))
         loss.backward()
         update_mask.before_step(fragments)
         optimizer.step()

@@ -13,10 +13,10 @@ from dga_scale.preservation.movement import MovementTracker
 from dga_scale.preservation.soft_mask import GradientMask, mask_factors
 from dga_scale.zero.engine import build_engine, set_learning_rate
 from dga_scale.zero.optimizer_hooks import backward, local_fragments
-from tests.helpers.batches import rows_of
+from tests.helpers.batches import counts_of, rows_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import Reference
-from tests.helpers.toy import tensors_of, toy_batch, toy_model, toy_protection
+from tests.helpers.toy import toy_batch, toy_model, toy_protection
 from tests.helpers.training import Setup, full_weights
 
 ROWS, LEARNING_RATE = 8, 1e-3
@@ -49,7 +49,7 @@ def measured_and_trained(stage: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {"before": state()}
     for step in range(2):
-        loss, _ = engine(*tensors_of(own(step)), masked=(labels_of(step),), passes=ranks)
+        loss, _ = engine(own(step), counts_of(toy_batch(ROWS, seed=step), num_micro_batches=ranks))
         backward(engine, loss)
         engine.step()
     found["after"] = state()
@@ -57,10 +57,6 @@ def measured_and_trained(stage: int) -> dict[str, Any]:
     effective = tracker.effective_protection(local_fragments(engine), protection, summed)
     found["movement"] = effective["heads"].movement
     return found
-
-
-def labels_of(step: int) -> int:
-    return int((toy_batch(ROWS, seed=step).labels != -100).sum())
 
 
 def expected() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,26 +21,71 @@ from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one forward pass, on the CPU, int64: B rows of T tokens, N places with a label, or fillers.
+class Batch(NamedTuple):
+    """One micro-batch of one rank: B rows of T tokens with N labels; tensors of int64, all on one device.
 
-    T and N are rounded up to a few sizes (``corpus.shapes``). A place is row * T + token.
+    It goes to the model as it is: ``engine(batch, counts)``. A field's values are of one of three kinds of
+    index. A *row* counts the B rows. A *position* is ``row * T + token``, an index of the flattened (B, T). A
+    *label index* counts the N labels. T and N are rounded up to a few sizes (``corpus.loading.shapes``).
     """
 
-    input_ids: torch.Tensor  # (B, T) as in the corpus, padded
-    masked_ids: torch.Tensor  # (B, T) with masked positions replaced; causal: the same as input_ids
-    attention_mask: torch.Tensor  # (B, T) 1 = a real token
-    positions: torch.Tensor  # (N,) predicted places in rising order, then zeros
-    labels: torch.Tensor  # (N,) the true ids there, then IGNORED; causal: the id after each place
-    sample_ids: torch.Tensor  # (B,) row in its corpus; -1 in a row that only fills up a batch
-    sources: torch.Tensor  # (B,) number of its corpus in the mixture
-    mixed_rows: torch.Tensor  # (G,) rows of the corpora mixed in; [0] where there is none
-    mixed_slots: torch.Tensor  # (K,) where in ``labels`` theirs stand, then -1
-    packed: torch.Tensor | None
-    """(P, T) the rows end to end: what each place of fewer rows reads, or -1; None: rows as they stand."""
-    padded: bool
+    input_ids: torch.Tensor
+    """(B, T) token ids as in the corpus, padded."""
+    masked_ids: torch.Tensor
+    """(B, T) token ids with masked tokens replaced; causal: the same as ``input_ids``."""
+    attention_mask: torch.Tensor
+    """(B, T) 1 at a real token, 0 at padding."""
+    positions: torch.Tensor
+    """(N,) the position that each label is predicted at, in rising order, then zeros."""
+    labels: torch.Tensor
+    """(N,) the true ids there, then IGNORED; causal: the id after each position."""
+    sample_ids: torch.Tensor
+    """(B,) the index of each row in its corpus; -1 of a padding row, which only fills up a batch."""
+    sources: torch.Tensor
+    """(B,) the corpus of each row: 0 the domain's, 1, ... those mixed in."""
+    mixed_rows: torch.Tensor
+    """(G,) the rows of the corpora mixed in, in rising order; [0] where there is none."""
+    mixed_label_indices: torch.Tensor
+    """(K,) the label indices of those rows' labels, in rising order, then -1."""
+    packed_positions: torch.Tensor | None = None
+    """(P, T) the position that each token of P packed rows reads, or -1; None: rows are read as they are."""
+    padded: bool = True
     """Whether any row is shorter than T."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move the tensors to the model's device; to CUDA they are copied without waiting."""
+
+        def moved(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+        return Batch._make(map(moved, self))
+
+    @property
+    def key_mask(self) -> torch.Tensor | None:
+        """The attention mask where there is padding: to see that it masks nothing, a device is waited for."""
+        return self.attention_mask if self.padded else None
+
+    @property
+    def label_rows(self) -> torch.Tensor:
+        """(N,) the row of each label."""
+        return self.positions // self.input_ids.shape[1]
+
+
+class Counts(NamedTuple):
+    """What a micro-batch's loss needs to know of the global batch that it is a part of."""
+
+    labels_per_source: tuple[int, ...]
+    """Labels of the global batch, of all ranks and accumulation steps, by source."""
+    num_micro_batches: int
+    """Ranks * gradient accumulation steps, which DeepSpeed takes the mean of the gradients over: a sum over a
+    micro-batch's labels, times this over the labels of the global batch, has the global mean as its mean."""
+
+    @property
+    def num_labels(self) -> int:
+        """Labels of the global batch, of all sources."""
+        return sum(self.labels_per_source)
 
 
 def build_batch(
@@ -50,7 +95,7 @@ def build_batch(
     masking: MaskingPolicy | None,
     seed: int,
     *,
-    fillers: int = 0,
+    padding_rows: int = 0,
 ) -> Batch:
     """Read and mask ``rows``.
 
@@ -60,14 +105,14 @@ def build_batch(
         epochs: (B,) or one: the epoch of each row, from which (with seed and row) its mask is drawn.
         masking: None for a causal model, whose labels are the next tokens.
         seed: 64 bits.
-        fillers: So many rows at the end only fill up the batch: they get no labels.
+        padding_rows: So many rows at the end only fill up the batch: they get no labels.
     """
     width = width_of(corpus.lengths[rows], corpus.manifest.sequence_length)
     read = _read(corpus, rows, epochs, masking, seed, width)
     sample_ids = np.array(rows, dtype=np.int64)
-    if fillers:
-        read.labels[-fillers:] = IGNORED
-        sample_ids[-fillers:] = -1
+    if padding_rows:
+        read.labels[-padding_rows:] = IGNORED
+        sample_ids[-padding_rows:] = -1
     return _batch(read, sample_ids, np.zeros(len(rows), dtype=np.int64))
 
 
@@ -76,7 +121,7 @@ def mixed_batch(
 ) -> Batch:
     """Read and mask rows of several corpora, in the order of ``picks``; each draws as in its corpus alone.
 
-    ``pack``: put them end to end as well; see ``Batch.packed``.
+    ``pack``: put them end to end as well; see ``Batch.packed_positions``.
     """
     lengths = mixture.lengths(picks)
     width = width_of(lengths, mixture.corpora[0].manifest.sequence_length)
@@ -121,33 +166,30 @@ def _read(
 
 
 def _batch(
-    read: _Rows, sample_ids: np.ndarray, sources: np.ndarray, packed: np.ndarray | None = None
+    read: _Rows, sample_ids: np.ndarray, sources: np.ndarray, packed_positions: np.ndarray | None = None
 ) -> Batch:
-    places = np.flatnonzero(read.labels != IGNORED)
-    rows = places // read.ids.shape[1]
-    mixed_rows, mixed_slots = np.flatnonzero(sources), np.flatnonzero(sources[rows])
-    arrays = {
-        "input_ids": read.ids,
-        "masked_ids": read.masked_ids,
-        "attention_mask": read.real.astype(np.int64),
-        "positions": _filled_up(places, 0),
-        "labels": _filled_up(read.labels.flat[places], IGNORED),
-        "sample_ids": sample_ids,
-        "sources": sources,
-        "mixed_rows": mixed_rows if len(mixed_rows) else np.zeros(1, dtype=np.int64),
-        "mixed_slots": _filled_up(mixed_slots, -1),
-    }
+    positions = np.flatnonzero(read.labels != IGNORED)
+    label_rows = positions // read.ids.shape[1]
+    mixed_rows, mixed_label_indices = np.flatnonzero(sources), np.flatnonzero(sources[label_rows])
     return Batch(
-        **{name: torch.from_numpy(array) for name, array in arrays.items()},
-        packed=None if packed is None else torch.from_numpy(packed),
+        input_ids=torch.from_numpy(read.ids),
+        masked_ids=torch.from_numpy(read.masked_ids),
+        attention_mask=torch.from_numpy(read.real.astype(np.int64)),
+        positions=_filled_up(positions, 0),
+        labels=_filled_up(read.labels.flat[positions], IGNORED),
+        sample_ids=torch.from_numpy(sample_ids),
+        sources=torch.from_numpy(sources),
+        mixed_rows=torch.from_numpy(mixed_rows if len(mixed_rows) else np.zeros(1, dtype=np.int64)),
+        mixed_label_indices=_filled_up(mixed_label_indices, -1),
+        packed_positions=None if packed_positions is None else torch.from_numpy(packed_positions),
         padded=not bool(read.real.all()),
     )
 
 
-def _filled_up(values: np.ndarray, filler: int) -> np.ndarray:
-    filled = np.full(int(rounded_up(len(values))), filler, dtype=np.int64)
+def _filled_up(values: np.ndarray, padding: int) -> torch.Tensor:
+    filled = np.full(int(rounded_up(len(values))), padding, dtype=np.int64)
     filled[: len(values)] = values
-    return filled
+    return torch.from_numpy(filled)
 
 
 @dataclass(frozen=True)
@@ -156,14 +198,14 @@ class StepBatches:
 
     step: int
     micro_batches: list[Batch]
-    global_masked: tuple[int, ...]
-    """By source, labels of the global batch: of all ranks and micro-steps."""
-    global_tokens: tuple[int, ...]
-    """By source, real tokens of the global batch."""
+    counts: Counts
+    """Of the global batch that they are this rank's part of."""
+    tokens_per_source: tuple[int, ...]
+    """Real tokens of the global batch, by source."""
     rows_by_width: dict[int, int]
     """Rows of the global batch, packed where they are, by their tokens: what a view's trunk pass reads."""
-    head_slots: int
-    """Places of the global batch that go through the LM head, those that only fill up among them."""
+    head_positions: int
+    """Positions of the global batch that go through the LM head, those that only fill up among them."""
 
 
 class BatchStream:
@@ -184,7 +226,7 @@ class BatchStream:
         start_step: The first step.
         num_steps: How many.
         prefetch: See above.
-        pack: Put documents end to end; see ``Batch.packed``. Chunks are full as they are.
+        pack: Put documents end to end; see ``Batch.packed_positions``. Chunks are full as they are.
 
     Example::
 
@@ -234,10 +276,11 @@ class BatchStream:
         manifest = mixture.corpora[0].manifest  # packing and length are those of all
         picks = mixture.picks(step * self._global, (step + 1) * self._global)
         lengths, labels = mixture.lengths(picks), np.empty(len(picks.rows), dtype=np.int64)
-        masked, tokens = [0] * len(mixture.corpora), [0] * len(mixture.corpora)
+        labels_per_source, tokens = [0] * len(mixture.corpora), [0] * len(mixture.corpora)
         for source, where in mixture.by_source(picks):
             labels[where] = label_counts(mixture.corpora[source], picks.rows[where], masking)
-            masked[source], tokens[source] = int(labels[where].sum()), int(lengths[where].sum())
+            labels_per_source[source] = int(labels[where].sum())
+            tokens[source] = int(lengths[where].sum())
         rows = self._world_size * self._micro  # of one pass of all ranks
         parts = np.stack(
             [
@@ -256,10 +299,10 @@ class BatchStream:
                 mixed_batch(mixture, picks.part(part), masking, pack=self._pack)
                 for part in parts[:, self._rank]
             ],
-            global_masked=tuple(masked),
-            global_tokens=tuple(tokens),
+            counts=Counts(tuple(labels_per_source), parts.shape[0] * parts.shape[1]),
+            tokens_per_source=tuple(tokens),
             rows_by_width=rows_by_width,
-            head_slots=int(rounded_up(labels[parts].sum(axis=2)).sum()),
+            head_positions=int(rounded_up(labels[parts].sum(axis=2)).sum()),
         )
 
     def __iter__(self) -> Iterator[StepBatches]:
@@ -349,6 +392,6 @@ class EvalBatches:
         for number in range(len(self)):
             first = (number * self._world_size + self._rank) * self._batch_size
             rows = self._by_length[first : first + self._batch_size]
-            fillers = self._batch_size - len(rows)
-            filled = np.concatenate([rows, np.repeat(self._by_length[-1:], fillers)])
-            yield build_batch(self._corpus, filled, 0, self._masking, self.SEED, fillers=fillers)
+            padding_rows = self._batch_size - len(rows)
+            filled = np.concatenate([rows, np.repeat(self._by_length[-1:], padding_rows)])
+            yield build_batch(self._corpus, filled, 0, self._masking, self.SEED, padding_rows=padding_rows)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, Rules, TrainConfig, setting
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.objectives.contrast import Contrast, ContrastSettings, Side
 from dga_scale.objectives.method import LM_VIEW, Method
-from dga_scale.objectives.views import ModelInputs, View, mean_pool
+from dga_scale.objectives.views import View, mean_pool
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class InfoWord(Method):
         )
 
 
-def pool_masked_words(hidden: Tensor, inputs: ModelInputs) -> Tensor:
+def pool_masked_words(hidden: Tensor, inputs: Batch) -> Tensor:
     """Mean of hidden states (B, T, H) over the masked positions of each example: (B, H) in fp32.
 
     An example in which nothing is masked (text of unknown tokens only) is pooled whole.

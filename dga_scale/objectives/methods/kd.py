@@ -40,5 +40,5 @@ class KD(Method):
         teacher = output.teacher_logits(output.teacher(True), positions).float() / temperature  # (N, V)
         divergences = kl_divergence(teacher, output.lm_logits.float() / temperature)  # (N,)
         total = divergences.masked_fill(labels == IGNORED, 0).sum()
-        mean = total * temperature**2 * (output.passes / sum(output.masked))
+        mean = total * temperature**2 * (output.counts.num_micro_batches / output.counts.num_labels)
         return {"kd": Term(mean, self.settings.kd_weight)}

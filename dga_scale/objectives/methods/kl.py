@@ -44,18 +44,19 @@ class KL(Method):
     needs_mix = True
     needs_teacher = True
 
-    def token_weights(self, masked: Sequence[int]) -> tuple[float, ...]:
-        return weighted_means(masked, self.settings.kl_mlm_weight)
+    def token_weights(self, labels_per_source: Sequence[int]) -> tuple[float, ...]:
+        return weighted_means(labels_per_source, self.settings.kl_mlm_weight)
 
     def terms(self, output: ForwardOutput) -> dict[str, Term]:
-        inputs, temperature = output.inputs, self.settings.kl_temperature
-        rows, slots, tokens = inputs.mixed_rows, inputs.mixed_slots, inputs.input_ids.shape[1]
+        inputs, counts, temperature = output.inputs, output.counts, self.settings.kl_temperature
+        rows, labels, tokens = inputs.mixed_rows, inputs.mixed_label_indices, inputs.input_ids.shape[1]
         hidden = output.teacher(True, rows)  # (G, T, H)
-        # Slots of -1 only fill up: they read whatever the last place holds, and don't count.
-        positions, student = inputs.positions[slots], output.lm_logits[slots]  # (K,), (K, V)
-        place = torch.searchsorted(rows, positions // tokens).clamp(max=len(rows) - 1)  # among the G rows
-        base = output.teacher_logits(hidden, place * tokens + positions % tokens)  # (K, V)
+        # Label indices of -1 only fill up: they read whatever the last one holds, and don't count.
+        positions, student = inputs.positions[labels], output.lm_logits[labels]  # (K,), (K, V)
+        own = torch.searchsorted(rows, positions // tokens).clamp(max=len(rows) - 1)  # among the G rows
+        base = output.teacher_logits(hidden, own * tokens + positions % tokens)  # (K, V)
         divergences = kl_divergence(base.float() / temperature, student.float() / temperature)  # (K,)
-        total = divergences.masked_fill(slots < 0, 0).sum()
-        mean = total * temperature**2 * (output.passes / max(1, sum(output.masked[1:])))
+        total = divergences.masked_fill(labels < 0, 0).sum()
+        mixed = sum(counts.labels_per_source[1:])
+        mean = total * temperature**2 * (counts.num_micro_batches / max(1, mixed))
         return {"kl": Term(mean, self.settings.kl_weight)}

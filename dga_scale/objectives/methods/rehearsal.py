@@ -33,19 +33,19 @@ class Rehearsal(Method):
     Settings = RehearsalSettings
     needs_mix = True
 
-    def token_weights(self, masked: Sequence[int]) -> tuple[float, ...]:
+    def token_weights(self, labels_per_source: Sequence[int]) -> tuple[float, ...]:
         if self.settings.rehearsal_weight is None:
-            return super().token_weights(masked)
-        return weighted_means(masked, self.settings.rehearsal_weight)
+            return super().token_weights(labels_per_source)
+        return weighted_means(labels_per_source, self.settings.rehearsal_weight)
 
 
-def weighted_means(masked: Sequence[int], weight: float) -> tuple[float, ...]:
+def weighted_means(labels_per_source: Sequence[int], weight: float) -> tuple[float, ...]:
     """Token weights of ``L(source 0) + weight * L(all other sources)``, each L a mean over its tokens.
 
     Args:
-        masked: labels of the global batch, by source.
+        labels_per_source: labels of the global batch.
         weight: of the other sources.
 
     """
-    domain, general = max(1, masked[0]), max(1, sum(masked[1:]))
-    return (1 / domain, *(weight / general for _ in masked[1:]))
+    domain, *others = labels_per_source
+    return (1 / max(1, domain), *(weight / max(1, sum(others)) for _ in others))

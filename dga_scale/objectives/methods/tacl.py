@@ -48,9 +48,9 @@ class TaCL(Method):
         # Of all tokens, then those masked: less than the teachers' states of a row for each of its tokens.
         similarities = (students @ teachers.mT).flatten(0, 1)[inputs.positions]  # (N, T)
         similarities = similarities / self.settings.tacl_temperature
-        similarities = similarities.masked_fill(inputs.attention_mask[inputs.rows] == 0, float("-inf"))
+        similarities = similarities.masked_fill(inputs.attention_mask[inputs.label_rows] == 0, float("-inf"))
         tokens = inputs.positions % inputs.input_ids.shape[1]
         targets = tokens.masked_fill(inputs.labels == IGNORED, IGNORED)
         total = F.cross_entropy(similarities, targets, ignore_index=IGNORED, reduction="sum")
-        mean = total * (output.passes / sum(output.masked))
+        mean = total * (output.counts.num_micro_batches / output.counts.num_labels)
         return {"tacl": Term(mean, self.settings.tacl_weight)}

@@ -214,10 +214,10 @@ def test_all_world_sizes_see_the_same(
         assert {row for _, row in each} == set(stretch.tolist())
     for step in seen:
         assert step.step == 2
-        assert step.global_masked == ((reference.labels != IGNORED).sum(),)
-        assert step.global_tokens == (reference.attention_mask.sum(),)
+        assert step.counts.labels_per_source == ((reference.labels != IGNORED).sum(),)
+        assert step.tokens_per_source == (reference.attention_mask.sum(),)
         parts = [batch for own in seen for batch in own.micro_batches]
-        assert step.head_slots == sum(len(batch.labels) for batch in parts)
+        assert step.head_positions == sum(len(batch.labels) for batch in parts)
         widths = [batch.input_ids.shape[1] for batch in parts for _ in range(micro)]
         assert step.rows_by_width == {width: widths.count(width) for width in set(widths)}
 
@@ -241,12 +241,12 @@ def test_documents_are_dealt_out_by_length(world_size: int, corpus: Corpus, mask
             assert batch.input_ids.shape == (micro, width)
             assert batch.padded
             # Each real token has one place in the packed rows, which are fewer.
-            assert batch.packed is not None
-            assert batch.packed.shape[1] == width
-            assert sum(own) / width <= len(batch.packed) < micro
+            assert batch.packed_positions is not None
+            assert batch.packed_positions.shape[1] == width
+            assert sum(own) / width <= len(batch.packed_positions) < micro
             real = batch.attention_mask.flatten().nonzero().flatten()
-            assert batch.packed[batch.packed >= 0].sort().values.equal(real)
-            read[width] = read.get(width, 0) + len(batch.packed)
+            assert batch.packed_positions[batch.packed_positions >= 0].sort().values.equal(real)
+            read[width] = read.get(width, 0) + len(batch.packed_positions)
         assert all(step.rows_by_width == read for step in steps)
 
 
@@ -281,7 +281,7 @@ def test_chunks_go_to_ranks_in_consecutive_parts(chunks: Corpus) -> None:
                 assert batch.sample_ids.tolist() == order.indices(first, first + 4).tolist()
                 assert batch.input_ids.shape == (4, longest)
                 assert batch.padded == bool((chunks.lengths[batch.sample_ids.numpy()] < longest).any())
-                assert batch.packed is None
+                assert batch.packed_positions is None
                 assert len(batch.labels) == rounded_up(4 * 7) == 32
 
 

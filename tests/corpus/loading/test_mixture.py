@@ -130,7 +130,8 @@ def test_all_world_sizes_see_the_same(world_size: int, corpora: list[Corpus], ma
             masked = int((dense_labels(expected)[rows] != -100).sum())
             tokens = int(expected.attention_mask[rows].sum())
             for part in (whole, *parts):
-                assert (part.global_masked[source], part.global_tokens[source]) == (masked, tokens)
+                assert part.counts.labels_per_source[source] == masked
+                assert part.tokens_per_source[source] == tokens
 
 
 def test_a_step_follows_from_its_number_alone(
