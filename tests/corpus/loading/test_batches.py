@@ -80,7 +80,7 @@ def test_every_row_is_masked_as_told(corpus: Corpus, masking: MaskingPolicy) -> 
     special, labels = set(corpus.manifest.all_special_ids), dense_labels(batch)
     shape = (len(corpus), LENGTH)
     assert batch.input_ids.shape == batch.masked_ids.shape == batch.attention_mask.shape == shape
-    assert all(t.dtype == torch.int64 for t in vars(batch).values() if isinstance(t, torch.Tensor))
+    assert all(t.dtype == torch.int64 for t in batch if isinstance(t, torch.Tensor))
     counts = label_counts(corpus, rows, masking)
     for index in rows:
         ids = corpus.row(index).tolist()
