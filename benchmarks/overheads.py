@@ -38,7 +38,6 @@ from dga_scale.launch.world import join_cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.contrast import contrastive_loss
 from dga_scale.objectives.methods import read_config
-from dga_scale.objectives.views import to_device
 from dga_scale.preservation.importance import Importance, measure_importance
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
 from dga_scale.train.inputs import check_inputs
@@ -192,7 +191,7 @@ def measure_masks(model: str, corpus: str, rows: int, rounds: int) -> dict[str, 
 
 def importance_of(session: Session, batches: StepBatches) -> Importance:
     """Of the units that the method protects, over the micro-batches of a step."""
-    rows = [to_device(batch, session.cluster.device) for batch in batches.micro_batches]
+    rows = [batch.to(session.cluster.device) for batch in batches.micro_batches]
     return measure_importance(session.engine.module, rows, kinds=session.method.kinds)
 
 
@@ -216,14 +215,17 @@ def measure_importance_and_step(model: str, corpus: str, rows: int, rounds: int)
     return {name: values[WARM_UP:] for name, values in found.items()}
 
 
-def measure_contrasts(model: str, corpus: str, rows: int, rounds: int) -> Figures:
+def measure_contrasts(name: str, corpus: str, rows: int, rounds: int) -> Figures:
     """Steps of several micro-batches: the contrast of each or of all, views as in the paper or shared."""
-    with session_of(model, corpus, rows // ACCUMULATION, accumulation=ACCUMULATION) as session:
-        settings = session.method.settings
+    with session_of(name, corpus, rows // ACCUMULATION, accumulation=ACCUMULATION) as session:
+        method, model, settings = session.method, session.model, session.method.settings
 
         def variant(**changes: Any) -> Callable[[], None]:
-            changed = dataclasses.replace(settings, **changes)
-            return lambda: setattr(session.method, "settings", changed)
+            def apply() -> None:
+                method.settings = dataclasses.replace(settings, **changes)
+                model.views, model.contrast = method.views(), method.contrast()
+
+            return apply
 
         variants = {
             "paper": variant(contrast_scope="micro_batch", contrast_views="paper"),
