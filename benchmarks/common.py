@@ -142,7 +142,8 @@ def verdict(met: bool) -> str:
 def table(rows: Iterable[Iterable[Any]]) -> str:
     """A table in Markdown; the first row is its head."""
     head, *rest = [list(map(str, row)) for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rest))
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rest)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def keep_section(title: str, body: str, path: Path = SECTIONS) -> None:
