@@ -103,9 +103,7 @@ def session_of(
         # No rank but 0 writes a log; nor shall this one.
         session = Session(inputs, cluster, RunLog(inputs.folder.path, cluster.rank + 1, 1))
         anatomy = session.anatomy
-        session.set_protection(
-            {k: torch.full((anatomy.num_layers, anatomy.units(k)), 0.5) for k in session.method.kinds}
-        )
+        session.set_protection({k: torch.full(anatomy.unit_shape(k), 0.5) for k in session.method.kinds})
         yield session
         session.engine.destroy()
 

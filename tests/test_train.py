@@ -152,18 +152,18 @@ def test_a_run_leaves_all_that_it_promises(finished: Path, world: SmallWorld):
     assert summary["domain_loss"]["after"] < summary["domain_loss"]["before"]
 
 
-def test_update_masks_hold_what_they_promise(finished: Path):
+def test_update_masks_hold_what_they_ask_for(finished: Path):
     """Each step is 1 - a of the optimizer's; so is movement, to the noise of heads whose own steps differ.
 
     That noise grows with the steps, which cancel in one head more than in another: it is looked at early.
     """
     records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     protections = [record for record in records if record.get("event") == "protection"]
-    promised, moved = torch.tensor(protections[0]["one_minus_a"]), torch.tensor(protections[0]["movement"])
-    assert (promised < 0.9).any()
+    asked, moved = torch.tensor(protections[0]["one_minus_a"]), torch.tensor(protections[0]["movement"])
+    assert (asked < 0.9).any()
     for record in protections:
-        assert record["applied_over_wanted"] == pytest.approx(promised.mean().item(), abs=1e-5)
-    torch.testing.assert_close(moved, promised, atol=0.15, rtol=0.0)
+        assert record["applied_over_proposed"] == pytest.approx(asked.mean().item(), abs=1e-5)
+    torch.testing.assert_close(moved, asked, atol=0.15, rtol=0.0)
 
 
 def test_the_model_loads_and_has_learnt(finished: Path, world: SmallWorld):

@@ -1,7 +1,7 @@
 """Where the units of a language model live: heads, FFN units and the LM head, found from its module names."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,30 +12,48 @@ from transformers.pytorch_utils import Conv1D
 
 from dga_scale.backbone.architectures import LAYOUTS, Layout, layout_of
 from dga_scale.errors import UserError
-
-Role = Literal["query", "key", "value", "output", "up", "down"]
-Kind = Literal["heads", "intermediate", "neurons"]
-
-KINDS: tuple[Kind, ...] = ("heads", "intermediate", "neurons")
-"""Kinds of unit: attention heads, the FFN's intermediate units, the outputs of the FFN's down projection."""
+from dga_scale.unit_kinds import Channels, Role, Side, unit_kind
 
 
 @dataclass(frozen=True, eq=False)
-class Slab:
+class Projection:
+    """A linear map of a block, or one role's share of a module that holds several (a fused QKV)."""
+
+    module: str
+    """Name in the model; ``weight`` and, where there is one, ``bias`` are its parameters."""
+    role: Role
+    layer: int
+    inputs: Channels
+    outputs: Channels
+    transposed: bool
+    """The weight is stored as (inputs, outputs): GPT-2's Conv1D."""
+    bias: bool
+
+    def channels(self, side: Side) -> Channels:
+        """Return those of one side."""
+        return self.inputs if side == "input" else self.outputs
+
+    def axis(self, side: Side) -> int:
+        """Return the axis of the weight matrix that counts the channels of a side."""
+        return int((side == "input") != self.transposed)
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterSlice:
     """Which entries of one parameter belong to which units of a layer.
 
-    Index ``i`` along ``dim`` of ``parameter`` belongs to the units ``owners[i]``; -1 stands for none. Only
-    grouped key and value projections have more than one owner an index. ``owners`` is a CPU long tensor
-    (size along dim, k), shared between layers.
+    Index ``i`` along ``dim`` of ``parameter`` belongs to the units ``unit_index[i]``; -1 stands for none. An
+    index of keys or values that query heads share belongs to several. ``unit_index`` is a CPU long tensor
+    (size along dim, k).
     """
 
     parameter: str
     """Name as in ``model.named_parameters()``."""
     role: Role
-    kind: Kind
+    kind: str
     layer: int
     dim: int
-    owners: Tensor
+    unit_index: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +74,8 @@ class Anatomy:
     """Longest sequence, in tokens, that the model has positions for."""
     first_position: int | None
     """Position id of a row's first token, where several rows can be read in one (``packed_rows``)."""
-    slabs: tuple[Slab, ...]
-    attention_outputs: tuple[str, ...]
-    """Per layer: module name of the attention output projection; its input is (..., heads * head_dim)."""
-    ffn_outputs: tuple[str, ...]
-    """Per layer: module name of the down projection, (..., intermediate_size) to (..., hidden_size)."""
+    projections: tuple[Projection, ...]
+    """Of all blocks, layer by layer, in the order they are called."""
     lm_head_parameters: tuple[str, ...]
     """Parameters that only the LM head has; a decoder tied to the embeddings is not among them."""
     head_modules: tuple[str, ...]
@@ -72,10 +87,50 @@ class Anatomy:
     relative_columns: int
     """Columns of attention scores against relative positions, per token and layer (DeBERTa)."""
 
-    def units(self, kind: str) -> int:
-        """Units of a kind in one layer."""
-        sizes = {"heads": self.num_heads, "intermediate": self.intermediate_size, "neurons": self.hidden_size}
-        return sizes[kind]
+    @property
+    def attention_outputs(self) -> tuple[str, ...]:
+        """Per layer: module name of attention's output projection; its input is (..., heads * head_dim)."""
+        return self._modules("output")
+
+    @property
+    def ffn_outputs(self) -> tuple[str, ...]:
+        """Per layer: module name of the down projection, (..., intermediate_size) to (..., hidden_size)."""
+        return self._modules("down")
+
+    def _modules(self, role: Role) -> tuple[str, ...]:
+        return tuple(projection.module for projection in self.projections if projection.role == role)
+
+    def width(self, role: Role, side: Side = "output") -> int:
+        """Channels of a role's projection, on one side: ``width("key")`` is that of a layer's keys."""
+        return next(p.channels(side).count for p in self.projections if p.role == role)
+
+    def unit_shape(self, kind: str) -> tuple[int, int]:
+        """(layers, units of a layer) of a kind of unit: the shape of its importance, protection and gates.
+
+        Raises:
+            UserError: there is no such kind.
+
+        """
+        return unit_kind(kind).shape(self)
+
+    def slices(self, kinds: Iterable[str]) -> Iterator[ParameterSlice]:
+        """Find the entries of parameters that belong to units of some kinds, layer by layer.
+
+        Raises:
+            UserError: there is no such kind.
+
+        """
+        owned = [(kind, side) for kind in kinds for side in unit_kind(kind).owns]
+        for projection in self.projections:
+            for kind, side in owned:
+                if side.role != projection.role:
+                    continue
+                units = side.units(projection.channels(side.side))
+                place = projection.role, kind, projection.layer
+                dim = projection.axis(side.side)
+                yield ParameterSlice(f"{projection.module}.weight", *place, dim, units)
+                if side.side == "output" and projection.bias:
+                    yield ParameterSlice(f"{projection.module}.bias", *place, 0, units)
 
     def trunk(self, model: PreTrainedModel) -> nn.Module:
         """Return the model without its LM head.
@@ -193,7 +248,7 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
         intermediate=_matrix_shape(_module(model, f"{blocks[0]}.{layout.down}"))[0],
     )
     head = [_module(model, name) for name in layout.head]
-    parts = _parts(layout, sizes)
+    in_a_block = _projections_of_a_block(layout, sizes)
     relative = [name for name in (layout.relative_query, layout.relative_key) if name]
     first_position = config.pad_token_id + 1 if layout.positions_after_padding else 0
     # By identity: named_parameters() may name tied embeddings by the decoder (XLM-R's head comes first).
@@ -209,14 +264,11 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
         causal=layout.causal or getattr(config, "is_decoder", False),
         max_positions=config.max_position_embeddings - first_position,
         first_position=first_position if layout.packs else None,
-        slabs=tuple(
-            slab
+        projections=tuple(
+            _projection(model, f"{block}.{name}", role, layer, inputs, outputs)
             for layer, block in enumerate(blocks)
-            for part in parts
-            for slab in _slabs(model, f"{block}.{part.module}", part, layer)
+            for name, role, inputs, outputs in in_a_block
         ),
-        attention_outputs=tuple(f"{block}.{layout.output}" for block in blocks),
-        ffn_outputs=tuple(f"{block}.{layout.down}" for block in blocks),
         lm_head_parameters=tuple(
             name
             for name, parameter in model.named_parameters()
@@ -241,79 +293,78 @@ class _Sizes:
     intermediate: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A projection inside a block; its output rows (of "output", its input columns) belong to ``owners``."""
-
-    module: str
-    role: Role
-    kind: Kind
-    owners: Tensor  # (rows, or columns, of the projection; k)
-    width: int
-    """Size of the projection's other axis."""
+_ProjectionOfABlock = tuple[str, Role, Channels, Channels]
+"""Module name inside the block, role, inputs, outputs."""
 
 
-def _parts(layout: Layout, sizes: _Sizes) -> list[_Part]:
+def _projections_of_a_block(layout: Layout, sizes: _Sizes) -> list[_ProjectionOfABlock]:
     # device="cpu" everywhere: a caller may build its model inside torch.device("meta").
-    units = torch.arange(sizes.heads, device="cpu")
-    heads = units.view(-1, 1).repeat_interleave(sizes.head_dim, dim=0)  # (heads * head_dim, 1)
-    kv = units.view(sizes.kv_heads, -1).repeat_interleave(
-        sizes.head_dim, dim=0
-    )  # (kv_heads * head_dim, group)
-    owners: dict[Role, Tensor] = {"query": heads, "key": kv, "value": kv}
+    heads = torch.arange(sizes.heads, device="cpu")
+    hidden = _channels(sizes.hidden)
+    queries = _channels(sizes.heads * sizes.head_dim, heads.view(-1, 1))
+    keys = _channels(sizes.kv_heads * sizes.head_dim, heads.view(sizes.kv_heads, -1))
+    intermediate = _channels(sizes.intermediate)
+    outputs: dict[Role, Channels] = {"query": queries, "key": keys, "value": keys}
     modules: dict[Role, str] = {"query": layout.query, "key": layout.key, "value": layout.value}
     if layout.qkv:
-        owners = _fused(owners, layout.qkv_order)
+        outputs = _fused(outputs, layout.qkv_order, sizes.heads)
         modules = dict.fromkeys(modules, layout.qkv)
-    parts = [_Part(modules[role], role, "heads", owners[role], sizes.hidden) for role in modules]
+    found: list[_ProjectionOfABlock] = [(modules[role], role, hidden, outputs[role]) for role in modules]
     if layout.relative_query:
-        parts.append(_Part(layout.relative_query, "query", "heads", heads, sizes.hidden))
+        found.append((layout.relative_query, "query", hidden, queries))
     if layout.relative_key:
-        parts.append(_Part(layout.relative_key, "key", "heads", kv, sizes.hidden))
-    parts.append(_Part(layout.output, "output", "heads", heads, sizes.hidden))
-    intermediate = torch.arange(sizes.intermediate, device="cpu").view(-1, 1)
+        found.append((layout.relative_key, "key", hidden, keys))
+    found.append((layout.output, "output", queries, hidden))
     # One projection may stack gate and up: rows u and intermediate + u then both make unit u.
-    stacked = intermediate.repeat(layout.stacked_up, 1)
-    parts += [_Part(name, "up", "intermediate", stacked, sizes.hidden) for name in layout.up]
-    neurons = torch.arange(sizes.hidden, device="cpu").view(-1, 1)
-    parts.append(_Part(layout.down, "down", "neurons", neurons, sizes.intermediate))
-    return parts
+    stacked = Channels(intermediate.numbers.repeat(layout.stacked_up))
+    found += [(name, "up", hidden, stacked) for name in layout.up]
+    found.append((layout.down, "down", intermediate, hidden))
+    return found
 
 
-def _fused(owners: dict[Role, Tensor], order: Literal["parts", "heads"]) -> dict[Role, Tensor]:
-    """Spread each role's owners over one projection of queries, keys and values; -1 on others' rows."""
-    lengths = [len(rows) for rows in owners.values()]
-    index = torch.arange(sum(lengths), device="cpu")
-    if order == "parts":
-        places = index.split(lengths)
-    else:
-        heads = int(owners["query"].max()) + 1
-        places = index.view(heads, 3, -1).transpose(0, 1).flatten(1).unbind()
+def _channels(size: int, heads: Tensor | None = None) -> Channels:
+    """Number ``size`` channels; ``heads`` (n, k) use equal shares of them, one share after the other."""
+    if heads is not None:
+        heads = heads.repeat_interleave(size // len(heads), dim=0)
+    return Channels(torch.arange(size, device="cpu"), heads)
+
+
+def _fused(
+    outputs: dict[Role, Channels], order: Literal["parts", "heads"], num_heads: int
+) -> dict[Role, Channels]:
+    """Spread each role's outputs over one projection of queries, keys and values; -1 on others' rows."""
+    sizes = [len(channels.numbers) for channels in outputs.values()]
+    index = torch.arange(sum(sizes), device="cpu")
+    rows = (
+        index.split(sizes)
+        if order == "parts"
+        else index.view(num_heads, 3, -1).transpose(0, 1).flatten(1).unbind()
+    )
     fused = {}
-    for (role, rows), place in zip(owners.items(), places, strict=True):
-        fused[role] = torch.full((len(index), rows.shape[1]), -1, device="cpu")
-        fused[role][place] = rows
+    for (role, channels), own in zip(outputs.items(), rows, strict=True):
+        assert channels.heads is not None
+        numbers = torch.full((len(index),), -1, device="cpu")
+        heads = torch.full((len(index), channels.heads.shape[1]), -1, device="cpu")
+        numbers[own], heads[own] = channels.numbers, channels.heads
+        fused[role] = Channels(numbers, heads)
     return fused
 
 
-def _slabs(model: PreTrainedModel, name: str, part: _Part, layer: int) -> Iterator[Slab]:
-    """Make the slabs of one projection's weight and, where its output rows are owned, of its bias."""
+def _projection(
+    model: PreTrainedModel, name: str, role: Role, layer: int, inputs: Channels, outputs: Channels
+) -> Projection:
+    """Find a projection in the model, and see that it has the size that the config gives it."""
     module = _module(model, name)
-    rows = part.role != "output"
-    inputs, outputs = _matrix_shape(module)
-    expected = (part.width, len(part.owners)) if rows else (len(part.owners), part.width)
-    if (inputs, outputs) != expected:
+    found, expected = _matrix_shape(module), (len(inputs.numbers), len(outputs.numbers))
+    if found != expected:
         raise UserError(
-            f"{name} maps {inputs} inputs to {outputs} outputs where the config of this "
+            f"{name} maps {found[0]} inputs to {found[1]} outputs where the config of this "
             f"{model.config.model_type} model gives {expected[0]} and {expected[1]}; pruned heads and layers "
             "of unlike sizes are not supported: train the unpruned model, or describe this one with "
             "dga_scale.backbone.anatomy.register"
         )
-    input_dim, output_dim = (0, 1) if isinstance(module, Conv1D) else (1, 0)
-    dim = output_dim if rows else input_dim
-    yield Slab(f"{name}.weight", part.role, part.kind, layer, dim, part.owners)
-    if rows and module.bias is not None:
-        yield Slab(f"{name}.bias", part.role, part.kind, layer, 0, part.owners)
+    transposed, bias = isinstance(module, Conv1D), module.bias is not None
+    return Projection(name, role, layer, inputs, outputs, transposed, bias)
 
 
 def _module(model: PreTrainedModel, name: str) -> nn.Module:

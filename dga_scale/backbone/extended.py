@@ -366,9 +366,7 @@ def _prefixed(anatomy: Anatomy) -> Anatomy:
 
     return dataclasses.replace(
         anatomy,
-        slabs=tuple(dataclasses.replace(slab, parameter=PREFIX + slab.parameter) for slab in anatomy.slabs),
-        attention_outputs=names(anatomy.attention_outputs),
-        ffn_outputs=names(anatomy.ffn_outputs),
+        projections=tuple(dataclasses.replace(p, module=PREFIX + p.module) for p in anatomy.projections),
         lm_head_parameters=names(anatomy.lm_head_parameters),
         head_modules=names(anatomy.head_modules),
     )

@@ -6,11 +6,14 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.errors import UserError
+from dga_scale.unit_kinds import unit_kind
 
 Rows = dict[str, Tensor]
 Args = tuple[Any, ...]
@@ -19,15 +22,19 @@ Args = tuple[Any, ...]
 class Gates:
     """Multiplies the outputs of units by gates, a row of gates for each example.
 
-    A head's gate multiplies its part of the attention output projection's input; an intermediate unit's, the
-    down projection's input; a neuron's, the down projection's output (DGA's virtual gates, arXiv 2301.08986;
-    the FFN's as in DAS, arXiv 2302.03241). With a row an example, one backward pass gives the gate gradients
-    of every example, and one forward pass can hold gated and ungated views.
+    Where a kind's gates sit is said in the table (``unit_kinds``): a head's multiplies its part of the
+    attention output projection's input; an FFN intermediate unit's, the down projection's input; an FFN
+    output unit's, the down projection's output (DGA's virtual gates, arXiv 2301.08986; the FFN's as in DAS,
+    arXiv 2302.03241). With a row an example, one backward pass gives the gate gradients of every example, and
+    one forward pass can hold gated and ungated views.
 
     Args:
         model: the model to put hooks on.
         anatomy: its anatomy.
         kinds: which kinds of unit can be gated.
+
+    Raises:
+        UserError: a kind that has no gate, here or in any model.
 
     """
 
@@ -36,17 +43,27 @@ class Gates:
         self.kinds = tuple(kinds)
         self._rows: Rows = {}
         self._hooks = []
-        for layer in range(anatomy.num_layers):
-            attention_output = model.get_submodule(anatomy.attention_outputs[layer])
-            ffn_output = model.get_submodule(anatomy.ffn_outputs[layer])
-            if "heads" in kinds:
-                hook = partial(self._gate_input, "heads", layer)
-                self._hooks.append(attention_output.register_forward_pre_hook(hook))
-            if "intermediate" in kinds:
-                hook = partial(self._gate_input, "intermediate", layer)
-                self._hooks.append(ffn_output.register_forward_pre_hook(hook))
-            if "neurons" in kinds:
-                self._hooks.append(ffn_output.register_forward_hook(partial(self._gate_output, layer)))
+        for kind in kinds:
+            gate = unit_kind(kind).gate
+            if gate is None:
+                raise UserError(f"{kind} have no gate: their importance can't be measured by one")
+            gated = [projection for projection in anatomy.projections if projection.role == gate.role]
+            if len({projection.layer for projection in gated}) < len(gated):
+                raise UserError(
+                    f"{kind} can't be gated in {anatomy.architecture} models: a layer has several "
+                    f"{gate.role} projections"
+                )
+            for projection in gated:
+                module = model.get_submodule(projection.module)
+                units = _UnitOfChannel(
+                    gate.units(projection.channels(gate.side)), anatomy.unit_shape(kind)[1]
+                )
+                place = kind, projection.layer, units
+                if gate.side == "input":
+                    hook = module.register_forward_pre_hook(partial(self._gate_input, *place))
+                else:
+                    hook = module.register_forward_hook(partial(self._gate_output, *place))
+                self._hooks.append(hook)
 
     def set(self, rows: Rows | None) -> None:
         """Gate the forward passes from here on.
@@ -63,7 +80,7 @@ class Gates:
         for kind, gates in (rows or {}).items():
             if kind not in self.kinds:
                 raise ValueError(f"no gates for {kind!r}: this Gates was made for {self.kinds}")
-            expected = (self.anatomy.num_layers, self.anatomy.units(kind))
+            expected = self.anatomy.unit_shape(kind)
             if gates.dim() != 3 or gates.shape[1:] != expected:
                 raise ValueError(
                     f"gates of {kind} must be (batch, {expected[0]}, {expected[1]}), got {tuple(gates.shape)}"
@@ -84,17 +101,21 @@ class Gates:
             hook.remove()
         self._hooks.clear()
 
-    def _gate_input(self, kind: str, layer: int, module: nn.Module, args: Args) -> Args | None:
+    def _gate_input(
+        self, kind: str, layer: int, units: "_UnitOfChannel", module: nn.Module, args: Args
+    ) -> Args | None:
         if kind not in self._rows:
             return None
-        return (self._gated(kind, layer, args[0]), *args[1:])
+        return (self._gated(kind, layer, units, args[0]), *args[1:])
 
-    def _gate_output(self, layer: int, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
-        if "neurons" not in self._rows:
+    def _gate_output(
+        self, kind: str, layer: int, units: "_UnitOfChannel", module: nn.Module, args: Args, output: Tensor
+    ) -> Tensor | None:
+        if kind not in self._rows:
             return None
-        return self._gated("neurons", layer, output)
+        return self._gated(kind, layer, units, output)
 
-    def _gated(self, kind: str, layer: int, activations: Tensor) -> Tensor:
+    def _gated(self, kind: str, layer: int, units: "_UnitOfChannel", activations: Tensor) -> Tensor:
         gates = self._rows[kind][:, layer]  # (batch, units)
         if activations.dim() != 3 or activations.shape[0] != gates.shape[0]:
             raise UserError(
@@ -103,8 +124,32 @@ class Gates:
                 "implementation that keeps the batch axis (attn_implementation sdpa, or flash_attention_2 on "
                 "padded batches)"
             )
-        by_unit = activations.unflatten(-1, (gates.shape[1], -1))  # (batch, tokens, units, width of a unit)
-        return (by_unit * gates.to(activations.dtype)[:, None, :, None]).flatten(-2)
+        return units.multiply(activations, gates.to(activations.dtype))
+
+
+class _UnitOfChannel:
+    """Which unit's gate multiplies each channel of activations.
+
+    Args:
+        index: (width, 1), the unit of each channel, -1 for none.
+        units: how many there are.
+
+    """
+
+    def __init__(self, index: Tensor, units: int) -> None:
+        assert index.shape[1] == 1, "a gate multiplies channels of one unit each"
+        self._index = index[:, 0]
+        evenly = torch.arange(units, device="cpu").repeat_interleave(len(index) // units)
+        self._in_order = torch.equal(self._index, evenly)
+
+    def multiply(self, activations: Tensor, gates: Tensor) -> Tensor:
+        """Activations (batch, tokens, width) times gates (batch, units) of the same dtype."""
+        if self._in_order:  # equal shares, one after the other: nothing is gathered
+            by_unit = activations.unflatten(-1, (gates.shape[1], -1))  # (batch, tokens, units, share)
+            return (by_unit * gates[:, None, :, None]).flatten(-2)
+        self._index = self._index.to(gates.device)  # moves once
+        by_channel = F.pad(gates, (0, 1), value=1.0)[:, self._index]  # (batch, width); -1 takes the one added
+        return activations * by_channel[:, None]
 
 
 class _Bound:

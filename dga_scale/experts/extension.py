@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.extended import (
-    ExtendedConfig,
     ExtendedPreTrainedModel,
     Settings,
     extend,
@@ -162,11 +161,6 @@ def add_experts(
         router.centres.copy_(torch.from_numpy(clusters[sublayer].centres))
         router.radii.copy_(torch.from_numpy(clusters[sublayer].radii))
     return model
-
-
-def has_experts(model: PreTrainedModel) -> bool:
-    """Whether sequences go to experts in a model."""
-    return isinstance(model.config, ExtendedConfig) and model.config.extension == EXPERTS
 
 
 def sparse_sublayers(model: ExtendedPreTrainedModel) -> dict[SublayerId, SparseSublayer]:

@@ -23,9 +23,10 @@ def sublayer_modules(anatomy: Anatomy, layer: int, sublayer: Sublayer) -> tuple[
     """
     block = block_of(anatomy, layer)
     found: dict[str, None] = {}  # a set that keeps the order
-    for slab in anatomy.slabs:
-        if slab.layer == layer and slab.role in _ROLES[sublayer] and slab.parameter.startswith(block):
-            found[block + slab.parameter.removeprefix(block).split(".")[0]] = None
+    for projection in anatomy.projections:
+        inside = projection.layer == layer and projection.module.startswith(block)
+        if inside and projection.role in _ROLES[sublayer]:
+            found[block + projection.module.removeprefix(block).split(".")[0]] = None
     if not found:
         raise _unknown(anatomy, layer)
     return tuple(found)

@@ -175,7 +175,8 @@ class RunLog:
     def importance(self, importance: Mapping[str, Tensor], protection: Mapping[str, Tensor]) -> None:
         """Importance and protection of each kind of unit, as heatmaps and as the histogram of the soft-mask.
 
-        Written to TensorBoard and to ``importance-KIND.png`` in the run's folder.
+        Written to TensorBoard, and the heatmaps to ``importance-KIND.png`` in the run's folder too. A kind
+        with too many units a layer for a heatmap has a histogram of its importance instead.
 
         Args:
             importance: kind -> (layers, units), mean ``|gradient|`` of the gates.
@@ -187,35 +188,48 @@ class RunLog:
             self._importance(kind, importance[kind], a)
 
     def _importance(self, kind: str, importance: Tensor, a: Tensor) -> None:
-        figure, step = plots.importance_figure(importance, a, kind), self.completed_steps
+        figure = plots.importance_figure(importance, a, kind) if plots.can_be_drawn(importance) else None
+        step = self.completed_steps
 
         def draw(board: SummaryWriter) -> None:
-            plots.save_png(figure, self.run_dir / f"importance-{kind}.png")
-            board.add_image(f"importance/{kind}", plots.pixels(figure), step, dataformats="HWC")
+            if figure is None:
+                board.add_histogram(f"importance/{kind}", importance.float(), step)
+            else:
+                plots.save_png(figure, self.run_dir / f"importance-{kind}.png")
+                board.add_image(f"importance/{kind}", plots.pixels(figure), step, dataformats="HWC")
             board.add_histogram(f"soft_mask/{kind}", 1 - a.float(), step)
 
         self._board.draw(draw)
 
-    def protection(self, *, step: int, one_minus_a: Tensor, movement: Tensor, **summary: float) -> None:
-        """How far each head moved since the start, against what its mask asks for.
+    def protection(
+        self, kind: str, *, step: int, one_minus_a: Tensor, movement: Tensor, **figures: float
+    ) -> None:
+        """How far each unit of a kind moved since the start, against what its mask asks for.
+
+        Written as the event ``protection`` of that ``kind``, with its figures, which TensorBoard shows as
+        ``protection/KIND/NAME``; with the matrices and a picture where a layer has few enough units.
 
         Args:
+            kind: of unit.
             step: finished optimizer steps.
-            one_minus_a: (layers, heads), the factor of the soft-mask.
-            movement: (layers, heads), movement of the head's query rows since the start relative to that of
-                unprotected heads: near ``one_minus_a`` where the mask does what it says, near 1 everywhere
+            one_minus_a: (layers, units), the factor of the soft-mask.
+            movement: (layers, units), movement of the unit's own rows since the start relative to that of
+                unprotected units: near ``one_minus_a`` where the mask does what it says, near 1 everywhere
                 where the optimizer undoes it.
-            summary: further numbers about it.
+            figures: numbers about all of them.
         """
         if not self.active:
             return
-        matrices = {"one_minus_a": _rounded(one_minus_a), "movement": _rounded(movement)}
-        self.event("protection", step=step, **summary, **matrices)
-        figure = plots.protection_figure({"": (one_minus_a, movement)})
-        pixels = plots.pixels(figure)
-        self._board.draw(
-            lambda board: board.add_image("protection/movement", pixels, step, dataformats="HWC")
-        )
+        record: dict[str, Any] = {"event": "protection", "step": step, "kind": kind, **figures}
+        for name, value in figures.items():
+            self._scalar(f"protection/{kind}/{name}", value, step)
+        if plots.can_be_drawn(movement):
+            record |= {"one_minus_a": _rounded(one_minus_a), "movement": _rounded(movement)}
+            pixels = plots.pixels(plots.protection_figure({"": (one_minus_a, movement)}, kind))
+            self._board.draw(
+                lambda board: board.add_image(f"protection/{kind}", pixels, step, dataformats="HWC")
+            )
+        self._write(record)
 
     def close(self) -> None:
         """Take the progress bar off the terminal and finish the files."""

@@ -39,6 +39,15 @@ _SMOOTH_ABOVE = 120
 """Points in a curve above which the raw values become faint and a moving average is drawn over them."""
 
 
+MOST_UNITS = 512
+"""Units of a layer above which a heatmap, or a dot for each, shows nothing that can be told apart."""
+
+
+def can_be_drawn(values: Tensor) -> bool:
+    """Whether values (layers, units) are few enough for a heatmap: heads are, thousands of FFN units not."""
+    return values.shape[1] <= MOST_UNITS
+
+
 def heatmap_figure(
     values: Tensor, title: str, unit: str, *, limits: tuple[float, float] | None = None, theme: Theme = LIGHT
 ) -> Figure:
@@ -89,25 +98,28 @@ def curves_figure(
     return figure
 
 
-def protection_figure(heads: Mapping[str, tuple[Tensor, Tensor]], *, theme: Theme = LIGHT) -> Figure:
-    """How far each head moved against its soft-mask 1 - a.
+def protection_figure(
+    units: Mapping[str, tuple[Tensor, Tensor]], kind: str, *, theme: Theme = LIGHT
+) -> Figure:
+    """How far each unit of a kind moved against its soft-mask 1 - a.
 
     Args:
-        heads: label -> (1 - a, movement relative to an unprotected head), each (layers, heads).
+        units: label -> (1 - a, movement relative to an unprotected unit), each (layers, units).
+        kind: of unit.
     """
     figure = _figure(_WIDTH, 3.6)
     axes = figure.add_subplot()
-    top = max([1.0, *(float(movement.max()) for _, movement in heads.values())]) * 1.08
+    top = max([1.0, *(float(movement.max()) for _, movement in units.values())]) * 1.08
     axes.plot([0, 1], [0, 1], color=theme.text, linewidth=1.0, linestyle="--", label="what the mask asks for")
     axes.plot([0, 1], [1, 1], color=theme.faint, linewidth=1.4, label="no protection at all")
-    for color, (label, (kept, movement)) in zip(_cycle(theme, len(heads)), heads.items(), strict=True):
+    for color, (label, (kept, movement)) in zip(_cycle(theme, len(units)), units.items(), strict=True):
         axes.scatter(
             kept.flatten().tolist(), movement.flatten().tolist(), s=16, color=color, alpha=0.75,
-            label=label or "a head", linewidths=0,
+            label=label or kind, linewidths=0,
         )  # fmt: skip
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(0, top)
-    axes.set_xlabel("soft-mask 1 - a of the head")
+    axes.set_xlabel(f"soft-mask 1 - a of {kind}")
     axes.set_ylabel("movement relative to unprotected")
     _style(axes, theme)
     _legend(axes, theme)

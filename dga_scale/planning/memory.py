@@ -15,6 +15,7 @@ from typing import Any
 
 from dga_scale.corpus.loading.shapes import rounded_up
 from dga_scale.planning.models import PlannedModel
+from dga_scale.unit_kinds import unit_kind
 from dga_scale.zero.ds_config import ResolvedConfig
 
 
@@ -231,10 +232,14 @@ def activations(model: PlannedModel, batch: Batch, width: int, checkpointing: bo
 def _gated(model: PlannedModel, batch: Batch, width: int) -> int:
     """Bytes a token and block that gates add, the mean over all views.
 
-    Attention keeps its output for its own backward pass, beside the gated one. What gates of FFN units and
-    neurons multiply is kept by nobody.
+    Attention keeps its output for its own backward pass, beside the gated one. What gates elsewhere multiply
+    is kept by nobody.
     """
-    gated = sum(view.gated for view in model.method.views()) if "heads" in model.method.kinds else 0
+    gates = [unit_kind(kind).gate for kind in model.method.kinds]
+    behind_attention = any(
+        gate is not None and (gate.role, gate.side) == ("output", "input") for gate in gates
+    )
+    gated = sum(view.gated for view in model.method.views()) if behind_attention else 0
     share_of_views = (gated > 0) if batch.stacked > 1 else gated / batch.views
     return int(width * share_of_views * model.anatomy.num_heads * model.anatomy.head_dim)
 

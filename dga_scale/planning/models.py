@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
-from dga_scale.backbone.anatomy import Anatomy, Slab, anatomy_of, check_known
+from dga_scale.backbone.anatomy import Anatomy, ParameterSlice, anatomy_of, check_known
 from dga_scale.backbone.extended import is_masked
 from dga_scale.backbone.layers import EMBEDDINGS, freeze, parameter_layers
 from dga_scale.backbone.loading import has_dropout, load_model_config, set_dropout
@@ -19,6 +19,7 @@ from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
 from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.objectives.methods import build_method
+from dga_scale.unit_kinds import unit_kind
 
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -54,9 +55,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """What stands in the published config.json of models often planned for, since the hub may be out of reach."""
-
-_OWN_ROLES = {"heads": "query", "intermediate": "up", "neurons": "down"}
-"""Whose rows belong to a unit alone, so that its movement is measured on them."""
 
 
 @dataclass(frozen=True)
@@ -212,15 +210,15 @@ def _describe(name: str, model: Any, anatomy: Anatomy, method: Method) -> Planne
     sizes = {key: parameter.numel() for key, parameter in parameters.items()}
     trained = frozenset(key for key, parameter in parameters.items() if parameter.requires_grad)
     first = model.get_submodule(_block_of(anatomy.attention_outputs[0], 0))
-    masked = [slab for slab in anatomy.slabs if slab.kind in method.kinds]
-    own = [slab for slab in masked if slab.role == _OWN_ROLES[slab.kind]]
+    masked = list(anatomy.slices(method.kinds))
+    own = [part for part in masked if part.role == unit_kind(part.kind).own_rows]
 
-    def entries(slab: Slab) -> int:
+    def entries(part: ParameterSlice) -> int:
         """Of the lines that belong to units: a fused projection has others too."""
-        return int((slab.owners >= 0).any(dim=1).sum()) * sizes[slab.parameter] // len(slab.owners)
+        return int((part.unit_index >= 0).any(dim=1).sum()) * sizes[part.parameter] // len(part.unit_index)
 
-    keys = next(slab for slab in anatomy.slabs if slab.role == "key")
-    queries = {slab.parameter for slab in anatomy.slabs if slab.role == "query"}
+    keys = {projection.module for projection in anatomy.projections if projection.role == "key"}
+    queries = {projection.module for projection in anatomy.projections if projection.role == "query"}
     depths = parameter_layers(model, anatomy)
     # Soft tokens stand below all blocks, in a module of their own.
     lowest = [EMBEDDINGS if PROMPT in key.split(".") else depths[key] for key in trained]
@@ -232,8 +230,8 @@ def _describe(name: str, model: Any, anatomy: Anatomy, method: Method) -> Planne
         trained=trained,
         decayed=frozenset(key for key in trained if parameters[key].dim() > 1),
         trained_layers=anatomy.num_layers + 1 - max(1, min(lowest)),
-        kv_size=int((keys.owners >= 0).any(dim=1).sum()),
-        fused_rotary=keys.parameter in queries and any("Rotary" in type(m).__name__ for m in model.modules()),
+        kv_size=anatomy.width("key"),
+        fused_rotary=bool(keys & queries) and any("Rotary" in type(m).__name__ for m in model.modules()),
         gated=_is_gated(anatomy),
         fp32_norms=any("RMSNorm" in type(module).__name__ for module in first.modules()),
         dropout=has_dropout(model.config),
@@ -250,6 +248,5 @@ def _block_of(module: str, layer: int) -> str:
 
 def _is_gated(anatomy: Anatomy) -> bool:
     """Whether a gate goes up beside the units, in a projection of its own or stacked on theirs."""
-    ups = (slab for slab in anatomy.slabs if slab.layer == 0 and slab.role == "up")
-    rows = sum(len(slab.owners) for slab in ups if slab.parameter.endswith(".weight"))
-    return rows >= 2 * anatomy.intermediate_size
+    ups = (part for part in anatomy.projections if part.layer == 0 and part.role == "up")
+    return sum(len(part.outputs.numbers) for part in ups) >= 2 * anatomy.intermediate_size

@@ -1,6 +1,7 @@
 """A plan for people (tables) and for programs (JSON)."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -202,7 +203,7 @@ def _importance(planner: Planner, plan: Plan) -> Iterable[str]:
     model, cluster = planner.model, planner.cluster
     kinds = model.method.kinds
     if kinds:
-        size = 8 * model.anatomy.num_layers * sum(model.anatomy.units(kind) for kind in kinds)
+        size = 8 * sum(math.prod(model.anatomy.unit_shape(kind)) for kind in kinds)
         ranks, calls = plan.zero.ranks, 3 + len(kinds)
         seconds = collective(2 * size, calls, cluster.gpu, ranks, cluster.per_node, all_reduce=True)
         yield (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.unit_kinds import unit_kind
 
 Reduce = Callable[[Tensor], Tensor]
 """Adds a tensor up over all ranks and returns the sum."""
@@ -129,18 +130,14 @@ def blocks_of(fragment: Fragment, dim: int, wanted: Tensor) -> Iterator[Block]:
             )
 
 
-OWN_ROWS = {"heads": "query", "intermediate": "up", "neurons": "down"}
-"""By kind of unit, the role of the rows that each unit has to itself in every architecture."""
-
-
 @dataclass(frozen=True)
 class UnitRows:
-    """Which unit each line of a parameter belongs to.
+    """Which unit each line of a parameter, or of a part of it, belongs to.
 
     Attributes:
         kind: of unit.
-        dim: axis of the parameter that counts them.
-        units: (size of the axis,) layer * units + unit, or -1 for none. On the CPU.
+        dim: axis of the parameter that counts the lines.
+        units: (lines,) layer * units + unit, or -1 for none. Of whole parameters on the CPU.
 
     """
 
@@ -149,15 +146,23 @@ class UnitRows:
     units: Tensor
 
 
-def own_rows(anatomy: Anatomy, kinds: Sequence[str]) -> dict[str, UnitRows]:
-    """Find the rows that units have to themselves, by parameter: a unit's movement is measured there."""
-    found: dict[str, UnitRows] = {}
-    for slab in anatomy.slabs:
-        if slab.kind in kinds and slab.role == OWN_ROWS[slab.kind]:
-            assert slab.owners.shape[1] == 1, f"rows of {slab.parameter} are shared by several {slab.kind}"
-            owner = slab.owners[:, 0]
-            units = torch.where(owner >= 0, slab.layer * anatomy.units(slab.kind) + owner, -1)
-            found[slab.parameter] = UnitRows(slab.kind, slab.dim, units)
+def own_rows(anatomy: Anatomy, kinds: Sequence[str]) -> dict[str, tuple[UnitRows, ...]]:
+    """Find the rows that units have to themselves: a unit's movement is measured there.
+
+    Returns:
+        by parameter, an entry for each kind of unit that has rows in it.
+
+    """
+    found: dict[str, tuple[UnitRows, ...]] = {}
+    for part in anatomy.slices(kinds):
+        if part.role == unit_kind(part.kind).own_rows:
+            assert part.unit_index.shape[1] == 1, (
+                f"rows of {part.parameter} are shared by several {part.kind}"
+            )
+            unit = part.unit_index[:, 0]
+            units = torch.where(unit >= 0, part.layer * anatomy.unit_shape(part.kind)[1] + unit, -1)
+            rows = UnitRows(part.kind, part.dim, units)
+            found[part.parameter] = (*found.get(part.parameter, ()), rows)
     return found
 
 
@@ -165,7 +170,7 @@ class UnitSums:
     """Running sums by layer and unit, kept on the device of what is added: nothing waits for a device."""
 
     def __init__(self, anatomy: Anatomy, kinds: Sequence[str]) -> None:
-        self._shapes = {kind: (anatomy.num_layers, anatomy.units(kind)) for kind in kinds}
+        self._shapes = {kind: anatomy.unit_shape(kind) for kind in kinds}
         self._sums: dict[tuple[str, torch.device], Tensor] = {}
 
     def add(self, kind: str, units: Tensor, values: Tensor) -> None:

@@ -148,7 +148,7 @@ def combined_protection(
     """
     for importance in importances:
         for kind, values in importance.values.items():
-            expected = (anatomy.num_layers, anatomy.units(kind))
+            expected = anatomy.unit_shape(kind)
             if tuple(values.shape) != expected:
                 raise UserError(
                     f"--prior_importance of {kind} has the shape {tuple(values.shape)}, the model has "
@@ -218,9 +218,7 @@ def measure_importance(
         for number, batch in enumerate(batches):
             device, size = batch.input_ids.device, len(batch.input_ids)
             gates = {
-                kind: torch.ones(
-                    size, anatomy.num_layers, anatomy.units(kind), device=device, requires_grad=True
-                )
+                kind: torch.ones(size, *anatomy.unit_shape(kind), device=device, requires_grad=True)
                 for kind in kinds
             }
             real = _labels_by_row(batch) > 0  # (B,)

@@ -1,4 +1,4 @@
-"""Effective protection: how far each unit moved since the start, against what 1 - a promised.
+"""Effective protection: how far each unit moved since the start, against what 1 - a asks for.
 
 The one figure that shows whether a soft-mask does anything: Adam undoes a mask on the gradient (METHODS 1).
 """
@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from dga_scale.backbone.anatomy import Anatomy
-from dga_scale.preservation.fragments import Block, Fragment, Reduce, UnitSums, blocks_of, own_rows
+from dga_scale.preservation.fragments import (
+    Block,
+    Fragment,
+    Reduce,
+    UnitRows,
+    UnitSums,
+    blocks_of,
+    own_rows,
+)
+
+PROTECTED_ABOVE = 0.5
+"""Protection ``a`` above which a unit counts as protected in what is said of a run."""
 
 
 @dataclass(frozen=True)
@@ -18,36 +29,35 @@ class EffectiveProtection:
     """What became of the protection of one kind of unit. All (layers, units), on the CPU.
 
     Attributes:
-        promised: 1 - a.
+        target: 1 - a, what the mask lets through.
         movement: root mean square distance of the entries of the unit's own rows from where they started.
         relative: movement over the mean movement of the unprotected units of its layer (the least protected
             where all are protected); 0 as long as those have not moved. A mask that works has it near
-            ``promised``.
+            ``target``.
 
     """
 
-    promised: Tensor
+    target: Tensor
     movement: Tensor
     relative: Tensor
 
-    def table(self) -> list[dict[str, float]]:
-        """One row a unit: layer, unit, promised, movement, relative."""
-        layers, units = self.promised.shape
-        return [
-            {
-                "layer": layer,
-                "unit": unit,
-                "promised": self.promised[layer, unit].item(),
-                "movement": self.movement[layer, unit].item(),
-                "relative": self.relative[layer, unit].item(),
-            }
-            for layer in range(layers)
-            for unit in range(units)
-        ]
+    def figures(self) -> dict[str, float]:
+        """Give the protected units' mean protection: asked for, ``a``, and measured, 1 - ``relative``.
+
+        And how many units those are: the ones protected by more than ``PROTECTED_ABOVE``. Empty without any.
+        """
+        protected = 1 - self.target > PROTECTED_ABOVE
+        if not bool(protected.any()):
+            return {}
+        return {
+            "protected_units": int(protected.sum()),
+            "target_protection": 1 - self.target[protected].mean().item(),
+            "measured_protection": 1 - self.relative[protected].mean().item(),
+        }
 
 
 class MovementTracker:
-    """Remembers where the units' own rows (the query rows of heads) started, on the rank that owns them.
+    """Remembers where the units' own rows (heads: their query rows) started, on the rank that owns them.
 
     Args:
         anatomy: the model's units.
@@ -63,14 +73,13 @@ class MovementTracker:
         self._anatomy = anatomy
         self._kinds = tuple(kinds)
         self._own_rows = own_rows(anatomy, kinds)
-        self._start: dict[tuple[str, int, int, torch.device], list[tuple[Block, Tensor]]] = {}
+        self._start: dict[tuple[str, int, int, torch.device], list[tuple[UnitRows, Block, Tensor]]] = {}
         for fragment in fragments:
-            rows = self._own_rows.get(fragment.name)
-            if rows is not None:
-                self._start[fragment.key] = [
-                    (block, block.take(fragment.values.detach()))
-                    for block in blocks_of(fragment, rows.dim, rows.units >= 0)
-                ]
+            self._start[fragment.key] = [
+                (rows, block, block.take(fragment.values.detach()))
+                for rows in self._own_rows.get(fragment.name, ())
+                for block in blocks_of(fragment, rows.dim, rows.units >= 0)
+            ]
 
     @torch.no_grad()
     def movement(self, fragments: Sequence[Fragment], reduce: Reduce) -> dict[str, Tensor]:
@@ -81,10 +90,7 @@ class MovementTracker:
         """
         sums, entries = UnitSums(self._anatomy, self._kinds), UnitSums(self._anatomy, self._kinds)
         for fragment in fragments:
-            rows = self._own_rows.get(fragment.name)
-            if rows is None:
-                continue
-            for block, start in self._start[fragment.key]:
+            for rows, block, start in self._start[fragment.key]:
                 squares = (block.take(fragment.values) - start).float().square()
                 units = rows.units[block.span(rows.dim)].to(squares.device)[block.lines]
                 sums.add(rows.kind, units, squares.sum(dim=1 - rows.dim))

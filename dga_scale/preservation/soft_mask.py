@@ -16,6 +16,7 @@ from dga_scale.preservation.fragments import (
     Block,
     Fragment,
     Reduce,
+    UnitRows,
     UnitSums,
     blocks_of,
     own_rows,
@@ -41,6 +42,8 @@ Factors = dict[str, tuple[Factor, ...]]
 def mask_factors(anatomy: Anatomy, protection: Mapping[str, Tensor], kv_protection: str = "min") -> Factors:
     """Lay 1 - a out along the parameters that belong to the protected units.
 
+    A line that belongs to units of several kinds is masked by each: their factors are multiplied.
+
     Args:
         anatomy: where the units of the model live.
         protection: ``a`` (layers, units) in [0, 1] by kind of unit; other kinds stay unmasked.
@@ -52,32 +55,35 @@ def mask_factors(anatomy: Anatomy, protection: Mapping[str, Tensor], kv_protecti
 
     """
     for kind, a in protection.items():
-        expected = (anatomy.num_layers, anatomy.units(kind))
+        expected = anatomy.unit_shape(kind)
         if tuple(a.shape) != expected:
             raise ValueError(
                 f"protection of {kind} has shape {tuple(a.shape)}, the model's units are {expected}"
             )
         if not bool(((a >= 0) & (a <= 1)).all()):
             raise ValueError(f"protection of {kind} leaves [0, 1]: 1 - a would amplify or reverse learning")
-    # One axis may be described by several slabs (a fused QKV projection has three): gather all its owners.
-    owned: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
-    for slab in anatomy.slabs:
-        if slab.kind in protection:
-            a = protection[slab.kind][slab.layer].detach().float().cpu()  # (units,)
-            exists = slab.owners >= 0  # (size, k)
-            owned.setdefault((slab.parameter, slab.dim), []).append((a[slab.owners.clamp(min=0)], exists))
-    factors: Factors = {}
-    for (name, dim), parts in owned.items():
-        values = torch.cat([a for a, _ in parts], dim=1)  # (size, owners)
-        exists = torch.cat([where for _, where in parts], dim=1)
+    # One axis may be described by several slices (a fused QKV projection has three): gather all its units.
+    owned: dict[tuple[str, int, str], list[tuple[Tensor, Tensor]]] = {}
+    for part in anatomy.slices(protection):
+        a = protection[part.kind][part.layer].detach().float().cpu()  # (units,)
+        exists = part.unit_index >= 0  # (size, k)
+        of_axis = owned.setdefault((part.parameter, part.dim, part.kind), [])
+        of_axis.append((a[part.unit_index.clamp(min=0)], exists))
+    scales: dict[tuple[str, int], Tensor] = {}
+    for (name, dim, _), found in owned.items():
+        values = torch.cat([a for a, _ in found], dim=1)  # (size, units that share an index)
+        exists = torch.cat([where for _, where in found], dim=1)
         scale = 1 - _combined(values, exists, kv_protection)
+        scales[name, dim] = scales[name, dim] * scale if (name, dim) in scales else scale
+    factors: Factors = {}
+    for (name, dim), scale in scales.items():
         if bool((scale != 1).any()):
             factors[name] = (*factors.get(name, ()), Factor(dim, scale))
     return factors
 
 
 def _combined(a: Tensor, exists: Tensor, rule: str) -> Tensor:
-    """Protection (size,) of lines whose owners have ``a`` (size, owners); 0 where there is no owner."""
+    """Protection (size,) of lines whose units have ``a`` (size, k); 0 where a line belongs to none."""
     if rule == "min":
         combined = a.masked_fill(~exists, 1.0).amin(dim=1)
     elif rule == "max":
@@ -112,7 +118,7 @@ class GradientMask:
     ) -> None:
         self._factors: Factors = {}
         self._hooked: set[str] = set()
-        maskable = {slab.parameter for slab in anatomy.slabs if slab.kind in kinds}
+        maskable = {part.parameter for part in anatomy.slices(kinds)}
         for name, parameter in named_parameters:
             if name in maskable:
                 parameter.register_hook(lambda gradient, name=name: self._masked(name, gradient))
@@ -151,7 +157,7 @@ class _MaskedLines:
         scale: 1 - a, broadcastable to the lines.
         frozen: where 1 - a is 0, broadcastable, or None if nowhere: there the old bits are kept.
         free: where 1 - a is 1 inside the lines, or None if nowhere: there the new bits are kept.
-        kind, unit_dim, units: whose own rows these are, to sum up steps by unit; ``units`` None for others.
+        counted: for each kind of unit that has its own rows here, the unit of each line: steps are summed up.
 
     """
 
@@ -159,9 +165,7 @@ class _MaskedLines:
     scale: Tensor
     frozen: Tensor | None
     free: Tensor | None
-    kind: str = ""
-    unit_dim: int = 0
-    units: Tensor | None = None
+    counted: tuple[UnitRows, ...] = ()
 
     def take(self, fragments: Sequence[Fragment]) -> Tensor:
         """Copy the lines out of the fragments' values."""
@@ -193,9 +197,11 @@ def _stacked(found: Iterable[_MaskedLines]) -> list[_MaskedLines]:
     sizes: dict[object, int] = {}
     for number, lines in enumerate(found):
         ((_, block),) = lines.parts
-        rows_only = block.dim == 0 and lines.scale.shape[1] == 1 and lines.unit_dim == 0
+        rows_only = (
+            block.dim == 0 and lines.scale.shape[1] == 1 and all(rows.dim == 0 for rows in lines.counted)
+        )
         device = lines.scale.device
-        key = (device, block.columns, lines.kind, lines.units is None) if rows_only else number
+        key = (device, block.columns, tuple(rows.kind for rows in lines.counted)) if rows_only else number
         size, most = block.count * block.columns, _CPU_ENTRIES if device.type == "cpu" else _GPU_ENTRIES
         if key not in groups or sizes[key] + size > most:
             groups.setdefault(key, []).append([])
@@ -208,26 +214,20 @@ def _stacked(found: Iterable[_MaskedLines]) -> list[_MaskedLines]:
 def _joined(group: Sequence[_MaskedLines]) -> _MaskedLines:
     if len(group) == 1:
         return group[0]
-    units = [lines.units for lines in group if lines.units is not None]
+    of_kinds = zip(*(lines.counted for lines in group), strict=True)
     return _masked_lines(
         tuple(part for lines in group for part in lines.parts),
         torch.cat([lines.scale for lines in group]),
-        group[0].kind,
-        0,
-        torch.cat(units) if units else None,
+        tuple(UnitRows(rows[0].kind, 0, torch.cat([each.units for each in rows])) for rows in of_kinds),
     )
 
 
 def _masked_lines(
-    parts: tuple[tuple[int, Block], ...],
-    scale: Tensor,
-    kind: str = "",
-    unit_dim: int = 0,
-    units: Tensor | None = None,
+    parts: tuple[tuple[int, Block], ...], scale: Tensor, counted: tuple[UnitRows, ...] = ()
 ) -> _MaskedLines:
     frozen, free = scale == 0, scale == 1
     masks = frozen if bool(frozen.any()) else None, free if bool(free.any()) else None
-    return _MaskedLines(parts, scale, *masks, kind, unit_dim, units)
+    return _MaskedLines(parts, scale, *masks, counted)
 
 
 class UpdateMask:
@@ -235,7 +235,8 @@ class UpdateMask:
 
     ``before_step`` copies the masked lines aside, ``after_step`` puts ``before + (1 - a)(after - before)`` in
     their place: exactly the old bits where a = 1, untouched where a = 0. Copied is only what is masked, into
-    transient memory of its size. What each unit's own rows wanted to move and did is summed up on the device.
+    transient memory of its size. What was proposed and what applied to
+    each unit's own rows is summed up on the device.
     """
 
     def __init__(self, anatomy: Anatomy, factors: Factors, kinds: Sequence[str] = ("heads",)) -> None:
@@ -248,7 +249,7 @@ class UpdateMask:
         self._reset_sums()
 
     def _reset_sums(self) -> None:
-        self._wanted = UnitSums(self._anatomy, self._kinds)
+        self._proposed = UnitSums(self._anatomy, self._kinds)
         self._applied = UnitSums(self._anatomy, self._kinds)
 
     @torch.no_grad()
@@ -262,7 +263,7 @@ class UpdateMask:
         for lines, before in zip(self._plan(fragments), self._before, strict=True):
             after = lines.take(fragments)
             step = after - before
-            self._count(self._wanted, lines, step)
+            self._count(self._proposed, lines, step)
             step *= lines.scale
             self._count(self._applied, lines, step)
             step += before
@@ -273,27 +274,27 @@ class UpdateMask:
             lines.put(fragments, step)
         self._before = []
 
-    def applied_over_wanted(self, reduce: Reduce) -> dict[str, Tensor]:
-        """Length of the steps applied over those the optimizer wanted, since the last call.
+    def applied_over_proposed(self, reduce: Reduce) -> dict[str, Tensor]:
+        """Length of the steps applied over those the optimizer proposed, since the last call.
 
         Returns:
             (layers, units) by kind, on the CPU: root of the ratio of the sums of squares over steps and
-            ranks, on the rows that a unit has to itself. 1 for a unit that is not masked or that wanted no
-            step. Every rank has to call it.
+            ranks, on the rows that a unit has to itself. 1 for a unit that is not masked, and
+            where no step was proposed. Every rank has to call it.
 
         """
         ratios = {}
         for kind in self._kinds:
-            wanted, applied = self._wanted.total(kind, reduce), self._applied.total(kind, reduce)
-            ratios[kind] = torch.where(wanted > 0, applied / wanted, 1.0).sqrt()
+            proposed, applied = self._proposed.total(kind, reduce), self._applied.total(kind, reduce)
+            ratios[kind] = torch.where(proposed > 0, applied / proposed, 1.0).sqrt()
         self._reset_sums()
         return ratios
 
     def _count(self, sums: UnitSums, lines: _MaskedLines, step: Tensor) -> None:
-        if lines.units is not None:
+        for rows in lines.counted:
             # A norm makes no copy of the step, as its square would: a quarter of what an update mask takes.
-            norms = torch.linalg.vector_norm(step, dim=1 - lines.unit_dim, dtype=torch.float32)
-            sums.add(lines.kind, lines.units, norms.square())
+            norms = torch.linalg.vector_norm(step, dim=1 - rows.dim, dtype=torch.float32)
+            sums.add(rows.kind, rows.units, norms.square())
 
     def _plan(self, fragments: Sequence[Fragment]) -> list[_MaskedLines]:
         """Say what to do with fragments: found once, as long as the shards stay where they are.
@@ -323,10 +324,10 @@ class UpdateMask:
                 yield self._masked_block(number, fragment, block, scale.to(device))
 
     def _masked_block(self, number: int, fragment: Fragment, block: Block, scale: Tensor) -> _MaskedLines:
-        rows = self._own_rows.get(fragment.name)
-        if rows is None:
-            return _masked_lines(((number, block),), scale)
-        units = rows.units[block.span(rows.dim)].to(scale.device)
-        if block.lines is not None and block.dim == rows.dim:
-            units = units[block.lines]
-        return _masked_lines(((number, block),), scale, rows.kind, rows.dim, units)
+        counted = []
+        for rows in self._own_rows.get(fragment.name, ()):
+            units = rows.units[block.span(rows.dim)].to(scale.device)
+            if block.lines is not None and block.dim == rows.dim:
+                units = units[block.lines]
+            counted.append(UnitRows(rows.kind, rows.dim, units))
+        return _masked_lines(((number, block),), scale, tuple(counted))

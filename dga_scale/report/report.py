@@ -62,7 +62,7 @@ def render(runs: Sequence[RunData], scores: Mapping[str, Any] | None = None) -> 
         _outcome(runs),
         html.section("Scores", scores_html(scores) if scores else ""),
         html.section("Losses", _losses(runs)),
-        html.section("Importance and protection of attention heads", _importance(runs)),
+        html.section("Importance and protection", _importance(runs)),
         html.section("Effective protection", _effective_protection(runs)),
         html.section("Speed and memory", _speed(runs)),
         html.section("Settings", _settings(runs)),
@@ -182,8 +182,8 @@ def _importance(runs: Sequence[RunData]) -> str:
     figures = []
     for run in runs:
         for kind, values in run.importance.items():
-            if kind != "heads":
-                continue  # thousands of units a layer: nothing to be seen
+            if not plots.can_be_drawn(values):
+                continue
             a = run.protection[kind]
             shown: list[tuple[str, torch.Tensor, tuple[float, float] | None]] = [
                 ("importance for general knowledge", values, None),
@@ -203,14 +203,18 @@ def _heatmap(values: torch.Tensor, kind: str, limits: tuple[float, float] | None
 
 
 def _effective_protection(runs: Sequence[RunData]) -> str:
-    heads = {run.name: found for run in runs if (found := run.effective_protection())}
-    if not heads:
-        return ""
+    found = {run.name: run.effective_protection() for run in runs}
+    figures = []
+    for kind in dict.fromkeys(kind for by_kind in found.values() for kind in by_kind):
+        caption = f"each dot is one of the {kind}: how far its own rows moved, against what its mask asks"
+        units = {name: by_kind[kind] for name, by_kind in found.items() if kind in by_kind}
+        figures.append((caption, _protection_dots(units, kind)))
     said = [text for run in runs if (text := protection_verdict(run))]
-    caption = "each dot is a head: how far its query rows moved since the start, against what its mask asks"
-    return "".join(f"<p>{escape(text)}</p>\n" for text in said) + html.figures(
-        [(caption, lambda theme: plots.protection_figure(heads, theme=theme))]
-    )
+    return "".join(f"<p>{escape(text)}</p>\n" for text in said) + html.figures(figures)
+
+
+def _protection_dots(units: dict[str, tuple[torch.Tensor, torch.Tensor]], kind: str) -> Draw:
+    return lambda theme: plots.protection_figure(units, kind, theme=theme)
 
 
 def _speed(runs: Sequence[RunData]) -> str:

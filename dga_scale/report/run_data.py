@@ -17,9 +17,6 @@ from dga_scale.logging.evaluations import BeforeAfter, Texts, before_and_after, 
 from dga_scale.logging.metrics import LOG_FILE, read_log
 from dga_scale.preservation.importance import Importance
 
-PROTECTED_BELOW = 0.5
-"""A head counts as protected where its soft-mask 1 - a is below this."""
-
 
 @dataclass(frozen=True)
 class Change:
@@ -111,12 +108,17 @@ class RunData:
         rows = [r["memory_gib"] for r in self.steps if r.get("memory_gib")]
         return [max(of_rank) for of_rank in zip_longest(*rows, fillvalue=0.0)]
 
-    def effective_protection(self) -> tuple[Tensor, Tensor] | None:
-        """1 - a and relative movement at the last record, each (layers, heads)."""
-        records = self.named("protection")
-        if not records:
-            return None
-        return torch.tensor(records[-1]["one_minus_a"]), torch.tensor(records[-1]["movement"])
+    def protection_records(self) -> dict[str, dict[str, Any]]:
+        """The last record of effective protection of each kind of unit."""
+        return {record["kind"]: record for record in self.named("protection")}
+
+    def effective_protection(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """1 - a and relative movement at the last record, each (layers, units), of kinds with few units."""
+        return {
+            kind: (torch.tensor(record["one_minus_a"]), torch.tensor(record["movement"]))
+            for kind, record in self.protection_records().items()
+            if "movement" in record
+        }
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -218,22 +220,23 @@ def _moved(change: Change) -> str:
 
 
 def protection_verdict(run: RunData) -> str | None:
-    """Whether the soft-mask held its heads; None where there was none, or no head is protected."""
-    found = run.effective_protection()
-    if found is None:
+    """Whether the soft-mask held its units; None where there was none, or no unit is protected."""
+    sentences = []
+    undone = False
+    for kind, record in run.protection_records().items():
+        if "protected_units" not in record:
+            continue
+        asked, moved = 1 - record["target_protection"], 1 - record["measured_protection"]
+        sentences.append(
+            f"The {record['protected_units']} most protected {kind} moved {moved:.2f} of what unprotected "
+            f"ones moved; their soft-masks ask for {asked:.2f}."
+        )
+        undone |= moved > (1 + asked) / 2
+    if not sentences:
         return None
-    one_minus_a, movement = found
-    protected = one_minus_a < PROTECTED_BELOW
-    if not protected.any():
-        return None
-    asked, moved = one_minus_a[protected].mean().item(), movement[protected].mean().item()
-    sentence = (
-        f"{run.name}: the {int(protected.sum())} heads with a soft-mask below {PROTECTED_BELOW:g} moved "
-        f"{moved:.2f} of what unprotected heads moved; the mask asks for {asked:.2f}."
-    )
-    if moved > (1 + asked) / 2 and run.settings.get("soft_mask") == "gradient":
-        sentence += (
-            " The mask did little: Adam divides a constant factor on the gradient out again. "
+    if undone and run.settings.get("soft_mask") == "gradient":
+        sentences.append(
+            "The mask did little: Adam divides a constant factor on the gradient out again. "
             "--soft_mask update applies it to the step instead."
         )
-    return sentence
+    return f"{run.name}: {' '.join(sentences)}"

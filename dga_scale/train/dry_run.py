@@ -19,9 +19,9 @@ def dry_run(inputs: Inputs, cluster: Cluster) -> int:
     silent = RunLog(inputs.folder.path, rank=cluster.rank + 1, total_steps=1)
     session = Session(inputs, cluster, silent)
     anatomy = session.anatomy
-    shapes = {kind: (anatomy.num_layers, anatomy.units(kind)) for kind in session.method.kinds}
-    if shapes:
-        session.set_protection({kind: torch.full(shape, 0.5) for kind, shape in shapes.items()})
+    kinds = session.method.kinds
+    if kinds:
+        session.set_protection({kind: torch.full(anatomy.unit_shape(kind), 0.5) for kind in kinds})
     with session.stream(0) as stream:
         batches = next(iter(stream))
         started = time.perf_counter()

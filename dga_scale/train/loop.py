@@ -209,21 +209,14 @@ class _Run:
 
     def _log_protection(self) -> None:
         found = self.session.effective_protection()
-        applied = self.session.applied_over_wanted()
+        applied = self.session.applied_over_proposed()
         for kind, units in found.items():
-            figures = {} if kind not in applied else {"applied_over_wanted": applied[kind].mean().item()}
-            protected = units.promised < 0.5
-            if protected.any():
-                figures |= {
-                    "promised_of_protected": units.promised[protected].mean().item(),
-                    "moved_of_protected": units.relative[protected].mean().item(),
-                }
-            if kind == "heads":
-                self.log.protection(
-                    step=self.done, one_minus_a=units.promised, movement=units.relative, **figures
-                )
-            else:  # thousands of units a layer: their figures, not a heatmap
-                self.log.event(f"protection/{kind}", step=self.done, **figures)
+            figures = units.figures()
+            if kind in applied:
+                figures["applied_over_proposed"] = applied[kind].mean().item()
+            self.log.protection(
+                kind, step=self.done, one_minus_a=units.target, movement=units.relative, **figures
+            )
 
     def _count_refused(self) -> None:
         """Stop a run that has left the numbers for good."""

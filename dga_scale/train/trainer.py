@@ -176,18 +176,18 @@ class Session:
         return {names.get(name, name): value for name, value in terms.items()}
 
     def effective_protection(self) -> dict[str, EffectiveProtection]:
-        """By kind, how far each unit has moved against what its mask promised; empty without masks."""
+        """By kind, how far each unit has moved against what its mask asks for; empty without masks."""
         if self._movement is None:
             return {}
         return self._movement.effective_protection(
             local_fragments(self.engine), self.protection, self.cluster.sum
         )
 
-    def applied_over_wanted(self) -> dict[str, Tensor]:
-        """By kind, in ``update`` mode, each unit's steps over those the optimizer wanted, since last time."""
+    def applied_over_proposed(self) -> dict[str, Tensor]:
+        """By kind, in ``update`` mode, each unit's steps over those proposed by the optimizer."""
         if self._update_mask is None:
             return {}
-        return self._update_mask.applied_over_wanted(self.cluster.sum)
+        return self._update_mask.applied_over_proposed(self.cluster.sum)
 
     def penalty(self) -> dict[str, float]:
         """The anchor's penalty on the weights as they are, which no loss contains; empty without one."""
@@ -230,9 +230,8 @@ class Session:
             max_rows=settings.importance_samples,
         )
         rows = min(settings.importance_samples, len(self.inputs.corpus))
-        units = [
-            f"{self.anatomy.num_layers} x {self.anatomy.units(kind)} {kind}" for kind in self.method.kinds
-        ]
+        shapes = {kind: self.anatomy.unit_shape(kind) for kind in self.method.kinds}
+        units = [f"{layers} x {size} {kind}" for kind, (layers, size) in shapes.items()]
         self.log.print(f"measuring the importance of {', '.join(units)} on {rows} rows")
         # Proxy KL compares two dropout draws; the LM loss is measured without.
         self.engine.module.train(loss == "proxy_kl")

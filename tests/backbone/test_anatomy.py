@@ -11,11 +11,14 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertModel, MPNetConfi
 from transformers.integrations import HfDeepSpeedConfig
 
 from dga_scale.backbone import anatomy as anatomy_module
-from dga_scale.backbone.anatomy import KINDS, Anatomy, Slab, anatomy_of, register
+from dga_scale.backbone.anatomy import Anatomy, ParameterSlice, anatomy_of, register
 from dga_scale.backbone.gates import Gates
 from dga_scale.errors import UserError
+from dga_scale.unit_kinds import UNIT_KINDS
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import COMMON, SIZES, TINY, VOCAB, batch
+
+KINDS = tuple(UNIT_KINDS)
 
 every_architecture = pytest.mark.parametrize("name", TINY)
 
@@ -27,19 +30,23 @@ def loss_of(model: PreTrainedModel) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["input_ids"].flatten())
 
 
-def protected_entries(model: PreTrainedModel, slab: Slab, units: Tensor) -> Tensor:
-    """Mark, in the parameter's shape, the entries all of whose owners are among ``units``."""
-    parameter = dict(model.named_parameters())[slab.parameter]
-    inside = torch.isin(slab.owners, units).all(dim=1)  # an owner of -1 is never inside
+def protected_entries(model: PreTrainedModel, part: ParameterSlice, units: Tensor) -> Tensor:
+    """Mark, in the parameter's shape, the entries all of whose units are among ``units``."""
+    parameter = dict(model.named_parameters())[part.parameter]
+    inside = torch.isin(part.unit_index, units).all(dim=1)  # a unit of -1 is never inside
     shape = [1] * parameter.dim()
-    shape[slab.dim] = -1
+    shape[part.dim] = -1
     return inside.view(shape).expand_as(parameter)
 
 
 def same(left: Anatomy, right: Anatomy) -> bool:
     def plain(anatomy: Anatomy) -> list[object]:
-        values = {**vars(anatomy), "slabs": [{**vars(s), "owners": s.owners.tolist()} for s in anatomy.slabs]}
-        return sorted(values.items(), key=lambda item: item[0])
+        parts = [
+            {**vars(part), "unit_index": part.unit_index.tolist()} for part in anatomy.slices(UNIT_KINDS)
+        ]
+        sizes = {name: value for name, value in vars(anatomy).items() if name != "projections"}
+        modules = [(p.module, p.role, p.layer, p.transposed, p.bias) for p in anatomy.projections]
+        return [sizes, modules, parts]
 
     return plain(left) == plain(right)
 
@@ -55,7 +62,7 @@ def test_sizes_are_those_of_the_config(name: str) -> None:
     assert anatomy.intermediate_size == (128 if name == "gpt2" else 48)
     assert anatomy.vocab_size == config.vocab_size == VOCAB
     assert anatomy.causal == tiny.causal
-    assert [anatomy.units(kind) for kind in KINDS] == [4, anatomy.intermediate_size, 32]
+    assert [anatomy.unit_shape(kind) for kind in KINDS] == [(2, 4), (2, anatomy.intermediate_size), (2, 32)]
 
 
 @every_architecture
@@ -91,20 +98,20 @@ def test_a_unit_owns_exactly_what_learns_nothing_when_it_is_gated_off(name: str)
     layer = 1
     # A grouped key/value head is gated off only together with all its query heads.
     cases = [("heads", [2]), ("heads", [2, 3]), ("heads", [0, 1, 2, 3])]
-    cases += [("intermediate", [5, 17]), ("neurons", [3, 30])]
+    cases += [("ffn_intermediate", [5, 17]), ("ffn_output", [3, 30])]
     for kind, units in cases:
-        rows = torch.ones(3, 2, anatomy.units(kind))
+        rows = torch.ones(3, *anatomy.unit_shape(kind))
         rows[:, layer, units] = 0
         gates.set({kind: rows})
         model.zero_grad()
         loss_of(model).backward()
-        slabs = [slab for slab in anatomy.slabs if slab.kind == kind]
-        assert {slab.layer for slab in slabs} == {0, 1}
-        for parameter in {slab.parameter for slab in slabs}:
+        parts = list(anatomy.slices([kind]))
+        assert {part.layer for part in parts} == {0, 1}
+        for parameter in {part.parameter for part in parts}:
             owned = torch.zeros_like(parameters[parameter], dtype=torch.bool)
-            for slab in slabs:
-                if slab.parameter == parameter and slab.layer == layer:
-                    owned |= protected_entries(model, slab, torch.tensor(units))
+            for part in parts:
+                if part.parameter == parameter and part.layer == layer:
+                    owned |= protected_entries(model, part, torch.tensor(units))
             gradient = parameters[parameter].grad
             assert gradient is not None
             assert not gradient[owned].any(), parameter
@@ -121,25 +128,25 @@ def test_one_step_leaves_a_protected_head_where_it_was_and_moves_all_others(name
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     parameters = dict(model.named_parameters())
     loss_of(model).backward()
-    heads = [slab for slab in anatomy.slabs if slab.kind == "heads"]
-    for slab in heads:
-        # A grouped key/value head takes the smallest protection of its query heads; owner -1 has none.
-        padded = torch.cat([protection[slab.layer], torch.zeros(1)])
-        factor = 1 - padded[slab.owners].amin(dim=1)
-        parameter = parameters[slab.parameter]
+    heads = list(anatomy.slices(["heads"]))
+    for part in heads:
+        # A grouped key/value head takes the smallest protection of its query heads; unit -1 has none.
+        padded = torch.cat([protection[part.layer], torch.zeros(1)])
+        factor = 1 - padded[part.unit_index].amin(dim=1)
+        parameter = parameters[part.parameter]
         assert parameter.grad is not None
-        parameter.grad.mul_(factor.view([-1 if axis == slab.dim else 1 for axis in range(parameter.dim())]))
+        parameter.grad.mul_(factor.view([-1 if axis == part.dim else 1 for axis in range(parameter.dim())]))
     torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0).step()
 
-    for slab in heads:
-        moved = parameters[slab.parameter] != before[slab.parameter]
+    for part in heads:
+        moved = parameters[part.parameter] != before[part.parameter]
         for head in range(4):
-            rows = (slab.owners == head).any(dim=1).nonzero().flatten()
-            expected = not (protection[slab.layer, head] and slab.owners[rows].eq(head).all())
-            if slab.parameter.endswith("weight"):
-                assert moved.index_select(slab.dim, rows).any() == expected, (slab.parameter, head)
+            rows = (part.unit_index == head).any(dim=1).nonzero().flatten()
+            expected = not (protection[part.layer, head] and part.unit_index[rows].eq(head).all())
+            if part.parameter.endswith("weight"):
+                assert moved.index_select(part.dim, rows).any() == expected, (part.parameter, head)
             elif not expected:
-                assert not moved[rows].any(), (slab.parameter, head)
+                assert not moved[rows].any(), (part.parameter, head)
 
 
 @every_architecture
@@ -151,9 +158,9 @@ def test_no_parameter_of_a_head_is_left_out(name: str) -> None:
     parameters = dict(model.named_parameters())
     for units in ([2], [2, 3]):
         owned = {key: torch.zeros_like(value, dtype=torch.bool) for key, value in parameters.items()}
-        for slab in anatomy.slabs:
-            if slab.kind == "heads" and slab.layer == 1:
-                owned[slab.parameter] |= protected_entries(model, slab, torch.tensor(units))
+        for part in anatomy.slices(["heads"]):
+            if part.layer == 1:
+                owned[part.parameter] |= protected_entries(model, part, torch.tensor(units))
         gradients = []
         for value in (1.0, 0.0):
             rows = torch.ones(3, 2, 4)
@@ -170,12 +177,12 @@ def test_no_parameter_of_a_head_is_left_out(name: str) -> None:
                 assert not (lost & ~owned[key]).sum() > 0.01 * lost.numel(), key
 
 
-def test_grouped_keys_and_values_have_their_query_heads_as_owners() -> None:
+def test_grouped_keys_and_values_belong_to_their_query_heads() -> None:
     anatomy = anatomy_of(TINY["llama"].model())
-    key = next(slab for slab in anatomy.slabs if slab.role == "key")
-    assert key.owners.tolist() == [[0, 1]] * 8 + [[2, 3]] * 8
-    query = next(slab for slab in anatomy.slabs if slab.role == "query")
-    assert query.owners.flatten().tolist() == [head for head in range(4) for _ in range(8)]
+    key = next(part for part in anatomy.slices(["heads"]) if part.role == "key")
+    assert key.unit_index.tolist() == [[0, 1]] * 8 + [[2, 3]] * 8
+    query = next(part for part in anatomy.slices(["heads"]) if part.role == "query")
+    assert query.unit_index.flatten().tolist() == [head for head in range(4) for _ in range(8)]
 
 
 @every_architecture

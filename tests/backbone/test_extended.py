@@ -18,6 +18,7 @@ from dga_scale.backbone.anatomy import Anatomy, anatomy_of
 from dga_scale.backbone.extended import EXTENSIONS, ExtendedConfig, extend, model_class, register_extension
 from dga_scale.backbone.loading import load_model, load_model_config, set_dropout
 from dga_scale.errors import UserError
+from dga_scale.unit_kinds import UNIT_KINDS
 from tests.backbone.test_loading import write_tokenizer
 from tests.helpers.tiny_models import TINY, batch
 
@@ -87,8 +88,8 @@ def test_without_weight_an_extension_changes_nothing(name: str) -> None:
 def test_anatomy_names_what_lies_in_the_wrapper(name: str) -> None:
     model, _ = extended(name)
     anatomy = anatomy_of(model)
-    for slab in anatomy.slabs:
-        assert model.get_parameter(slab.parameter).shape[slab.dim] == len(slab.owners)
+    for part in anatomy.slices(UNIT_KINDS):
+        assert model.get_parameter(part.parameter).shape[part.dim] == len(part.unit_index)
     for module in (*anatomy.attention_outputs, *anatomy.ffn_outputs):
         model.get_submodule(module)
     known = {parameter for parameter, _ in model.named_parameters()}

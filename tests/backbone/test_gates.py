@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dga_scale.backbone.anatomy import KINDS, anatomy_of
+from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.gates import Gates
 from dga_scale.errors import UserError
+from dga_scale.unit_kinds import UNIT_KINDS
 from tests.helpers.tiny_models import TINY, VOCAB, batch
+
+KINDS = tuple(UNIT_KINDS)
 
 every_architecture = pytest.mark.parametrize("name", TINY)
 
 
 def ones(model: PreTrainedModel, rows: int = 3) -> dict[str, Tensor]:
     anatomy = anatomy_of(model)
-    return {kind: torch.ones(rows, anatomy.num_layers, anatomy.units(kind)) for kind in KINDS}
+    return {kind: torch.ones(rows, *anatomy.unit_shape(kind)) for kind in KINDS}
 
 
 def random_rows(model: PreTrainedModel, seed: int, rows: int = 3) -> dict[str, Tensor]:
@@ -64,7 +67,7 @@ def test_gate_zero_removes_the_unit(name: str) -> None:
         if kind == "heads":
             width = anatomy.head_dim
             zero_inputs(model.get_submodule(anatomy.attention_outputs[1]), slice(2 * width, 3 * width))
-        elif kind == "intermediate":
+        elif kind == "ffn_intermediate":
             zero_inputs(model.get_submodule(anatomy.ffn_outputs[1]), slice(2, 3))
         else:
             zero_outputs(model.get_submodule(anatomy.ffn_outputs[1]), slice(2, 3))
@@ -235,7 +238,7 @@ def test_activations_that_match_no_examples_are_refused() -> None:
 def test_gates_of_a_wrong_kind_or_size_are_refused() -> None:
     model = TINY["bert"].model()
     gates = Gates(model, anatomy_of(model))
-    with pytest.raises(ValueError, match=r"no gates for 'neurons'"):
-        gates.set({"neurons": torch.ones(3, 2, 32)})
+    with pytest.raises(ValueError, match=r"no gates for 'ffn_output'"):
+        gates.set({"ffn_output": torch.ones(3, 2, 32)})
     with pytest.raises(ValueError, match=r"must be \(batch, 2, 4\), got \(2, 4\)"):
         gates.set({"heads": torch.ones(2, 4)})

@@ -153,14 +153,14 @@ def test_importance_and_protection_become_pictures(tmp_path: Path) -> None:
     a = importance / importance.max()
     with RunLog(tmp_path, 0, 2) as log:
         log.importance({"heads": importance}, {"heads": a})
-        log.protection(step=2, one_minus_a=1 - a, movement=torch.rand(3, 4), applied_over_wanted=0.4)
+        log.protection("heads", step=2, one_minus_a=1 - a, movement=a, applied_over_proposed=0.4)
     assert (tmp_path / "importance-heads.png").read_bytes().startswith(b"\x89PNG")
     board = scalars(tmp_path)
-    assert {"importance/heads", "protection/movement"} <= set(board.Tags()["images"])
+    assert {"importance/heads", "protection/heads"} <= set(board.Tags()["images"])
     assert board.Tags()["histograms"] == ["soft_mask/heads"]
     (record,) = read_log(tmp_path / "log.jsonl")
     torch.testing.assert_close(torch.tensor(record["one_minus_a"]), 1 - a, atol=1e-5, rtol=0)
-    assert record["applied_over_wanted"] == 0.4
+    assert record["applied_over_proposed"] == 0.4
 
 
 def test_settings_are_text_in_tensorboard(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def protected_model(method: str, dropout: float = 0.0, **settings: object) -> Tr
     anatomy, a = model.anatomy, {}
     for kind in model.method.kinds:
         generator = torch.Generator().manual_seed(0)
-        a[kind] = torch.rand(anatomy.num_layers, anatomy.units(kind), generator=generator)
+        a[kind] = torch.rand(anatomy.unit_shape(kind), generator=generator)
     if a:
         model.set_protection(a | {"heads": toy_protection()})
     return model

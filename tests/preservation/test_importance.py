@@ -32,7 +32,7 @@ from tests.helpers.toy import (
     toy_model,
 )
 
-KINDS = ("heads", "intermediate", "neurons")
+KINDS = ("heads", "ffn_intermediate", "ffn_output")
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
@@ -53,9 +53,9 @@ def gated_by_hand(lm: BertForMaskedLM, gates: dict[str, Tensor]) -> list[torch.u
     for number, layer in enumerate(lm.bert.encoder.layer):
         handles += [
             layer.attention.output.dense.register_forward_pre_hook(scale_input(gates["heads"][number])),
-            layer.output.dense.register_forward_pre_hook(scale_input(gates["intermediate"][number])),
+            layer.output.dense.register_forward_pre_hook(scale_input(gates["ffn_intermediate"][number])),
             layer.output.dense.register_forward_hook(
-                lambda module, inputs, output, gate=gates["neurons"][number]: output * gate
+                lambda module, inputs, output, gate=gates["ffn_output"][number]: output * gate
             ),
         ]
     return handles
@@ -64,8 +64,8 @@ def gated_by_hand(lm: BertForMaskedLM, gates: dict[str, Tensor]) -> list[torch.u
 def importance_one_by_one(batch: Batch) -> dict[str, Tensor]:
     """Mean over examples of |d L_MLM(x) / d gate|: an example at a time, on the stock model."""
     lm = toy_lm()
-    sums = {"heads": torch.zeros(LAYERS, HEADS), "intermediate": torch.zeros(LAYERS, INTERMEDIATE)}
-    sums["neurons"] = torch.zeros(LAYERS, HIDDEN)
+    sums = {"heads": torch.zeros(LAYERS, HEADS), "ffn_intermediate": torch.zeros(LAYERS, INTERMEDIATE)}
+    sums["ffn_output"] = torch.zeros(LAYERS, HIDDEN)
     for row in range(len(batch.input_ids)):
         gates = {kind: torch.ones_like(total, requires_grad=True) for kind, total in sums.items()}
         handles = gated_by_hand(lm, gates)
@@ -140,7 +140,7 @@ def test_rows_that_fill_up_a_batch_do_not_count_for_proxy_kl(distribution: str) 
 def proxy_kl_by_hand(model: TrainingModel, batch: Batch, distribution: str) -> Tensor:
     """|d KL(f1 || f2) / d gate| of one example, (layers, heads), from the probabilities as written."""
     gates = torch.ones(LAYERS, HEADS, requires_grad=True)
-    ones = {"intermediate": torch.ones(LAYERS, INTERMEDIATE), "neurons": torch.ones(LAYERS, HIDDEN)}
+    ones = {"ffn_intermediate": torch.ones(LAYERS, INTERMEDIATE), "ffn_output": torch.ones(LAYERS, HIDDEN)}
     lm = model.lm
     handles = gated_by_hand(lm, {"heads": gates, **ones})
     length = int(batch.attention_mask.sum())

@@ -96,12 +96,13 @@ def test_relative_movement_is_against_the_least_protected_of_the_layer() -> None
     moved = torch.tensor([[1.0, 3.0, 1.0, 0.0], [4.0, 3.0, 2.0, 1.0]])
     result = compare(moved, a)
     torch.testing.assert_close(result.relative, torch.tensor([[0.5, 1.5, 0.5, 0.0], [1.0, 0.75, 0.5, 0.25]]))
-    torch.testing.assert_close(result.promised, 1 - a)
-    table = result.table()
-    assert len(table) == 8
-    assert table[6] == pytest.approx(
-        {"layer": 1, "unit": 2, "promised": 0.4, "movement": 2.0, "relative": 0.5}
+    torch.testing.assert_close(result.target, 1 - a)
+    # Above one half are 1.0 in the first layer, 0.6 and 0.8 in the second.
+    asked, measured = (1.0 + 0.6 + 0.8) / 3, 1 - (0.0 + 0.5 + 0.25) / 3
+    assert result.figures() == pytest.approx(
+        {"protected_units": 3, "target_protection": asked, "measured_protection": measured}
     )
+    assert compare(moved, a / 2).figures() == {}
     assert not compare(torch.zeros(2, 4), a).relative.any()  # nothing has moved yet: no NaN in the log
 
 
@@ -129,7 +130,7 @@ def test_adam_undoes_a_gradient_mask_and_not_an_update_mask(soft_mask: str) -> N
         update_mask.after_step(fragments)
     effective = tracker.effective_protection(fragments, {"heads": a}, lambda tensor: tensor)["heads"]
     protected = effective.relative[:, 1]
-    assert effective.promised[:, 1].tolist() == pytest.approx([0.05] * LAYERS)
+    assert effective.target[:, 1].tolist() == pytest.approx([0.05] * LAYERS)
     if soft_mask == "gradient":
         assert bool((protected > 0.7).all()), protected
     else:

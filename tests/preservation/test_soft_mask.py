@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dga_scale.backbone.anatomy import Anatomy, Slab, anatomy_of
+from dga_scale.backbone.anatomy import Anatomy, Projection, anatomy_of
 from dga_scale.preservation.fragments import Fragment
 from dga_scale.preservation.soft_mask import Factor, GradientMask, UpdateMask, mask_factors
+from dga_scale.unit_kinds import Channels, Role
 from tests.helpers.reference import mask_of
 from tests.helpers.tiny_models import TINY
 from tests.helpers.toy import HEADS, LAYERS, toy_lm, toy_protection
@@ -58,12 +59,15 @@ def test_grouped_key_heads_combine_the_protection_of_their_queries(rule: str, ex
 
 @pytest.mark.parametrize("rule", ["min", "max", "mean"])
 def test_rows_of_no_unit_stay_unmasked(rule: str) -> None:
-    """Padding rows and those of something else than a unit have owner -1."""
+    """Padding rows and those of something else than a unit belong to unit -1."""
     anatomy = anatomy_of(toy_lm())
-    owners = torch.tensor([[0, 1], [2, -1], [-1, -1]])
-    anatomy = dataclasses.replace(anatomy, slabs=(Slab("weight", "key", "heads", 0, 0, owners),))
+    keys = Channels(torch.arange(3), torch.tensor([[0, 1], [2, -1], [-1, -1]]))
+    hidden = Channels(torch.arange(32))
+    anatomy = dataclasses.replace(
+        anatomy, projections=(Projection("k", "key", 0, hidden, keys, False, False),)
+    )
     a = torch.tensor([[0.25, 0.75, 0.5, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    (factor,) = mask_factors(anatomy, {"heads": a}, kv_protection=rule)["weight"]
+    (factor,) = mask_factors(anatomy, {"heads": a}, kv_protection=rule)["k.weight"]
     shared = {"min": 0.25, "max": 0.75, "mean": 0.5}[rule]
     torch.testing.assert_close(factor.scale, 1 - torch.tensor([shared, 0.5, 0.0]))
 
@@ -183,12 +187,11 @@ def test_update_mask_keeps_the_sign_of_a_frozen_zero() -> None:
 def two_axes_anatomy() -> Anatomy:
     """The toy, its layer-0 query weight masked along rows by heads and along columns by heads."""
     anatomy = anatomy_of(toy_lm())
-    owners = torch.arange(HEADS).repeat_interleave(8).unsqueeze(1)
-    name = "bert.encoder.layer.0.attention.self.query.weight"
-    return dataclasses.replace(
-        anatomy,
-        slabs=(Slab(name, "query", "heads", 0, 0, owners), Slab(name, "output", "heads", 0, 1, owners)),
-    )
+    by_head = Channels(torch.arange(32), torch.arange(HEADS).repeat_interleave(8).unsqueeze(1))
+    name = "bert.encoder.layer.0.attention.self.query"
+    roles: tuple[Role, ...] = ("query", "output")
+    both = tuple(Projection(name, role, 0, by_head, by_head, False, False) for role in roles)
+    return dataclasses.replace(anatomy, projections=both)
 
 
 @pytest.mark.parametrize("offsets", [(0, 1024), (0, 5, 1024), (0, 33, 70, 71, 600, 1024)])
@@ -202,7 +205,7 @@ def test_masks_along_two_axes_of_one_parameter_multiply(offsets: tuple[int, ...]
     # From far away, so that start + (end - start) rounds to another number than end.
     start, end = 1e4 * torch.randn(32, 32), torch.randn(32, 32)
     weight = start.clone()
-    name = anatomy.slabs[0].parameter
+    name = f"{anatomy.projections[0].module}.weight"
     fragments = [Fragment(name, low, (32, 32), weight.view(-1)[low:high]) for low, high in pairwise(offsets)]
     mask = UpdateMask(anatomy, factors)
     mask.before_step(fragments)
@@ -220,7 +223,7 @@ def test_masks_along_two_axes_of_one_parameter_multiply(offsets: tuple[int, ...]
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_applied_over_wanted_is_what_the_mask_promised(name: str) -> None:
+def test_applied_over_proposed_is_what_the_mask_asks_for(name: str) -> None:
     """Summed over steps and cuts; 1 for the heads that are not masked; counted afresh after a call."""
     lm = TINY[name].model()
     anatomy = anatomy_of(lm)
@@ -240,18 +243,18 @@ def test_applied_over_wanted_is_what_the_mask_promised(name: str) -> None:
         calls.append(tensor)
         return tensor * 2  # as two ranks with the same shards
 
-    torch.testing.assert_close(mask.applied_over_wanted(reduce)["heads"], 1 - a, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mask.applied_over_proposed(reduce)["heads"], 1 - a, rtol=1e-5, atol=1e-6)
     assert len(calls) == 2
-    torch.testing.assert_close(mask.applied_over_wanted(reduce)["heads"], torch.ones_like(a))
+    torch.testing.assert_close(mask.applied_over_proposed(reduce)["heads"], torch.ones_like(a))
 
 
 def test_ffn_units_can_be_masked_too() -> None:
-    """DAS: rows of the up-projection by intermediate unit, of the down-projection by neuron."""
+    """DAS: rows of the up-projection by intermediate unit, of the down-projection by output unit."""
     lm = toy_lm()
     anatomy = anatomy_of(lm)
     protection = {
-        "intermediate": torch.rand(LAYERS, anatomy.intermediate_size),
-        "neurons": torch.rand(LAYERS, anatomy.hidden_size),
+        "ffn_intermediate": torch.rand(LAYERS, anatomy.intermediate_size),
+        "ffn_output": torch.rand(LAYERS, anatomy.hidden_size),
     }
     kinds = tuple(protection)
     factors = mask_factors(anatomy, protection)
@@ -264,8 +267,8 @@ def test_ffn_units_can_be_masked_too() -> None:
     }
     (up,), (down,) = factors[layer + "intermediate.dense.weight"], factors[layer + "output.dense.weight"]
     assert up.dim == down.dim == 0
-    torch.testing.assert_close(up.scale, 1 - protection["intermediate"][1])
-    torch.testing.assert_close(down.scale, 1 - protection["neurons"][1])
+    torch.testing.assert_close(up.scale, 1 - protection["ffn_intermediate"][1])
+    torch.testing.assert_close(down.scale, 1 - protection["ffn_output"][1])
 
     weights = {n: p.detach() for n, p in lm.named_parameters()}
     fragments = cut(weights, 2, torch.Generator().manual_seed(1))
@@ -274,6 +277,6 @@ def test_ffn_units_can_be_masked_too() -> None:
     for weight in weights.values():
         weight += torch.randn_like(weight)
     mask.after_step(fragments)
-    ratios = mask.applied_over_wanted(lambda tensor: tensor)
+    ratios = mask.applied_over_proposed(lambda tensor: tensor)
     for kind, a in protection.items():
         torch.testing.assert_close(ratios[kind], 1 - a, rtol=1e-4, atol=1e-5)

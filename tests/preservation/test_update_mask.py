@@ -43,7 +43,7 @@ def stepped(name: str, pieces: int) -> tuple[dict[str, Tensor], Tensor, Counter[
             weight += torch.randn_like(weight)
         with Operations() as operations:
             mask.after_step(fragments)
-    return weights, mask.applied_over_wanted(lambda sums: sums)["heads"], operations.counts
+    return weights, mask.applied_over_proposed(lambda sums: sums)["heads"], operations.counts
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])

@@ -21,6 +21,7 @@ from dga_scale.errors import UserError
 from dga_scale.logging.environment import describe_environment, write_environment
 from dga_scale.logging.metrics import RunLog
 from dga_scale.preservation.importance import Importance
+from dga_scale.preservation.movement import compare
 from dga_scale.report.groups import comparison, grouped
 from dga_scale.report.report import write_report
 from dga_scale.report.run_data import load_run, protection_verdict, verdict
@@ -115,7 +116,8 @@ def make_run(
             importance.save(folder / "importance.safetensors")
             a = importance.protection()["heads"]
             movement = torch.where(a > 0.5, moved, 1.0)
-            log.protection(step=steps, one_minus_a=1 - a, movement=movement)
+            effective = compare(movement, a)
+            log.protection("heads", step=steps, one_minus_a=1 - a, movement=movement, **effective.figures())
     if steps == 4:
         (folder / "summary.json").write_text(json.dumps({"tokens": tokens}))
     return folder

@@ -89,7 +89,7 @@ def test_each_domains_importance_protects_it_from_the_later_ones(world: SmallWor
     stages = [run / f"{number}-{name}" for number, name in enumerate(NAMES, 1)]
     general = squashed(stages[0] / "importance.safetensors")
     after = [squashed(stage / "importance-after.safetensors") for stage in stages]
-    assert set(general) == {"heads", "intermediate", "neurons"}
+    assert set(general) == {"heads", "ffn_intermediate", "ffn_output"}
     for kind, a in general.items():
         first, second = torch.maximum(a, after[0][kind]), torch.maximum(a, after[0][kind])
         second = torch.maximum(second, after[1][kind])
@@ -103,8 +103,8 @@ def test_each_domains_importance_protects_it_from_the_later_ones(world: SmallWor
     _, factors = seen["third"]
     layer = "bert.encoder.layer.1"
     for parameter, kind in (
-        (f"{layer}.intermediate.dense", "intermediate"),
-        (f"{layer}.output.dense", "neurons"),
+        (f"{layer}.intermediate.dense", "ffn_intermediate"),
+        (f"{layer}.output.dense", "ffn_output"),
     ):
         for leaf in ("weight", "bias"):
             ((dim, scale),) = factors[f"{parameter}.{leaf}"]

@@ -181,8 +181,8 @@ def movement(found: Found) -> tuple[str, str, Rows]:
             rows.append([method, *(cell or MISSING for cell in cells)])
     text = (
         "Heads with a soft-mask below 0.5: the mean movement that their masks ask for, and how far they "
-        "moved, both relative to heads without a mask (`promised_of_protected`, `moved_of_protected` in the "
-        "runs' logs)."
+        "moved, both relative to heads without a mask (1 - `target_protection` and 1 - `measured_protection` "
+        "in the runs' logs)."
     )
     return "Effective protection", text, rows
 
@@ -336,10 +336,10 @@ def _protection(run: Path) -> tuple[float, float] | None:
     if not file.exists():
         return None
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in lines if "moved_of_protected" in line]
+    found = [line for line in lines if line.get("kind") == "heads" and "measured_protection" in line]
     if not found:
         return None
-    asked, moved = found[-1]["promised_of_protected"], found[-1]["moved_of_protected"]
+    asked, moved = 1 - found[-1]["target_protection"], 1 - found[-1]["measured_protection"]
     return None if math.isnan(moved) else (asked, moved)
 
 

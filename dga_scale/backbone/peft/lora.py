@@ -39,7 +39,7 @@ def inject_lora(
     Args:
         lm: the model.
         anatomy: of the model.
-        roles: of the projections, see ``Slab``; one that holds several roles is adapted as a whole.
+        roles: of the projections, see ``unit_kinds.Role``; a module of several roles is adapted as a whole.
         rank: of the matrices.
         alpha: see above.
         dropout: probability.
@@ -48,7 +48,7 @@ def inject_lora(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = {slab.parameter.rpartition(".")[0] for slab in anatomy.slabs if slab.role in roles}
+    targets = {projection.module for projection in anatomy.projections if projection.role in roles}
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # documented as an int, used as a number

@@ -29,5 +29,5 @@ class DAS(DGA):
     name = "das"
     summary = "DGA in a sequence of domains: heads and FFN units, importance carried on (Ke et al., 2023)"
     Settings = DASSettings
-    kinds = ("heads", "intermediate", "neurons")
+    kinds = ("heads", "ffn_intermediate", "ffn_output")
     measures_after = True
