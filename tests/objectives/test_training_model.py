@@ -121,6 +121,13 @@ def test_activation_checkpointing_repeats_gates_and_dropout() -> None:
     assert_same_gradients(recomputed, plain)
 
 
+def test_what_is_computed_gets_the_batch_itself() -> None:
+    batch = toy_batch()
+    assert toy_model()(batch, compute=lambda inputs: inputs) is batch
+    with pytest.raises(AssertionError, match="needs the counts"):
+        toy_model()(batch)
+
+
 def test_a_weight_of_zero_leaves_the_contrast_views_out() -> None:
     assert [view.name for view in DGA(DGASettings(contrastive_weight=0.0)).views()] == ["mlm"]
     model, plain = toy_model("dga", contrastive_weight=0.0), toy_model("mlm")
