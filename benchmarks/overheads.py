@@ -33,11 +33,11 @@ from benchmarks.common import (
     table,
     verdict,
 )
+from dga_scale.config.parsing import read_config
 from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.launch.world import join_cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.contrast import contrastive_loss
-from dga_scale.objectives.methods import read_config
 from dga_scale.preservation.importance import Importance, measure_importance
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
 from dga_scale.train.inputs import check_inputs

@@ -30,9 +30,11 @@ from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig
 from benchmarks.common import ROOT, keep_section, on_ranks, parser_of, table, verdict
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.loading import set_dropout
+from dga_scale.config.methods.shared import soft_mask_of
+from dga_scale.config.parsing import read_config
 from dga_scale.corpus.loading.batches import Counts
 from dga_scale.corpus.loading.masking import IGNORED
-from dga_scale.objectives.methods import build_method, read_config
+from dga_scale.objectives.methods import build_method
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.planning.gpus import GPUS
 from dga_scale.planning.memory import activations, extras, states
@@ -151,7 +153,7 @@ def predicted(planner: Planner) -> tuple[int, int, int]:
     parts = dataclasses.asdict(states(model, plan.zero, groups=False))
     if plan.zero.stage < 3:
         del parts["gradients"]  # gone after the step
-    soft_mask = getattr(planner.config.method, "soft_mask", "none")
+    soft_mask = soft_mask_of(planner.config.method)
     held = sum(parts.values()) + sum(extras(model, plan.zero, soft_mask).values())
     width, positions = plan.zero.weight_bytes, plan.batch.head_positions
     kept = activations(model, plan.batch, width, checkpointing=False)

@@ -1,8 +1,9 @@
 """The folder of a run: what lies where, and whether it may be gone on with."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,24 +11,13 @@ from typing import Any
 
 import yaml
 
+from dga_scale.config.comparison import Difference, corpora_of, differences
 from dga_scale.config.settings import TrainConfig
+from dga_scale.corpus.shards import read_manifest
 from dga_scale.errors import UserError
 from dga_scale.storage.atomic import replace_file
 
-MAY_CHANGE = frozenset(
-    (
-        "ds_config", "output_dir", "resume", "dry_run", "logging_steps", "protection_steps", "eval_steps",
-        "save_steps", "save_total_limit", "async_save", "check_invariants", "heartbeat_timeout",
-        "prefetch_steps", "max_eval_samples", "eval_corpus", "general_eval_corpus", "also_evaluate",
-        "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "split_views",
-        "attn_implementation", "max_bad_steps",
-    )
-)  # fmt: skip
-"""Settings that a resumed run may have otherwise than before: none changes which numbers are computed, but
-for rounding, and for how the contrast is split where the batch is cut otherwise."""
-
-
-FIRST_FILES = ("config.yaml.tmp", ".shared")
+FIRST_FILES = ("config.yaml.tmp", "corpora.json", "corpora.json.tmp", ".shared")
 """What a run that was killed right at its start may have left."""
 
 
@@ -40,6 +30,11 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def corpora(self) -> Path:
+        """Content hashes of the corpora that config.yaml names: a copy of one elsewhere is known by it."""
+        return self.path / "corpora.json"
 
     @property
     def environment(self) -> Path:
@@ -69,8 +64,14 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
-    def check(self, config: TrainConfig) -> None:
+    def check(
+        self, config: TrainConfig, allowed: Callable[[Difference], bool] = lambda difference: False
+    ) -> None:
         """Refuse a folder that this run can't have or go on in; writes nothing.
+
+        Args:
+            config: the settings asked for.
+            allowed: whether a run may go on in spite of a setting that decides its numbers.
 
         Raises:
             UserError: the path is a file, can't be written, is not empty and holds no run, or holds a run
@@ -89,12 +90,7 @@ class RunFolder:
                     "Give a new folder."
                 )
             return
-        former = self._former_settings()
-        changed = [
-            f"{name} was {former.get(name)!r}, is {value!r}"
-            for name, value in config.as_dict().items()
-            if name not in MAY_CHANGE and former.get(name) != value
-        ]
+        changed = [str(each) for each in self._differences(config) if not allowed(each)]
         if changed:
             raise UserError(
                 f"--output_dir {self.path} holds another run: {'; '.join(changed)}. "
@@ -102,22 +98,20 @@ class RunFolder:
             )
 
     def write_config(self, config: TrainConfig) -> None:
-        """Write ``config.yaml``, whole or not at all."""
+        """Write ``config.yaml`` and ``corpora.json``, each whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
+        hashes = {path: _content_hash(path) for path in corpora_of(config)}
+        write_text(self.corpora, json.dumps(hashes, indent=2) + "\n")
         write_text(self.config, yaml.safe_dump(config.as_dict(), sort_keys=False))
 
-    def _former_settings(self) -> dict[str, Any]:
-        try:
-            former = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{self.config} is damaged ({error}). Restore it or give another folder."
-            ) from None
-        if not isinstance(former, dict):
-            raise UserError(
-                f"{self.config} is damaged: no settings in it. Restore it or give another folder."
-            )
-        return former
+    def _differences(self, config: TrainConfig) -> list[Difference]:
+        former = _read_mapping(self.config)
+        recorded = _read_mapping(self.corpora) if self.corpora.exists() else {}
+
+        def former_hash(path: str) -> str | None:
+            return recorded.get(path) or _content_hash(path)
+
+        return differences(former, config, former_hash, _content_hash)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -146,6 +140,25 @@ def new_folder(output: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML or JSON file of a run folder says by name."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Restore it or give another folder.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it names nothing. Restore it or give another folder.")
+    return content
+
+
+def _content_hash(corpus: str) -> str | None:
+    """Content hash of a corpus folder; None where none can be read."""
+    try:
+        return read_manifest(Path(corpus)).content_hash
+    except UserError:
+        return None
 
 
 def _writable(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dga_scale.objectives.methods import read_config
+from dga_scale.config.parsing import read_config
 from tests.helpers.ranks import REPOSITORY, free_port
 from tests.helpers.small import DOMAIN, GENERAL, make_model, make_tokenizer, write_text
 

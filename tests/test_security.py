@@ -28,6 +28,7 @@ from dga_scale.backbone.loading import load_model
 from dga_scale.backbone.warmup import load_head, save_head
 from dga_scale.checkpoint.export import consolidate
 from dga_scale.checkpoint.fisher import load_fisher, save_fisher
+from dga_scale.config.parsing import read_config
 from dga_scale.corpus.cli import main as shard
 from dga_scale.corpus.reading.sources import Reading, find_sources, read_segment, segments
 from dga_scale.corpus.shards import Corpus
@@ -39,7 +40,6 @@ from dga_scale.endtasks.tasks import load_task
 from dga_scale.errors import UserError, run_main
 from dga_scale.launch.world import single_process
 from dga_scale.merging.folders import ModelFolder
-from dga_scale.objectives.methods import read_config
 from dga_scale.objectives.methods.cse import _read as read_experts
 from dga_scale.planning.gpus import find_gpu
 from dga_scale.preservation.anchors import key_of

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
+from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import Cluster, join_cluster
-from dga_scale.objectives.methods import read_config
 from dga_scale.preservation.importance import Importance
 from dga_scale.train.loop import train
 from dga_scale.train.trainer import Session

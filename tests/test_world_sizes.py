@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from dga_scale.checkpoint.store import newest_verified
+from dga_scale.config.parsing import read_config
 from dga_scale.corpus.cli import main as shard
 from dga_scale.errors import UserError
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import single_process
-from dga_scale.objectives.methods import read_config
 from dga_scale.preservation.importance import Importance
 from dga_scale.storage.safetensors_stream import PieceReader
 from dga_scale.train.inputs import check_inputs

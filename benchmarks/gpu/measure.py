@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.common import ROOT
 from benchmarks.gpu.trace import record, waits
+from dga_scale.config.parsing import read_config
 from dga_scale.corpus.loading.batches import EvalBatches, StepBatches
 from dga_scale.launch.preemption import StopConsensus
 from dga_scale.launch.world import Cluster, join_cluster
@@ -34,7 +35,6 @@ from dga_scale.logging.environment import describe_environment, device_name
 from dga_scale.logging.metrics import RunLog
 from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.logging.throughput import device_peak, measured_flops, memory_gib, step_flops, wait_for
-from dga_scale.objectives.methods import read_config
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.seeds import IMPORTANCE_STREAM, seed_everything

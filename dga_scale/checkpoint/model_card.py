@@ -9,24 +9,14 @@ import yaml
 
 import dga_scale
 from dga_scale.backbone.extended import MODEL_TYPE
+from dga_scale.config.comparison import split_reference
+from dga_scale.config.declaration import Refers
+from dga_scale.config.methods import known_settings
 from dga_scale.logging.evaluations import before_and_after, evaluations
 from dga_scale.logging.metrics import LOG_FILE, read_log
 from dga_scale.run_folder import RunFolder
 
-_PATHS = ("model", "corpus", "eval_corpus", "general_eval_corpus", "ds_config")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_NOT_SHOWN = (
-    "output_dir",
-    "resume",
-    "dry_run",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "async_save",
-    "check_invariants",
-    "heartbeat_timeout",
-    "eval_steps",
-)
 
 
 def model_card(run_dir: Path, step: int, model_config: Path) -> str:
@@ -63,7 +53,7 @@ def model_card(run_dir: Path, step: int, model_config: Path) -> str:
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in settings.items() if name not in _NOT_SHOWN),
+        *(f"| {name} | {value} |" for name, value in settings.items()),
         "",
     ]
     return "\n".join(lines)
@@ -72,12 +62,25 @@ def model_card(run_dir: Path, step: int, model_config: Path) -> str:
 def _settings(run_dir: Path) -> dict[str, Any]:
     path = RunFolder(run_dir).config
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name in _PATHS:
-        value = settings.get(name)
-        for given in value if isinstance(value, list) else [value]:
-            if given and (Path(given).exists() or not _HUB_NAME.fullmatch(given)):
-                settings[name] = Path(given).name  # where it lay on that machine is nobody's business
-    return settings
+    known = known_settings()
+    return {
+        name: value if name not in known else _shown(value, known[name].refers)
+        for name, value in settings.items()
+        if name not in known or known[name].affects != "place"
+    }
+
+
+def _shown(value: Any, refers: Refers | None) -> Any:
+    """A setting's value for strangers: where something lay on that machine is nobody's business."""
+    if refers is None or value is None:
+        return value
+    found = []
+    for text in value if isinstance(value, list) else [value]:
+        before, name, behind = split_reference(text, refers)
+        if Path(name).exists() or not _HUB_NAME.fullmatch(name):
+            name = Path(name).name
+        found.append(before + name + behind)
+    return ", ".join(found)
 
 
 def _figures(run_dir: Path, step: int) -> list[str]:

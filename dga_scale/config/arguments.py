@@ -1,4 +1,4 @@
-"""The argument parser of all commands but training's, which has one of its own in ``parsing.py``."""
+"""The argument parser of all commands; training's adds the declared settings to it in ``parsing.py``."""
 
 import argparse
 import difflib

@@ -1,21 +1,23 @@
-"""Settings of a training run from its flags and its YAML file; unknown names are refused. Flags win."""
+"""Settings of a training run from its flags and its YAML file; unknown names are refused. Flags win.
+
+Neither torch nor transformers is imported: help and a refused flag take no seconds.
+"""
 
 import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
 
-from dga_scale.config.arguments import nearest
+from dga_scale.config.arguments import Parser, nearest
+from dga_scale.config.declaration import Setting, declared
+from dga_scale.config.hints import HINTS
+from dga_scale.config.methods import DEFAULT, METHOD_SETTINGS, known_settings
 from dga_scale.config.settings import (
-    GROUPS,
     DataSettings,
-    MethodSettings,
     ModelSettings,
     OptimizationSettings,
     RunSettings,
@@ -23,52 +25,25 @@ from dga_scale.config.settings import (
 )
 from dga_scale.errors import UserError
 
-
-class MethodEntry(NamedTuple):
-    """A method as the command line knows it."""
-
-    summary: str
-    settings: type[MethodSettings]
+_LAUNCHER_FLAG = "local_rank"
+"""deepspeed's launcher passes it to every program; the environment says the same, so nothing reads it."""
 
 
-Methods = Mapping[str, MethodEntry]
-"""By the name that ``--method`` takes."""
-
-DEFAULT_METHOD = "dga"
+def _own_settings(method: str) -> list[str]:
+    return [each.name for each in declared(METHOD_SETTINGS[method])]
 
 
-def _names(settings: type[Any]) -> list[str]:
-    return [f.name for f in fields(settings)]
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The list of methods as it stands."""
 
 
-def known_settings(methods: Methods) -> dict[str, bool]:
-    """Every setting there is, of all methods, and whether it takes a list."""
-    groups: list[type[Any]] = [ModelSettings, DataSettings, OptimizationSettings, RunSettings]
-    groups += [entry.settings for entry in methods.values()]
-    return {"method": False} | {f.name: "list" in str(f.type) for group in groups for f in fields(group)}
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after each setting; the list of methods as it stands."""
-
-
-class _Parser(HfArgumentParser):
-    """Errors as ours: one line, the nearest right name, no usage text of 80 lines before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help.")
-
-
-def build_parser(methods: Methods, method: str, prog: str = "dga-train") -> HfArgumentParser:
+def build_parser(method: str, prog: str = "dga-train") -> Parser:
     """The parser of all settings of a run with one method, with a section in ``--help`` for each group."""
-    settings = methods[method].settings
-    groups: list[Any] = [ModelSettings, DataSettings, settings, OptimizationSettings, RunSettings]
-    parser = _Parser(
-        groups,
+    parser = Parser(
         prog=prog,
         usage=f"{prog} --ds_config FILE.json --model MODEL --corpus FOLDER [--method NAME] [settings]",
         description="Adapt a pretrained language model to a domain and keep what it knows.",
-        epilog=_other_methods(methods, method),
+        epilog=_other_methods(method),
         formatter_class=_Help,
         allow_abbrev=False,
     )
@@ -76,69 +51,153 @@ def build_parser(methods: Methods, method: str, prog: str = "dga-train") -> HfAr
         "--config", metavar="FILE.yaml", help="Settings as YAML, by the names below. Flags win."
     )
     parser.add_argument(
-        "--method", default=DEFAULT_METHOD, choices=list(methods), help="What is learnt; see below."
+        "--method",
+        default=DEFAULT,
+        choices=list(METHOD_SETTINGS),
+        help=f"What is learnt; see below. (default: {DEFAULT})",
     )
+    groups: dict[str, type[Any]] = {
+        "model": ModelSettings,
+        "data": DataSettings,
+        "the method's own settings": METHOD_SETTINGS[method],
+        "optimization": OptimizationSettings,
+        "run": RunSettings,
+    }
+    for title, group in groups.items():
+        _add_group(parser, title, group)
     return parser
 
 
-def _other_methods(methods: Methods, chosen: str) -> str:
+def _add_group(parser: Parser, title: str, group: type[Any]) -> None:
+    section = parser.add_argument_group(title, group.__doc__)
+    for each in declared(group):
+        section.add_argument(f"--{each.name}", **_argument(each))
+
+
+def _argument(each: Setting) -> dict[str, Any]:
+    """What argparse wants to know of a setting."""
+    about = [each.help]
+    if each.source:
+        about.append(f"Source: {each.source}.")
+    if each.default is not None:
+        about.append(f"(default: {each.default})")
+    argument: dict[str, Any] = {
+        "default": each.default,
+        "help": " ".join(about).replace("%", "%%"),  # argparse fills % in
+        "choices": each.choices or None,
+        "metavar": None if each.choices else each.name.upper(),
+    }
+    if each.type is bool:  # a bare flag switches it on
+        return argument | {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
+    return argument | {"type": each.type, "nargs": "+" if each.is_list else None}
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _other_methods(chosen: str) -> str:
     """What ``--help`` says below the settings: each method, and its own settings under its name."""
     parts = []
-    for name, entry in methods.items():
-        settings: Any = entry.settings
-        own = _Parser([settings], usage=argparse.SUPPRESS, add_help=False).format_help()
-        head = f"--method {name}{' (chosen)' if name == chosen else ''}: {entry.summary}"
-        lines = own.splitlines()[1:] if name != chosen else ["  its settings are among those above"]
-        parts.append("\n".join([head, *(line for line in lines if line.strip())]))
+    for name, settings in METHOD_SETTINGS.items():
+        section = Parser(usage=argparse.SUPPRESS, add_help=False)
+        _add_group(section, name, settings)
+        head = f"--method {name}{' (chosen)' if name == chosen else ''}: {settings.summary}"
+        # Below the group's title and its description.
+        lines = [line for line in section.format_help().splitlines() if line.strip()][2:]
+        if name == chosen:
+            lines = ["  its settings are among those above"]
+        parts.append("\n".join([head, *lines]))
     return "methods:\n\n" + "\n\n".join(parts)
 
 
-def parse_config(methods: Methods, arguments: Sequence[str] | None = None) -> TrainConfig:
-    """Settings from command-line arguments and the YAML file they name.
+def read_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """Settings from command-line arguments (None: this process's) and the YAML file they name.
 
     Raises:
         UserError: unknown name (with the nearest right one), a setting of another method, a value of the
             wrong type or out of range, a YAML file that is missing or not a mapping.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    known = known_settings(methods)
+    arguments = _without_launchers(list(sys.argv[1:] if arguments is None else arguments))
+    takes_list = {"method": False} | {name: each.is_list for name, each in known_settings().items()}
     for argument in arguments:
         name = _name(argument)
-        if argument.startswith("--") and name not in {*known, "config", "help"}:
-            raise UserError(f"unknown setting --{name}.{nearest(name, known)} See --help.")
-    from_file = _yaml_arguments(_value_of("config", arguments), known)
-    given = [*from_file, *arguments]
-    method = _value_of("method", arguments) or _value_of("method", from_file) or DEFAULT_METHOD
-    if method not in methods:
-        raise UserError(f"--method {method}: there is {', '.join(methods)}.{nearest(method, methods)}")
-    explicit = {_name(a) for a in given if a.startswith("--")}
-    _refuse_settings_of_others(methods, method, explicit)
-    parser = build_parser(methods, method)
-    model, data, own, optimization, run, _, unknown = parser.parse_args_into_dataclasses(
-        given, look_for_args_file=False, return_remaining_strings=True
-    )
+        if argument.startswith("--") and name not in {*takes_list, "config", "help"}:
+            raise UserError(f"unknown setting --{name}.{_hint(name, takes_list)} See --help.")
+    from_file = _yaml_arguments(_value_of("config", arguments), takes_list)
+    given = [_normal(argument) for argument in (*from_file, *arguments)]
+    method = _value_of("method", given) or DEFAULT
+    if method not in METHOD_SETTINGS:
+        there_is = ", ".join(METHOD_SETTINGS)
+        raise UserError(f"--method {method}: there is {there_is}.{nearest(method, METHOD_SETTINGS)}")
+    explicit = {_name(argument) for argument in given if argument.startswith("--")}
+    _refuse_settings_of_others(method, explicit)
+    found, unknown = build_parser(method).parse_known_args(given)
     if unknown:
         raise UserError(f"{unknown[0]!r} belongs to no setting. Write --name value. See --help.")
-    chosen = frozenset(explicit & set(known))
-    config = TrainConfig(model, data, method, own, optimization, run, chosen)
+    values = vars(found)
+
+    def group(settings: type[Any]) -> Any:
+        return settings(**{each.name: values[each.name] for each in declared(settings)})
+
+    config = TrainConfig(
+        model=group(ModelSettings),
+        data=group(DataSettings),
+        method=group(METHOD_SETTINGS[method]),
+        optimization=group(OptimizationSettings),
+        run=group(RunSettings),
+        explicit=frozenset(explicit & set(takes_list)),
+    )
     _check_values(config)
     return config
 
 
-def _refuse_settings_of_others(methods: Methods, method: str, explicit: Iterable[str]) -> None:
-    own = _names(methods[method].settings)
-    of_methods = {name for entry in methods.values() for name in _names(entry.settings)}
-    for name in sorted(set(explicit) & of_methods - set(own)):
-        owners = [other for other, entry in methods.items() if name in _names(entry.settings)]
-        raise UserError(
-            f"--{name} is a setting of --method {', '.join(owners)}; this run's is {method}, which does not "
-            f"read it. Leave it out, or choose another method."
-        )
+def _refuse_settings_of_others(method: str, explicit: Iterable[str]) -> None:
+    owners = {
+        name: [other for other in METHOD_SETTINGS if name in _own_settings(other)]
+        for name in sorted(explicit)
+    }
+    for name, methods in owners.items():
+        if methods and method not in methods:
+            raise UserError(
+                f"--{name} is a setting of --method {', '.join(methods)}; this run's is {method}, which does "
+                "not read it. Leave it out, or choose another method."
+            )
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """What another trainer's setting is called here, or the nearest name."""
+    return f" Here {HINTS[name]}." if name in HINTS else nearest(name, known)
+
+
+def _without_launchers(arguments: list[str]) -> list[str]:
+    """Leave out ``--local_rank N``, in one word or two."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word.startswith("--") and _name(word) == _LAUNCHER_FLAG:
+            if "=" not in word:
+                next(words, None)
+        else:
+            kept.append(word)
+    return kept
 
 
 def _name(argument: str) -> str:
     """``--max-steps=3`` -> ``max_steps``: dashes and underscores mean the same."""
     return argument.split("=", 1)[0].removeprefix("--").replace("-", "_")
+
+
+def _normal(argument: str) -> str:
+    """``--max-steps=3`` -> ``--max_steps=3``; what is no flag stays as it is."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return f"--{_name(flag)}{equals}{value}"
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
@@ -152,7 +211,7 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
     return value
 
 
-def _yaml_arguments(path: str | None, known: Mapping[str, bool]) -> list[str]:
+def _yaml_arguments(path: str | None, takes_list: Mapping[str, bool]) -> list[str]:
     """The YAML file's settings as command-line arguments, so that one parser converts and checks both."""
     if path is None:
         return []
@@ -166,11 +225,12 @@ def _yaml_arguments(path: str | None, known: Mapping[str, bool]) -> list[str]:
         raise UserError(f"--config {path} holds no settings. Write one `name: value` a line.")
     arguments = []
     for name, value in content.items():
-        if name not in known:
-            raise UserError(f"{path}: unknown setting {name!r}.{nearest(str(name), known)}")
+        if name not in takes_list:
+            raise UserError(f"{path}: unknown setting {name!r}.{_hint(str(name), takes_list)}")
         if value is None:
             continue
-        if known[name] and isinstance(value, list) and not any(isinstance(v, dict | list) for v in value):
+        plain = isinstance(value, list) and not any(isinstance(entry, dict | list) for entry in value)
+        if takes_list[name] and plain:
             arguments += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict | list):
             raise UserError(f"{path}: {name} must be one value, not {json.dumps(value)}.")
@@ -186,10 +246,10 @@ def _check_values(config: TrainConfig) -> None:
     def refuse(name: str, words: str) -> NoReturn:
         raise UserError(f"--{name} {flat[name]}: must be {words}.")
 
-    for group in GROUPS:
-        for name, rule in getattr(config, group).rules.items():
-            if flat[name] is not None and not rule.holds(flat[name]):
-                refuse(name, rule.words)
+    for each in config.settings():
+        value = flat[each.name]
+        if each.rule and value is not None and not each.rule.holds(value):
+            refuse(each.name, each.rule.words)
     if flat["mask_replace_prob"] + flat["random_replace_prob"] > 1:
         refuse("random_replace_prob", f"at most 1 - mask_replace_prob ({1 - flat['mask_replace_prob']:g})")
     if flat["warmup_ratio"] + flat["decay_ratio"] > 1 and flat["lr_scheduler_type"] == "warmup_stable_decay":

@@ -1,38 +1,26 @@
-"""Every setting of a training run, documented at the field; ``parsing.py`` reads them.
+"""The settings of a training run that every method has; a method's own are declared in ``config.methods``.
 
 ``TrainConfig.explicit`` holds the names that the user set, so that a number in the DeepSpeed JSON is refused
 only where it contradicts something the user said, never a default.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
-
-def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of a settings class, with what ``--help`` says of it."""
-    metadata: dict[str, Any] = {"help": help.replace("%", "%%")}  # argparse fills % in
-    if choices:
-        metadata["choices"] = list(choices)
-    return field(default=default, metadata=metadata)
-
-
-class Rule(NamedTuple):
-    """What a number must be: a test, and the words for it."""
-
-    holds: Callable[[float], bool]
-    words: str
-
-
-AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
-AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
-ABOVE_0 = Rule(lambda value: value > 0, "above 0")
-SHARE = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
-BELOW_1 = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
-INSIDE_0_1 = Rule(lambda value: 0 < value < 1, "between 0 and 1")
-
-Rules = Mapping[str, Rule]
+from dga_scale.config.declaration import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    INSIDE_0_1,
+    SHARE,
+    Setting,
+    declared,
+    setting,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +30,7 @@ class ModelSettings:
     model: str | None = setting(
         None,
         "Folder or hub name of the pretrained model. Default: the demo's small BERT, made on first use.",
+        refers="model",
     )
     random_init: bool = setting(
         False, "Start from random weights of the model's architecture: pretraining from scratch."
@@ -50,32 +39,31 @@ class ModelSettings:
         0,
         "Steps that train only the LM head, before anything else, where the checkpoint has none "
         "(a sentence encoder, for example). 0: such a checkpoint is refused.",
+        rule=AT_LEAST_0,
     )
-    head_warmup_learning_rate: float = setting(1e-3, "Peak learning rate of the head warm-up.")
+    head_warmup_learning_rate: float = setting(1e-3, "Peak learning rate of the head warm-up.", rule=ABOVE_0)
     dropout: float | None = setting(
         None,
         "Overrides every dropout probability of the model. Needed by DGA where the model's own is 0 "
         "(ModernBERT, Llama): proxy KL and the contrast compare two dropout draws. Default: the model's own.",
+        rule=BELOW_1,
     )
     attn_implementation: str | None = setting(
         None,
         "Attention kernel as transformers names it (sdpa, flash_attention_2, eager). Default: its choice.",
+        affects="speed",
     )
     gradient_checkpointing: bool = setting(
-        False, "Recompute activations in the backward pass: less memory, about a third more compute."
+        False,
+        "Recompute activations in the backward pass: less memory, about a third more compute.",
+        affects="speed",
     )
     split_views: bool = setting(
         False,
         "One trunk pass for each reading of a batch that the method needs, instead of one for all: less "
         "memory, the same numbers without dropout.",
+        affects="speed",
     )
-
-    _argument_group_name: ClassVar = "model"
-    rules: ClassVar[Rules] = {
-        "head_warmup_steps": AT_LEAST_0,
-        "head_warmup_learning_rate": ABOVE_0,
-        "dropout": BELOW_1,
-    }
 
 
 @dataclass(frozen=True)
@@ -86,163 +74,191 @@ class DataSettings:
         None,
         "Folder of the domain corpus to train on. Several: one after the other, each from the weights that "
         "the last left, with its own optimizer and schedule (a DAS sequence). Default: the demo's.",
+        refers="corpus",
     )
     mix: list[str] | None = setting(
         None,
         "Corpora mixed into every batch, as FOLDER:SHARE, the share counted in tokens "
         "(general/:0.05 replays a twentieth of general text). The domain corpus gets the rest.",
+        refers="corpus:share",
     )
     eval_corpus: str | None = setting(
-        None, "Folder of held-out domain text. Default: the corpus's own held-out part (--validation_share)."
+        None,
+        "Folder of held-out domain text. Default: the corpus's own held-out part (--validation_share).",
+        affects="evaluation",
+        refers="corpus",
     )
     general_eval_corpus: str | None = setting(
-        None, "Folder of held-out general text: what the model should not forget. Default: not measured."
+        None,
+        "Folder of held-out general text: what the model should not forget. Default: not measured.",
+        affects="evaluation",
+        refers="corpus",
     )
     also_evaluate: list[str] | None = setting(
-        None, "Further held-out corpora, as NAME=FOLDER; their losses are logged under the name."
+        None,
+        "Further held-out corpora, as NAME=FOLDER; their losses are logged under the name.",
+        affects="evaluation",
+        refers="name=corpus",
     )
     mlm_probability: float = setting(
-        0.15, "Share of a row's tokens that are masked; exactly round(p * tokens). Source: BERT, DGA."
+        0.15,
+        "Share of a row's tokens that are masked; exactly round(p * tokens).",
+        rule=INSIDE_0_1,
+        source="BERT, DGA",
     )
-    mask_replace_prob: float = setting(0.8, "Share of the masked positions that become the mask token.")
-    random_replace_prob: float = setting(0.1, "Share of the masked positions that become a random token.")
-    max_eval_samples: int = setting(2000, "Rows of each evaluation corpus that are scored (the first ones).")
-    prefetch_steps: int = setting(4, "Global batches prepared ahead in the background.")
-
-    _argument_group_name: ClassVar = "data"
-    rules: ClassVar[Rules] = {
-        "mlm_probability": INSIDE_0_1,
-        "mask_replace_prob": SHARE,
-        "random_replace_prob": SHARE,
-        "max_eval_samples": AT_LEAST_1,
-        "prefetch_steps": AT_LEAST_1,
-    }
+    mask_replace_prob: float = setting(
+        0.8, "Share of the masked positions that become the mask token.", rule=SHARE
+    )
+    random_replace_prob: float = setting(
+        0.1, "Share of the masked positions that become a random token.", rule=SHARE
+    )
+    max_eval_samples: int = setting(
+        2000,
+        "Rows of each evaluation corpus that are scored (the first ones).",
+        rule=AT_LEAST_1,
+        affects="evaluation",
+    )
+    prefetch_steps: int = setting(
+        4, "Global batches prepared ahead in the background.", rule=AT_LEAST_1, affects="speed"
+    )
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What is learnt and what is protected; each method of ``objectives`` adds its own settings to these."""
+    """What is learnt and what is protected; ``config.methods`` has a subclass for each method."""
 
-    _argument_group_name: ClassVar = "the method's own settings"
-    rules: ClassVar[Rules] = {}
+    name: ClassVar[str]
+    """What ``--method`` takes."""
+    summary: ClassVar[str]
+    """One line for ``--help``."""
 
 
 @dataclass(frozen=True)
 class OptimizationSettings:
     """AdamW, its schedule and the batch. Names as in transformers' TrainingArguments."""
 
-    max_steps: int = setting(2500, "Optimizer steps. Source: DGA (640,000 sequences at 256).")
-    global_batch_size: int = setting(256, "Rows in one optimizer step, over all ranks. Source: DGA.")
+    max_steps: int = setting(
+        2500, "Optimizer steps.", rule=AT_LEAST_1, source="DGA (640,000 sequences at 256)"
+    )
+    global_batch_size: int = setting(
+        256, "Rows in one optimizer step, over all ranks.", rule=AT_LEAST_1, source="DGA"
+    )
     per_device_train_batch_size: int | None = setting(
-        None, "Rows in one forward pass of one rank. Default: the global batch over ranks and accumulation."
+        None,
+        "Rows in one forward pass of one rank. Default: the global batch over ranks and accumulation.",
+        rule=AT_LEAST_1,
+        affects="speed",
     )
     gradient_accumulation_steps: int | None = setting(
         None,
         "Forward passes in one optimizer step. Default: what the two batch sizes give, 1 without the second.",
+        rule=AT_LEAST_1,
+        affects="speed",
     )
-    learning_rate: float = setting(1e-4, "Peak learning rate. Source: DGA's released code.")
+    learning_rate: float = setting(1e-4, "Peak learning rate.", rule=ABOVE_0, source="DGA's released code")
     lr_scheduler_type: str = setting(
         "linear",
         "Decay after warm-up: linear or cosine to min_lr_ratio, constant, or warmup_stable_decay "
         "(constant, then 1 - sqrt over the last decay_ratio).",
         ("linear", "cosine", "constant", "warmup_stable_decay"),
     )
-    warmup_ratio: float = setting(0.1, "Share of the steps in which the learning rate rises. Source: DGA.")
-    decay_ratio: float = setting(0.2, "Share of the steps in which warmup_stable_decay decays.")
-    min_lr_ratio: float = setting(0.0, "Learning rate at the end over the peak.")
-    weight_decay: float = setting(0.0, "AdamW's weight decay. Source: DGA's released code.")
-    adam_beta1: float = setting(0.9, "AdamW's beta1.")
-    adam_beta2: float = setting(0.999, "AdamW's beta2.")
-    adam_epsilon: float = setting(1e-6, "AdamW's epsilon. Source: DGA's released code.")
+    warmup_ratio: float = setting(
+        0.1, "Share of the steps in which the learning rate rises.", rule=SHARE, source="DGA"
+    )
+    decay_ratio: float = setting(0.2, "Share of the steps in which warmup_stable_decay decays.", rule=SHARE)
+    min_lr_ratio: float = setting(0.0, "Learning rate at the end over the peak.", rule=SHARE)
+    weight_decay: float = setting(0.0, "AdamW's weight decay.", rule=AT_LEAST_0, source="DGA's released code")
+    adam_beta1: float = setting(0.9, "AdamW's beta1.", rule=BELOW_1)
+    adam_beta2: float = setting(0.999, "AdamW's beta2.", rule=BELOW_1)
+    adam_epsilon: float = setting(1e-6, "AdamW's epsilon.", rule=ABOVE_0, source="DGA's released code")
     layer_lr_decay: float = setting(
         1.0,
-        "Learning rate of a layer over that of the layer above it; the LM head has the full rate. 1: off. "
-        "Source: ELECTRA.",
+        "Learning rate of a layer over that of the layer above it; the LM head has the full rate. 1: off.",
+        rule=ABOVE_0_TO_1,
+        source="ELECTRA",
     )
-    freeze_layers: int = setting(0, "Lowest layers that are not trained.")
+    freeze_layers: int = setting(0, "Lowest layers that are not trained.", rule=AT_LEAST_0)
     freeze_embeddings: bool = setting(False, "Do not train the embeddings (nor an LM head tied to them).")
-    max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are scaled down; 0: off.")
+    max_grad_norm: float = setting(
+        1.0, "Gradient norm above which gradients are scaled down; 0: off.", rule=AT_LEAST_0
+    )
     bf16: bool = setting(
         True, "bfloat16 weights in the passes, float32 in the optimizer. False: all float32."
     )
     fp16: bool = setting(False, "float16 with loss scaling instead of bf16 (ZeRO 1 to 3, on a GPU).")
     max_bad_steps: int = setting(
-        10, "Steps in a row refused for a NaN or infinity after which the run stops."
+        10,
+        "Steps in a row refused for a NaN or infinity after which the run stops.",
+        rule=AT_LEAST_1,
+        affects="place",
     )
-
-    _argument_group_name: ClassVar = "optimization"
-    rules: ClassVar[Rules] = {
-        "max_steps": AT_LEAST_1,
-        "global_batch_size": AT_LEAST_1,
-        "per_device_train_batch_size": AT_LEAST_1,
-        "gradient_accumulation_steps": AT_LEAST_1,
-        "learning_rate": ABOVE_0,
-        "warmup_ratio": SHARE,
-        "decay_ratio": SHARE,
-        "min_lr_ratio": SHARE,
-        "weight_decay": AT_LEAST_0,
-        "adam_beta1": BELOW_1,
-        "adam_beta2": BELOW_1,
-        "adam_epsilon": ABOVE_0,
-        "layer_lr_decay": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
-        "freeze_layers": AT_LEAST_0,
-        "max_grad_norm": AT_LEAST_0,
-        "max_bad_steps": AT_LEAST_1,
-    }
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """Where a run lies, what it says and when it saves."""
 
-    ds_config: str | None = setting(None, "DeepSpeed's JSON, for example ds_configs/zero2.json. Needed.")
-    output_dir: str | None = setting(None, "The run's folder. Default: runs/METHOD-CORPUS.")
+    ds_config: str | None = setting(
+        None,
+        "DeepSpeed's JSON, for example ds_configs/zero2.json. Needed.",
+        affects="speed",
+        refers="file",
+    )
+    output_dir: str | None = setting(None, "The run's folder. Default: runs/METHOD-CORPUS.", affects="place")
     resume: str = setting(
         "auto",
         "auto: go on from the newest complete checkpoint of output_dir; never: refuse a folder with one; "
         "or the path of a checkpoint.",
+        affects="place",
     )
-    seed: int = setting(42, "Seed of the order, the masks and dropout.")
-    logging_steps: int = setting(1, "Steps between log lines and TensorBoard points.")
+    seed: int = setting(42, "Seed of the order, the masks and dropout.", repeats=True)
+    logging_steps: int = setting(
+        1, "Steps between log lines and TensorBoard points.", rule=AT_LEAST_1, affects="place"
+    )
     protection_steps: int = setting(
-        50, "Steps between records of effective protection: how far each head moved against 1 - importance."
+        50,
+        "Steps between records of effective protection: how far each head moved against 1 - importance.",
+        rule=AT_LEAST_1,
+        affects="place",
     )
     eval_steps: int = setting(
-        500, "Steps between evaluations; also before the first and after the last step."
+        500,
+        "Steps between evaluations; also before the first and after the last step.",
+        rule=AT_LEAST_1,
+        affects="place",
     )
-    save_steps: int = setting(500, "Steps between checkpoints; also after the last step.")
-    save_total_limit: int = setting(2, "Checkpoints kept; older ones are removed. 0: all.")
+    save_steps: int = setting(
+        500, "Steps between checkpoints; also after the last step.", rule=AT_LEAST_1, affects="place"
+    )
+    save_total_limit: int = setting(
+        2, "Checkpoints kept; older ones are removed. 0: all.", rule=AT_LEAST_0, affects="place"
+    )
     async_save: bool = setting(
         False,
         "Write checkpoints while training goes on: a save copies the rank's shard into host memory (12 bytes "
         "an entry that its optimizer steps) and is committed a few steps later.",
+        affects="place",
     )
     check_invariants: int = setting(
         0,
         "Steps between checks that all ranks hold the same weights, masks, gates and experts' centres and "
-        "have read the rows that were planned; also before the first step. An offence stops the run. 0: off.",
+        "have read the rows that were planned; also before the first step. A violation stops the run. "
+        "0: off.",
+        rule=AT_LEAST_0,
+        affects="place",
     )
     heartbeat_timeout: float = setting(
         120.0,
         "Seconds without a word from a rank after which the others take it for lost and end, naming it. One "
         "whose process ends is missed at once. 0: no watchdog.",
+        rule=AT_LEAST_0,
+        affects="place",
     )
     dry_run: bool = setting(
-        False, "Build everything, run one step of the real shapes, print what it needs, and stop."
+        False,
+        "Build everything, run one step of the real shapes, print what it needs, and stop.",
+        affects="place",
     )
-    # deepspeed's launcher passes it to every program; the environment says the same, so nothing reads it.
-    local_rank: int = setting(-1, "Set by the deepspeed launcher; ignored, the environment says it too.")
-
-    _argument_group_name: ClassVar = "run"
-    rules: ClassVar[Rules] = {
-        "logging_steps": AT_LEAST_1,
-        "protection_steps": AT_LEAST_1,
-        "eval_steps": AT_LEAST_1,
-        "save_steps": AT_LEAST_1,
-        "save_total_limit": AT_LEAST_0,
-        "check_invariants": AT_LEAST_0,
-        "heartbeat_timeout": AT_LEAST_0,
-    }
 
 
 GROUPS = ("model", "data", "method", "optimization", "run")
@@ -254,28 +270,35 @@ class TrainConfig:
     """All settings of a run.
 
     Attributes:
-        method_name: what ``--method`` says.
-        method: that method's own settings, of a subclass of ``MethodSettings``.
+        method: the method's own settings, of a subclass of ``MethodSettings``, which says which method it is.
         explicit: the names that came from a flag or the YAML file.
 
     """
 
     model: ModelSettings
     data: DataSettings
-    method_name: str
-    method: Any
+    method: MethodSettings
     optimization: OptimizationSettings
     run: RunSettings
     explicit: frozenset[str] = frozenset()
 
+    @property
+    def method_name(self) -> str:
+        """What ``--method`` says."""
+        return self.method.name
+
+    def settings(self) -> Iterator[Setting]:
+        """The declarations of all settings of this run but ``--method``."""
+        for group in GROUPS:
+            yield from declared(type(getattr(self, group)))
+
     def as_dict(self) -> dict[str, Any]:
-        """One flat dictionary, as in the YAML file; without what a launcher sets."""
+        """One flat dictionary, as in the YAML file."""
         flat: dict[str, Any] = {}
         for name in GROUPS:
             if name == "method":
                 flat["method"] = self.method_name
             flat |= dataclasses.asdict(getattr(self, name))
-        del flat["local_rank"]
         return flat
 
     def replace(self, **values: Any) -> "TrainConfig":

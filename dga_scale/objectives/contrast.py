@@ -10,22 +10,8 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from dga_scale.config.settings import MethodSettings, setting
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.objectives.views import View, mean_pool
-
-
-@dataclass(frozen=True)
-class ContrastSettings(MethodSettings):
-    """What a contrast of examples takes its negatives from."""
-
-    contrast_scope: str = setting(
-        "micro_batch",
-        "Where an example's negatives come from. micro_batch: one forward pass on all ranks; global_batch: "
-        "all passes of the optimizer step too, at the memory of one, for another forward pass of what is "
-        "contrasted (GradCache, arXiv 2101.06983). Without gradient accumulation the two are the same.",
-        ("micro_batch", "global_batch"),
-    )
 
 
 def pool_real_tokens(hidden: Tensor, inputs: Batch) -> Tensor:

@@ -1,13 +1,13 @@
 """What an objective says of itself; the training model and the session do the rest.
 
-A method is one module of this package: its settings (a subclass of ``MethodSettings``) and a subclass of
-``Method`` that names itself. The registry in ``objectives`` finds it there.
+A method is two files of one name: its settings in ``config.methods`` (a subclass of ``MethodSettings`` that
+says what it is called) and a subclass of ``Method`` in ``objectives.methods``. The registries find them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.objectives.contrast import Contrast
 from dga_scale.objectives.views import View
 from dga_scale.preservation.anchors import AnchorPlan
+
+S = TypeVar("S", bound=MethodSettings)
+"""A method's own settings."""
 
 LM_VIEW = View("mlm", masked=True)
 """The reading whose masked positions the LM loss is taken on; every objective has it."""
@@ -93,22 +96,19 @@ class MethodContext:
     print: Callable[[str], None]
 
 
-class Method(nn.Module):
+class Method(nn.Module, Generic[S]):
     """An objective: the LM loss, and the terms that it adds on the views it asks for.
 
     It is a module of the training model: parameters of its own are trained, saved and resumed with the
     model's, and left out of the model handed back.
     """
 
-    name: ClassVar[str]
-    """What ``--method`` takes."""
-    summary: ClassVar[str]
-    """One line for ``--help``."""
-    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    Settings: ClassVar[type[MethodSettings]]
+    """The class S, which says what the method is called."""
 
     kinds: ClassVar[tuple[str, ...]] = ()
     """Kinds of unit whose importance is measured and protected; none: no gates and no masks. A method with
-    kinds has settings that derive from ``protected.ProtectionSettings``."""
+    kinds has settings that derive from ``ProtectionSettings``."""
     needs_teacher: ClassVar[bool] = False
     """Whether ``ForwardOutput.teacher`` is used: a frozen copy of the starting model is kept."""
     needs_whole_model: ClassVar[bool] = False
@@ -120,9 +120,14 @@ class Method(nn.Module):
     compares_vocabulary: ClassVar[bool] = False
     """Whether the distribution over the vocabulary is compared with the teacher's; for planning."""
 
-    def __init__(self, settings: MethodSettings) -> None:
+    def __init__(self, settings: S) -> None:
         super().__init__()
-        self.settings: Any = settings
+        self.settings = settings
+
+    @property
+    def name(self) -> str:
+        """What ``--method`` takes."""
+        return self.settings.name
 
     def check(self, config: TrainConfig, causal: bool) -> None:
         """Refuse settings that don't go together, before any long work.

@@ -40,7 +40,7 @@ class TrainingModel(nn.Module):
         self,
         lm: PreTrainedModel,
         anatomy: Anatomy,
-        method: Method,
+        method: Method[Any],
         *,
         teacher: PreTrainedModel | None = None,
         split_views: bool = False,

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 0 < options.mfu <= 1:
             raise UserError(f"--mfu {options.mfu}: must be a share above 0, at most 1")
         gpu = dataclasses.replace(gpu, mfu=options.mfu)
-    from dga_scale.objectives.methods import read_config
+    from dga_scale.config.parsing import read_config
     from dga_scale.planning.plan import Cluster, make_planner
     from dga_scale.planning.report import as_json, print_plan, print_scaling, scaling_as_json
     from dga_scale.zero.ds_keys import load_ds_config  # the imports below take seconds

@@ -80,7 +80,7 @@ class PlannedModel:
 
     name: str
     anatomy: Anatomy
-    method: Method
+    method: Method[Any]
     sizes: Mapping[str, int]
     trained: frozenset[str]
     decayed: frozenset[str]
@@ -205,7 +205,7 @@ def _context(model: Any, anatomy: Anatomy, config: TrainConfig) -> MethodContext
     )
 
 
-def _describe(name: str, model: Any, anatomy: Anatomy, method: Method) -> PlannedModel:
+def _describe(name: str, model: Any, anatomy: Anatomy, method: Method[Any]) -> PlannedModel:
     parameters = dict(model.named_parameters())
     sizes = {key: parameter.numel() for key, parameter in parameters.items()}
     trained = frozenset(key for key, parameter in parameters.items() if parameter.requires_grad)

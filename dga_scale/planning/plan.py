@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dga_scale.config.methods.shared import soft_mask_of
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
 from dga_scale.planning.cost import Time, Traffic, forward_backward_flops, time, traffic
@@ -137,7 +138,7 @@ class Planner:
             batch,
             checkpointing=checkpointing,
             passes=resolved.accumulation_steps,
-            soft_mask=getattr(self.config.method, "soft_mask", "none"),
+            soft_mask=soft_mask_of(self.config.method),
             groups=self.config.optimization.weight_decay > 0,
             async_save=self.config.run.async_save,
         )

@@ -5,17 +5,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import mean, stdev
 
+from dga_scale.config.comparison import experiment
 from dga_scale.report.run_data import Change, RunData
-
-_NOT_COMPARED = frozenset(
-    (
-        "seed", "output_dir", "resume", "logging_steps", "protection_steps", "eval_steps", "save_steps",
-        "save_total_limit", "async_save", "check_invariants", "heartbeat_timeout", "prefetch_steps",
-        "dry_run", "ds_config", "per_device_train_batch_size", "gradient_accumulation_steps",
-        "gradient_checkpointing", "split_views",
-    )
-)  # fmt: skip
-"""Settings that make no other experiment."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +68,7 @@ class Group:
 def grouped(runs: Sequence[RunData]) -> list[Group]:
     """Group the runs whose losses were measured, in the order they came in."""
     measured = [run for run in runs if run.change("domain") and run.change("general")]
-    keys = [
-        repr((sorted((k, v) for k, v in run.settings.items() if k not in _NOT_COMPARED), run.texts))
-        for run in measured
-    ]
+    keys = [repr((sorted(experiment(run.settings).items()), run.texts)) for run in measured]
     order = sorted(range(len(measured)), key=lambda i: keys.index(keys[i]))
     groups = [tuple(measured[i] for i in same) for _, same in groupby(order, key=lambda i: keys[i])]
     return [Group(_label(group[0], [other[0] for other in groups]), group) for group in groups]
@@ -89,13 +77,9 @@ def grouped(runs: Sequence[RunData]) -> list[Group]:
 def _label(run: RunData, all_runs: Sequence[RunData]) -> str:
     """The method, and what of its settings differs from the other groups of that method."""
     alike = [other for other in all_runs if other.label == run.label and other is not run]
-    differs = {
-        name: value
-        for other in alike
-        for name, value in run.settings.items()
-        if name not in _NOT_COMPARED and other.settings.get(name) != value
-    }
-    return ", ".join([run.label, *(f"{name} {_short(value)}" for name, value in differs.items())])
+    own, others = experiment(run.settings), [experiment(other.settings) for other in alike]
+    differs = [name for name in run.settings if any(own.get(name) != other.get(name) for other in others)]
+    return ", ".join([run.label, *(f"{name} {_short(run.settings[name])}" for name in differs)])
 
 
 def _short(value: object) -> str:

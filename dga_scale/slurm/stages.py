@@ -6,11 +6,11 @@ Paths may also be those that an earlier job of the chain is going to write.
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dga_scale.config.settings import TrainConfig
+from dga_scale.config.comparison import corpus_flags
 from dga_scale.corpus.loading.mixture import parse_mix
 from dga_scale.corpus.shards import read_manifest
 from dga_scale.errors import UserError
@@ -90,15 +90,16 @@ def _shard(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
 
 
 def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
+    from dga_scale.config.parsing import read_config
+
+    config = read_config(arguments)  # before torch is imported, which takes seconds
     import torch
 
-    from dga_scale.objectives.methods import read_config
     from dga_scale.run_folder import RunFolder
     from dga_scale.train.inputs import default_output_dir, makes_several_runs
     from dga_scale.zero.ds_config import resolve_ds_config
     from dga_scale.zero.ds_keys import load_ds_config
 
-    config = read_config(arguments)
     if options.seeds and "seed" in config.explicit:
         raise UserError(f"--seed {config.run.seed} and --seeds {options.seeds}: leave --seed out")
     raw = load_ds_config(config.run.ds_config or "")
@@ -108,7 +109,9 @@ def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
     )
     if config.model.model is not None:
         coming.check_model("--model", config.model.model)
-    for flag, folder in _corpora(config):
+    for spec in config.data.mix or ():
+        parse_mix(spec)
+    for flag, folder in corpus_flags(config):
         if not coming.is_written(folder):
             try:
                 read_manifest(Path(folder))
@@ -126,20 +129,6 @@ def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
         for run in runs:
             RunFolder(Path(run.run.output_dir or "")).check(run)
     return Job("train", options, tuple(command), output, run_folder)
-
-
-def _corpora(config: TrainConfig) -> Iterator[tuple[str, str]]:
-    """Each corpus folder that a run reads, with its flag."""
-    data = config.data
-    yield from (("--corpus", folder) for folder in data.corpus or ())
-    yield from (("--mix", str(parse_mix(spec)[0])) for spec in data.mix or ())
-    yield from (("--also_evaluate", spec.partition("=")[2]) for spec in data.also_evaluate or ())
-    single = {
-        "--eval_corpus": data.eval_corpus,
-        "--general_eval_corpus": data.general_eval_corpus,
-        "--general_corpus": getattr(config.method, "general_corpus", None),
-    }
-    yield from ((flag, folder) for flag, folder in single.items() if folder)
 
 
 def _evaluate(options: JobOptions, arguments: list[str], coming: Coming) -> Job:

@@ -4,16 +4,16 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError, run_main
 from dga_scale.launch.environment import read_launch_info
-from dga_scale.launch.preemption import StopRequest
-from dga_scale.launch.watchdog import Watchdog
-from dga_scale.launch.world import Cluster, join_cluster
 from dga_scale.logging.quiet import quiet_libraries
-from dga_scale.objectives.methods import read_config
+
+if TYPE_CHECKING:
+    from dga_scale.launch.world import Cluster
 
 
 def train_command() -> NoReturn:
@@ -31,13 +31,17 @@ def _train() -> int:
     settings = _outcome(read_config)
     if read_launch_info(os.environ).world_size == 1:
         settings()
+    # Torch's import takes a second, DeepSpeed's and transformers' more: after the flags are checked.
+    from dga_scale.launch.preemption import StopRequest
+    from dga_scale.launch.watchdog import Watchdog
+    from dga_scale.launch.world import join_cluster
+
     with StopRequest(joined=False) as stop, join_cluster() as cluster:
         stop.joined = True
         line = cluster.describe()
         if cluster.rank == 0:
             print(line, flush=True)
         config = cluster.run_on_all(settings)  # the YAML file may be missing on one host only
-        # DeepSpeed's import takes seconds: after the flags are checked.
         from dga_scale.train.same_run import check_same_program
         from dga_scale.train.sequence import train_sequence
 
@@ -62,7 +66,7 @@ def _outcome(read: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
     return lambda: config
 
 
-def _with_demo(config: TrainConfig, cluster: Cluster) -> TrainConfig:
+def _with_demo(config: TrainConfig, cluster: "Cluster") -> TrainConfig:
     """Fill in the built-in demo's model and corpora; made ready on first use."""
     from dga_scale import quickstart
 

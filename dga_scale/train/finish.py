@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dga_scale.checkpoint.export import consolidate
+from dga_scale.config.methods.shared import soft_mask_of
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.evaluations import BeforeAfter, before_and_after, last_texts
 from dga_scale.logging.metrics import LOG_FILE, read_log
@@ -47,7 +48,7 @@ def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
         "corpus": str(inputs.corpus.path),
         "mix": config.data.mix or [],
         "method": config.method_name,
-        "soft_mask": getattr(config.method, "soft_mask", "none"),
+        "soft_mask": soft_mask_of(config.method),
         "steps": config.optimization.max_steps,
         "tokens": _tokens(inputs),
         "world_size": cluster.world_size,

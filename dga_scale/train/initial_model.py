@@ -4,6 +4,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class StartingModel:
 
 
 def starting_model(
-    inputs: Inputs, cluster: Cluster, log: RunLog, method: Method, resuming: bool
+    inputs: Inputs, cluster: Cluster, log: RunLog, method: Method[Any], resuming: bool
 ) -> StartingModel:
     """Load the model with its starting weights, the same whether a run begins or goes on.
 
@@ -82,7 +83,7 @@ def _published(changed: PretrainedConfig, before: PretrainedConfig) -> Pretraine
     return config
 
 
-def _load(inputs: Inputs, cluster: Cluster, method: Method, resuming: bool) -> LoadedModel:
+def _load(inputs: Inputs, cluster: Cluster, method: Method[Any], resuming: bool) -> LoadedModel:
     settings = inputs.config.model
     # Head warm-up, and methods that say so, run the model on its own: it has to be whole on each rank. So
     # has one with an extension, which is built before its weights are there.

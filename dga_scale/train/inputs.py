@@ -7,6 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dga_scale.backbone.loading import load_model_config
+from dga_scale.config.methods.cse import CSESettings
+from dga_scale.config.methods.shared import GeneralTextSettings
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.loading.mixture import Mixture, parse_mix
@@ -101,7 +103,7 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     folder.check(config)
     mixture = _mixture(config, corpus, tokenizer)
     mixture.check_one_batch(resolved.global_batch_size)
-    general = getattr(config.method, "general_corpus", None)
+    general = config.method.general_corpus if isinstance(config.method, GeneralTextSettings) else None
     return Inputs(
         config=config,
         folder=folder,
@@ -133,7 +135,12 @@ def default_output_dir(config: TrainConfig) -> str:
 
 def makes_several_runs(config: TrainConfig) -> bool:
     """Whether the output folder holds runs, of domain after domain or of a dense warm-up and what follows."""
-    return len(config.data.corpus or []) > 1 or getattr(config.method, "cse_warmup_steps", 0) > 0
+    return len(config.data.corpus or []) > 1 or dense_warmup_steps(config) > 0
+
+
+def dense_warmup_steps(config: TrainConfig) -> int:
+    """Steps of the dense model's own run, before experts are made of it; 0: there is none."""
+    return config.method.cse_warmup_steps if isinstance(config.method, CSESettings) else 0
 
 
 def _mixture(config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Mixture:

@@ -18,15 +18,22 @@ from rich.console import Console
 from rich.table import Table
 
 from dga_scale.backbone.loading import load_model_config
-from dga_scale.config.settings import MethodSettings, TrainConfig
+from dga_scale.config.methods.das import DASSettings
+from dga_scale.config.methods.mlm import MLMSettings
+from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
 from dga_scale.launch.preemption import StopRequest
 from dga_scale.launch.world import Cluster
-from dga_scale.objectives.methods import METHODS
 from dga_scale.report.report import write_report
 from dga_scale.run_folder import RunFolder, write_text
-from dga_scale.train.inputs import default_output_dir, held_out_part, makes_several_runs, open_corpus
+from dga_scale.train.inputs import (
+    default_output_dir,
+    dense_warmup_steps,
+    held_out_part,
+    makes_several_runs,
+    open_corpus,
+)
 from dga_scale.train.loop import train
 
 
@@ -66,7 +73,7 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
     if not makes_several_runs(config):
         return [config]
     root = Path(config.run.output_dir or default_output_dir(config))
-    warmup = getattr(config.method, "cse_warmup_steps", 0)
+    warmup = dense_warmup_steps(config)
     if len(config.data.corpus or []) > 1:
         if warmup:
             raise UserError(
@@ -76,7 +83,7 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
         names = _checked(config)
         folders = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
         return [_domain(config, folders, number) for number in range(len(names))]
-    dense = dataclasses.replace(config, method_name="mlm", method=MethodSettings()).replace(
+    dense = dataclasses.replace(config, method=MLMSettings()).replace(
         output_dir=str(root / "1-dense"), max_steps=warmup, lr_scheduler_type="constant"
     )
     sparse = config.replace(
@@ -130,9 +137,9 @@ def _domain(config: TrainConfig, folders: list[Path], number: int) -> TrainConfi
     }
     if earlier:
         values |= {"model": str(RunFolder(earlier[-1]).model), "random_init": False, "head_warmup_steps": 0}
-        if METHODS[config.method_name].measures_after:
+        if isinstance(config.method, DASSettings):
             first = RunFolder(earlier[0]).importance  # of general knowledge
-            given = getattr(config.method, "prior_importance", None) or [str(first)]
+            given = config.method.prior_importance or [str(first)]
             values["prior_importance"] = [*given, *(str(RunFolder(run).importance_after) for run in earlier)]
     return config.replace(**values)
 

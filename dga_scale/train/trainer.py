@@ -9,6 +9,8 @@ from dga_scale.backbone.layers import learning_rate_scales
 from dga_scale.backbone.packed_rows import can_pack
 from dga_scale.checkpoint.state import Save, TrainerState, load_checkpoint
 from dga_scale.checkpoint.store import Checkpoint
+from dga_scale.config.methods.das import DASSettings
+from dga_scale.config.methods.shared import ProtectionSettings, soft_mask_of
 from dga_scale.corpus.loading.batches import Batch, BatchStream, EvalBatches, StepBatches
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
@@ -58,7 +60,7 @@ class Session:
             self.model.enable_gradient_checkpointing()
         self._pack = can_pack(start.lm, start.anatomy)
         kinds = self.method.kinds
-        self._soft_mask = config.method.soft_mask if kinds else "none"
+        self._soft_mask = soft_mask_of(config.method)
         self._gradient_mask: GradientMask | None = None
         self._update_mask: UpdateMask | None = None
         self._movement: MovementTracker | None = None
@@ -79,8 +81,9 @@ class Session:
         """Measure importance, or read it where this run has measured it before, and set the masks."""
         if not self.method.kinds:
             return
-        squash = self.config.method.importance_squash
-        prior = getattr(self.config.method, "prior_importance", None)
+        settings = self._protection_settings()
+        squash = settings.importance_squash
+        prior = settings.prior_importance if isinstance(settings, DASSettings) else None
         if prior:
             earlier = self.cluster.run_on_all(lambda: [Importance.load(path) for path in prior])
             importance, protection = combined_protection(earlier, self.anatomy, squash)
@@ -94,6 +97,11 @@ class Session:
             self.log.print(ADAM_UNDOES_GRADIENT_MASKS)
         self.set_protection(protection)
 
+    def _protection_settings(self) -> ProtectionSettings:
+        settings = self.config.method
+        assert isinstance(settings, ProtectionSettings), f"{self.method.name} has kinds and no such settings"
+        return settings
+
     def finish(self) -> None:
         """What a method does after its last step: measure what the domain needs, where it says so."""
         path = self.inputs.folder.importance_after
@@ -104,7 +112,7 @@ class Session:
         """Gate the contrast's general view and mask gradient or update with ``a`` (layers, units) by kind."""
         self.protection = protection
         self.model.set_protection(protection)
-        factors = mask_factors(self.anatomy, protection, self.config.method.kv_protection)
+        factors = mask_factors(self.anatomy, protection, self._protection_settings().kv_protection)
         if self._gradient_mask:
             self._gradient_mask.set(factors)
         elif self._soft_mask == "update":
@@ -220,7 +228,7 @@ class Session:
 
     def _measured_importance(self, loss: str, path: Path) -> Importance:
         """Importance for general knowledge ("proxy_kl") or the domain ("mlm"), kept in the run's folder."""
-        settings = self.config.method
+        settings = self._protection_settings()
         batches = EvalBatches(
             self.inputs.corpus,
             self.inputs.masking,

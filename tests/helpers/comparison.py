@@ -33,7 +33,6 @@ def config_of(name: str, **settings: Any) -> TrainConfig:
     return TrainConfig(
         ModelSettings(model="toy"),
         DataSettings(),
-        name,
         dataclasses.replace(own, **method),
         OptimizationSettings(**{key: settings[key] for key in optimization}),
         RunSettings(),

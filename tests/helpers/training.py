@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from dga_scale.checkpoint.state import Save, TrainerState
+from dga_scale.config.methods.mlm import MLMSettings
 from dga_scale.config.settings import (
     DataSettings,
-    MethodSettings,
     ModelSettings,
     OptimizationSettings,
     RunSettings,
@@ -110,8 +110,7 @@ class Setup:
         config = TrainConfig(
             ModelSettings(),
             DataSettings(),
-            "mlm",
-            MethodSettings(),
+            MLMSettings(),
             optimization,
             RunSettings(ds_config="test.json"),
             frozenset({"global_batch_size", "gradient_accumulation_steps"}),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.objectives.methods.dga import DGA, DGASettings
+from dga_scale.config.methods.dga import DGASettings
+from dga_scale.objectives.methods.dga import DGA
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
 from dga_scale.zero.engine import build_engine, global_grad_norm, set_learning_rate

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from dga_scale.backbone.extended import ExtendedForMaskedLM
+from dga_scale.config.methods.cse import CSESettings
 from dga_scale.experts.clustering import NoClusters
 from dga_scale.experts.extension import Sample, SublayerId, sparse_sublayers
 from dga_scale.launch.preemption import EXIT_STOPPED
-from dga_scale.objectives.methods.cse import CSE, CSESettings
+from dga_scale.objectives.methods.cse import CSE
 from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
 from tests.helpers.small import SmallWorld
 from tests.test_train import STEPS, arguments, losses, run_and_listen, run_training, run_until

@@ -2,8 +2,9 @@
 
 import pytest
 
+from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError
-from dga_scale.objectives.methods import METHODS, read_config
+from dga_scale.objectives.methods import METHODS
 from dga_scale.preservation.anchors import AnchorPlan
 
 GIVEN = ["--ds_config", "d.json", "--model", "m", "--corpus", "c"]

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.config.methods.kl import KLSettings
 from dga_scale.corpus.loading.batches import Batch
-from dga_scale.objectives.methods.kl import KL, KLSettings
+from dga_scale.objectives.methods.kl import KL
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.zero.engine import build_engine, set_learning_rate
 from dga_scale.zero.optimizer_hooks import backward

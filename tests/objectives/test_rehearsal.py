@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.config.methods.rehearsal import RehearsalSettings
 from dga_scale.corpus.loading.batches import Batch
-from dga_scale.objectives.methods.rehearsal import Rehearsal, RehearsalSettings
+from dga_scale.objectives.methods.rehearsal import Rehearsal
 from dga_scale.objectives.training_model import TrainingModel
 from tests.helpers.batches import batch_of, counts_of, dense_labels, rows_of
 from tests.helpers.toy import toy_batch, toy_lm

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.config.settings import MethodSettings
+from dga_scale.config.methods.dga import DGASettings
+from dga_scale.config.methods.mlm import MLMSettings
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.methods import METHODS
-from dga_scale.objectives.methods.dga import DGA, DGASettings
+from dga_scale.objectives.methods.dga import DGA
 from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from tests.helpers.batches import batch_of, counts_of, dense_labels, joined, rows_of, without_labels
@@ -158,8 +159,8 @@ def test_registry_names_the_methods_of_the_command_line() -> None:
     assert METHODS["mlm"] is MaskedLM
     assert METHODS["dga"] is DGA
     for name, method in METHODS.items():
-        assert method.name == name
-        assert method.summary
+        assert method.Settings.name == name
+        assert method.Settings.summary
     assert MaskedLM.kinds == ()
     assert DGA.kinds == ("heads",)
     assert [view.name for view in DGA(DGASettings()).views()] == ["mlm", "full", "full_plus", "general"]
@@ -170,7 +171,7 @@ def test_evaluation_scores_as_the_stock_model_does(name: str) -> None:
     """Sum of cross-entropies, labels and correct guesses from the stock model's full logits; eval mode."""
     lm = TINY[name].model()
     batch = toy_batch()
-    model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MethodSettings())).train()
+    model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MLMSettings())).train()
     loss, count, correct = evaluate_rows(model, batch).sum(dim=0).tolist()
     assert model.training
     lm.eval()
@@ -220,6 +221,6 @@ def test_causal_models_train_on_the_next_token(name: str) -> None:
     ids = torch.randint(3, 90, (4, 9))
     labels = torch.cat([ids[:, 1:], ids.new_full((4, 1), IGNORED)], dim=1)
     batch = batch_of(ids, ids, torch.ones_like(ids), labels)
-    model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MethodSettings()))
+    model = TrainingModel(lm, anatomy_of(lm), MaskedLM(MLMSettings()))
     loss, _ = loss_of(model, batch)
     assert loss.item() == pytest.approx(lm(input_ids=ids, labels=ids).loss.item(), rel=1e-5)

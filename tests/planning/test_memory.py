@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.config.parsing import read_config
 from dga_scale.objectives.cross_entropy import cross_entropies
-from dga_scale.objectives.methods import build_method, read_config
+from dga_scale.objectives.methods import build_method
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.planning.memory import (
     Batch,

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError
-from dga_scale.objectives.methods import METHODS, read_config
+from dga_scale.objectives.methods import METHODS
 from dga_scale.planning.cli import main
 from dga_scale.planning.gpus import GPUS
 from dga_scale.planning.plan import Cluster, Planner, make_planner

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import BertForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.config.methods.dga import DGASettings
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
-from dga_scale.objectives.methods.dga import DGA, DGASettings
+from dga_scale.objectives.methods.dga import DGA
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from dga_scale.preservation.importance import Importance, measure_importance
 from tests.helpers.batches import batch_of, dense_labels, joined, masked_places, rows_of, without_labels

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError
-from dga_scale.objectives.methods import read_config
 from dga_scale.quickstart import demo, prepare
 from dga_scale.quickstart.text import docstrings
 from tests.helpers.ranks import REPOSITORY

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dga_scale.config.parsing import read_config
 from dga_scale.corpus.shards import read_manifest
 from dga_scale.errors import UserError
 from dga_scale.launch.world import join_cluster
-from dga_scale.objectives.methods import read_config
 from dga_scale.slurm.cli import main
 from dga_scale.train.loop import train
 from tests.helpers.ranks import REPOSITORY, run_ranks

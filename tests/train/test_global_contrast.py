@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dga_scale.config.parsing import read_config
 from dga_scale.launch.world import join_cluster
 from dga_scale.logging.metrics import RunLog
-from dga_scale.objectives.methods import read_config
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.trainer import Session
 from dga_scale.zero.optimizer_hooks import step_was_refused

@@ -6,9 +6,10 @@ import pytest
 from torch import nn
 
 from dga_scale.backbone.cpu_kernels import ATTENTION
+from dga_scale.config.parsing import read_config
 from dga_scale.launch.world import join_cluster
 from dga_scale.logging.metrics import RunLog
-from dga_scale.objectives.methods import build_method, read_config
+from dga_scale.objectives.methods import build_method
 from dga_scale.train.initial_model import starting_model
 from dga_scale.train.inputs import check_inputs
 from tests.helpers.ranks import run_ranks

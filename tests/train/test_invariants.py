@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dga_scale.config.parsing import read_config
 from dga_scale.corpus.loading.batches import BatchStream
 from dga_scale.errors import UserError
 from dga_scale.launch.world import join_cluster
 from dga_scale.logging.metrics import RunLog
-from dga_scale.objectives.methods import read_config
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.invariants import Invariants, _incomplete
 from dga_scale.train.trainer import Session

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import dga_scale
+from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError
 from dga_scale.launch.world import join_cluster
-from dga_scale.objectives.methods import read_config
 from dga_scale.train.cli import _outcome
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.same_run import check_same_data, check_same_program, check_shared_folder

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dga_scale.config.parsing import read_config
 from dga_scale.corpus.cli import main as shard
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import join_cluster
-from dga_scale.objectives.methods import read_config
 from dga_scale.train.sequence import losses_after_each, train_sequence
 from dga_scale.train.trainer import Session
 from tests.helpers.ranks import RankError, run_ranks

@@ -6,9 +6,9 @@ import pytest
 import torch
 from deepspeed.runtime.config import get_timers_config
 
+from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
-from dga_scale.objectives.methods import read_config
 from dga_scale.zero import ds_config
 from dga_scale.zero.ds_config import ResolvedConfig, resolve_ds_config
 from dga_scale.zero.ds_keys import load_ds_config

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from benchmarks.experiments.paper_tables.settings import Flags, Settings, as_flags
 from benchmarks.experiments.paper_tables.tables import table
+from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError
-from dga_scale.objectives.methods import read_config
 from dga_scale.planning.gpus import find_gpu
 from dga_scale.planning.plan import Cluster, Plan, make_planner
 from dga_scale.zero.ds_keys import load_ds_config

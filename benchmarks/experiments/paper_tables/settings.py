@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from dga_scale.config.arguments import nearest
+from dga_scale.config.parsing import read_config
 from dga_scale.endtasks.evaluate import BASE
 from dga_scale.endtasks.suite import read_recipe
 from dga_scale.endtasks.yaml_file import Lines, read_yaml
 from dga_scale.errors import UserError
-from dga_scale.objectives.methods import read_config
 
 Flags = Mapping[str, Any]
 

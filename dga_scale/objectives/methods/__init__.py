@@ -1,37 +1,60 @@
-"""What is learnt: one file a method, one registry, which finds them."""
+"""What is learnt: one file a method, and a registry that finds them.
+
+A method has two files of one name: its settings in ``config/methods/NAME.py``, which ``--help`` reads, and
+the method here in ``NAME.py``, which is imported when it is asked for, as it imports torch.
+"""
 
 import importlib
-import pkgutil
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from dga_scale.config.parsing import MethodEntry, parse_config
+from dga_scale.config import methods as declarations
 from dga_scale.config.settings import TrainConfig
-from dga_scale.objectives.method import Method
+
+if TYPE_CHECKING:
+    from dga_scale.objectives.method import Method
 
 
-def _subclasses(of: type[Method]) -> Iterator[type[Method]]:
-    for subclass in of.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
+class _Methods(Mapping[str, "type[Method[Any]]"]):
+    """The methods by the names that ``--method`` takes; a method's file is imported on first use."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, type[Method[Any]]] = {}
+
+    def __getitem__(self, name: str) -> "type[Method[Any]]":
+        if name not in self._loaded:
+            self._loaded[name] = _load(name)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(declarations.METHOD_SETTINGS)
+
+    def __len__(self) -> int:
+        return len(declarations.METHOD_SETTINGS)
+
+    def register(self, method: "type[Method[Any]]") -> None:
+        """Add a method that lies outside of this package, under the name that its settings give."""
+        declarations.register(method.Settings)
+        self._loaded[method.Settings.name] = method
 
 
-def _found() -> dict[str, type[Method]]:
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    own = [method for method in _subclasses(Method) if method.__module__.startswith(f"{__name__}.")]
-    return {method.name: method for method in sorted(own, key=lambda method: method.name)}
+METHODS = _Methods()
 
 
-METHODS: dict[str, type[Method]] = _found()
-"""The names that ``--method`` takes."""
-
-
-def build_method(config: TrainConfig) -> Method:
+def build_method(config: TrainConfig) -> "Method[Any]":
     """Make the objective that the settings name."""
     return METHODS[config.method_name](config.method)
 
 
-def read_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """Settings of a run from its command line and YAML file; see ``parsing.parse_config``."""
-    entries = {name: MethodEntry(method.summary, method.Settings) for name, method in METHODS.items()}
-    return parse_config(entries, arguments)
+def _load(name: str) -> "type[Method[Any]]":
+    from dga_scale.objectives.method import Method
+
+    module = importlib.import_module(f"{__name__}.{name}")
+    (method,) = (
+        found
+        for found in vars(module).values()
+        if inspect.isclass(found) and issubclass(found, Method) and found.__module__ == module.__name__
+    )
+    assert method.Settings is declarations.METHOD_SETTINGS[name], f"{method} has other settings than {name}"
+    return method

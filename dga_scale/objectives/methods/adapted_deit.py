@@ -1,24 +1,14 @@
 """MLM + AdaptedDeiT: a distillation token learns what the starting model says of a text."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dga_scale.config.settings import AT_LEAST_0, MethodSettings, Rules, setting
+from dga_scale.config.methods.adapted_deit import AdaptedDeiTSettings
 from dga_scale.objectives.method import ForwardOutput, Method, MethodContext, Term
 from dga_scale.objectives.views import mean_pool
-
-
-@dataclass(frozen=True)
-class AdaptedDeiTSettings(MethodSettings):
-    """The distillation token."""
-
-    deit_weight: float = setting(1.0, "Weight of the distillation token's loss. Source: DGA's baseline.")
-
-    rules: ClassVar[Rules] = {"deit_weight": AT_LEAST_0}
 
 
 class DistillationToken(nn.Module):
@@ -41,7 +31,7 @@ class DistillationToken(nn.Module):
         return torch.where(here.unsqueeze(-1), self.weight.to(embeddings.dtype), embeddings)
 
 
-class AdaptedDeiT(Method):
+class AdaptedDeiT(Method[AdaptedDeiTSettings]):
     """The LM loss, and ``1 - cos`` of the distillation token's last state and the teacher's pooled state.
 
     The token stands behind the last token of the clean text, in a reading of its own: a causal model sees the
@@ -52,8 +42,6 @@ class AdaptedDeiT(Method):
     arXiv 2012.12877) and publish no code for it.
     """
 
-    name = "adapted_deit"
-    summary = "MLM + a distillation token that learns the starting model's pooled states (DGA's baseline)"
     Settings = AdaptedDeiTSettings
     needs_teacher = True
 

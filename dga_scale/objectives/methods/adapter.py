@@ -1,37 +1,21 @@
 """MLM (Adapter): only bottleneck adapters are trained."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.peft.adapters import ADAPTER
-from dga_scale.config.settings import AT_LEAST_1, MethodSettings, Rules, TrainConfig, setting
+from dga_scale.config.methods.adapter import AdapterSettings
+from dga_scale.config.settings import TrainConfig
 from dga_scale.objectives.added import check_base_is_frozen, extended, train_only
 from dga_scale.objectives.method import Method, MethodContext
 
 
-@dataclass(frozen=True)
-class AdapterSettings(MethodSettings):
-    """The adapters."""
-
-    adapter_size: int = setting(64, "Width of the bottleneck. Source: Houlsby et al.")
-    adapter_activation: str = setting(
-        "gelu", "What stands in the bottleneck. Source: Houlsby et al.", ("gelu", "relu", "silu")
-    )
-
-    rules: ClassVar[Rules] = {"adapter_size": AT_LEAST_1}
-
-
-class Adapter(Method):
+class Adapter(Method[AdapterSettings]):
     """The LM loss, for adapters behind the attention and the FFN output of each layer (arXiv 1902.00751).
 
     All else is frozen, the LM head too. The model handed back has the adapters: it loads through the Auto
     classes once ``dga_scale.backbone.extended`` is imported.
     """
 
-    name = "adapter"
-    summary = "MLM that trains bottleneck adapters only (Houlsby et al., 2019)"
     Settings = AdapterSettings
 
     def check(self, config: TrainConfig, causal: bool) -> None:

@@ -2,25 +2,16 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.extended import ExtendedPreTrainedModel, Settings, extend
-from dga_scale.config.settings import (
-    ABOVE_0,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    INSIDE_0_1,
-    MethodSettings,
-    Rules,
-    TrainConfig,
-    setting,
-)
+from dga_scale.config.methods.cse import CSESettings
+from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters, NoClusters, find_clusters
 from dga_scale.experts.extension import (
@@ -40,42 +31,7 @@ from dga_scale.storage.checked_json import checked, with_checksum
 STRUCTURE = "experts.json"
 
 
-@dataclass(frozen=True)
-class CSESettings(MethodSettings):
-    """Which sublayers get experts, and how their clusters are found."""
-
-    cse_layers: int = setting(2, "Last layers whose sublayers get experts. Source: CSE.")
-    cse_experts: str = setting(
-        "both", "Sublayers that an expert copies. Source: CSE, both did best.", ("attention", "ffn", "both")
-    )
-    cse_samples: int = setting(10_000, "Rows of the training text, mix included, that are clustered.")
-    cse_alpha: float = setting(0.99, "Share of a centre that one sequence leaves in sublayer.")
-    cse_projection: int = setting(64, "Width of the Gaussian projection in which sequences are compared.")
-    cse_eps: float | None = setting(
-        None,
-        "DBSCAN's eps, at all sublayers. Default: for each the elbow of its k-distance curve, or where that "
-        "joins everything the largest of the curve's 95% to 25% quantiles that leaves two clusters.",
-    )
-    cse_min_samples: int | None = setting(None, "DBSCAN's min_samples. Default: max(5, 0.5% of the rows).")
-
-    cse_warmup_steps: int = setting(
-        0,
-        "Steps that train the dense model first, as a run of its own, before its text is clustered: for "
-        "pretraining from scratch (random_init). Source: CSE, at most 1% of training.",
-    )
-
-    rules: ClassVar[Rules] = {
-        "cse_warmup_steps": AT_LEAST_0,
-        "cse_layers": AT_LEAST_1,
-        "cse_samples": AT_LEAST_1,
-        "cse_alpha": INSIDE_0_1,
-        "cse_projection": AT_LEAST_1,
-        "cse_eps": ABOVE_0,
-        "cse_min_samples": AT_LEAST_1,
-    }
-
-
-class CSE(Method):
+class CSE(Method[CSESettings]):
     """The LM loss, on experts that are copies of the dense sublayers, one for each cluster of the text.
 
     The sample is clustered when the run starts, with the masks that training has; a resumed run rebuilds the
@@ -84,8 +40,6 @@ class CSE(Method):
     ``dga_scale.backbone.extended`` is imported.
     """
 
-    name = "cse"
-    summary = "MLM with experts for clusters of sequences in the last layers (Dong et al., 2024)"
     Settings = CSESettings
     needs_whole_model = True
 

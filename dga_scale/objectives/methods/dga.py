@@ -1,37 +1,14 @@
 """DGA: adapting a language model while preserving its general knowledge (Ke et al., EMNLP 2022)."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
-from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, Rules, setting
-from dga_scale.objectives.contrast import Contrast, ContrastSettings, Side
+from dga_scale.config.methods.dga import DGASettings
+from dga_scale.objectives.contrast import Contrast, Side
 from dga_scale.objectives.method import LM_VIEW, Method
-from dga_scale.objectives.protected import ProtectionSettings
 from dga_scale.objectives.views import View
 
 
-@dataclass(frozen=True)
-class DGASettings(ContrastSettings, ProtectionSettings):
-    """Importance, soft-mask and contrast."""
-
-    contrastive_weight: float = setting(1.0, "Lambda, the weight of the contrastive loss. Source: DGA.")
-    temperature: float = setting(0.05, "Temperature of the contrastive loss. Source: DGA.")
-    contrast_views: str = setting(
-        "paper",
-        "Readings of a batch. paper: the LM loss's, of masked text, and of clean text two full ones and a "
-        "general one; shared: the LM loss's is one of the full ones too, three readings instead of four. "
-        "That departs from the paper, whose contrast reads clean text only (a causal LM masks nothing).",
-        ("paper", "shared"),
-    )
-
-    rules: ClassVar[Rules] = {
-        **ProtectionSettings.rules,
-        "contrastive_weight": AT_LEAST_0,
-        "temperature": ABOVE_0,
-    }
-
-
-class DGA(Method):
+class DGA(Method[DGASettings]):
     """The LM loss, and a contrast of full knowledge with general knowledge.
 
     Two ungated readings of the clean text, apart by their dropout draws, are the positive pair; the reading
@@ -43,8 +20,6 @@ class DGA(Method):
     negative are the gates alone, as in the paper.
     """
 
-    name = "dga"
-    summary = "MLM + contrast of full with general knowledge, soft-masked attention heads (Ke et al., 2022)"
     Settings = DGASettings
     kinds: ClassVar[tuple[str, ...]] = ("heads",)
 

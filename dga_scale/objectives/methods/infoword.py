@@ -1,43 +1,25 @@
 """MLM + InfoWord: a sentence with gaps and the words that fill them are told from other sentences' words."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, Rules, TrainConfig, setting
+from dga_scale.config.methods.infoword import InfoWordSettings
+from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
-from dga_scale.objectives.contrast import Contrast, ContrastSettings, Side
+from dga_scale.objectives.contrast import Contrast, Side
 from dga_scale.objectives.method import LM_VIEW, Method
 from dga_scale.objectives.views import View, mean_pool
 
 
-@dataclass(frozen=True)
-class InfoWordSettings(ContrastSettings):
-    """The contrast of sentences and words."""
-
-    infoword_weight: float = setting(
-        1.0, "Weight of the contrast of sentences and words. Source: DGA's baseline."
-    )
-    infoword_temperature: float = setting(
-        0.05, "Temperature of the contrast of sentences and words. Source: DGA's baseline."
-    )
-
-    rules: ClassVar[Rules] = {"infoword_weight": AT_LEAST_0, "infoword_temperature": ABOVE_0}
-
-
-class InfoWord(Method):
+class InfoWord(Method[InfoWordSettings]):
     """The LM loss, and InfoNCE between the masked sentence and the words masked in it.
 
     The anchor is the pooled state of the masked text, its positive the mean state that the masked words have
     in the clean text; negatives are the words of all other sentences, of all ranks (arXiv 1910.08350).
     """
 
-    name = "infoword"
-    summary = "MLM + contrast of the masked sentence with its masked words (Kong et al., 2020)"
     Settings = InfoWordSettings
 
     def check(self, config: TrainConfig, causal: bool) -> None:

@@ -1,35 +1,18 @@
 """MLM + KD: the vocabulary distributions of the starting model are distilled into the one that is trained."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, setting
+from dga_scale.config.methods.kd import KDSettings
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.method import ForwardOutput, Method, Term
 from dga_scale.preservation.divergence import kl_divergence
 
 
-@dataclass(frozen=True)
-class KDSettings(MethodSettings):
-    """Distillation."""
-
-    kd_weight: float = setting(1.0, "Weight of the distillation loss. Source: DGA's baseline.")
-    kd_temperature: float = setting(
-        2.0, "Temperature of both distributions; the loss has its square as a factor. Source: Hinton et al."
-    )
-
-    rules: ClassVar[Rules] = {"kd_weight": AT_LEAST_0, "kd_temperature": ABOVE_0}
-
-
-class KD(Method):
+class KD(Method[KDSettings]):
     """The LM loss, and ``T^2 KL(softmax(teacher / T) || softmax(student / T))`` over the vocabulary.
 
     The teacher is the frozen starting model in eval mode, on the same masked text; the divergence is taken at
     the masked positions, and its mean over those of the global batch (arXiv 1503.02531).
     """
 
-    name = "kd"
-    summary = "MLM + distillation of the starting model's token distributions (DGA's baseline)"
     Settings = KDSettings
     compares_vocabulary = True
     needs_teacher = True

@@ -1,35 +1,16 @@
 """KL to the base: on general text, the model is held to what the starting model predicted there."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, setting
+from dga_scale.config.methods.kl import KLSettings
 from dga_scale.objectives.method import ForwardOutput, Method, Term
 from dga_scale.objectives.methods.rehearsal import weighted_means
 from dga_scale.preservation.divergence import kl_divergence
 
 
-@dataclass(frozen=True)
-class KLSettings(MethodSettings):
-    """How firmly, and on what."""
-
-    kl_weight: float = setting(1.0, "Weight of the divergence from the starting model on the mix's rows.")
-    kl_temperature: float = setting(
-        1.0, "Temperature of both distributions; the divergence has its square as a factor."
-    )
-    kl_mlm_weight: float = setting(0.0, "Weight of the mix's own MLM loss. 0: only the divergence.")
-
-    rules: ClassVar[Rules] = {
-        "kl_weight": AT_LEAST_0,
-        "kl_temperature": ABOVE_0,
-        "kl_mlm_weight": AT_LEAST_0,
-    }
-
-
-class KL(Method):
+class KL(Method[KLSettings]):
     """``L_MLM(D) + weight T^2 KL(softmax(base / T) || softmax(student / T)) + mlm_weight L_MLM(G)``.
 
     G are the rows that are mixed in (``--mix``). The divergence is one of distributions over the vocabulary,
@@ -37,8 +18,6 @@ class KL(Method):
     frozen starting model in eval mode. It reads the mix's rows only.
     """
 
-    name = "kl"
-    summary = "MLM + KL to the starting model's predictions on general text (--mix)"
     Settings = KLSettings
     compares_vocabulary = True
     needs_mix = True

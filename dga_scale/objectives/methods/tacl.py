@@ -1,27 +1,15 @@
 """MLM + TaCL: masked text is read as the starting model reads the clean text, token by token."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch.nn.functional as F
 
-from dga_scale.config.settings import ABOVE_0, AT_LEAST_0, MethodSettings, Rules, TrainConfig, setting
+from dga_scale.config.methods.tacl import TaCLSettings
+from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method, Term
 
 
-@dataclass(frozen=True)
-class TaCLSettings(MethodSettings):
-    """The contrast of tokens."""
-
-    tacl_weight: float = setting(1.0, "Weight of the contrast of tokens. Source: TaCL.")
-    tacl_temperature: float = setting(0.01, "Temperature of the contrast of tokens. Source: TaCL.")
-
-    rules: ClassVar[Rules] = {"tacl_weight": AT_LEAST_0, "tacl_temperature": ABOVE_0}
-
-
-class TaCL(Method):
+class TaCL(Method[TaCLSettings]):
     """The LM loss, and a contrast of each masked token with the tokens of its sequence.
 
     ``-log( e^{cos(s_i, t_i)/tau} / sum_j e^{cos(s_i, t_j)/tau} )`` for each masked position i: s the states
@@ -29,8 +17,6 @@ class TaCL(Method):
     sequence. The mean over all masked positions of the global batch (arXiv 2111.04198).
     """
 
-    name = "tacl"
-    summary = "MLM + contrast of masked tokens with the starting model's reading of them (Su et al., 2022)"
     Settings = TaCLSettings
     needs_teacher = True
 

@@ -1,44 +1,19 @@
 """MLM + TaCo: what the context adds to a token is alike for near tokens, and unlike in other sequences."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dga_scale.config.settings import (
-    ABOVE_0,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    MethodSettings,
-    Rules,
-    TrainConfig,
-    setting,
-)
+from dga_scale.config.methods.taco import TaCoSettings
+from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
 from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method, Term
 from dga_scale.objectives.views import View
 
 
-@dataclass(frozen=True)
-class TaCoSettings(MethodSettings):
-    """The contrast of contexts."""
-
-    taco_weight: float = setting(1.0, "Weight of the contrast of contexts. Source: DGA's baseline.")
-    taco_temperature: float = setting(0.07, "Temperature of the contrast of contexts. Source: TACO.")
-    taco_window: int = setting(5, "Farthest token that the positive is drawn from. Source: TACO.")
-    taco_negatives: int = setting(50, "Tokens of other sequences that a token is told from. Source: TACO.")
-
-    rules: ClassVar[Rules] = {
-        "taco_weight": AT_LEAST_0,
-        "taco_temperature": ABOVE_0,
-        "taco_window": AT_LEAST_1,
-        "taco_negatives": AT_LEAST_1,
-    }
-
-
-class TaCo(Method):
+class TaCo(Method[TaCoSettings]):
     """The LM loss, and a contrast of ``g = last hidden state - embedding output``, a token's context.
 
     For every real token of the masked text: its positive is another token of its sequence, drawn from within
@@ -47,8 +22,6 @@ class TaCo(Method):
     drawn comes from torch's generator, which is seeded by step and rank (arXiv 2204.04163).
     """
 
-    name = "taco"
-    summary = "MLM + contrast of what the context adds to near and to unrelated tokens (Fu et al., 2022)"
     Settings = TaCoSettings
 
     def check(self, config: TrainConfig, causal: bool) -> None:

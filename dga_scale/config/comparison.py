@@ -1,0 +1,151 @@
+"""Which settings of two runs differ in what they mean, read from a folder's config.yaml and a command line.
+
+A setting that an older file does not name has its default there, as it was when there was no other value. A
+path is compared by what it points to: ``corpora/acl``, ``corpora/acl/``, ``runs/../corpora/acl``, the
+absolute path and a symbolic link are one corpus, and so is a copy on another mount.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dga_scale.config.declaration import Refers, Setting
+from dga_scale.config.methods import known_settings
+from dga_scale.config.settings import TrainConfig
+
+ContentHash = Callable[[str], str | None]
+"""Content hash of the corpus in a folder; None where none lies there."""
+
+
+class Difference(NamedTuple):
+    """A setting whose values mean different things."""
+
+    name: str
+    former: Any
+    now: Any
+    known: bool = True
+    """False for a name that no setting has."""
+
+    def __str__(self) -> str:
+        """As in a message: ``max_steps was 100, is 200``."""
+        if not self.known:
+            return f"{self.name} was {self.former!r}, which is no setting of this version"
+        return f"{self.name} was {self.former!r}, is {self.now!r}"
+
+
+def differences(
+    former: Mapping[str, Any],
+    config: TrainConfig,
+    former_hash: ContentHash,
+    current_hash: ContentHash,
+) -> list[Difference]:
+    """List the settings that decide the numbers and are not what they were.
+
+    Args:
+        former: flat settings of the run, as ``TrainConfig.as_dict`` gave them to its config.yaml.
+        config: the settings asked for now.
+        former_hash: of a corpus that ``former`` names.
+        current_hash: of a corpus that ``config`` names.
+
+    Returns:
+        in the order of the settings. A name that no setting has now differs too: its value may have mattered.
+
+    """
+    flat = config.as_dict()
+    if former.get("method", flat["method"]) != flat["method"]:
+        return [Difference("method", former["method"], flat["method"])]  # their settings have other names
+    found = []
+    for each in config.settings():
+        was, now = former.get(each.name, each.default), flat[each.name]
+        if each.affects == "numbers" and not _same(each, was, now, former_hash, current_hash):
+            found.append(Difference(each.name, was, now))
+    unknown = [name for name in former if name not in flat]
+    return found + [Difference(name, former[name], None, known=False) for name in unknown]
+
+
+def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Reduce a run's flat settings to those that make it another experiment than one without them.
+
+    Left out are the seed, what a run may have otherwise without other numbers, and what has its default,
+    which an older file may not name. Paths are absolute.
+    """
+    known = known_settings()
+    found = {}
+    for name, value in settings.items():
+        each = known.get(name)
+        if each is None:
+            found[name] = value
+        elif not each.same_experiment and value != each.default:
+            found[name] = _absolute(value, each.refers) if each.refers else value
+    return found
+
+
+def _absolute(value: Any, refers: Refers) -> list[str]:
+    parts = (split_reference(text, refers) for text in _texts(value))
+    return [before + str(Path(path).resolve()) + behind for before, path, behind in parts]
+
+
+def corpora_of(config: TrainConfig) -> list[str]:
+    """All corpus folders that the settings name, in their order."""
+    return [path for _, path in corpus_flags(config)]
+
+
+def corpus_flags(config: TrainConfig) -> list[tuple[str, str]]:
+    """Each corpus folder that the settings name, with its flag: ``("--corpus", "corpora/acl")``."""
+    flat = config.as_dict()
+    return [
+        (f"--{each.name}", split_reference(text, each.refers)[1])
+        for each in config.settings()
+        if each.refers is not None and "corpus" in each.refers and flat[each.name] is not None
+        for text in _texts(flat[each.name])
+    ]
+
+
+def split_reference(text: str, refers: Refers) -> tuple[str, str, str]:
+    """Cut the path or name out of a setting's text: what stands before it, it, and what stands behind.
+
+    ``corpora/general:0.05`` with ``corpus:share`` -> ``("", "corpora/general", ":0.05")``.
+    """
+    if refers == "corpus:share":
+        path, colon, share = text.rpartition(":")
+        return "", path, colon + share
+    if refers == "name=corpus":
+        name, equals, path = text.partition("=")
+        return name + equals, path, ""
+    return "", text, ""
+
+
+def _same(each: Setting, was: Any, now: Any, former_hash: ContentHash, current_hash: ContentHash) -> bool:
+    if each.refers is None or was is None or now is None:
+        return bool(was == now)
+    ones, others = _texts(was), _texts(now)
+    return len(ones) == len(others) and all(
+        _same_reference(each.refers, one, other, former_hash, current_hash)
+        for one, other in zip(ones, others, strict=True)
+    )
+
+
+def _same_reference(
+    refers: Refers, was: str, now: str, former_hash: ContentHash, current_hash: ContentHash
+) -> bool:
+    before, one, behind = split_reference(was, refers)
+    before_now, other, behind_now = split_reference(now, refers)
+    if (before, behind) != (before_now, behind_now):
+        return False
+    if one == other:
+        return True
+    # A hub's name resolves to a path too, which is another one than any folder's.
+    if Path(one).resolve() == Path(other).resolve():
+        return True
+    if "corpus" in refers:
+        known = former_hash(one)
+        return known is not None and known == current_hash(other)
+    return refers == "file" and _same_bytes(Path(one), Path(other))
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _texts(value: Any) -> Sequence[str]:
+    return [str(entry) for entry in value] if isinstance(value, list) else [str(value)]

@@ -1,0 +1,151 @@
+"""How a setting is declared: once, at its field, with all that is known of it.
+
+``--help``, the check of values, the comparison with a run that is resumed, the report's groups, the model
+card and docs/settings.md read the declaration; none of them keeps a list of names of its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+Affects = Literal["numbers", "evaluation", "speed", "place"]
+"""What a setting has an effect on, which decides where it has to be equal.
+
+numbers
+    What is trained. A run resumes with the same value only, and runs with different values are different
+    experiments.
+evaluation
+    Only what is measured: held-out text, and how much of it. A run may resume with another value; runs with
+    different values are different experiments, as their figures can't be compared.
+speed
+    Time and memory. The numbers are equal up to rounding: a run may resume with another value, and such runs
+    are the same experiment.
+place
+    Where things lie, and what a run says, saves and watches on its way. As for speed; a model card, which
+    tells strangers what was done, leaves it out.
+
+Whatever it affects, a setting is equal on all ranks of a run.
+"""
+
+Refers = Literal["model", "corpus", "corpus:share", "name=corpus", "file"]
+"""What a setting's text refers to; texts that refer to the same are equal (``comparison``)."""
+
+
+class Rule(NamedTuple):
+    """What a number must be: a test, and the words for it."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
+AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
+ABOVE_0 = Rule(lambda value: value > 0, "above 0")
+SHARE = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
+BELOW_1 = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
+INSIDE_0_1 = Rule(lambda value: 0 < value < 1, "between 0 and 1")
+ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+_KEY = "setting"
+
+
+class _Said(NamedTuple):
+    """What ``setting`` keeps in a field's metadata."""
+
+    help: str
+    choices: tuple[str, ...]
+    rule: Rule | None
+    affects: Affects
+    source: str
+    refers: Refers | None
+    repeats: bool
+
+
+def setting(
+    default: Any,
+    help: str,
+    choices: Sequence[str] = (),
+    *,
+    rule: Rule | None = None,
+    affects: Affects = "numbers",
+    source: str = "",
+    refers: Refers | None = None,
+    repeats: bool = False,
+) -> Any:
+    """Declare a setting as a field of a frozen dataclass.
+
+    The field's type is the setting's: ``int``, ``float``, ``str``, ``bool``, ``list[str]``, or one of these
+    ``| None`` where None stands for a default that depends on something else.
+
+    Args:
+        default: what it is without a flag.
+        help: whole sentences, for ``--help`` and docs/settings.md.
+        choices: the only values it takes, of text.
+        rule: what a number must be; None is not checked.
+        affects: see ``Affects``.
+        source: where the default or the formula is from, a paper or its code.
+        refers: what its text refers to, where that is a path or a name.
+        repeats: runs that differ in it are repetitions of one experiment (the seed).
+
+    Example::
+
+        lora_rank: int = setting(8, "Rank of the change of a projection.", rule=AT_LEAST_1, source="LoRA")
+
+    """
+    said = _Said(help, tuple(choices), rule, affects, source, refers, repeats)
+    return field(default=default, metadata={_KEY: said})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A declaration as it is read back: the arguments of ``setting``, and what the field says.
+
+    Attributes:
+        name: of the field and the flag.
+        type: of a value, or of one entry of a list.
+        is_list: whether it takes several values.
+
+    """
+
+    name: str
+    type: type
+    is_list: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    rule: Rule | None
+    affects: Affects
+    source: str
+    refers: Refers | None
+    repeats: bool
+
+    @property
+    def same_experiment(self) -> bool:
+        """Whether runs with different values are the same experiment."""
+        return self.repeats or self.affects in ("speed", "place")
+
+
+def declared(settings: type[Any]) -> Iterator[Setting]:
+    """Read the declarations of a settings class, inherited ones first."""
+    types = get_type_hints(settings)
+    for each in fields(settings):
+        said: _Said = each.metadata[_KEY]
+        is_list, kind = _kind(types[each.name])
+        yield Setting(each.name, kind, is_list, _default(each), *said)
+
+
+def _default(each: "Field[Any]") -> Any:
+    assert each.default is not MISSING, each.name
+    return each.default
+
+
+def _kind(annotation: Any) -> tuple[bool, type]:
+    """``list[str] | None`` -> (True, str); ``float`` -> (False, float)."""
+    options = [option for option in get_args(annotation) if option is not NoneType]
+    if get_origin(annotation) is list:
+        return True, options[0]
+    if options:  # of X | None
+        (annotation,) = options
+        return _kind(annotation)
+    return False, annotation

@@ -1,0 +1,22 @@
+"""Settings of ``--method l2``."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dga_scale.config.declaration import AT_LEAST_0, setting
+from dga_scale.config.settings import MethodSettings
+
+
+@dataclass(frozen=True)
+class L2Settings(MethodSettings):
+    """The pull."""
+
+    name: ClassVar = "l2"
+    summary: ClassVar = "MLM + an L2 pull of all weights to the starting model (Rongali et al., 2020)"
+
+    l2_weight: float = setting(
+        0.1,
+        "lambda of the penalty (lambda / 2) * sum of squared distances from the starting weights. Its pull "
+        "on a weight that moved by d is lambda * d; gradients of a pretrained model are about 1e-4.",
+        rule=AT_LEAST_0,
+    )

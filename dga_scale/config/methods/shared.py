@@ -1,0 +1,69 @@
+"""Settings that several methods have."""
+
+from dataclasses import dataclass
+
+from dga_scale.config.declaration import AT_LEAST_1, setting
+from dga_scale.config.settings import MethodSettings
+
+
+@dataclass(frozen=True)
+class ContrastSettings(MethodSettings):
+    """What a contrast of examples takes its negatives from."""
+
+    contrast_scope: str = setting(
+        "micro_batch",
+        "Where an example's negatives come from. micro_batch: one forward pass on all ranks; global_batch: "
+        "all passes of the optimizer step too, at the memory of one, for another forward pass of what is "
+        "contrasted (GradCache, arXiv 2101.06983). Without gradient accumulation the two are the same.",
+        ("micro_batch", "global_batch"),
+    )
+
+
+@dataclass(frozen=True)
+class ProtectionSettings(MethodSettings):
+    """The importance of units, and the soft-mask it makes; of every method that measures and protects."""
+
+    soft_mask: str = setting(
+        "gradient",
+        "Where 1 - importance is applied. gradient: the papers' formula, which Adam largely undoes; "
+        "update: on the step the optimizer makes, which does what the papers say; none.",
+        ("gradient", "update", "none"),
+        source="DGA",
+    )
+    importance_samples: int = setting(
+        10_000,
+        "Rows on which importance is measured (all of a smaller corpus).",
+        rule=AT_LEAST_1,
+        source="DGA",
+    )
+    importance_distribution: str = setting(
+        "vocabulary",
+        "What the proxy KL compares: softmax over the vocabulary at sampled positions, over the hidden axis, "
+        "or over positions (the released code).",
+        ("vocabulary", "hidden", "sequence"),
+    )
+    importance_squash: str = setting(
+        "clip",
+        "How negative values of tanh(z-score) become a protection: clip to 0, abs (the released code), "
+        "or minmax within the layer.",
+        ("clip", "abs", "minmax"),
+    )
+    kv_protection: str = setting(
+        "min",
+        "Protection of a key/value head that query heads share: of the least, most or mean protected.",
+        ("min", "max", "mean"),
+    )
+
+
+@dataclass(frozen=True)
+class GeneralTextSettings(MethodSettings):
+    """A corpus of general text that a method reads beside the text it trains on."""
+
+    general_corpus: str | None = setting(
+        None, "Folder of general text, on which the Fisher is measured. Needed.", refers="corpus"
+    )
+
+
+def soft_mask_of(settings: MethodSettings) -> str:
+    """Where a method masks: ``"gradient"``, ``"update"``, or ``"none"`` for one that protects no units."""
+    return settings.soft_mask if isinstance(settings, ProtectionSettings) else "none"
