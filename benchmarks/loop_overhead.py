@@ -93,7 +93,7 @@ def rank() -> None:
 
     from dga_scale.launch.preemption import StopConsensus
     from dga_scale.train.cli import train_command
-    from dga_scale.train.trainer import Session
+    from dga_scale.train.trainer import Trainer
 
     steps: list[dict[str, float]] = []
 
@@ -108,13 +108,13 @@ def rank() -> None:
 
         return call
 
-    step: Any = Session.train_step
+    step: Any = Trainer.step
 
-    def train_step(self: Session, batches: Any) -> Any:
+    def timed_step(self: Trainer, batches: Any) -> Any:
         steps.append({"began": time.perf_counter(), "engine": 0.0, "reduction": 0.0})
         return step(self, batches)
 
-    Session.train_step = train_step  # type: ignore[method-assign]
+    Trainer.step = timed_step  # type: ignore[method-assign]
     for method in ("forward", "backward", "step"):
         setattr(DeepSpeedEngine, method, clocked(getattr(DeepSpeedEngine, method), "engine"))
     StopConsensus.average = clocked(StopConsensus.average, "reduction")  # type: ignore[method-assign]

@@ -40,9 +40,10 @@ from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.contrast import contrastive_loss
 from dga_scale.preservation.importance import Importance, measure_importance
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
+from dga_scale.preservation.stepped_weights import Hook
 from dga_scale.train.inputs import check_inputs
-from dga_scale.train.trainer import Session
-from dga_scale.zero.optimizer_hooks import Mask, wrap_optimizer_step
+from dga_scale.train.trainer import Trainer
+from dga_scale.zero.optimizer_hooks import wrap_optimizer_step
 
 STEPS = 2500
 IMPORTANCE_ROWS = 10_000
@@ -85,10 +86,10 @@ def main() -> None:
 
 
 @contextmanager
-def session_of(
+def trainer_of(
     model: str, corpus: str, rows: int, method: str = "dga", accumulation: int = 1
-) -> Iterator[Session]:
-    """A run's session, whose gradient hooks stand and whose units are protected by half."""
+) -> Iterator[Trainer]:
+    """A run's trainer, whose gradient hooks stand and whose units are protected by half."""
     cluster = join_cluster()
     with tempfile.TemporaryDirectory() as folder:
         config = read_config(
@@ -101,15 +102,15 @@ def session_of(
         )  # fmt: skip
         inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
         # No rank but 0 writes a log; nor shall this one.
-        session = Session(inputs, cluster, RunLog(inputs.folder.path, cluster.rank + 1, 1))
-        anatomy = session.anatomy
-        session.set_protection({k: torch.full(anatomy.unit_shape(k), 0.5) for k in session.method.kinds})
-        yield session
-        session.engine.destroy()
+        trainer = Trainer(inputs, cluster, RunLog(inputs.folder.path, cluster.rank + 1, 1))
+        anatomy = trainer.anatomy
+        trainer.protection.set({k: torch.full(anatomy.unit_shape(k), 0.5) for k in trainer.method.kinds})
+        yield trainer
+        trainer.engine.destroy()
 
 
 def turns(
-    session: Session, variants: Mapping[str, Callable[[], Any]], rounds: int, clock: Sequence[float] = ()
+    trainer: Trainer, variants: Mapping[str, Callable[[], Any]], rounds: int, clock: Sequence[float] = ()
 ) -> tuple[Figures, Figures]:
     """Seconds of a step in each variant, and what a clock of ``inside`` ran meanwhile.
 
@@ -117,13 +118,13 @@ def turns(
     """
     seconds: Figures = {name: [] for name in variants}
     clocked: Figures = {name: [] for name in variants}
-    names, stream = itertools.cycle(variants), session.stream(0)
+    names, stream = itertools.cycle(variants), trainer.stream(0)
     for number in range(rounds + WARM_UP):
         batches = stream.step(number)
         for name in itertools.islice(names, len(variants)):
             variants[name]()
             started, before = time.perf_counter(), sum(clock)
-            session.train_step(batches)
+            trainer.step(batches)
             if number >= WARM_UP:
                 seconds[name].append(time.perf_counter() - started)
                 clocked[name].append(sum(clock) - before)
@@ -160,19 +161,19 @@ def measure_masks(model: str, corpus: str, rows: int, rounds: int) -> dict[str, 
     found = {}
     timed = (GradientMask, "_masked"), (UpdateMask, "before_step"), (UpdateMask, "after_step")
     for method in ("dga", "das"):
-        with session_of(model, corpus, rows, method) as session, inside(*timed) as clock:
-            measured = importance_of(session, session.stream(0).step(0))
-            factors = mask_factors(session.anatomy, measured.protection("clip"))
-            hooks = session._gradient_mask
+        with trainer_of(model, corpus, rows, method) as trainer, inside(*timed) as clock:
+            measured = importance_of(trainer, trainer.stream(0).step(0))
+            factors = mask_factors(trainer.anatomy, measured.protection("clip"))
+            hooks = trainer.protection._gradient_mask
             assert hooks is not None
-            update = UpdateMask(session.anatomy, factors, session.method.kinds)
+            update = UpdateMask(trainer.anatomy, factors, trainer.method.kinds)
             masked = [False]
 
-            def where_masked(mask: Mask, masked: list[bool] = masked) -> Mask:
+            def where_masked(mask: Hook, masked: list[bool] = masked) -> Hook:
                 return lambda fragments: mask(fragments) if masked[0] else None
 
             wrap_optimizer_step(
-                session.engine, where_masked(update.before_step), where_masked(update.after_step)
+                trainer.engine, where_masked(update.before_step), where_masked(update.after_step)
             )
 
             def variant(of_gradient: Any, of_update: bool, hooks: Any = hooks, masked: Any = masked) -> Any:
@@ -183,30 +184,30 @@ def measure_masks(model: str, corpus: str, rows: int, rounds: int) -> dict[str, 
                 return apply
 
             variants = {"none": ({}, False), "gradient": (factors, False), "update": ({}, True)}
-            found[method] = turns(session, {n: variant(*v) for n, v in variants.items()}, rounds, clock)
+            found[method] = turns(trainer, {n: variant(*v) for n, v in variants.items()}, rounds, clock)
     return found
 
 
-def importance_of(session: Session, batches: StepBatches) -> Importance:
+def importance_of(trainer: Trainer, batches: StepBatches) -> Importance:
     """Of the units that the method protects, over the micro-batches of a step."""
-    rows = [batch.to(session.cluster.device) for batch in batches.micro_batches]
-    return measure_importance(session.engine.module, rows, kinds=session.method.kinds)
+    rows = [batch.to(trainer.cluster.device) for batch in batches.micro_batches]
+    return measure_importance(trainer.engine.module, rows, kinds=trainer.method.kinds)
 
 
 def measure_importance_and_step(model: str, corpus: str, rows: int, rounds: int) -> Figures:
     """Seconds of the importance of a micro-batch, of a step on one, and of the optimizer in that step."""
     found: Figures = {"importance": [], "step": [], "optimizer": []}
     with (
-        session_of(model, corpus, rows) as session,
-        inside((type(session.engine), "step")) as optimizer,
+        trainer_of(model, corpus, rows) as trainer,
+        inside((type(trainer.engine), "step")) as optimizer,
     ):
-        stream = session.stream(0)
+        stream = trainer.stream(0)
         for number in range(rounds + WARM_UP):
             batches = stream.step(number)
             started = time.perf_counter()
-            importance_of(session, batches)
+            importance_of(trainer, batches)
             middle, before = time.perf_counter(), optimizer[0]
-            session.train_step(batches)
+            trainer.step(batches)
             found["importance"].append(middle - started)
             found["step"].append(time.perf_counter() - middle)
             found["optimizer"].append(optimizer[0] - before)
@@ -215,8 +216,8 @@ def measure_importance_and_step(model: str, corpus: str, rows: int, rounds: int)
 
 def measure_contrasts(name: str, corpus: str, rows: int, rounds: int) -> Figures:
     """Steps of several micro-batches: the contrast of each or of all, views as in the paper or shared."""
-    with session_of(name, corpus, rows // ACCUMULATION, accumulation=ACCUMULATION) as session:
-        method, model, settings = session.method, session.model, session.method.settings
+    with trainer_of(name, corpus, rows // ACCUMULATION, accumulation=ACCUMULATION) as trainer:
+        method, model, settings = trainer.method, trainer.model, trainer.method.settings
 
         def variant(**changes: Any) -> Callable[[], None]:
             def apply() -> None:
@@ -232,7 +233,7 @@ def measure_contrasts(name: str, corpus: str, rows: int, rounds: int) -> Figures
             "shared, global": variant(contrast_scope="global_batch", contrast_views="shared"),
             "plain MLM": variant(contrastive_weight=0.0),
         }
-        return turns(session, variants, rounds)[0]
+        return turns(trainer, variants, rounds)[0]
 
 
 def measure_gather(model: str, corpus: str, rows: int) -> Figures:
@@ -240,12 +241,12 @@ def measure_gather(model: str, corpus: str, rows: int) -> Figures:
 
     In a step a rank also waits in the gather for the slower ones; it would in the reduction of the gradients.
     """
-    with session_of(model, corpus, rows) as session:
-        steps, _ = turns(session, {"step": lambda: None}, 3)
-        states = torch.randn(3, rows, session.anatomy.hidden_size).requires_grad_()
+    with trainer_of(model, corpus, rows) as trainer:
+        steps, _ = turns(trainer, {"step": lambda: None}, 3)
+        states = torch.randn(3, rows, trainer.anatomy.hidden_size).requires_grad_()
         seconds = []
         for _ in range(GATHERS):
-            if session.cluster.world_size > 1:
+            if trainer.cluster.world_size > 1:
                 dist.barrier()
             started = time.perf_counter()
             contrastive_loss(states[0], states[1], states[2], 0.05).backward()

@@ -120,7 +120,7 @@ def build(planner: Planner, shape: Shape) -> tuple[Any, Callable[[], Tensor], An
     if method.kinds:
         tracker = MovementTracker(anatomy, local_fragments(engine), method.kinds)
         protection = {kind: torch.rand(anatomy.unit_shape(kind)) for kind in method.kinds}
-        model.set_protection(protection)
+        model.protection.set(protection)
         mask = UpdateMask(anatomy, mask_factors(anatomy, protection, "min"), method.kinds)
         wrap_optimizer_step(engine, mask.before_step, mask.after_step)
     labelled = planner.as_configured().batch.labels

@@ -19,7 +19,7 @@ from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import Cluster, join_cluster
 from dga_scale.preservation.importance import Importance
 from dga_scale.train.loop import train
-from dga_scale.train.trainer import Session
+from dga_scale.train.trainer import Trainer
 from tests.helpers.pictures import no_pictures
 from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
 from tests.helpers.small import SmallWorld
@@ -63,27 +63,27 @@ def run_and_draw(flags: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def around_steps(around: Callable[[Session, Any], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Within, every training step of this process runs inside ``around(session, batches)``."""
-    original = Session.train_step
+def around_steps(around: Callable[[Trainer, Any], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within, every training step of this process runs inside ``around(trainer, batches)``."""
+    original = Trainer.step
 
-    def train_step(self: Session, batches: Any) -> Any:
+    def step(self: Trainer, batches: Any) -> Any:
         with around(self, batches):
             return original(self, batches)
 
-    Session.train_step = train_step  # type: ignore[method-assign]
+    Trainer.step = step  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Session.train_step = original  # type: ignore[method-assign]
+        Trainer.step = original  # type: ignore[method-assign]
 
 
 def run_until(flags: list[str], step: int, rank: int) -> int:
     """Rank ``rank`` gets SIGTERM while step ``step`` is computed."""
 
     @contextlib.contextmanager
-    def signalled(session: Session, batches: Any) -> Iterator[None]:
-        if batches.step == step and session.cluster.rank == rank:
+    def signalled(trainer: Trainer, batches: Any) -> Iterator[None]:
+        if batches.step == step and trainer.cluster.rank == rank:
             ask_to_stop()
         yield
 
@@ -95,11 +95,11 @@ def run_into_nan(flags: list[str], step: int) -> int:
     """From ``step`` on, rank 1's embeddings give NaN."""
 
     @contextlib.contextmanager
-    def poisoned(session: Session, batches: Any) -> Iterator[None]:
-        if batches.step < step or session.cluster.rank != 1:
+    def poisoned(trainer: Trainer, batches: Any) -> Iterator[None]:
+        if batches.step < step or trainer.cluster.rank != 1:
             yield
             return
-        embeddings = session.model.lm.base_model.embeddings
+        embeddings = trainer.model.lm.base_model.embeddings
         handle = embeddings.register_forward_hook(lambda module, inputs, output: output * float("nan"))
         yield
         handle.remove()

@@ -29,8 +29,9 @@ from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import single_process
 from dga_scale.preservation.importance import Importance
 from dga_scale.storage.safetensors_stream import PieceReader
+from dga_scale.train.callbacks import ProtectUnits, RunState
 from dga_scale.train.inputs import check_inputs
-from dga_scale.train.trainer import Session
+from dga_scale.train.trainer import Trainer
 from tests.helpers.batches import contents
 from tests.helpers.forks import launch
 from tests.helpers.ranks import REPOSITORY
@@ -86,21 +87,21 @@ def documents_of(world: SmallWorld) -> Path:
 
 def leg(flags: list[str], stop_after: int, importance: Path, folder: Path) -> int:
     """Train until ``stop_after`` steps are done; DGA's importance is given, as proxy KL needs dropout."""
-    rank, seen, measured = os.environ["RANK"], {}, Session.protect
+    rank, seen, on_start = os.environ["RANK"], {}, ProtectUnits.on_start
 
     @contextlib.contextmanager
-    def listening(session: Session, batches: Any) -> Iterator[None]:
+    def listening(trainer: Trainer, batches: Any) -> Iterator[None]:
         seen[batches.step] = [
             [(row, hash(tuple(masked_ids))) for (_, row), (_, masked_ids, _) in contents(batch).items()]
             for batch in batches.micro_batches
         ]
         yield
 
-    def protect(self: Session) -> None:
-        self.cluster.run_on_first(lambda: shutil.copy(importance, self.inputs.folder.importance))
-        measured(self)
+    def with_importance(self: ProtectUnits, run: RunState) -> None:
+        run.cluster.run_on_first(lambda: shutil.copy(importance, run.inputs.folder.importance))
+        on_start(self, run)
 
-    Session.protect = protect  # type: ignore[method-assign]
+    ProtectUnits.on_start = with_importance  # type: ignore[method-assign]
     with around_steps(listening):
         code = run_until(flags, stop_after - 2, 0)  # a signal in one step ends the next
     (folder / f"{rank}.json").write_text(json.dumps(seen))

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.measure PLAN.json
 
 A process of its own, so that each shape starts on an empty device. What fails is written down in place of its
-figures, and the next thing is measured. The sessions are those of the real program, as its loop calls them.
+figures, and the next thing is measured. The trainers are those of the real program, as its loop calls them.
 """
 
 import dataclasses
@@ -37,8 +37,9 @@ from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.logging.throughput import device_peak, measured_flops, memory_gib, step_flops, wait_for
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.train.inputs import check_inputs
+from dga_scale.train.protection import protect
 from dga_scale.train.seeds import IMPORTANCE_STREAM, seed_everything
-from dga_scale.train.trainer import Session
+from dga_scale.train.trainer import Trainer
 from dga_scale.zero.optimizer_hooks import step_was_refused
 
 T = TypeVar("T")
@@ -141,22 +142,22 @@ class Bench:
         tried: list[dict[str, Any]] = []
         self.found["sweeps"][method] = tried
 
-        def go_up(session: Session) -> int:
+        def go_up(trainer: Trainer) -> int:
             best = (0.0, 0)
             for size in sizes:
                 resolved = dataclasses.replace(
-                    session.inputs.resolved,
+                    trainer.inputs.resolved,
                     micro_batch_size=size,
                     global_batch_size=size,
                     accumulation_steps=1,
                 )
-                session.inputs = dataclasses.replace(session.inputs, resolved=resolved)
+                trainer.inputs = dataclasses.replace(trainer.inputs, resolved=resolved)
                 try:
-                    seconds = self._seconds(session, rounds=2)
+                    seconds = self._seconds(trainer, rounds=2)
                 except torch.OutOfMemoryError:
                     tried.append({"micro_batch": size})
                     break
-                figures = self._figures(session, seconds)
+                figures = self._figures(trainer, seconds)
                 tried.append({"micro_batch": size, **figures})
                 if figures["tokens_per_second"] < best[0] * RISES:
                     break
@@ -167,59 +168,59 @@ class Bench:
 
         flags = self.flags(method, mask, sizes[0])
         flags[flags.index("--global_batch_size") + 1] = str(sizes[0])
-        self.sizes[method] = self._with_session(flags, go_up)
+        self.sizes[method] = self._with_trainer(flags, go_up)
 
     def run(self, name: str, flags: list[str], traced: bool = False) -> None:
         """Figures of steps of the whole global batch, as a run has them."""
 
-        def steps(session: Session) -> None:
-            resolved = session.inputs.resolved
-            figures = self._figures(session, self._seconds(session, self.plan.rounds))
+        def steps(trainer: Trainer) -> None:
+            resolved = trainer.inputs.resolved
+            figures = self._figures(trainer, self._seconds(trainer, self.plan.rounds))
             figures |= {"micro_batch": resolved.micro_batch_size, "global_batch": resolved.global_batch_size}
-            figures |= {"zero_stage": resolved.zero_stage, "refused_steps": session.engine.skipped_steps}
-            if session.method.kinds:
-                figures["importance_rows_per_second"] = self._importance_rate(session)
+            figures |= {"zero_stage": resolved.zero_stage, "refused_steps": trainer.engine.skipped_steps}
+            if trainer.method.kinds:
+                figures["importance_rows_per_second"] = self._importance_rate(trainer)
             self.found["runs"][name] = figures
             if traced:
-                self.found["traces"][name] = self._trace(session)
+                self.found["traces"][name] = self._trace(trainer)
 
-        self._with_session(flags, steps)
+        self._with_trainer(flags, steps)
 
-    def _with_session(self, flags: list[str], use: Callable[[Session], T]) -> T:
+    def _with_trainer(self, flags: list[str], use: Callable[[Trainer], T]) -> T:
         """Build what trains, protect what has to be protected, and take it off the device in the end."""
         folder = Path(self.plan.folder, f"{time.time_ns()}")
         config = read_config([*flags, "--output_dir", str(folder)])
         inputs = check_inputs(config, self.cluster)  # it wants a new folder
         with RunLog(folder, self.cluster.rank, config.optimization.max_steps) as log:
-            session = Session(inputs, self.cluster, log)
+            trainer = Trainer(inputs, self.cluster, log)
             try:
-                session.protect()
-                return use(session)
+                protect(trainer)
+                return use(trainer)
             finally:
-                session.engine.destroy()
+                trainer.engine.destroy()
 
     @contextmanager
-    def _stepping(self, session: Session) -> Iterator[Callable[[int], None]]:
+    def _stepping(self, trainer: Trainer) -> Iterator[Callable[[int], None]]:
         """Give a function that takes so many steps, as the loop takes them, on batches prepared ahead."""
         consensus = StopConsensus(self.cluster)
-        with session.stream(0) as stream:
+        with trainer.stream(0) as stream:
             batches = iter(stream)
 
             def step(number: int) -> None:
                 for _ in range(number):
                     self.last: StepBatches = next(batches)
-                    terms, _ = session.train_step(self.last)
+                    terms, _ = trainer.step(self.last)
                     consensus.average(terms, False)
-                    step_was_refused(session.engine)
+                    step_was_refused(trainer.engine)
 
             yield step
 
-    def _seconds(self, session: Session, rounds: int) -> list[float]:
+    def _seconds(self, trainer: Trainer, rounds: int) -> list[float]:
         """Seconds of a step: means over as many as the plan says, one for each round."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         seconds = []
-        with self._stepping(session) as step:
+        with self._stepping(trainer) as step:
             step(self.plan.warm_up)
             for _ in range(rounds):
                 wait_for(self.device)
@@ -229,19 +230,19 @@ class Bench:
                 seconds.append((time.perf_counter() - started) / self.plan.steps)
         return seconds
 
-    def _trace(self, session: Session) -> dict[str, Any]:
-        with self._stepping(session) as step:
+    def _trace(self, trainer: Trainer) -> dict[str, Any]:
+        with self._stepping(trainer) as step:
             step(1)
             trace = record(lambda: step(TRACED_STEPS), self.device)
             places = waits(lambda: step(1), self.device)
         return {**trace._asdict(), "steps": TRACED_STEPS, "waits": dict(places.most_common())}
 
-    def _figures(self, session: Session, seconds: list[float]) -> dict[str, Any]:
+    def _figures(self, trainer: Trainer, seconds: list[float]) -> dict[str, Any]:
         """Rates at the median of the rounds, and memory since they began."""
-        rows = session.inputs.resolved.global_batch_size
-        views = len(session.model.views)
+        rows = trainer.inputs.resolved.global_batch_size
+        views = len(trainer.model.views)
         flops = step_flops(
-            session.anatomy,
+            trainer.anatomy,
             views=views,
             rows_by_width=self.last.rows_by_width,
             head_tokens=self.last.head_positions,
@@ -259,9 +260,9 @@ class Bench:
             "reserved_gib": reserved,
         }
 
-    def _importance_rate(self, session: Session) -> float:
+    def _importance_rate(self, trainer: Trainer) -> float:
         """Rows in a second of the importance pass that a run makes before it trains, by proxy KL."""
-        inputs, rows = session.inputs, self.plan.importance_rows
+        inputs, rows = trainer.inputs, self.plan.importance_rows
         batches = EvalBatches(
             inputs.corpus,
             inputs.masking,
@@ -274,9 +275,9 @@ class Bench:
         wait_for(self.device)
         started = time.perf_counter()
         measure_importance(
-            session.engine.module,
+            trainer.engine.module,
             (batch.to(self.device) for batch in batches),
-            kinds=session.method.kinds,
+            kinds=trainer.method.kinds,
         )
         wait_for(self.device)
         return min(rows, len(inputs.corpus)) / (time.perf_counter() - started)

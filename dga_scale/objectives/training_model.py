@@ -1,7 +1,7 @@
 """The language model with its objective: one module, which is what DeepSpeed trains."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from dga_scale.objectives.cross_entropy import cross_entropies
 from dga_scale.objectives.grad_cache import CachedContrast
 from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method
 from dga_scale.objectives.views import States, View, run_views
+from dga_scale.preservation.protection import Protection
 
 
 class TrainingModel(nn.Module):
@@ -31,6 +32,8 @@ class TrainingModel(nn.Module):
         lm: the language model.
         anatomy: its anatomy.
         method: the objective; its kinds of unit can be gated and protected.
+        protection: of the same model and the method's kinds of unit: the gates of gated views read it. None:
+            one of its own, without a soft-mask.
         teacher: a frozen model of the same anatomy, for methods that learn from one; always in eval mode.
         split_views: one pass of the trunk for each view instead of one for all.
 
@@ -42,6 +45,7 @@ class TrainingModel(nn.Module):
         anatomy: Anatomy,
         method: Method[Any],
         *,
+        protection: Protection | None = None,
         teacher: PreTrainedModel | None = None,
         split_views: bool = False,
     ) -> None:
@@ -56,7 +60,7 @@ class TrainingModel(nn.Module):
             teacher.requires_grad_(False).eval()
         self.split_views = split_views
         # No buffers: DeepSpeed would round them to bf16 with the model.
-        self.protection: dict[str, Tensor] = {}
+        self.protection = protection or Protection(lm, anatomy=anatomy, kinds=method.kinds, soft_mask="none")
 
     def train(self, mode: bool = True) -> "TrainingModel":
         """As ``nn.Module.train``; the teacher stays in eval mode."""
@@ -64,10 +68,6 @@ class TrainingModel(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
-
-    def set_protection(self, protection: Mapping[str, Tensor]) -> None:
-        """Set ``a`` (layers, units) by kind: the gates of the gated views from here on."""
-        self.protection = {kind: a.detach().float() for kind, a in protection.items()}
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block in the backward pass, under its forward pass's gates and dropout draws."""
@@ -144,10 +144,8 @@ class TrainingModel(nn.Module):
         return states
 
     def _run(self, views: Sequence[View], inputs: Batch) -> States:
-        device = inputs.input_ids.device
-        self.protection = {kind: a.to(device) for kind, a in self.protection.items()}  # moves once
-        trunk = self.anatomy.trunk(self.lm)
-        return run_views(trunk, self.gates, views, inputs, self.protection, split=self.split_views)
+        trunk, a = self.anatomy.trunk(self.lm), self.protection.on(inputs.input_ids.device)
+        return run_views(trunk, self.gates, views, inputs, a, split=self.split_views)
 
     def _lm_loss(self, logits: Tensor, inputs: Batch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of logits (N, V), weighted by source as the method says; and what is logged."""

@@ -10,39 +10,39 @@ from dga_scale.launch.world import Cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.logging.throughput import memory_gib
 from dga_scale.train.inputs import Inputs
-from dga_scale.train.trainer import Session
+from dga_scale.train.trainer import Trainer
 from dga_scale.zero.shards import shape_of
 
 
 def dry_run(inputs: Inputs, cluster: Cluster) -> int:
     """Build everything, take one optimizer step, print what a run of these settings needs; exit code 0."""
     silent = RunLog(inputs.folder.path, rank=cluster.rank + 1, total_steps=1)
-    session = Session(inputs, cluster, silent)
-    anatomy = session.anatomy
-    kinds = session.method.kinds
+    trainer = Trainer(inputs, cluster, silent)
+    anatomy = trainer.anatomy
+    kinds = trainer.method.kinds
     if kinds:
-        session.set_protection({kind: torch.full(anatomy.unit_shape(kind), 0.5) for kind in kinds})
-    with session.stream(0) as stream:
+        trainer.protection.set({kind: torch.full(anatomy.unit_shape(kind), 0.5) for kind in kinds})
+    with trainer.stream(0) as stream:
         batches = next(iter(stream))
         started = time.perf_counter()
-        session.train_step(batches)
+        trainer.step(batches)
         seconds = time.perf_counter() - started
     memory = max(cluster.all_gather_object(memory_gib(cluster.device)))
     if cluster.rank == 0:
-        _print(inputs, cluster, session, sum(batches.tokens_per_source), seconds, memory)
+        _print(inputs, cluster, trainer, sum(batches.tokens_per_source), seconds, memory)
     return 0
 
 
 def _print(
-    inputs: Inputs, cluster: Cluster, session: Session, tokens: int, seconds: float, memory: float
+    inputs: Inputs, cluster: Cluster, trainer: Trainer, tokens: int, seconds: float, memory: float
 ) -> None:
     resolved = inputs.resolved
     steps = resolved.config.optimization.max_steps
-    shapes = [shape_of(p) for p in session.model.parameters()]
+    shapes = [shape_of(p) for p in trainer.model.parameters()]
     rows = steps * resolved.global_batch_size
     views = ", ".join(
         f"{view.name} ({'masked' if view.masked else 'clean'} text{', gated' if view.gated else ''})"
-        for view in session.model.views
+        for view in trainer.model.views
     )
     batch = (
         f"{resolved.global_batch_size} rows = {resolved.micro_batch_size} x {resolved.accumulation_steps} "
@@ -50,9 +50,9 @@ def _print(
     )
     table = Table(title="dry run: nothing was written", show_header=False)
     for name, value in (
-        ("model", f"{inputs.config.model.model} ({session.anatomy.architecture})"),
+        ("model", f"{inputs.config.model.model} ({trainer.anatomy.architecture})"),
         ("parameters", f"{sum(torch.Size(shape).numel() for shape in shapes):,}"),
-        ("heads", f"{session.anatomy.num_layers} layers x {session.anatomy.num_heads}"),
+        ("heads", f"{trainer.anatomy.num_layers} layers x {trainer.anatomy.num_heads}"),
         ("views", views),
         ("ranks", f"{cluster.world_size} ({cluster.launcher}, {cluster.device.type})"),
         ("ZeRO", f"stage {resolved.zero_stage}, {resolved.precision}"),

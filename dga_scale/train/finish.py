@@ -1,4 +1,4 @@
-"""What a finished run hands back: the model as a Hugging Face folder, a summary, the report."""
+"""What a finished run exports: the model as a Hugging Face folder, a summary, the report."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from dga_scale.run_folder import RunFolder, write_text
 from dga_scale.train.inputs import Inputs
 
 
-def hand_over(inputs: Inputs, cluster: Cluster) -> None:
+def finish(inputs: Inputs, cluster: Cluster) -> None:
     """Write ``model/``, ``summary.json`` and ``report.html``, and print what was gained and kept."""
     cluster.run_on_first(lambda: _write(inputs, cluster))
 

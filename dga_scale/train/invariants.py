@@ -3,7 +3,7 @@
 Before the first step and every N steps:
 
 - equal on all ranks: whatever they hold whole (weights and buffers, experts' centres among them; in ZeRO-0
-  masters and moments too), protection, gates, soft-mask factors, learning rates, counts of steps, loss scale;
+  masters and moments too), protection, soft-mask factors, learning rates, counts of steps, loss scale;
 - complete over the ranks, nothing twice: the entries that optimizers step, and those of frozen weights;
 - on each rank: the weights of the passes are its masters, rounded; dropout has the seed that was planned;
 - the rows that all ranks read since the last look are those of ``SampleOrder``, each as often as planned: of
@@ -24,9 +24,10 @@ from torch import Tensor
 from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.errors import UserError
+from dga_scale.preservation.protection import Protection
 from dga_scale.train.schedule import learning_rate_at
 from dga_scale.train.seeds import seed_of
-from dga_scale.train.trainer import Session
+from dga_scale.train.trainer import Trainer
 from dga_scale.zero.engine import Engine
 from dga_scale.zero.shards import LANGUAGE_MODEL_PREFIX, frozen_shares, local_shards, shape_of
 
@@ -60,16 +61,16 @@ class Invariants:
     """What a rank keeps between two looks: the rows it has read.
 
     Args:
-        session: what is looked at.
+        trainer: what is looked at.
         every: steps between two looks; 0: never.
 
     """
 
-    def __init__(self, session: Session, every: int) -> None:
-        self._session, self._every = session, every
-        self._cluster = session.cluster
-        mixture = session.inputs.mixture  # whose place moves with the stream's thread: another of the same
-        self._plan = Mixture(mixture.corpora, mixture.shares[1:], session.config.run.seed)
+    def __init__(self, trainer: Trainer, every: int) -> None:
+        self._trainer, self._every = trainer, every
+        self._cluster = trainer.cluster
+        mixture = trainer.inputs.mixture  # whose place moves with the stream's thread: another of the same
+        self._plan = Mixture(mixture.corpora, mixture.shares[1:], trainer.config.run.seed)
         self._rows: dict[int, np.ndarray] = {}
 
     def after_step(self, batches: StepBatches) -> None:
@@ -84,7 +85,7 @@ class Invariants:
             [_keys(batch.sources.numpy(), batch.sample_ids.numpy()) for batch in batches.micro_batches]
         )
         done = batches.step + 1
-        if done % self._every == 0 or done == self._session.config.optimization.max_steps:
+        if done % self._every == 0 or done == self._trainer.config.optimization.max_steps:
             self.check(done)
 
     def check(self, done: int) -> None:
@@ -95,11 +96,11 @@ class Invariants:
         """
         if self._every == 0:
             return
-        shared = dict(_replicated(self._session))
+        shared = dict(_replicated(self._trainer))
         own = _Report(
             checksums=dict(zip(shared, _checksums(list(shared.values())), strict=True)),
-            figures=_figures(self._session),
-            owned=list(_owned(self._session.engine)),
+            figures=_figures(self._trainer),
+            owned=list(_owned(self._trainer.engine)),
             problem=self._own_problem(done),
             rows=self._rows,
         )
@@ -109,29 +110,29 @@ class Invariants:
             next((report.problem for report in reports if report.problem), None)
             or self._unequal_tensor([report.checksums for report in reports], shared)
             or _unequal_figure([report.figures for report in reports])
-            or _incomplete([report.owned for report in reports], _spread(self._session.engine))
+            or _incomplete([report.owned for report in reports], _spread(self._trainer.engine))
             or self._unplanned_rows([report.rows for report in reports])
         )
         if problem:
             raise UserError(
                 f"--check_invariants, after step {done}: {problem}. No setting mends that: a rank's memory, "
                 "processor or driver may be at fault, or the program. Start the same command again without "
-                "that rank's node: it goes on from the newest checkpoint."
+                "that rank's node: it resumes from the newest checkpoint."
             )
 
     def _own_problem(self, done: int) -> str | None:
         """Compare what needs no other rank: seed, learning rate, masters and the weights of the passes."""
-        session, rank = self._session, self._cluster.rank
+        trainer, rank = self._trainer, self._cluster.rank
         if self._rows:  # a step was made: before the first there is nothing planned yet
-            planned, found = seed_of(session.config.run.seed, 0, done - 1, rank), torch.initial_seed()
+            planned, found = seed_of(trainer.config.run.seed, 0, done - 1, rank), torch.initial_seed()
             if found != planned:
                 return f"the seed of dropout is {found} on rank {rank}, planned was {planned}"
-            rate = learning_rate_at(done - 1, session.config.optimization)
-            for group in session.engine.basic_optimizer.param_groups:
+            rate = learning_rate_at(done - 1, trainer.config.optimization)
+            for group in trainer.engine.basic_optimizer.param_groups:
                 if group["lr"] != rate * group["lr_scale"]:
                     planned_rate = rate * group["lr_scale"]
                     return f"a learning rate on rank {rank} is {group['lr']:g}, planned was {planned_rate:g}"
-        return _stale_weight(session.engine, rank)
+        return _stale_weight(trainer.engine, rank)
 
     def _unequal_tensor(self, checksums: Sequence[dict[str, int]], tensors: dict[str, Tensor]) -> str | None:
         """Find the first tensor that ranks hold otherwise, and in it the first entry."""
@@ -162,7 +163,7 @@ class Invariants:
 
     def _unplanned_rows(self, read: Sequence[dict[int, np.ndarray]]) -> str | None:
         """Compare the rows that all ranks have read with the plan, step by step."""
-        rows_a_step = self._session.inputs.resolved.global_batch_size
+        rows_a_step = self._trainer.inputs.resolved.global_batch_size
         for step in sorted({step for of_rank in read for step in of_rank}):
             picks = self._plan.picks(step * rows_a_step, (step + 1) * rows_a_step)
             planned = Counter(_keys(picks.sources, picks.rows).tolist())
@@ -180,9 +181,9 @@ class Invariants:
         return None
 
 
-def _replicated(session: Session) -> Iterator[tuple[str, Tensor]]:
+def _replicated(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
     """Everything that each rank holds whole, with a name for messages."""
-    engine: Any = session.engine
+    engine: Any = trainer.engine
     for name, parameter in engine.module.named_parameters():
         if not hasattr(parameter, "ds_id") or _kept_whole(parameter):
             yield f"weight {name}", parameter.data
@@ -196,7 +197,16 @@ def _replicated(session: Session) -> Iterator[tuple[str, Tensor]]:
             for kind, moment in engine.basic_optimizer.state.get(shard.stepped, {}).items():
                 if kind != "step":
                     yield f"{kind} of {fragment.name}", moment
-    yield from session.shared_tensors().items()
+    yield from _of_protection(trainer.protection)
+
+
+def _of_protection(protection: Protection) -> Iterator[tuple[str, Tensor]]:
+    """Protection, which gates read, and the soft-mask's factors."""
+    for kind, a in protection.a.items():
+        yield f"protection of {kind}", a
+    for name, factors in protection.factors.items():
+        for factor in factors:
+            yield f"soft-mask of {name} along axis {factor.dim}", factor.scale
 
 
 def _kept_whole(parameter: Any) -> bool:
@@ -271,12 +281,12 @@ def _stale_weight(engine: Engine, rank: int) -> str | None:
     )
 
 
-def _figures(session: Session) -> dict[str, Hashable]:
+def _figures(trainer: Trainer) -> dict[str, Hashable]:
     """Numbers that are the same on all ranks."""
-    engine: Any = session.engine
+    engine: Any = trainer.engine
     states = engine.basic_optimizer.state.values()
     return {
-        "--seed": session.config.run.seed,
+        "--seed": trainer.config.run.seed,
         "the number of steps done": engine.global_steps,
         "the number of refused steps": engine.skipped_steps,
         "Adam's number of steps": tuple(sorted({float(state["step"]) for state in states})),

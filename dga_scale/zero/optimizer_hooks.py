@@ -1,6 +1,6 @@
 """What happens around the optimizer's step: masks on the shards it steps, and steps that are refused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,9 +8,8 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from dga_scale.preservation.fragments import Fragment
+from dga_scale.preservation.stepped_weights import Hook
 from dga_scale.zero.shards import local_shards
-
-Mask = Callable[[Sequence[Fragment]], None]
 
 
 def local_fragments(engine: DeepSpeedEngine) -> list[Fragment]:
@@ -22,7 +21,7 @@ def local_fragments(engine: DeepSpeedEngine) -> list[Fragment]:
     return [fragment for shard in local_shards(engine) for fragment in shard.fragments]
 
 
-def wrap_optimizer_step(engine: DeepSpeedEngine, before: Mask, after: Mask) -> None:
+def wrap_optimizer_step(engine: DeepSpeedEngine, before: Hook, after: Hook) -> None:
     """Call ``before`` and ``after`` right around each step of the base optimizer, with what it steps there.
 
     ZeRO-1 and 2 step one parameter group at a time, ZeRO-3 one sub-group: the pair is called once for each,
@@ -35,6 +34,21 @@ def wrap_optimizer_step(engine: DeepSpeedEngine, before: Mask, after: Mask) -> N
 
     engine.basic_optimizer.register_step_pre_hook(lambda optimizer, *_: before(stepped(optimizer)))
     engine.basic_optimizer.register_step_post_hook(lambda optimizer, *_: after(stepped(optimizer)))
+
+
+class EngineWeights:
+    """The weights that an engine's optimizer steps on this rank: the ``SteppedWeights`` of protection."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine = engine
+
+    def fragments(self) -> list[Fragment]:
+        """As ``local_fragments``."""
+        return local_fragments(self._engine)
+
+    def around_steps(self, before: Hook, after: Hook) -> None:
+        """As ``wrap_optimizer_step``."""
+        wrap_optimizer_step(self._engine, before, after)
 
 
 def add_to_gradients(engine: DeepSpeedEngine, add: Callable[[Fragment, Tensor], None]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from dga_scale.checkpoint.store import newest_verified
 from dga_scale.launch.world import single_process
-from dga_scale.train.trainer import Session
+from dga_scale.train.trainer import Trainer
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.small import SmallWorld, make_world
 from tests.test_train import STEPS, arguments, around_steps, losses, run_training
@@ -82,10 +82,10 @@ def run_in_trouble(run_flags: list[str], disk: Path, kind: str, until: int) -> i
     """The disk fails from the step after the first save on, before step number ``until``."""
 
     @contextlib.contextmanager
-    def troubled(session: Session, batches: Any) -> Iterator[None]:
-        if session.cluster.rank == 0 and batches.step in (2, until):
+    def troubled(trainer: Trainer, batches: Any) -> Iterator[None]:
+        if trainer.cluster.rank == 0 and batches.step in (2, until):
             trouble(disk, kind, on=batches.step == 2)
-        session.cluster.barrier()
+        trainer.cluster.barrier()
         yield
 
     with around_steps(troubled):
@@ -140,10 +140,10 @@ def test_a_first_save_that_fails_ends_the_run(world: SmallWorld, disk: Path) -> 
 
 def run_in_trouble_from_the_start(run_flags: list[str], disk: Path) -> int:
     @contextlib.contextmanager
-    def troubled(session: Session, batches: Any) -> Iterator[None]:
-        if session.cluster.rank == 0 and batches.step == 0:
+    def troubled(trainer: Trainer, batches: Any) -> Iterator[None]:
+        if trainer.cluster.rank == 0 and batches.step == 0:
             fill(disk, full=True)
-        session.cluster.barrier()
+        trainer.cluster.barrier()
         yield
 
     with around_steps(troubled):

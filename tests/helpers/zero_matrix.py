@@ -130,7 +130,7 @@ def run_cell(cell: Cell, from_zero_init: bool = False) -> Outcome:
     if cell.mode == "gradient":
         gradient_mask = GradientMask(lm.named_parameters(), anatomy)
     engine = build_engine(model, resolved)
-    model.set_protection({"heads": protection()})
+    model.protection.set({"heads": protection()})
     if gradient_mask:
         gradient_mask.set(factors)
     else:

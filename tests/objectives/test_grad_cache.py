@@ -30,7 +30,7 @@ def protected_model(method: str, dropout: float = 0.0, **settings: object) -> Tr
         generator = torch.Generator().manual_seed(0)
         a[kind] = torch.rand(anatomy.unit_shape(kind), generator=generator)
     if a:
-        model.set_protection(a | {"heads": toy_protection()})
+        model.protection.set(a | {"heads": toy_protection()})
     return model
 
 
@@ -127,7 +127,7 @@ def test_second_readings_repeat_the_dropout_of_the_first(
     torch.manual_seed(5)
     trunk = plain.anatomy.trunk(plain.lm)
     found = [
-        run_views(trunk, plain.gates, contrast.views, inputs, plain.protection, split=split)
+        run_views(trunk, plain.gates, contrast.views, inputs, plain.protection.a, split=split)
         for inputs in parts
     ]
     states = [contrast.pooled(of.hidden, inputs) for of, inputs in zip(found, parts, strict=True)]

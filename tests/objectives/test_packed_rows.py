@@ -87,7 +87,7 @@ def compare(model: TrainingModel) -> None:
 
 def dga_of(lm: PreTrainedModel) -> TrainingModel:
     model = TrainingModel(lm, anatomy_of(lm), method_of("dga"))  # in eval mode: no dropout
-    model.set_protection({"heads": toy_protection()})
+    model.protection.set({"heads": toy_protection()})
     return model
 
 
@@ -153,7 +153,7 @@ def test_models_with_something_added(name: str) -> None:
 @pytest.mark.parametrize(("split", "checkpointing"), [(True, False), (False, True)])
 def test_split_views_and_activation_checkpointing(split: bool, checkpointing: bool) -> None:
     model = toy_model("dga", split_views=split)
-    model.set_protection({"heads": toy_protection()})
+    model.protection.set({"heads": toy_protection()})
     if checkpointing:
         model.enable_gradient_checkpointing()
     compare(model)
@@ -163,7 +163,7 @@ def test_checkpointing_repeats_the_gates_and_the_dropout_of_packed_rows() -> Non
     found = []
     for checkpointing in (False, True):
         model = toy_model("dga", dropout=0.1)
-        model.set_protection({"heads": toy_protection()})
+        model.protection.set({"heads": toy_protection()})
         if checkpointing:
             model.enable_gradient_checkpointing()
         torch.manual_seed(1)
@@ -202,7 +202,7 @@ def trained(stages: Sequence[int]) -> list[dict[str, Tensor]]:
     for stage in stages:
         model = toy_model("dga")
         engine = build_engine(model, Setup(stage, clipping=0.0, epsilon=1e-2).resolved(ranks))
-        model.set_protection({"heads": toy_protection()})
+        model.protection.set({"heads": toy_protection()})
         set_learning_rate(engine, 1e-2)
         for _ in range(2):
             loss, _ = engine(own, counts_of(by_length(), num_micro_batches=ranks))

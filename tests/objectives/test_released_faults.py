@@ -278,7 +278,7 @@ def test_fault_8_the_mask_is_applied_again_at_each_micro_step() -> None:
 def test_fault_9_head_and_loss_on_the_contrast_passes() -> None:
     """FLOPs of the LM head are those of the places with a label (rounded up), the contrast included."""
     model, batch = toy_model("dga"), toy_batch()
-    model.set_protection({"heads": toy_protection()})
+    model.protection.set({"heads": toy_protection()})
     with FlopCounterMode(display=False) as counter:
         loss_of(model, batch)
     with FlopCounterMode(display=False) as faulty:

@@ -54,7 +54,8 @@ def trained_part(
     rank = dist.get_rank() if ranks > 1 else 0
     batch = toy_batch(ROWS)
     model = toy_model(method, split_views=split_views)
-    model.set_protection({"heads": toy_protection()})
+    if model.method.kinds:
+        model.protection.set({"heads": toy_protection()})
     micro = ROWS // (ranks * accumulation)
     counts, sums = counts_of(batch, num_micro_batches=ranks * accumulation), dict[str, float]()
     for step in range(accumulation):
@@ -108,7 +109,7 @@ def test_activation_checkpointing_repeats_gates_and_dropout() -> None:
 
     def run(checkpointing: bool) -> tuple[float, dict[str, Tensor]]:
         model = toy_model(dropout=0.1)
-        model.set_protection({"heads": toy_protection()})
+        model.protection.set({"heads": toy_protection()})
         if checkpointing:
             model.enable_gradient_checkpointing()
         torch.manual_seed(1)
@@ -143,7 +144,7 @@ def test_temperature_and_weight_come_from_the_settings() -> None:
     def loss_at(**values: float) -> tuple[float, dict[str, Tensor]]:
         method = DGA(DGASettings(**values))
         model = TrainingModel(lm, anatomy_of(lm), method)
-        model.set_protection({"heads": toy_protection()})
+        model.protection.set({"heads": toy_protection()})
         loss, terms = loss_of(model, toy_batch())
         model.gates.remove()
         return loss.item(), terms
@@ -203,7 +204,8 @@ def test_lm_head_and_loss_run_on_masked_positions_of_the_mlm_view_only() -> None
 
     def flops(method: str) -> tuple[int, int]:
         model = toy_model(method)
-        model.set_protection({"heads": toy_protection()})
+        if model.method.kinds:
+            model.protection.set({"heads": toy_protection()})
         with FlopCounterMode(display=False) as counter:
             loss_of(model, batch)
         counts = counter.get_flop_counts()

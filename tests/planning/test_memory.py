@@ -139,7 +139,7 @@ def test_gates_of_heads_keep_both_sides_of_their_product(method: str, split: boo
         lm = AutoModelForMaskedLM.from_config(AutoConfig.for_model("roberta", **sizes), dtype=torch.bfloat16)
         anatomy = anatomy_of(lm)
         model = TrainingModel(lm, anatomy, build_method(config), split_views=split).train()
-        model.set_protection({kind: torch.full(anatomy.unit_shape(kind), 0.5) for kind in model.method.kinds})
+        model.protection.set({kind: torch.full(anatomy.unit_shape(kind), 0.5) for kind in model.method.kinds})
         ids = torch.randint(5, 100, (2, 32))
         positions = torch.arange(8)
         inputs = (ids, ids, torch.ones_like(ids), positions, ids.flatten()[positions])

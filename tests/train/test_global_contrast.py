@@ -11,7 +11,7 @@ from dga_scale.config.parsing import read_config
 from dga_scale.launch.world import join_cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.train.inputs import check_inputs
-from dga_scale.train.trainer import Session
+from dga_scale.train.trainer import Trainer
 from dga_scale.zero.optimizer_hooks import step_was_refused
 from tests.helpers.ranks import REPOSITORY, run_ranks
 from tests.helpers.small import SmallWorld
@@ -37,27 +37,27 @@ def flags_of(world: SmallWorld, run: Path, settings: Settings) -> list[str]:
     return arguments(world, run, ds_config=config, warmup_ratio=0.0, **values)
 
 
-def session_of(flags: list[str]) -> Session:
+def trainer_of(flags: list[str]) -> Trainer:
     cluster = join_cluster()
     config = read_config(flags)
     inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
-    session = Session(inputs, cluster, RunLog(inputs.folder.path, cluster.rank + 1, STEPS))
-    session.set_protection({"heads": torch.linspace(0, 1, 8).view(2, 4)})
-    return session
+    trainer = Trainer(inputs, cluster, RunLog(inputs.folder.path, cluster.rank + 1, STEPS))
+    trainer.protection.set({"heads": torch.linspace(0, 1, 8).view(2, 4)})
+    return trainer
 
 
 def trained(runs: list[list[str]]) -> list[Found]:
     """Of each run: by step the terms' means over ranks, and the weights after the last."""
     found = []
     for flags in runs:
-        session = session_of(flags)
-        stream, terms = session.stream(0), []
+        trainer = trainer_of(flags)
+        stream, terms = trainer.stream(0), []
         for step in range(STEPS):
-            of_step, _ = session.train_step(stream.step(step))
-            ranks = session.cluster.world_size
-            terms.append({name: session.cluster.sum(v).item() / ranks for name, v in of_step.items()})
-        found.append((terms, full_weights(session.engine)))
-        session.engine.destroy()
+            of_step, _ = trainer.step(stream.step(step))
+            ranks = trainer.cluster.world_size
+            terms.append({name: trainer.cluster.sum(v).item() / ranks for name, v in of_step.items()})
+        found.append((terms, full_weights(trainer.engine)))
+        trainer.engine.destroy()
     return found
 
 
@@ -90,23 +90,23 @@ def refused(runs: list[list[str]]) -> list[tuple[bool, bool, bool]]:
     """Of each run, after a NaN in a first reading of the last rank: refused, unchanged, then goes on."""
     found = []
     for flags in runs:
-        session = session_of(flags)
-        stream, before = session.stream(0), full_weights(session.engine)
+        trainer = trainer_of(flags)
+        stream, before = trainer.stream(0), full_weights(trainer.engine)
 
         def poison(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             first_reading = not torch.is_grad_enabled()
-            return output * float("nan") if first_reading and session.cluster.rank == 1 else None  # noqa: B023
+            return output * float("nan") if first_reading and trainer.cluster.rank == 1 else None  # noqa: B023
 
-        handle = session.engine.module.anatomy.trunk(session.model.lm).embeddings.register_forward_hook(
+        handle = trainer.engine.module.anatomy.trunk(trainer.model.lm).embeddings.register_forward_hook(
             poison
         )
-        session.train_step(stream.step(0))
+        trainer.step(stream.step(0))
         handle.remove()
-        no_step, after = step_was_refused(session.engine), full_weights(session.engine)
+        no_step, after = step_was_refused(trainer.engine), full_weights(trainer.engine)
         unchanged = all(torch.equal(before[name], weight) for name, weight in after.items())
-        session.train_step(stream.step(1))
-        found.append((no_step, unchanged, not step_was_refused(session.engine)))
-        session.engine.destroy()
+        trainer.step(stream.step(1))
+        found.append((no_step, unchanged, not step_was_refused(trainer.engine)))
+        trainer.engine.destroy()
     return found
 
 

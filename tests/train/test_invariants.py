@@ -16,7 +16,8 @@ from dga_scale.launch.world import join_cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.invariants import Invariants, _incomplete
-from dga_scale.train.trainer import Session
+from dga_scale.train.protection import protect
+from dga_scale.train.trainer import Trainer
 from dga_scale.zero.optimizer_hooks import local_fragments
 from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
 from tests.helpers.small import SmallWorld
@@ -24,7 +25,7 @@ from tests.test_train import arguments, around_steps, losses, run_training
 
 WORD = "bert.embeddings.word_embeddings.weight"
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
-Fault = Callable[[Session], Callable[[], Any]]
+Fault = Callable[[Trainer], Callable[[], Any]]
 """Breaks something on the rank that calls it; returns what mends it."""
 
 
@@ -36,85 +37,76 @@ def changed(tensor: Tensor, place: int = 0) -> Callable[[], Any]:
     return lambda: flat[place].copy_(before)
 
 
-def named(session: Session, name: str) -> Any:
-    return dict(session.engine.module.named_parameters())[f"lm.{name}"]
+def named(trainer: Trainer, name: str) -> Any:
+    return dict(trainer.engine.module.named_parameters())[f"lm.{name}"]
 
 
-def a_weight(session: Session) -> Callable[[], Any]:
+def a_weight(trainer: Trainer) -> Callable[[], Any]:
     """The first entry of the embeddings, which is in rank 0's shard: only a copy of it changes here."""
-    return changed(named(session, WORD).data)
+    return changed(named(trainer, WORD).data)
 
 
-def a_buffer(session: Session) -> Callable[[], Any]:
-    return changed(next(b for n, b in session.engine.module.named_buffers() if n.endswith("position_ids")))
+def a_buffer(trainer: Trainer) -> Callable[[], Any]:
+    return changed(next(b for n, b in trainer.engine.module.named_buffers() if n.endswith("position_ids")))
 
 
-def a_small_weight_of_zero3(session: Session) -> Callable[[], Any]:
-    parameter = named(session, "bert.encoder.layer.0.attention.self.query.bias")
+def a_small_weight_of_zero3(trainer: Trainer) -> Callable[[], Any]:
+    parameter = named(trainer, "bert.encoder.layer.0.attention.self.query.bias")
     assert parameter.ds_persist
     return changed(parameter.data, 5)
 
 
-def a_master(session: Session) -> Callable[[], Any]:
-    return changed(local_fragments(session.engine)[0].values, 3)
+def a_master(trainer: Trainer) -> Callable[[], Any]:
+    return changed(local_fragments(trainer.engine)[0].values, 3)
 
 
-def a_moment(session: Session) -> Callable[[], Any]:
-    state: Any = session.engine.basic_optimizer.state
+def a_moment(trainer: Trainer) -> Callable[[], Any]:
+    state: Any = trainer.engine.basic_optimizer.state
     return changed(next(iter(state.values()))["exp_avg"], 2)
 
 
-def a_protection(session: Session) -> Callable[[], Any]:
-    return changed(session.protection["heads"], 1)
+def a_protection(trainer: Trainer) -> Callable[[], Any]:
+    return changed(trainer.protection.a["heads"], 1)
 
 
-def a_gate(session: Session) -> Callable[[], Any]:
-    gates = session.model.protection
-    before, gates["heads"] = gates["heads"], gates["heads"].clone()
-    changed(gates["heads"], 3)
-    return lambda: gates.update(heads=before)
+def a_soft_mask(trainer: Trainer) -> Callable[[], Any]:
+    return changed(trainer.protection.factors[QUERY][0].scale, 2)
 
 
-def a_soft_mask(session: Session) -> Callable[[], Any]:
-    assert session._update_mask is not None
-    return changed(session._update_mask.factors[QUERY][0].scale, 2)
-
-
-def a_learning_rate(session: Session) -> Callable[[], Any]:
-    group = session.engine.basic_optimizer.param_groups[0]
+def a_learning_rate(trainer: Trainer) -> Callable[[], Any]:
+    group = trainer.engine.basic_optimizer.param_groups[0]
     before, group["lr"] = group["lr"], 0.5
     return lambda: group.update(lr=before)
 
 
-def a_step_count(session: Session) -> Callable[[], Any]:
-    state: Any = session.engine.basic_optimizer.state
+def a_step_count(trainer: Trainer) -> Callable[[], Any]:
+    state: Any = trainer.engine.basic_optimizer.state
     steps = [each["step"] for each in state.values()]
     undo = [changed(step) for step in steps]
     return lambda: [each() for each in undo]
 
 
-def a_seed(session: Session) -> Callable[[], Any]:
+def a_seed(trainer: Trainer) -> Callable[[], Any]:
     before = torch.get_rng_state()
     torch.manual_seed(17)
     return lambda: torch.set_rng_state(before)
 
 
-def a_lost_fragment(session: Session) -> Callable[[], Any]:
+def a_lost_fragment(trainer: Trainer) -> Callable[[], Any]:
     """The last parameter that this rank's optimizer steps no longer lies in its flat partition."""
-    last = named(session, local_fragments(session.engine)[-1].name)
+    last = named(trainer, local_fragments(trainer.engine)[-1].name)
     before, last._hp_mapping = last._hp_mapping, None
     return lambda: setattr(last, "_hp_mapping", before)
 
 
-def centres(session: Session) -> Callable[[], Any]:
-    return changed(next(b for n, b in session.engine.module.named_buffers() if n.endswith("centres")), 4)
+def centres(trainer: Trainer) -> Callable[[], Any]:
+    return changed(next(b for n, b in trainer.engine.module.named_buffers() if n.endswith("centres")), 4)
 
 
 EVERYWHERE: dict[Fault, str] = {
     a_buffer: "buffer lm.bert.embeddings.position_ids is not the same on all ranks: entry 0 is 1 on rank 1, "
     "0 on rank 0",
     a_protection: "protection of heads is not the same on all ranks: entry 1 is ",
-    a_gate: "gates of heads is not the same on all ranks: entry 3 is ",
     a_soft_mask: f"soft-mask of {QUERY} along axis 0 is not the same on all ranks: entry 2 is ",
     a_learning_rate: "a learning rate on rank 1 is 0.5, planned was 0.001",
     a_step_count: "Adam's number of steps is (3.0,) on rank 1, (2.0,) on rank 0",
@@ -143,16 +135,16 @@ def offences(flags: list[str], faults: list[Fault]) -> tuple[list[str], str]:
     inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
     said = []
     with RunLog(inputs.folder.path, cluster.rank, 2) as log:
-        session = Session(inputs, cluster, log)
-        invariants = Invariants(session, every=1)
+        trainer = Trainer(inputs, cluster, log)
+        invariants = Invariants(trainer, every=1)
         invariants.check(0)
-        session.protect()
-        stream = session.stream(0)
+        protect(trainer)
+        stream = trainer.stream(0)
         for step in (0, 1):
-            session.train_step(stream.step(step))
+            trainer.step(stream.step(step))
             invariants.after_step(stream.step(step))
         for fault in faults:
-            mend = fault(session) if cluster.rank == 1 else lambda: None
+            mend = fault(trainer) if cluster.rank == 1 else lambda: None
             said.append(offence(invariants, stream, 1))
             mend()
         invariants.after_step(stream.step(1))  # all is mended
@@ -161,7 +153,7 @@ def offences(flags: list[str], faults: list[Fault]) -> tuple[list[str], str]:
             start_step=0, num_steps=2,
         )  # fmt: skip
         rows = offence(invariants, wrong, 1)
-        session.engine.destroy()
+        trainer.engine.destroy()
     return said, rows
 
 
@@ -206,10 +198,10 @@ def corrupt(flags: list[str], step: int) -> int:
     """A bit of rank 1's weights flips while ``step`` is computed."""
 
     @contextlib.contextmanager
-    def flipping(session: Session, batches: Any) -> Iterator[None]:
+    def flipping(trainer: Trainer, batches: Any) -> Iterator[None]:
         yield
-        if batches.step == step and session.cluster.rank == 1:
-            named(session, WORD).data.view(-1)[7] += 1
+        if batches.step == step and trainer.cluster.rank == 1:
+            named(trainer, WORD).data.view(-1)[7] += 1
 
     with around_steps(flipping):
         return run_training(flags)

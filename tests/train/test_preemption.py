@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+import dga_scale.preservation.protection
 import dga_scale.train.loop
-import dga_scale.train.trainer
 from dga_scale.checkpoint.state import Save
 from dga_scale.checkpoint.store import newest_complete
 from dga_scale.evaluation.held_out import Evaluator
 from dga_scale.launch.preemption import EXIT_STOPPED, ONE_REQUEST, StopRequest
 from dga_scale.launch.watchdog import EXIT_RANK_LOST, Watchdog
 from dga_scale.launch.world import join_cluster
-from dga_scale.train.trainer import Session
+from dga_scale.train.trainer import Trainer
 from tests.helpers.forks import launch
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small import SmallWorld, make_world
@@ -27,11 +27,11 @@ from tests.test_train import STEPS, arguments, losses, run_training
 
 PHASES: dict[str, tuple[Any, str, int]] = {
     # what is called when the signal comes, and at which of its calls
-    "importance": (dga_scale.train.trainer, "measure_importance", 1),
-    "training": (Session, "train_step", 3),
+    "importance": (dga_scale.preservation.protection, "measure_importance", 1),
+    "training": (Trainer, "step", 3),
     "saving": (Save, "write", 1),
     "evaluation": (Evaluator, "evaluate", 2),
-    "handover": (dga_scale.train.loop, "hand_over", 1),
+    "finish": (dga_scale.train.loop, "finish", 1),
 }
 CASES = [
     # phase, signal, rank, steps done in the end (one step carries the request, the next one heeds it)
@@ -40,7 +40,7 @@ CASES = [
     ("training", signal.SIGTERM, 1, 4),
     ("saving", signal.SIGINT, 0, 4),
     ("evaluation", signal.SIGUSR1, 0, 5),
-    ("handover", signal.SIGUSR1, 1, STEPS),
+    ("finish", signal.SIGUSR1, 1, STEPS),
 ]
 
 
@@ -95,8 +95,8 @@ def test_a_signal_in_any_phase(
 ) -> None:
     run = tmp_path / "run"
     codes = run_ranks(2, run_signalled, flags(world, run), phase, int(number), rank)
-    # A run that is handing over has done all its steps: it ends as if nobody had asked.
-    assert codes == [0 if phase == "handover" else EXIT_STOPPED] * 2
+    # A run that is finishing has done all its steps: it ends as if nobody had asked.
+    assert codes == [0 if phase == "finish" else EXIT_STOPPED] * 2
     if phase == "start":
         assert not run.exists()
         return

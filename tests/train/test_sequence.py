@@ -17,7 +17,7 @@ from dga_scale.corpus.cli import main as shard
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import join_cluster
 from dga_scale.train.sequence import losses_after_each, train_sequence
-from dga_scale.train.trainer import Session
+from dga_scale.train.trainer import Trainer
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.small import DOMAIN, GENERAL, SmallWorld, make_world, write_text
 from tests.helpers.stops import ask_to_stop
@@ -54,13 +54,11 @@ def run_and_watch(flags: list[str], stop_in: str = "", stop_at: int = 0) -> tupl
     seen: dict[str, Any] = {}
 
     @contextlib.contextmanager
-    def watched(session: Session, batches: Any) -> Iterator[None]:
-        domain = session.inputs.corpus.path.name
-        assert session._update_mask is not None
-        factors = {
-            n: [(f.dim, f.scale.clone()) for f in fs] for n, fs in session._update_mask.factors.items()
-        }
-        seen.setdefault(domain, (dict(session.protection), factors))
+    def watched(trainer: Trainer, batches: Any) -> Iterator[None]:
+        domain = trainer.inputs.corpus.path.name
+        protection = trainer.protection
+        factors = {n: [(f.dim, f.scale.clone()) for f in fs] for n, fs in protection.factors.items()}
+        seen.setdefault(domain, (dict(protection.a), factors))
         yield
         if domain == stop_in and batches.step == stop_at:
             ask_to_stop()

@@ -1,0 +1,253 @@
+"""What happens between the steps of a run: evaluations, protection, checks and checkpoints.
+
+The loop calls each ``Callback`` of one list, in its order, on every rank alike::
+
+    on_start(run)       before the first step, on the weights that training starts or resumes from
+    after_step(run)     after each optimizer step, once it is logged
+    on_end(run)         after the last step; not where a run was asked to stop
+
+What a callback needs it finds in the ``RunState``; what it has to say goes to ``run.log``. A callback may
+communicate, as every rank calls it at the same point, and may raise a ``UserError`` on every rank.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dga_scale.checkpoint.async_save import Saves
+from dga_scale.checkpoint.store import newest_complete
+from dga_scale.config.settings import TrainConfig
+from dga_scale.corpus.loading.batches import StepBatches
+from dga_scale.errors import UserError
+from dga_scale.evaluation.held_out import Evaluator
+from dga_scale.launch.world import Cluster
+from dga_scale.logging.evaluations import EVALUATION
+from dga_scale.logging.metrics import RunLog
+from dga_scale.train.inputs import Inputs
+from dga_scale.train.invariants import Invariants
+from dga_scale.train.protection import measure_after, protect
+from dga_scale.train.trainer import Trainer
+from dga_scale.zero.optimizer_hooks import step_was_refused
+
+
+@dataclass
+class RunState:
+    """A run as its callbacks see it; the loop alone changes it.
+
+    Attributes:
+        trainer: the model and its engine.
+        log: where everything is said.
+        step: finished optimizer steps.
+        batches: of the step that was just made; None before the first.
+        stopping: whether this step is the last for now, as a signal asked for.
+
+    """
+
+    trainer: Trainer
+    log: RunLog
+    step: int
+    batches: StepBatches | None = None
+    stopping: bool = False
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the run works on."""
+        return self.trainer.inputs
+
+    @property
+    def config(self) -> TrainConfig:
+        """All settings."""
+        return self.trainer.config
+
+    @property
+    def cluster(self) -> Cluster:
+        """The ranks."""
+        return self.trainer.cluster
+
+    @property
+    def last(self) -> bool:
+        """Whether all steps are done."""
+        return self.step == self.config.optimization.max_steps
+
+    def due(self, every: int) -> bool:
+        """Whether something is due that happens every so many steps and after the last."""
+        return self.last or self.step % every == 0
+
+
+class Callback:
+    """Something that happens beside the steps of a run; each method does nothing unless it is overridden."""
+
+    def on_start(self, run: RunState) -> None:
+        """Act before the first step."""
+
+    def after_step(self, run: RunState) -> None:
+        """Act after an optimizer step."""
+
+    def on_end(self, run: RunState) -> None:
+        """Act after the last step."""
+
+
+class Evaluate(Callback):
+    """Scores the model on held-out text: before a run's first step, every ``--eval_steps`` and at the end."""
+
+    def __init__(self, inputs: Inputs, cluster: Cluster) -> None:
+        self._figures: dict[str, float] = {}
+        self._evaluator = Evaluator(
+            inputs.evaluations,
+            inputs.masking,
+            batch_size=inputs.resolved.micro_batch_size,
+            max_rows=inputs.config.data.max_eval_samples,
+            device=cluster.device,
+            rank=cluster.rank,
+            world_size=cluster.world_size,
+            reduce=cluster.sum,
+        )
+
+    def on_start(self, run: RunState) -> None:
+        if run.step == 0:
+            self._evaluate(run)
+
+    def after_step(self, run: RunState) -> None:
+        if run.due(run.config.run.eval_steps):
+            self._evaluate(run)
+
+    def on_end(self, run: RunState) -> None:
+        run.log.outcome(run.config.as_dict(), self._figures)
+
+    def _evaluate(self, run: RunState) -> None:
+        figures = self._figures = self._evaluator.evaluate(run.trainer.engine.module)
+        if figures:
+            run.log.event(EVALUATION, step=run.step, **figures, texts=run.inputs.evaluated_texts)
+            losses = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items() if "loss" in name]
+            run.log.print(f"evaluation after step {run.step}: {', '.join(losses)}")
+
+
+class ProtectUnits(Callback):
+    """Protects units by their importance, and logs every ``--protection_steps`` what became of it."""
+
+    def on_start(self, run: RunState) -> None:
+        protect(run.trainer)
+
+    def after_step(self, run: RunState) -> None:
+        if run.due(run.config.run.protection_steps):
+            self._log(run)
+
+    def on_end(self, run: RunState) -> None:
+        measure_after(run.trainer)
+
+    def _log(self, run: RunState) -> None:
+        found = run.trainer.protection.effective()
+        applied = run.trainer.protection.applied_over_proposed()
+        for kind, units in found.items():
+            figures = units.figures()
+            if kind in applied:
+                figures["applied_over_proposed"] = applied[kind].mean().item()
+            run.log.protection(
+                kind, step=run.step, one_minus_a=units.target, movement=units.relative, **figures
+            )
+
+
+class CheckInvariants(Callback):
+    """Compares what ranks must have in common: at the start, every ``--check_invariants`` and at the end."""
+
+    def on_start(self, run: RunState) -> None:
+        self._invariants = Invariants(run.trainer, run.config.run.check_invariants)
+        self._invariants.check(run.step)
+
+    def after_step(self, run: RunState) -> None:
+        assert run.batches is not None
+        self._invariants.after_step(run.batches)
+
+
+class SaveCheckpoints(Callback):
+    """Saves every ``--save_steps``, after the last step, and where a run is asked to stop.
+
+    A save that fails on all ranks ends the run only where nothing older is complete, or nothing comes after.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._background = background
+        self._saves = Saves(background=background)
+
+    @property
+    def begun(self) -> int:
+        """Saves that the run has begun."""
+        return self._saves.begun
+
+    @property
+    def written(self) -> int:
+        """Of those, how many this rank has written or failed to."""
+        return self._saves.written
+
+    def after_step(self, run: RunState) -> None:
+        needed = run.last or run.stopping
+        if not (needed or run.due(run.config.run.save_steps)):
+            return
+        started = time.perf_counter()
+        self.commit(run)  # the one before
+        with self._may_fail(run, unless=needed):
+            self._saves.begin(run.trainer.checkpoint(run.step), started)
+        if needed or not self._background:
+            self.commit(run, needed)
+
+    def commit(self, run: RunState, needed: bool = False) -> None:
+        """Wait for the save that is under way and commit it, if there is one; every rank has to call it.
+
+        Raises:
+            UserError: it failed, and it is ``needed`` or there is no older checkpoint.
+        """
+        with self._may_fail(run, unless=needed):
+            saved = self._saves.finish()
+            if saved is not None:
+                figures = {"seconds": saved.seconds, "written_seconds": saved.written_seconds}
+                run.log.event("checkpoint", step=saved.step, path=str(saved.path), **figures)
+
+    @contextmanager
+    def _may_fail(self, run: RunState, unless: bool) -> Iterator[None]:
+        """Let a run continue after a save that failed on all ranks, where there is an older checkpoint.
+
+        The disk may have room again at the next one. A first save has to succeed: what is wrong then is
+        rather the folder. So has the last one.
+        """
+        try:
+            yield
+        except UserError as error:
+            older = run.cluster.run_on_first(lambda: newest_complete(run.inputs.folder.path) is not None)
+            if unless or not older:
+                raise
+            every = run.config.run.save_steps
+            run.log.event("save_failed", step=run.step, error=str(error))
+            run.log.print(
+                f"SAVE FAILED after step {run.step}, training continues: {error} The next save is due after "
+                f"step {(run.step // every + 1) * every}."
+            )
+
+
+class RefusedSteps(Callback):
+    """Counts steps refused for a NaN or infinity, and stops a run that has left the numbers for good.
+
+    Args:
+        saver: has the newest checkpoint, which is named when the run stops.
+
+    """
+
+    def __init__(self, saver: SaveCheckpoints) -> None:
+        self._saver = saver
+        self._in_a_row = 0
+
+    def after_step(self, run: RunState) -> None:
+        if not step_was_refused(run.trainer.engine):
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        run.log.event("refused", step=run.step, in_a_row=self._in_a_row)
+        run.log.print(f"step {run.step} refused: a NaN or infinity in the loss or the gradient")
+        if self._in_a_row >= run.config.optimization.max_bad_steps:
+            self._saver.commit(run)
+            good = newest_complete(run.inputs.folder.path)
+            raise UserError(
+                f"{self._in_a_row} steps in a row had a NaN or infinity, the last was {run.step}. Last good "
+                f"checkpoint: {good.path if good else 'none'}. Lower --learning_rate, or use --bf16 "
+                "instead of fp16."
+            )

@@ -1,0 +1,105 @@
+"""Protection in a run: importance measured on its corpus or read where it was measured before."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dga_scale.config.methods.das import DASSettings
+from dga_scale.config.methods.shared import ProtectionSettings
+from dga_scale.corpus.loading.batches import Batch, EvalBatches
+from dga_scale.errors import UserError
+from dga_scale.preservation.importance import Importance
+from dga_scale.train.seeds import IMPORTANCE_STREAM, seed_everything
+from dga_scale.train.trainer import Trainer
+
+ADAM_UNDOES_GRADIENT_MASKS = (
+    "soft_mask gradient (the papers' formula): AdamW divides each gradient by its own running size, so it "
+    "largely undoes a constant factor on it; effective protection is logged. --soft_mask update masks the "
+    "step that AdamW makes instead."
+)
+
+
+def protect(trainer: Trainer) -> None:
+    """Measure importance, or read it where this run has measured it before, and protect the units.
+
+    Raises:
+        UserError: on every rank; importance that can't be measured, or is missing where a run resumes.
+    """
+    if not trainer.method.kinds:
+        return
+    settings, cluster, protection = _settings(trainer), trainer.cluster, trainer.protection
+    prior = settings.prior_importance if isinstance(settings, DASSettings) else None
+    if prior:
+        earlier = cluster.run_on_all(lambda: [Importance.load(path) for path in prior])
+    else:
+        path = trainer.inputs.folder.importance
+        known = cluster.run_on_all(lambda: _known_importance(path, trainer.resumes_own_folder))
+        earlier = [known or measure(trainer, "proxy_kl", path)]
+    importance = protection.protect(*earlier, squash=settings.importance_squash)
+    trainer.log.importance(importance.values, protection.a)
+    if protection.soft_mask == "gradient":
+        trainer.log.print(ADAM_UNDOES_GRADIENT_MASKS)
+
+
+def measure(trainer: Trainer, loss: str, path: Path) -> Importance:
+    """Measure importance for general knowledge ("proxy_kl") or the domain ("mlm"), and save it at ``path``.
+
+    Raises:
+        UserError: see ``Protection.measure``.
+    """
+    settings, inputs, cluster = _settings(trainer), trainer.inputs, trainer.cluster
+    batches = EvalBatches(
+        inputs.corpus,
+        inputs.masking,
+        batch_size=inputs.resolved.micro_batch_size,
+        rank=cluster.rank,
+        world_size=cluster.world_size,
+        max_rows=settings.importance_samples,
+    )
+
+    def on_device() -> Iterator[Batch]:
+        for batch in trainer.log.track(batches, len(batches), "importance"):
+            yield batch.to(cluster.device)
+
+    rows = min(settings.importance_samples, len(inputs.corpus))
+    shapes = {kind: trainer.anatomy.unit_shape(kind) for kind in trainer.method.kinds}
+    units = [f"{layers} x {size} {kind}" for kind, (layers, size) in shapes.items()]
+    trainer.log.print(f"measuring the importance of {', '.join(units)} on {rows} rows")
+    # Proxy KL compares two dropout draws; the LM loss is measured without.
+    trainer.model.train(loss == "proxy_kl")
+    seed_everything(trainer.config.run.seed, IMPORTANCE_STREAM, 0, cluster.rank)
+    importance = trainer.protection.measure(
+        on_device(),
+        model=trainer.engine.module,
+        loss=loss,
+        distribution=settings.importance_distribution,
+        settings={
+            "model": trainer.config.model.model,
+            "corpus": inputs.corpus.content_hash,
+            "seed": trainer.config.run.seed,
+        },
+    )
+    trainer.model.train()
+    cluster.run_on_first(lambda: importance.save(path))
+    return importance
+
+
+def measure_after(trainer: Trainer) -> None:
+    """Measure what the domain needs, after the last step, where the method says so and it was not yet."""
+    path = trainer.inputs.folder.importance_after
+    if trainer.method.measures_after and not trainer.cluster.run_on_first(path.exists):
+        measure(trainer, "mlm", path)
+
+
+def _settings(trainer: Trainer) -> ProtectionSettings:
+    settings = trainer.config.method
+    assert isinstance(settings, ProtectionSettings), f"{trainer.method.name} has kinds and no such settings"
+    return settings
+
+
+def _known_importance(path: Path, needed: bool) -> Importance | None:
+    if needed and not path.exists():
+        raise UserError(
+            f"{path} is missing: the importance that this run protects was measured on the model that it "
+            "started from. Restore it, or start anew in another --output_dir"
+        )
+    return Importance.load(path) if path.exists() else None
