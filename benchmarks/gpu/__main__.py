@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.gpu.packages import advice, missing, run_with
+from benchmarks.gpu.packages import advice, missing, refuse, run_with
 
 
 def start() -> None:
@@ -16,11 +16,11 @@ def start() -> None:
     if options.wheels:
         sys.exit(run_with(options.wheels, [*rest, *(["--smoke"] if options.smoke else [])]))
     if lacking := missing():
-        sys.exit(advice(lacking))
+        refuse(advice(lacking))
     import torch
 
     if not (torch.cuda.is_available() or options.smoke or {"-h", "--help"} & {*rest}):
-        sys.exit(f"torch {torch.__version__} sees no GPU. --smoke tries the benchmark on a CPU")
+        refuse(f"torch {torch.__version__} sees no GPU. --smoke tries the benchmark on a CPU")
     from benchmarks.gpu.benchmark import main
     from dga_scale.errors import run_main
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import NoReturn
 
 from pip._vendor.packaging.requirements import Requirement
 
@@ -61,11 +62,19 @@ def advice(lacking: Sequence[str]) -> str:
     ])  # fmt: skip
 
 
+def refuse(message: str) -> NoReturn:
+    """End as our programs end for a mistake of the user's; their own code can't be imported yet."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def run_with(wheels: Path, arguments: Sequence[str]) -> int:
     """Run the benchmark with the wheels of a folder installed for as long as it runs; its exit code."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+    files = sorted(map(str, wheels.glob("*.whl")))
+    if not files:
+        refuse(f"--wheels {wheels}: there is no file *.whl in it. Give the folder of the downloaded wheels.")
     with tempfile.TemporaryDirectory() as site:
-        files = map(str, sorted(wheels.glob("*.whl")))
         subprocess.run([*pip, "--no-deps", "--no-compile", "--upgrade", "--target", site, *files], check=True)
         path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
