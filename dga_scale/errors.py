@@ -1,4 +1,4 @@
-"""The one error a user sees, and how every entry point ends on it."""
+"""The error for mistakes of the user, and the frame of every entry point that reports it."""
 
 import os
 import re
@@ -20,14 +20,17 @@ _SECRETS = (
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message names the value (file and line where there is one),
-    why it can't be used, and what to do instead. Shown without a traceback."""
+    """A mistake that the user can fix; it is shown without a traceback.
+
+    The message names the value (with file and line where there is one), why it can't be used, and what to do
+    instead.
+    """
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and exit with its code; a ``UserError`` prints one line and exits with 2.
 
-    Whatever the caller's umask, nothing that it writes can be written by everybody.
+    The umask is tightened, so that no other user can write the files of a run whatever the caller's umask.
     """
     os.umask(os.umask(0o077) | 0o002)
     try:
@@ -39,7 +42,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
 
 def without_secrets(text: str) -> str:
-    """Blank out passwords and tokens that a message quotes from an address: logs outlive runs."""
+    """Blank out passwords and tokens that a message quotes from an address, because logs outlive runs."""
     for pattern in _SECRETS:
         text = pattern.sub(lambda found: f"{found[1] if found.re.groups else ''}***", text)
     return text

@@ -115,16 +115,16 @@ class RunFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content in one step: readers see the old or the new, never a part."""
+    """Replace a file's content in one step: readers see the old or the new content, whole."""
     replace_file(path, text.encode())
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``output`` on leaving: that appears whole or not at all.
+    """Yield a folder to write into that becomes ``output`` at the end: whole or not at all.
 
     Raises:
-        UserError: ``output`` exists, or can't be written.
+        UserError: ``output`` exists already, or can't be written.
     """
     if output.exists():
         raise UserError(f"--output {output} exists already. Give a new folder, or remove it.")

@@ -226,13 +226,13 @@ def test_mpiexec_on_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
 
 @pytest.mark.hosts
 def test_hosts_that_can_not_be_connected_say_so(hosts: Hosts, tmp_path: Path) -> None:
-    """The ranks meet; then each is told to listen where the other can't reach it."""
+    """Each rank finds the other, but listens at an address that the other can't reach."""
     variables = "RANK=%n WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=alpha MASTER_PORT=29600 GLOO_SOCKET_IFNAME=lo"
     join = " ".join([sys.executable, *joining(tmp_path, seconds=20)])
     command = f"cd {REPOSITORY} && {variables} {join} 2>&1 || true"
     said = hosts.run("alpha", ["pdsh", "-R", "ssh", "-w", "alpha,beta", command], tmp_path, timeout=200)
-    assert "on alpha has met the others, but could not be connected with all of them" in said
-    assert "on beta has met the others" in said
+    assert "on alpha found the other ranks, but could not connect to all of them" in said
+    assert "on beta found the other ranks" in said
     assert "GLOO_SOCKET_IFNAME" in said
 
 

@@ -28,7 +28,7 @@ from dga_scale.errors import UserError
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import single_process
 from dga_scale.preservation.importance import Importance
-from dga_scale.storage.safetensors_stream import PieceReader
+from dga_scale.storage.safetensors_stream import SegmentReader
 from dga_scale.train.callbacks import ProtectUnits, RunState
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.trainer import Trainer
@@ -136,7 +136,7 @@ def final_state(run: Path) -> tuple[dict[str, Tensor], set[str]]:
     checkpoint = newest_verified(run, single_process())
     assert checkpoint is not None
     assert checkpoint.step == STEPS
-    with PieceReader(checkpoint.shards) as reader:
+    with SegmentReader(checkpoint.shards) as reader:
         state = {key: reader.full(key) for key in reader.stored}
         return state, {metadata["optimizer_step"] for metadata in reader.metadata}
 

@@ -18,7 +18,7 @@ from dga_scale.checkpoint.store import Checkpoint, checkpoint_path, newest_verif
 from dga_scale.errors import UserError
 from dga_scale.launch.world import single_process
 from dga_scale.run_folder import new_folder, write_text
-from dga_scale.storage.safetensors_stream import Entry, PieceReader, write_model_files, write_safetensors
+from dga_scale.storage.safetensors_stream import Entry, SegmentReader, write_model_files, write_safetensors
 
 WEIGHT = "weight:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,7 +35,7 @@ def consolidate(run_dir: Path, step: int | None, output: Path, dtype: str = "flo
         UserError: no such checkpoint, a damaged one (naming the file), ``output`` exists, the disk is full.
     """
     checkpoint = _chosen(run_dir, step)
-    with new_folder(output) as folder, PieceReader(checkpoint.shards) as reader:
+    with new_folder(output) as folder, SegmentReader(checkpoint.shards) as reader:
         shutil.copytree(checkpoint.path / MODEL, folder)
         _write_weights(folder, reader, dtype)
         write_text(folder / "README.md", model_card(run_dir, checkpoint.step, folder / "config.json"))
@@ -55,7 +55,7 @@ def _chosen(run_dir: Path, step: int | None) -> Checkpoint:
     return found
 
 
-def _write_weights(folder: Path, reader: PieceReader, dtype: str) -> None:
+def _write_weights(folder: Path, reader: SegmentReader, dtype: str) -> None:
     """Write the weights as ``dtype``, and say so in the config."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
     write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")

@@ -18,7 +18,7 @@ from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.preservation.anchors import FragmentKey, key_of
 from dga_scale.preservation.fragments import Fragment
-from dga_scale.storage.safetensors_stream import Entry, FileRecord, PieceReader, write_safetensors
+from dga_scale.storage.safetensors_stream import Entry, FileRecord, SegmentReader, write_safetensors
 
 
 def save_fisher(
@@ -52,10 +52,10 @@ def save_fisher(
             return {}
         measured = [f for f in fragments if key_of(f) in values]
         entries = [_entry(f.name, values[key_of(f)]) for f in measured]
-        pieces = json.dumps({f.name: (f.start, f.shape) for f in measured})
+        segments = json.dumps({f.name: (f.start, f.shape) for f in measured})
         path = temporary / f"rank-{cluster.rank:05d}.safetensors"
         try:
-            return {path.name: write_safetensors(path, entries, {"pieces": pieces})}
+            return {path.name: write_safetensors(path, entries, {"segments": segments})}
         except OSError as error:
             raise UserError(
                 f"the Fisher {path} could not be written: {error.strerror or error}. Free disk space, or "
@@ -93,7 +93,7 @@ def load_fisher(folder: Path, fragments: Sequence[Fragment], cluster: Cluster) -
 
 def _read(folder: Path, fragments: Sequence[Fragment]) -> dict[FragmentKey, Tensor]:
     values = {}
-    with PieceReader(sorted(folder.glob("rank-*.safetensors"))) as reader:
+    with SegmentReader(sorted(folder.glob("rank-*.safetensors"))) as reader:
         for fragment in fragments:
             own = torch.empty_like(fragment.values, dtype=torch.float32)
             stored = reader.stored.get(fragment.name)

@@ -33,7 +33,13 @@ from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.run_folder import write_text
 from dga_scale.storage.atomic import sync
-from dga_scale.storage.safetensors_stream import Entry, FileRecord, PieceReader, record_of, write_safetensors
+from dga_scale.storage.safetensors_stream import (
+    Entry,
+    FileRecord,
+    SegmentReader,
+    record_of,
+    write_safetensors,
+)
 from dga_scale.zero.engine import Engine
 from dga_scale.zero.shards import equal_share, frozen_shares, local_shards, refresh_model_weights
 
@@ -199,7 +205,7 @@ def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict
                 add(f"weight:{name}", 0, tuple(buffer.shape), buffer.reshape(-1))
     assert len(optimizer_steps) <= 1, f"parameters have made different numbers of steps: {optimizer_steps}"
     step = str(optimizer_steps.pop()) if optimizer_steps else ""
-    return entries, {"pieces": json.dumps(places), "optimizer_step": step}
+    return entries, {"segments": json.dumps(places), "optimizer_step": step}
 
 
 @torch.no_grad()
@@ -221,7 +227,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, cluster: Cluster) ->
 
 
 def _load_shard(engine: Engine, checkpoint: Checkpoint) -> None:
-    with PieceReader(checkpoint.shards) as reader:
+    with SegmentReader(checkpoint.shards) as reader:
         for name, buffer in engine.module.lm.named_buffers():
             if f"weight:{name}" in reader.stored:
                 reader.read(f"weight:{name}", 0, buffer.view(-1))

@@ -1,7 +1,7 @@
-"""How many threads a rank computes with: the ranks of a machine share its cores.
+"""Set how many threads a rank computes with: the ranks of a machine share its cores.
 
-Left alone, torch takes all cores on every rank: with 8 ranks each core is wanted eight times, for CPU ranks
-in every operation, beside GPUs in an offloaded optimizer.
+By default torch takes all cores on every rank. With 8 ranks each core is then oversubscribed eight times: on
+CPUs in every operation, beside GPUs in an offloaded optimizer.
 """
 
 import os
@@ -13,28 +13,29 @@ from typing import Any
 
 import torch
 
-_SET = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Variables by which users (and torchrun, which sets 1) decide on threads themselves."""
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""The variables by which users (and torchrun, which sets 1) decide on threads themselves."""
 
-Rank = tuple[str, frozenset[int], Fraction | None]
-"""What a rank says of itself: its host, the cores it may use, and how many at a time (None: all)."""
+RankCores = tuple[str, frozenset[int], Fraction | None]
+"""The cores of a rank: its host, the cores it may use, and how many at a time (None: all of them)."""
 
 
 def share_cores(all_gather_object: Callable[[Any], list[Any]]) -> None:
-    """Take this rank's share of its machine's cores; every rank has to call it.
+    """Limit torch's threads to this rank's share of its machine's cores; every rank has to call it.
 
-    ``OMP_NUM_THREADS``, and a smaller number that torch was given, win.
+    ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS`` take precedence, and so does a smaller number that torch was
+    given.
     """
     own = (socket.gethostname(), frozenset(os.sched_getaffinity(0)), cpu_limit(Path("/sys/fs/cgroup")))
-    ranks: list[Rank] = all_gather_object(own)
-    if not any(name in os.environ for name in _SET):
+    ranks: list[RankCores] = all_gather_object(own)
+    if not any(name in os.environ for name in _THREAD_VARIABLES):
         torch.set_num_threads(min(torch.get_num_threads(), share(own, ranks)))
 
 
-def share(own: Rank, ranks: list[Rank]) -> int:
-    """How many cores a rank gets of those it may use, each divided among the ranks that may use it too.
+def share(own: RankCores, ranks: list[RankCores]) -> int:
+    """Return how many cores a rank gets: each core is divided among the ranks that may use it; at least 1.
 
-    Launchers bind ranks to cores of their own, or let all use all. At least 1.
+    Launchers either bind each rank to cores of its own or let all ranks use all cores.
     """
     host, cores, limit = own
     beside = [others for name, others, _ in ranks if name == host]
@@ -45,7 +46,7 @@ def share(own: Rank, ranks: list[Rank]) -> int:
 
 
 def cpu_limit(root: Path) -> Fraction | None:
-    """Cores' worth of time that a container gets, by cgroups' version 2 or 1; None: no limit."""
+    """Return how many cores' worth of time a container gets, by cgroups version 2 or 1; None: no limit."""
     try:
         if (root / "cpu.max").exists():
             quota, period = (root / "cpu.max").read_text().split()

@@ -1,6 +1,6 @@
-"""Which rank of how many this process is, as the launcher that started it says: from the environment alone.
+"""Find out which rank of how many this process is, from the launcher's environment variables alone.
 
-Read in this order, the first that applies:
+The launchers are tried in this order, and the first that applies counts:
 
 =================  ==================================================================================
 launcher           variables
@@ -28,10 +28,10 @@ import psutil
 from dga_scale.errors import UserError
 
 DEFAULT_PORT = 29500
-"""torch's own."""
+"""The default port of torch's own launchers."""
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFFA
-"""SLURM's numbers of the steps that are no srun's: interactive, batch, extern."""
+"""The first of SLURM's special step numbers (interactive, batch, extern), which are not srun's steps."""
 
 _MPI_VARIABLES = {
     "mpirun": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
@@ -50,14 +50,15 @@ class LaunchInfo:
     local_rank: int
     local_world_size: int
     master_addr: str | None
-    """None: not known from the environment; rank 0 has to tell it through MPI, and a port with it."""
+    """The address of rank 0's host; None: the environment has none, and rank 0 broadcasts one through MPI."""
     master_port: int
 
 
 def read_launch_info(env: Mapping[str, str]) -> LaunchInfo:
-    """Read who this process is among the ranks from a launcher's variables, without starting anything.
+    """Read rank and world size of this process from a launcher's variables, without starting anything.
 
-    Raises ``UserError`` naming the variables that are missing, not numbers, or in contradiction.
+    Raises:
+        UserError: variables are missing, are not numbers, or contradict each other; each is named.
     """
     info = _torch_info(env) or _scheduler_info(env)
     if info is None:
@@ -72,13 +73,13 @@ def read_launch_info(env: Mapping[str, str]) -> LaunchInfo:
 
 
 def _torch_info(env: Mapping[str, str]) -> LaunchInfo | None:
-    ours = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in env]
-    if not ours:
+    present = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in env]
+    if not present:
         return None
     missing = [name for name in _TORCH_VARIABLES if name not in env]
     if missing:
         raise UserError(
-            f"{', '.join(ours)} set but not {', '.join(missing)}: a distributed run needs all of "
+            f"{', '.join(present)} set but not {', '.join(missing)}: a distributed run needs all of "
             f"{', '.join(_TORCH_VARIABLES)}; unset them for a single process, or start with deepspeed "
             "or torchrun"
         )
@@ -109,7 +110,7 @@ def _torch_info(env: Mapping[str, str]) -> LaunchInfo | None:
 
 
 def _check_same_ranks(info: LaunchInfo, scheduler: LaunchInfo) -> None:
-    """Ranks set by hand or by a wrapper script have to be those that MPI or SLURM started."""
+    """Check that ranks set by hand or by a wrapper script are those that MPI or SLURM started."""
     if info.world_size > scheduler.world_size:
         raise UserError(
             f"WORLD_SIZE={info.world_size}, but {scheduler.launcher} started {scheduler.world_size} "
@@ -125,14 +126,14 @@ def _check_same_ranks(info: LaunchInfo, scheduler: LaunchInfo) -> None:
 
 
 def _check_one_run(launcher: str, nodes: int, scheduler: LaunchInfo) -> None:
-    """A launcher that MPI or SLURM started on each node has to count them all as one run's."""
+    """Check that a launcher that MPI or SLURM started on each node counts all nodes as one run's."""
     if scheduler.world_size in (1, nodes):
         return
-    mend = "give it --nnodes and one --rdzv_endpoint" if launcher == "torchrun" else "start it once, alone"
+    fix = "give it --nnodes and one --rdzv_endpoint" if launcher == "torchrun" else "start it once, alone"
     raise UserError(
         f"{scheduler.launcher} started {launcher} {scheduler.world_size} times, each for a run of its own on "
-        f"{nodes} node{'s' if nodes > 1 else ''}: {mend}, or start python with {scheduler.launcher} in place "
-        f"of {launcher}"
+        f"{nodes} node{'s' if nodes > 1 else ''}: {fix}, or start python instead of {launcher} with "
+        f"{scheduler.launcher}"
     )
 
 
@@ -186,17 +187,21 @@ def _slurm_info(env: Mapping[str, str]) -> LaunchInfo | None:
 
 
 def _slurm_local_size(env: Mapping[str, str], local_rank: int) -> int:
-    """Tasks on this node, from the form ``2(x3),1`` that SLURM gives for all nodes."""
+    """Return the number of tasks on this node; SLURM gives all nodes' numbers in the form ``2(x3),1``."""
     counts: list[int] = []
-    for part in env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "")).split(","):
-        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+    for item in env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "")).split(","):
+        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item):
             counts += [int(found[1])] * int(found[2] or 1)
     node = int(env.get("SLURM_NODEID", "0"))
     return counts[node] if node < len(counts) else local_rank + 1
 
 
 def first_host(hostlist: str) -> str:
-    """Take the first host of a SLURM host list: ``node[003-010,12],other`` -> ``node003``."""
+    """Return the first host of a SLURM host list: ``node[003-010,12],other`` -> ``node003``.
+
+    Raises:
+        UserError: the text is not a SLURM host list.
+    """
     found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", hostlist)
     if found is None:
         raise UserError(
@@ -217,13 +222,13 @@ def _integer(env: Mapping[str, str], name: str) -> int:
 def _port_of(job: str) -> int:
     """Choose a port that all processes of a job agree on, and that two jobs rarely share.
 
-    Below the ports that Linux gives to outgoing connections (32768 and up).
+    It lies below the ports that Linux gives to outgoing connections (32768 and up).
     """
     return 20000 + zlib.crc32(job.encode()) % 12000
 
 
 def _ancestor_without(variable: str) -> str:
-    """The nearest ancestor that a launcher's variable is unknown to: on a node the same for all its ranks."""
+    """Return the id of the nearest ancestor without the variable, which all ranks of a node share."""
     return next((str(p.pid) for p in psutil.Process().parents() if not _knows(p, variable)), "")
 
 

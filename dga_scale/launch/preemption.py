@@ -1,4 +1,4 @@
-"""Stopping on request: a signal to any one rank ends the run after a step, with everything saved."""
+"""Stop on request: a signal to any one rank ends the run after a step, with everything saved."""
 
 import os
 import signal
@@ -14,31 +14,34 @@ from torch import Tensor
 from dga_scale.launch.world import Cluster
 
 EXIT_STOPPED = 75
-"""Exit code of a run that saved and stopped on a signal; running the same command goes on (EX_TEMPFAIL)."""
+"""Exit code of a run that saved and stopped on a signal; the same command resumes it (EX_TEMPFAIL)."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 ONE_REQUEST = 1.0
-"""Seconds in which signals count as one request: launchers pass it on in several ways. Ctrl-C reaches a rank
-from the terminal and from deepspeed, SLURM's signal directly and from the process that holds a container."""
+"""Seconds within which signals count as one request, because launchers forward it in several ways.
+
+Ctrl-C reaches a rank from the terminal and from deepspeed; SLURM's signal arrives directly and from the
+process that holds a container.
+"""
 
 
 class StopRequest:
-    """Remembers a stop signal; a second one, more than ``ONE_REQUEST`` later, leaves at once.
+    """Remembers a stop signal; a second one, more than ``ONE_REQUEST`` later, ends the process at once.
 
-    Committed checkpoints are never touched in place: leaving at once loses only the steps since the last. A
-    thread hears the signals, so that the second one works while the main thread waits for other ranks.
+    Committed checkpoints are never changed in place, so ending at once costs only the steps since the last
+    one. A thread receives the signals: the second one works while the main thread waits for other ranks.
 
-    In a SLURM step no signal does that: SIGTERM follows SIGUSR1 at the time limit, and comes again at the end
-    of a preemption's grace, and SLURM itself kills what is left KillWait seconds later. A save under way gets
-    that time.
+    In a SLURM step no second signal ends the process: SIGTERM follows SIGUSR1 at the time limit and comes
+    again at the end of a preemption's grace period, and SLURM itself kills what is left KillWait seconds
+    later. A save that is being written gets that time.
 
-    Use as a context manager: the former handlers come back at the end. Entered inside another one it is that
-    one: what was asked for earlier is not forgotten.
+    Used as a context manager, it restores the former handlers at the end. Entered inside another request, it
+    returns that one, so that an earlier signal is not forgotten.
 
     Args:
-        joined: False where this rank has still to find the others: until ``joined`` is set, a signal leaves
-            at once with ``EXIT_STOPPED``, as nothing was begun that could be lost.
+        joined: False where this rank has not joined the others yet: until ``joined`` is set, a signal ends
+            the process at once with ``EXIT_STOPPED``, because no work is lost.
 
     """
 
@@ -56,17 +59,17 @@ class StopRequest:
         ours, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._former_wake = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self._former = {number: signal.signal(number, _by_the_thread) for number in STOP_SIGNALS}
+        self._former = {number: signal.signal(number, _leave_to_thread) for number in STOP_SIGNALS}
         Thread(target=self._listen, args=(ours,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if StopRequest._entered is self:
-            self.forget()
+            self.restore_handlers()
             self._wake.close()
 
-    def forget(self) -> None:
-        """Put the former handlers back."""
+    def restore_handlers(self) -> None:
+        """Restore the signal handlers that were there before."""
         StopRequest._entered = None
         for number, handler in self._former.items():
             signal.signal(number, handler)
@@ -88,31 +91,31 @@ class StopRequest:
             os._exit(128 + number)
 
 
-def _by_the_thread(number: int, frame: FrameType | None) -> None:
-    """Do nothing: Python has written the signal's number where ``StopRequest`` listens."""
+def _leave_to_thread(number: int, frame: FrameType | None) -> None:
+    """Do nothing: Python has written the signal's number to the socket that ``StopRequest`` reads."""
 
 
-def _forget_in_a_child() -> None:
-    # A worker that is ended by SIGTERM has to die of it, and must not be heard by its parent.
+def _restore_handlers_in_child() -> None:
+    # SIGTERM has to end a worker process, and its parent must not take the signal for its own.
     if StopRequest._entered is not None:
-        StopRequest._entered.forget()
+        StopRequest._entered.restore_handlers()
 
 
-os.register_at_fork(after_in_child=_forget_in_a_child)
+os.register_at_fork(after_in_child=_restore_handlers_in_child)
 
 
 class StopConsensus:
-    """All ranks stop after the same step, whichever of them got the signal.
+    """Makes all ranks stop after the same step, whichever of them received the signal.
 
-    The flag travels with the loss terms in the one small reduction that a step makes anyway, and is read one
-    step later, when it has long arrived: no device is waited for. So does how many saves were written. What
-    each rank has to say for the log goes along too.
+    The stop flag is reduced together with the loss terms, in the one small reduction that a step makes
+    anyway, and is read one step later, when the copy is complete: the host never waits for the device. The
+    number of saves written and the per-rank numbers for the log are reduced with it.
     """
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._flags: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
         self._previous = [0.0, 0.0]
 
     def average(
@@ -122,54 +125,55 @@ class StopConsensus:
         saves_written: int = 0,
         own: dict[str, float] | None = None,
     ) -> dict[str, Tensor]:
-        """Mean of each term (a scalar) over ranks; remembers whether any rank asked to stop.
+        """Average each term over the ranks, and remember whether any rank asked to stop.
 
         Every rank has to call it once a step.
 
         Args:
-            terms: of this rank.
-            requested: whether this rank is asked to stop.
-            saves_written: by this rank since the run began.
-            own: numbers of this rank that all are to see: each comes back as (ranks,), in rank order. All
-                ranks have to give the same names.
+            terms: The loss terms of this rank, each a scalar tensor.
+            requested: Whether this rank was asked to stop.
+            saves_written: The number of saves that this rank has written since the run began.
+            own: Numbers of this rank that all ranks are to see. All ranks have to give the same names.
 
+        Returns:
+            The mean of each term, a scalar, and each name of ``own`` with a tensor (ranks,) in rank order.
         """
         self._previous = self._read()
         cluster, own = self._cluster, own or {}
         # Filled on the device: a copy of a tensor made here would wait for what the device is doing.
         flags = torch.zeros(2, device=cluster.device)
         ranks = torch.zeros(len(own), cluster.world_size, device=cluster.device)
-        for place, value in zip(
+        for entry, value in zip(
             (*flags, *ranks[:, cluster.rank]), (requested, saves_written, *own.values()), strict=True
         ):
-            place.fill_(float(value))
+            entry.fill_(float(value))
         sums = cluster.sum(
             torch.cat([torch.stack([t.float() for t in terms.values()]), flags, ranks.flatten()])
         )
         means, flags, ranks = sums.split([len(terms), 2, ranks.numel()])
         self._flags = flags.to("cpu", non_blocking=True)
         if cluster.device.type == "cuda":
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._copied = torch.cuda.Event()
+            self._copied.record()
         found = dict(zip(terms, means / cluster.world_size, strict=True))
         return found | dict(zip(own, ranks.view(len(own), cluster.world_size), strict=True))
 
     def now(self, requested: bool) -> bool:
-        """Whether any rank asks to stop, where nothing else is being reduced; every rank has to call it."""
+        """Return whether any rank asks to stop, with a reduction of its own; every rank has to call it."""
         return bool(self._cluster.sum(torch.tensor(float(requested), device=self._cluster.device)) > 0)
 
     def reached(self) -> bool:
-        """Whether a rank had asked to stop at the step before the last one that was averaged."""
+        """Return whether any rank had asked to stop at the step before the last averaged one."""
         return self._previous[0] > 0
 
     def written(self, saves: int) -> bool:
-        """Whether all ranks had written so many saves at that step."""
+        """Return whether all ranks had written ``saves`` saves at the step before the last averaged one."""
         return self._previous[1] == saves * self._cluster.world_size
 
     def _read(self) -> list[float]:
         if self._flags is None:
             return [0.0, 0.0]
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         flags: list[float] = self._flags.tolist()
         return flags

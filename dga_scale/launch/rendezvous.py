@@ -1,7 +1,7 @@
-"""The ranks of a run find each other, and say what is wrong where they can't.
+"""Rendezvous of a run's ranks, with a clear error where it fails.
 
-Before any process group is up they meet in a key-value store that rank 0 holds at the master address
-(torchrun holds one itself). Rank 0 looks at who came, and all get its verdict.
+Before any process group exists, each rank writes a ``RankInfo`` into a key-value store that rank 0 serves at
+the master address (torchrun serves one itself). Rank 0 checks the entries, and all ranks read the result.
 """
 
 import json
@@ -19,53 +19,54 @@ from dga_scale.launch.environment import LaunchInfo
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 """How long the ranks wait for the last of them to start, and then for their connections."""
-_GOODBYE = timedelta(seconds=10)
+_RESULT_TIMEOUT = timedelta(seconds=10)
+"""How long rank 0 keeps a store with an error open for the others, and how much longer these wait for it."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What a rank says of itself."""
+    """What a rank publishes about itself in the rendezvous."""
 
     launcher: str
     world_size: int
     host: str
     own_address: str
-    """What its host name means there; other nodes' gloo is told to connect to it."""
+    """The address its host name resolves to on that host, to which gloo on other nodes connects."""
     gpu: str | None
-    """The name that tells its GPU from all others."""
+    """The unique id of its GPU; None: the rank computes on CPUs."""
 
 
 def rendezvous(info: LaunchInfo, address: str, port: int, gpu: str | None, timeout: timedelta) -> dist.Store:
-    """Wait for all ranks; the store that they share, for a process group.
+    """Wait for all ranks, check that they fit together, and return their shared store for a process group.
 
     Raises:
-        UserError: on every rank that is there, where one is missing, comes twice, counts otherwise than rank
-            0, has another's GPU, or can't be reached.
+        UserError: a rank is missing, joined twice, has another world size than rank 0, shares a GPU with
+            another rank, or can't be reached. Every rank that joined raises it.
     """
     if info.world_size == 1:
         return dist.HashStore()
     store = _open_store(info, address, port, timeout)
     host = socket.gethostname()
     own = RankInfo(info.launcher, info.world_size, host, _address_of(host), gpu)
-    if store.add(f"came/{info.rank}", 1) > 1:
+    if store.add(f"joined/{info.rank}", 1) > 1:
         first = json.loads(store.get(f"rank/{info.rank}"))["host"]
         raise UserError(
-            f"two processes call themselves rank {info.rank}, on {first} and on {host}: another run meets "
-            f"at {address}:{port} too (give this one another MASTER_PORT), or RANK or --node_rank was given "
+            f"two processes are rank {info.rank}, on {first} and on {host}: another run uses "
+            f"{address}:{port} too (give this one another MASTER_PORT), or RANK or --node_rank was given "
             "twice"
         )
     store.set(f"rank/{info.rank}", json.dumps(asdict(own)))
     if info.rank == 0:
-        verdict = _judge(store, info.world_size, timeout)
-        store.set("verdict", verdict)
+        problem = _find_problem(store, info.world_size, timeout)
+        store.set("problem", problem)
     else:
-        store.set_timeout(timeout + _GOODBYE)
-        verdict = store.get("verdict").decode()
-    store.add("heard", 1)
-    if verdict:
+        store.set_timeout(timeout + _RESULT_TIMEOUT)
+        problem = store.get("problem").decode()
+    store.add("read", 1)
+    if problem:
         if info.rank == 0:
-            _let_all_hear(store, info.world_size)
-        raise UserError(verdict)
+            _wait_for_readers(store, info.world_size)
+        raise UserError(problem)
     first = RankInfo(**json.loads(store.get("rank/0")))
     if own.world_size != first.world_size:
         raise UserError(_other_size(info.rank, own, first))
@@ -73,9 +74,9 @@ def rendezvous(info: LaunchInfo, address: str, port: int, gpu: str | None, timeo
 
 
 def _open_store(info: LaunchInfo, address: str, port: int, timeout: timedelta) -> dist.Store:
-    held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host = socket.gethostname()
-    master = info.rank == 0 and not held_by_torchrun
+    master = info.rank == 0 and not served_by_torchrun
     try:
         store = dist.TCPStore(
             address, port, is_master=master, timeout=timeout, wait_for_workers=False, multi_tenant=master
@@ -84,8 +85,8 @@ def _open_store(info: LaunchInfo, address: str, port: int, timeout: timedelta) -
         reason = " ".join(str(error).split())
         if master:
             raise UserError(
-                f"rank 0 on {host} can't open port {port} for the others ({reason}): another run may have "
-                "it; give this one another MASTER_PORT (deepspeed and torchrun: --master_port)"
+                f"rank 0 on {host} can't open port {port} for the other ranks ({reason}): another run may "
+                "use it; give this one another MASTER_PORT (deepspeed and torchrun: --master_port)"
             ) from None
         raise UserError(
             f"rank {info.rank} on {host} can't reach rank 0 at {address}:{port} ({reason}). Was it "
@@ -96,8 +97,8 @@ def _open_store(info: LaunchInfo, address: str, port: int, timeout: timedelta) -
     return dist.PrefixStore(f"dga_scale/{attempt}", store)
 
 
-def _judge(store: dist.Store, world_size: int, timeout: timedelta) -> str:
-    """What is wrong with the ranks that came in time; empty if nothing."""
+def _find_problem(store: dist.Store, world_size: int, timeout: timedelta) -> str:
+    """Describe what is wrong with the ranks that joined in time; empty where all is well."""
     keys = [f"rank/{rank}" for rank in range(world_size)]
     missing = []
     try:
@@ -109,11 +110,11 @@ def _judge(store: dist.Store, world_size: int, timeout: timedelta) -> str:
         rank: RankInfo(**json.loads(store.get(key))) for rank, key in enumerate(keys) if rank not in missing
     }
     if missing:
-        there = ", ".join(f"{rank} on {info.host}" for rank, info in list(ranks.items())[:8])
+        joined = ", ".join(f"{rank} on {info.host}" for rank, info in list(ranks.items())[:8])
         return (
-            f"{len(missing)} of {world_size} ranks did not come within {timeout.total_seconds():g} s: "
-            f"{_some(missing)} missing, there: {there}{', ...' if len(ranks) > 8 else ''}. Look at what "
-            "the missing ones printed; if one process was meant, unset RANK and WORLD_SIZE"
+            f"{len(missing)} of {world_size} ranks did not join within {timeout.total_seconds():g} s: "
+            f"{_some(missing)} missing, joined: {joined}{', ...' if len(ranks) > 8 else ''}. Read what "
+            "the missing ranks printed; if one process was meant, unset RANK and WORLD_SIZE"
         )
     return _contradiction(list(ranks.values()))
 
@@ -131,7 +132,7 @@ def _contradiction(ranks: Sequence[RankInfo]) -> str:
                 f"{first.launcher}: start all ranks of a run alike, and unset what an earlier launch left"
             )
         if info.gpu is None and first.gpu is not None:
-            return f"rank {rank} on {info.host} sees no GPU, rank 0 on {first.host} does: look at its driver"
+            return f"rank {rank} on {info.host} sees no GPU, rank 0 on {first.host} does: check its driver"
         if info.gpu is not None and info.gpu in gpus:
             return (
                 f"ranks {gpus[info.gpu]} and {rank} have the same GPU of {info.host}: start as many "
@@ -142,7 +143,7 @@ def _contradiction(ranks: Sequence[RankInfo]) -> str:
         unreachable = info.own_address.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ
         if first.gpu is None and many_hosts and unreachable:
             return (
-                f"{info.host} takes its own name for {info.own_address} (/etc/hosts), where other "
+                f"{info.host} resolves its own name to {info.own_address} (/etc/hosts), where other "
                 "hosts can't reach it: set GLOO_SOCKET_IFNAME to the interface between nodes (see ip addr)"
             )
     return ""
@@ -155,11 +156,11 @@ def _other_size(rank: int, info: RankInfo, first: RankInfo) -> str:
     )
 
 
-def _let_all_hear(store: dist.Store, world_size: int) -> None:
-    """Rank 0 holds the store: it stays until those who came have read the verdict."""
-    deadline = time.monotonic() + _GOODBYE.total_seconds()
-    came = sum(store.check([f"came/{rank}"]) for rank in range(world_size))
-    while store.add("heard", 0) < came and time.monotonic() < deadline:
+def _wait_for_readers(store: dist.Store, world_size: int) -> None:
+    """Keep rank 0, which serves the store, alive until the ranks that joined have read the problem."""
+    deadline = time.monotonic() + _RESULT_TIMEOUT.total_seconds()
+    joined = sum(store.check([f"joined/{rank}"]) for rank in range(world_size))
+    while store.add("read", 0) < joined and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

@@ -1,14 +1,14 @@
-"""A rank that is gone or stands still ends the others, which say which one it was.
+"""End all ranks when one of them is lost or hangs, with a message that says which one.
 
-Without it they would wait in their next collective for ``COLLECTIVE_TIMEOUT``, or end on the transport's
-"connection closed by peer".
+Without the watchdog the others would wait in their next collective for ``COLLECTIVE_TIMEOUT``, or end on the
+transport's "connection closed by peer".
 
-Every rank holds one connection to rank 0. Both ends send a line every few seconds from a thread of their own:
-long steps, saves and compilations do not delay it. A connection that closes without a goodbye means that the
-process has ended, and is noticed at once. One that is silent for ``heartbeat_timeout`` seconds means that the
-node is down, the network is cut, or the process is stopped (SIGSTOP). Rank 0 tells the others what it found,
-and they take its own silence for its end. The thread then prints one line and leaves the process, whose main
-thread may be stuck in a collective.
+Every rank holds one connection to rank 0. Both ends send a heartbeat every few seconds from a thread of their
+own, so that long steps, saves and compilations do not delay it. A connection that closes without a farewell
+means that the process has ended, which is noticed at once. One that is silent for ``heartbeat_timeout``
+seconds means that the node is down, the network is cut, or the process is stopped (SIGSTOP). Rank 0 sends the
+others what it found, and they take rank 0's own silence for its end. The thread then prints one line and ends
+the process, whose main thread may be stuck in a collective.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from dga_scale.errors import UserError, without_secrets
 from dga_scale.launch.world import Cluster, RankFailed
 
 EXIT_RANK_LOST = 76
-"""Exit code of a rank that ended because another one was lost; running the same command goes on."""
+"""Exit code of a rank that ended because another one was lost; the same command resumes the run."""
 
 BEATS = 6
-"""Beats in the time after which silence counts as an end."""
+"""The number of heartbeats in the time after which silence counts as a loss."""
 
 GRACE = 10.0
-"""Seconds a rank gets to end by itself after another one has ended on a user's mistake, which all share."""
+"""Seconds a rank gets to end by itself after another one ended on a user's mistake, which all may share."""
 
 _CONNECT_SECONDS = 60.0
 _LONGEST_LINE = 1 << 16
@@ -45,7 +45,7 @@ _last_step = 0
 
 
 def note_step(step: int) -> None:
-    """Remember the last finished step: when all ranks were last heard of."""
+    """Remember the last finished step, at which all ranks were known to be alive."""
     global _last_step
     _last_step = step
 
@@ -56,13 +56,13 @@ class _Peer:
 
     socket: socket.socket
     rank: int | None = None
-    """None: it has not said who it is yet."""
+    """The rank at the other end; None: it has not identified itself yet."""
     host: str = ""
     silent: float = 0.0
     buffer: bytearray = field(default_factory=bytearray)
 
     def send(self, message: dict[str, Any], last: bool = False) -> None:
-        # Lines are far smaller than a socket's buffer: one that does not take them is as good as gone.
+        # Lines are far smaller than a socket's buffer: a peer whose buffer is full is as good as lost.
         with contextlib.suppress(OSError):
             self.socket.send(json.dumps(message).encode() + b"\n")
             if last:
@@ -70,12 +70,12 @@ class _Peer:
 
 
 class Watchdog:
-    """Watches the ranks of a run while it is entered; with one rank there is nothing to watch.
+    """Watches the ranks of a run inside a ``with`` block; with one rank it does nothing.
 
     Args:
-        cluster: the ranks.
-        timeout: seconds of silence (``--heartbeat_timeout``); 0: no watchdog.
-
+        cluster: The ranks to watch.
+        timeout: The seconds of silence after which a rank counts as lost (``--heartbeat_timeout``); 0 turns
+            the watchdog off.
     """
 
     def __init__(self, cluster: Cluster, timeout: float) -> None:
@@ -89,7 +89,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
-        """Connect all ranks; where one can't be, say so and go on without."""
+        """Connect all ranks; where one can't connect, print why and run without the watchdog."""
         if not self._on:
             return self
         note_step(0)
@@ -97,17 +97,17 @@ class Watchdog:
         self._selector = selectors.DefaultSelector()
         self._stop, stopped = socket.socketpair()
         self._selector.register(stopped, selectors.EVENT_READ, "stop")
-        place = ("", 0, "")
+        endpoint = ("", 0, "")
         if cluster.rank == 0:
-            place = self._listen()
+            endpoint = self._listen()
             self._start()
-        address, port, self._token = cluster.broadcast_object(place)
+        address, port, self._token = cluster.broadcast_object(endpoint)
         problem = self._connect(address, port) if cluster.rank > 0 else ""
         problems = [p for p in cluster.all_gather_object(problem) if p]
         if problems:
-            self._leave_off()
+            self._stop_watching()
             if cluster.rank == 0:
-                print(f"no watchdog over the ranks: {problems[0]}", flush=True)
+                print(f"the watchdog is off: {problems[0]}", flush=True)
         elif cluster.rank > 0:
             self._start()
         return self
@@ -115,24 +115,24 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Say how this rank ends; where a collective failed, wait to hear which rank is the reason."""
+        """Send how this rank ends; after a failed collective wait to learn which rank is the reason."""
         if not self._on or self._thread is None:
             return
         if error is not None and _is_about_another_rank(error):
-            self._thread.join(self._timeout + GRACE)  # ends the process when the reason is known
+            self._thread.join(self._timeout + GRACE)  # the thread ends the process when the reason is known
         if error is None:
             last = {"end": "bye"}
         elif isinstance(error, UserError):
             last = {"end": "mistake", "reason": f"ended with: {error}"}
         else:
             last = {"end": "failure", "reason": f"failed: {type(error).__name__}: {error}"}
-        self._leave_off()
+        self._stop_watching()
         for peer in self._peers:
             peer.send(last)
             peer.socket.close()
 
     def _listen(self) -> tuple[str, int, str]:
-        """Open rank 0's port: its address for the others, and a word that they have to say."""
+        """Open rank 0's port; return its address, its number and the token that other ranks have to send."""
         alone = self._cluster.local_world_size == self._cluster.world_size
         address = "127.0.0.1" if alone else os.environ["MASTER_ADDR"]
         both = not alone and socket.has_dualstack_ipv6()
@@ -149,7 +149,7 @@ class Watchdog:
         return address, self._listener.getsockname()[1], self._token
 
     def _connect(self, address: str, port: int) -> str:
-        """Connect to rank 0; what is in the way, if something is."""
+        """Connect to rank 0, and return why that failed; empty where it worked."""
         try:
             connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
         except OSError as error:
@@ -176,8 +176,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def _leave_off(self) -> None:
-        """End the thread; the connections stay."""
+    def _stop_watching(self) -> None:
+        """End the thread; the connections stay open."""
         self._stop.send(b".")
         if self._thread is not None:
             self._thread.join()
@@ -193,14 +193,14 @@ class Watchdog:
                     return
                 if key.data == "new":
                     assert self._listener is not None
-                    with contextlib.suppress(OSError):  # who knocked has gone
+                    with contextlib.suppress(OSError):  # the client has closed already
                         self._add(self._listener.accept()[0])
                 else:
                     self._read(key.data)
             now = time.monotonic()
-            # Time in which this process stood still itself (a job that was suspended) does not count.
+            # Time in which this process itself was stopped (a suspended job) does not count.
             awake, before = min(now - before, self._interval), now
-            self._wait_for_the_end(awake)
+            self._count_down(awake)
             for peer in list(self._peers):
                 peer.silent += awake
                 if peer.silent > self._timeout:
@@ -225,44 +225,44 @@ class Watchdog:
         peer.buffer += received
         while b"\n" in peer.buffer:
             line, _, peer.buffer = peer.buffer.partition(b"\n")
-            if not self._heard(peer, line):
+            if not self._receive(peer, line):
                 self._drop(peer)
                 return
         if not received:
-            self._lost(peer, "is gone: its process ended without a word (killed, or out of memory)")
+            self._lost(peer, "is gone: its process ended without a message (killed, or out of memory)")
         elif len(peer.buffer) > _LONGEST_LINE:
             self._drop(peer)
 
-    def _heard(self, peer: _Peer, line: bytearray) -> bool:
-        """Take one line in; False: the connection has served its purpose."""
+    def _receive(self, peer: _Peer, line: bytearray) -> bool:
+        """Process one line; False: the connection is no longer needed."""
         if peer.rank is None:
             token, _, line = line.partition(b" ")
             if not secrets.compare_digest(token, self._token.encode()):
-                return False  # a stranger
+                return False  # not a rank of this run
         message = json.loads(line)
         if peer.rank is None:
             peer.rank, peer.host = message["rank"], message["host"]
         if "lost" in message:
-            self._leave(message["lost"])
+            self._exit(message["lost"])
         match message.get("end"):
             case "mistake":
-                # It may be everybody's: then this rank ends on it too, and says it better.
+                # All ranks may share the mistake: then this rank ends on it too, with the better message.
                 self._ending = self._ending or (
-                    self._said(peer, message["reason"]),
+                    self._describe(peer, message["reason"]),
                     min(GRACE, self._timeout),
                 )
             case "failure":
                 self._lost(peer, message["reason"])
         return "end" not in message
 
-    def _wait_for_the_end(self, awake: float) -> None:
+    def _count_down(self, awake: float) -> None:
         if self._ending is not None:
             text, left = self._ending
             self._ending = (text, left - awake)
             if left <= 0:
-                self._tell(text)
+                self._announce(text)
 
-    def _said(self, peer: _Peer, what: str) -> str:
+    def _describe(self, peer: _Peer, what: str) -> str:
         # A step that this rank has finished was the other one's too: they reduce its losses together.
         return f"rank {peer.rank} on {peer.host} {what} (last heard of at step {_last_step})"
 
@@ -270,35 +270,35 @@ class Watchdog:
         if peer.rank is None:
             self._drop(peer)
         else:
-            self._tell(self._said(peer, what))
+            self._announce(self._describe(peer, what))
 
-    def _tell(self, text: str) -> None:
-        """Tell the others, who are told by rank 0 only, and leave."""
+    def _announce(self, text: str) -> None:
+        """Send the message to the other ranks, which only rank 0 can, and end this process."""
         if self._cluster.rank == 0:
             for peer in self._peers:
                 peer.send({"lost": text}, last=True)
             time.sleep(0.2)  # closing with lines unread would take back what was just sent
-        self._leave(text)
+        self._exit(text)
 
-    def _leave(self, text: str) -> None:
+    def _exit(self, text: str) -> None:
         cluster = self._cluster
-        # A line for each node; of rank 0's end its neighbour speaks.
+        # One line is printed on each node; rank 1 prints it where rank 0 was lost.
         if cluster.local_rank == 0 or (cluster.rank == 1 and text.startswith("rank 0 ")):
-            advice = "The other ranks end too; the same command goes on from the newest checkpoint."
+            advice = "The other ranks end too; the same command resumes from the newest checkpoint."
             os.write(sys.stderr.fileno(), f"error: {without_secrets(text)}. {advice}\n".encode())
         os._exit(EXIT_RANK_LOST)
 
 
 def _allow_open_files(connections: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = connections + 1024
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def _is_about_another_rank(error: BaseException) -> bool:
-    """Whether an error only says that a collective failed."""
+    """Return whether an error only says that a collective failed."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, RankFailed | dist.DistError):

@@ -1,4 +1,4 @@
-"""Who am I: the rank of this process, whichever launcher started it, and what the ranks say to each other."""
+"""The ranks of a run, whichever launcher started them, and the communication between them."""
 
 import errno
 import os
@@ -23,14 +23,14 @@ from dga_scale.launch.rendezvous import JOIN_TIMEOUT, rendezvous
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""How long a rank waits for the others. Long enough for rank 0 to convert a large checkpoint meanwhile."""
+"""How long a rank waits in a collective: long enough for rank 0 to convert a large checkpoint meanwhile."""
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What a disk that is full, read-only or broken says."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""The error numbers of a disk that is full, read-only or broken."""
 
 
 class RankFailed(RuntimeError):
-    """Another rank failed; that one knows why."""
+    """Another rank failed, and raises the reason there."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the process group where the ranks are still at one.
+        """Destroy the process group where all ranks leave together: without an error, or on a ``UserError``.
 
         Otherwise gloo's threads may drop their last tensors while the interpreter shuts down, which aborts
-        the process (exit code 134), and NCCL complains.
+        the process (exit code 134), and NCCL prints warnings.
         """
         if dist.is_initialized() and (error is None or isinstance(error, UserError)):
             dist.destroy_process_group()
 
     def describe(self) -> str:
-        """How many ranks, who started them, where they meet. Every rank has to call it."""
+        """Describe the ranks, their launcher and rank 0's address in one line; every rank has to call it."""
         # A launcher counts nodes as it likes: each has one rank that is its first.
         nodes = self.all_gather_object(self.local_rank).count(0)
         where = f"{_plural(self.world_size, 'rank')} on {_plural(nodes, 'node')}, started by {self.launcher}"
@@ -73,7 +73,7 @@ class Cluster:
             dist.barrier()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add ``tensor`` up over all ranks: a new tensor of the same shape on the same device."""
+        """Return the sum of ``tensor`` over all ranks, a new tensor of the same shape on the same device."""
         if self.world_size == 1:
             return tensor.clone()
         total = tensor.detach().to(self.device, copy=True)
@@ -81,7 +81,7 @@ class Cluster:
         return total.to(tensor.device)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """``value`` of every rank, in rank order, on every rank. For small plain data."""
+        """Return the ``value`` of every rank, in rank order, on every rank; for small plain data."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -89,7 +89,7 @@ class Cluster:
         return gathered
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's ``value`` on every rank; what the other ranks pass is ignored."""
+        """Return rank 0's ``value`` on every rank; what the other ranks pass is ignored."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -97,22 +97,24 @@ class Cluster:
         return box[0]
 
     def run_on_all(self, fn: Callable[[], T]) -> T:
-        """Run ``fn`` on every rank and return its value there; one failing rank stops all, none hangs.
+        """Run ``fn`` on every rank and return its value there; where one fails, all raise and none hangs.
 
-        ``fn`` must not communicate. Where a rank raises ``UserError``, or ``OSError`` for a disk that is full
-        or can't be written, all ranks raise the same ``UserError``; where it raises something else, that rank
-        raises it again and the others ``RankFailed`` naming it.
+        ``fn`` must not communicate.
+
+        Raises:
+            UserError: on every rank, where one raised it, or an ``OSError`` of a full or broken disk.
+            RankFailed: where another rank raised any other error; that rank raises its own error again.
         """
         value: T | None = None
         error: Exception | None = None
         try:
             value = fn()
         except Exception as caught:
-            error = _disk_trouble(caught) or caught
-        said = None
+            error = _as_disk_error(caught) or caught
+        failure = None
         if error is not None:
-            said = (type(error).__name__, str(error), isinstance(error, UserError), socket.gethostname())
-        failed = {rank: answer for rank, answer in enumerate(self.all_gather_object(said)) if answer}
+            failure = (type(error).__name__, str(error), isinstance(error, UserError), socket.gethostname())
+        failed = {rank: found for rank, found in enumerate(self.all_gather_object(failure)) if found}
         if not failed:
             return value  # type: ignore[return-value]  # fn's own value: no error, so it was set
         if error is not None and not isinstance(error, UserError):
@@ -120,21 +122,21 @@ class Cluster:
         rank, (name, text, users, host) = next(iter(failed.items()))
         if not users:
             raise RankFailed(f"rank {rank} on {host} failed: {name}: {text}")
-        on_all = self.world_size == len(failed) and len({answer[1] for answer in failed.values()}) == 1
+        on_all = self.world_size == len(failed) and len({found[1] for found in failed.values()}) == 1
         raise UserError(text if on_all or self.world_size == 1 else f"rank {rank} on {host}: {text}")
 
     def run_on_first(self, fn: Callable[[], T]) -> T:
-        """Run ``fn`` on rank 0 only and return its value, or raise its ``UserError``, on every rank."""
+        """Run ``fn`` on rank 0 only, and return its value or raise its ``UserError`` on every rank."""
         value = self.run_on_all(lambda: fn() if self.rank == 0 else None)
         return self.broadcast_object(value)  # type: ignore[return-value]  # rank 0's is fn's own value
 
 
-def _disk_trouble(error: Exception) -> UserError | None:
-    if not isinstance(error, OSError) or error.errno not in _NO_ROOM:
+def _as_disk_error(error: Exception) -> UserError | None:
+    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
         return None
     return UserError(
-        f"{error.filename or 'a file'} could not be written: {error.strerror}. Free disk space, or mend the "
-        "file system, then start the same command again"
+        f"{error.filename or 'a file'} could not be written: {error.strerror}. Free disk space, or repair "
+        "the file system, then start the same command again"
     )
 
 
@@ -143,15 +145,16 @@ def _plural(number: int, noun: str) -> str:
 
 
 def single_process() -> Cluster:
-    """Stand alone: for tools that read what a run has written."""
+    """Return a cluster of this process alone, for tools that read what a run has written."""
     return Cluster("python", 0, 1, 0, 1, torch.device("cpu"))
 
 
 def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
     """Start the process group (NCCL on GPUs, gloo on CPUs) among the processes the launcher started.
 
-    Raises ``UserError`` where the launcher's variables are incomplete or contradict each other, where a rank
-    has no GPU, or does not come or can't be connected to within ``timeout``.
+    Raises:
+        UserError: the launcher's variables are incomplete or contradict each other, or a rank has no GPU,
+            does not join within ``timeout``, or can't be connected to.
     """
     info = read_launch_info(os.environ)
     device = _device(info)
@@ -159,13 +162,13 @@ def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
     os.environ.update(
         RANK=str(info.rank),
         WORLD_SIZE=str(info.world_size),
-        # DeepSpeed takes it for the number of the GPU.
+        # DeepSpeed uses LOCAL_RANK as the number of the GPU.
         LOCAL_RANK=str(info.local_rank if device.index is None else device.index),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
     if not dist.is_initialized():
-        store = rendezvous(info, address, port, _name_of_gpu(device), timeout)
+        store = rendezvous(info, address, port, _gpu_id(device), timeout)
         _start_group(info, device, store, timeout)
     cluster = Cluster(
         info.launcher, info.rank, info.world_size, info.local_rank, info.local_world_size, device
@@ -178,14 +181,14 @@ def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
 
 def _start_group(info: LaunchInfo, device: torch.device, store: dist.Store, timeout: timedelta) -> None:
     if device.type == "cpu":
-        # Otherwise DeepSpeed looks for accelerators and warns that it found none.
+        # Otherwise DeepSpeed searches for accelerators and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     store.set_timeout(COLLECTIVE_TIMEOUT)
     # The group waits for its connections as long as for a collective.
-    impatience = threading.Timer(timeout.total_seconds(), _give_up, [info, timeout])
-    impatience.daemon = True
-    impatience.start()
+    timer = threading.Timer(timeout.total_seconds(), _give_up, [info, timeout])
+    timer.daemon = True
+    timer.start()
     try:
         dist.init_process_group(
             backend,
@@ -193,28 +196,28 @@ def _start_group(info: LaunchInfo, device: torch.device, store: dist.Store, time
             rank=info.rank,
             world_size=info.world_size,
             timeout=COLLECTIVE_TIMEOUT,
-            # With one rank there is nobody that NCCL could connect a device to.
+            # With one rank there is no other device that NCCL could connect to.
             device_id=device if device.type == "cuda" and info.world_size > 1 else None,
         )
         if info.world_size > 1:
             dist.barrier()  # NCCL connects at the first collective
     except RuntimeError as error:
-        raise UserError(f"{_unconnected(info)} ({' '.join(str(error).split())})") from error
+        raise UserError(f"{_connection_failure(info)} ({' '.join(str(error).split())})") from error
     finally:
-        impatience.cancel()
+        timer.cancel()
 
 
-def _unconnected(info: LaunchInfo) -> str:
+def _connection_failure(info: LaunchInfo) -> str:
     return (
-        f"rank {info.rank} on {socket.gethostname()} has met the others, but could not be connected with "
-        "all of them: is there a firewall between the nodes, or have they several networks? "
-        "NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface to take"
+        f"rank {info.rank} on {socket.gethostname()} found the other ranks, but could not connect to all of "
+        "them: is there a firewall between the nodes, or have they several networks? "
+        "NCCL_SOCKET_IFNAME (GPUs) and GLOO_SOCKET_IFNAME (CPUs) name the interface to use"
     )
 
 
 def _give_up(info: LaunchInfo, timeout: timedelta) -> None:
     # The main thread hangs in a call that nothing ends.
-    text = f"error: {_unconnected(info)} (waited for {timeout.total_seconds():g} s)\n"
+    text = f"error: {_connection_failure(info)} (waited for {timeout.total_seconds():g} s)\n"
     os.write(sys.stderr.fileno(), text.encode())
     os._exit(EXIT_USER_ERROR)
 
@@ -223,7 +226,7 @@ def _device(info: LaunchInfo) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
-    if gpus == 1:  # srun and some MPI set-ups show each process only its own GPU
+    if gpus == 1:  # srun and some MPI installations show each process only its own GPU
         index = 0
     elif info.local_rank < gpus:
         index = info.local_rank
@@ -236,8 +239,8 @@ def _device(info: LaunchInfo) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _name_of_gpu(device: torch.device) -> str | None:
-    """A name that no other GPU has."""
+def _gpu_id(device: torch.device) -> str | None:
+    """Return an id that no other GPU has; None on CPUs."""
     if device.type == "cpu":
         return None
     return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written beside their place, synced, then renamed."""
+"""Write files that are complete or absent: written under another name, synced, then renamed."""
 
 import errno
 import io
@@ -20,7 +20,7 @@ from dga_scale.errors import UserError
 def atomic_file(path: Path, scratch: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears at ``path`` only when the block has ended without an error.
 
-    Until then it lies in ``scratch`` (same file system) under a name no other process uses, so several
+    Until then it lies in ``scratch`` (same file system) under a name that no other process uses, so several
     processes may write the same ``path`` at once: the last rename wins.
     """
     scratch.mkdir(parents=True, exist_ok=True)
@@ -34,14 +34,14 @@ def atomic_file(path: Path, scratch: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # Without this, a machine that loses power may forget the rename although it kept a later one.
+    # Without this a power failure may undo the rename although a later one was kept.
     sync(path.parent)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file that one process writes, in one step: readers see the old or the new, never a part.
+    """Replace a file that one process writes, in one step: readers see the old or the new content, whole.
 
-    Until then it is ``path`` with ``.tmp`` at its end, which a run that goes on removes.
+    Until then the content lies in ``path`` with ``.tmp`` appended, which a resumed run removes.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -69,7 +69,7 @@ def write_json(path: Path, value: Any, scratch: Path) -> None:
 def write_array(path: Path, array: np.ndarray, scratch: Path) -> None:
     """Write ``array`` as .npy, atomically.
 
-    Through memory, because ``np.save`` on a full disk raises an OSError without its errno.
+    The bytes are made in memory first: on a full disk ``np.save`` raises an OSError without its errno.
     """
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
@@ -86,8 +86,8 @@ def storage_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing(folder)).free / 1e6
             raise UserError(
-                f"the disk of {folder} is full ({free:.1f} MB free): {error.strerror}. Finished parts are "
-                "kept: make room and run the same command again to continue"
+                f"the disk of {folder} is full ({free:.1f} MB free): {error.strerror}. Finished work is "
+                "kept: free disk space and run the same command again to continue"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(

@@ -1,6 +1,6 @@
-"""Small files that carry a checksum of what they say: a flipped byte is found before it is used.
+"""Small JSON files that carry a checksum of their content: a flipped byte is found before it is used.
 
-Large files, of shards and checkpoints, have theirs in a manifest, which is such a file.
+The checksums of large files (shards, checkpoints) stand in a manifest, which is such a JSON file.
 """
 
 import hashlib
@@ -12,15 +12,15 @@ CHECKSUM = "checksum"
 
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Add a checksum to what is written as JSON."""
+    """Return the content of a JSON file with its checksum added."""
     return {**content, CHECKSUM: _checksum(content)}
 
 
 def checked(content: Any) -> dict[str, Any]:
-    """Check what was read from JSON, and take the checksum off.
+    """Verify the content of a JSON file, and return it without its checksum.
 
     Raises:
-        ValueError: it is not what was written, or its checksum is lost.
+        ValueError: the content is not what was written, or its checksum is missing.
     """
     if not isinstance(content, dict) or CHECKSUM not in content:
         raise ValueError("it has no checksum")

@@ -25,11 +25,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what ``save_tensors`` wrote: the tensors, and the metadata without the checksum.
+    """Read a file of ``save_tensors``: the tensors, and the metadata without the checksum.
 
     Raises:
-        OSError, SafetensorError: no such file, or none that can be read.
-        ValueError: it is not what was written, or its checksum is lost.
+        OSError, SafetensorError: there is no such file, or it can't be read.
+        ValueError: the content is not what was written, or its checksum is missing.
     """
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})

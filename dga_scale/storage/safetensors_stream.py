@@ -1,4 +1,4 @@
-"""Safetensors files written as a stream, one tensor in memory at a time, and read by ranges."""
+"""Write safetensors files as a stream, one tensor in memory at a time, and read them by ranges."""
 
 import hashlib
 import json
@@ -25,15 +25,15 @@ _DTYPES = {
 }
 _CHUNK = 1 << 22
 _SYNC_EVERY = 1 << 27
-"""Bytes written after which the disk is set to work."""
+"""The bytes written after which a sync to the disk is started."""
 
 MAX_FILE_BYTES = 5_000_000_000
-"""Of one file of a model that ``from_pretrained`` reads; a larger model lies in several."""
+"""The largest size of one file of a model for ``from_pretrained``; a larger model lies in several files."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a written file has to look like when it is read again."""
+    """The size and hash that a written file has to have when it is read again."""
 
     bytes: int
     sha256: str
@@ -41,7 +41,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: described now, produced (on any device) when its turn comes."""
+    """A tensor to be written: described in advance, produced (on any device) only when it is written."""
 
     name: str
     dtype: torch.dtype
@@ -50,16 +50,18 @@ class Entry:
 
     @property
     def bytes(self) -> int:
+        """The size of the tensor in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> FileRecord:
-    """Write a safetensors file and wait until it is on the disk.
+    """Write a safetensors file, wait until it is on the disk, and return its size and hash.
 
-    Memory: the largest tensor. The format is 8 bytes of header length, a JSON header, the tensors' bytes.
+    It takes the memory of the largest tensor. The format is 8 bytes of header length, a JSON header, and the
+    tensors' bytes.
 
     Raises:
-        OSError: the disk is full or the folder is gone; a part of the file may be left.
+        OSError: the disk is full or the folder is gone; an incomplete file may be left.
     """
     digest = hashlib.sha256()
     size = _write(path, entries, metadata, digest.update)
@@ -70,12 +72,12 @@ def _write(
     path: Path,
     entries: Sequence[Entry],
     metadata: dict[str, str],
-    beside: Callable[[Any], None] = lambda part: None,
+    process: Callable[[Any], None] = lambda chunk: None,
 ) -> int:
-    """Write and sync a file; its bytes. ``beside`` gets each part, in a thread, while that is written.
+    """Write and sync a file, call ``process`` on each chunk in a thread meanwhile, and return its size.
 
-    Hashing, writing into the system's cache and the disk take about as long as one another: here they take
-    place at once. What the disk could not do raises here too.
+    Hashing, writing into the system's cache and syncing to the disk take about the same time each: here they
+    run at once. An error of a sync in its thread is raised here too.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -88,10 +90,10 @@ def _write(
     syncing: Future[None] | None = None
     synced = 0
     with open(path, "wb") as stream, ThreadPoolExecutor(2) as threads:
-        for part in _parts(len(encoded).to_bytes(8, "little") + encoded, entries):
-            busy = threads.submit(beside, part)
-            stream.write(part)
-            busy.result()
+        for chunk in _chunks(len(encoded).to_bytes(8, "little") + encoded, entries):
+            processing = threads.submit(process, chunk)
+            stream.write(chunk)
+            processing.result()
             if stream.tell() - synced > _SYNC_EVERY and (syncing is None or syncing.done()):
                 if syncing is not None:
                     syncing.result()
@@ -103,8 +105,8 @@ def _write(
         return stream.tell()
 
 
-def _parts(head: bytes, entries: Sequence[Entry]) -> Iterable[Any]:
-    yield head
+def _chunks(header: bytes, entries: Sequence[Entry]) -> Iterable[Any]:
+    yield header
     for entry in entries:
         tensor = entry.produce().detach().to("cpu", entry.dtype).contiguous()
         assert tuple(tensor.shape) == entry.shape, entry.name
@@ -114,10 +116,10 @@ def _parts(head: bytes, entries: Sequence[Entry]) -> Iterable[Any]:
 
 
 def write_model_files(folder: Path, entries: Sequence[Entry]) -> None:
-    """Write a model's weights as ``from_pretrained`` finds them: one file, or several and an index.
+    """Write a model's weights for ``from_pretrained``: one file, or several and an index.
 
     Raises:
-        OSError: the disk is full or the folder is gone; a part of the files may be left.
+        OSError: the disk is full or the folder is gone; incomplete files may be left.
     """
     files: list[list[Entry]] = [[]]
     for each in entries:
@@ -125,12 +127,12 @@ def write_model_files(folder: Path, entries: Sequence[Entry]) -> None:
             files.append([])
         files[-1].append(each)
     where: dict[str, str] = {}
-    for number, part in enumerate(files, 1):
-        several = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
-        _write(folder / f"model{several}.safetensors", part, {"format": "pt"})
-        where |= {e.name: f"model{several}.safetensors" for e in part}
+    for number, content in enumerate(files, 1):
+        suffix = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        _write(folder / f"model{suffix}.safetensors", content, {"format": "pt"})
+        where |= {e.name: f"model{suffix}.safetensors" for e in content}
     if len(files) > 1:
-        size = sum(e.bytes for part in files for e in part)
+        size = sum(e.bytes for e in entries)
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
@@ -138,7 +140,7 @@ def write_model_files(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Read a whole file for its size and hash."""
+    """Read a whole file and return its size and hash."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -147,8 +149,8 @@ def record_of(path: Path) -> FileRecord:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A run of ``length`` entries of a parameter, from ``start`` in the flattened parameter, in a file."""
+class Segment:
+    """The entries from ``start`` to ``start + length`` of a flattened parameter, stored in a file."""
 
     file: Path
     key: str
@@ -158,42 +160,42 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter (or a moment of it) in pieces, sorted by their start, without gaps or overlaps."""
+    """A parameter (or one of its moments) in segments, sorted by their start, without gaps or overlaps."""
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
 
 
-class PieceReader:
-    """Reads ranges of parameters that lie in pieces over several files; the files are memory-mapped.
+class SegmentReader:
+    """Reads ranges of parameters whose segments lie in several files; the files are memory-mapped.
 
-    Files carry in their metadata ``pieces``: JSON of key -> [start, shape of the full parameter].
+    The metadata of each file has ``segments``: JSON of key -> [start, shape of the full parameter].
 
     Raises:
-        UserError: a file that is none of these.
+        UserError: a file can't be read or has no such metadata.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._open: dict[Path, Any] = {}
-        found: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
+        found: dict[str, tuple[tuple[int, ...], list[Segment]]] = {}
         self.metadata: list[dict[str, str]] = []
         for file in files:
             try:
                 handle = self._open[file] = safe_open(file, framework="pt")
                 metadata = handle.metadata()
-                places = json.loads(metadata["pieces"])
+                segments = json.loads(metadata["segments"])
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{file} is damaged ({error}): restore it, or start anew") from None
             self.metadata.append(metadata)
-            for key, (start, shape) in places.items():
+            for key, (start, shape) in segments.items():
                 (length,) = handle.get_slice(key).get_shape()
-                found.setdefault(key, (tuple(shape), []))[1].append(Piece(file, key, start, length))
+                found.setdefault(key, (tuple(shape), []))[1].append(Segment(file, key, start, length))
         self.stored = {
-            key: Stored(shape, tuple(sorted(pieces, key=lambda piece: piece.start)))
-            for key, (shape, pieces) in found.items()
+            key: Stored(shape, tuple(sorted(segments, key=lambda segment: segment.start)))
+            for key, (shape, segments) in found.items()
         }
 
-    def __enter__(self) -> "PieceReader":
+    def __enter__(self) -> "SegmentReader":
         return self
 
     def __exit__(
@@ -202,18 +204,18 @@ class PieceReader:
         self._open.clear()
 
     def read(self, key: str, start: int, into: Tensor) -> int:
-        """Fill ``into`` (n,) with the entries from ``start`` on; how many of them the files hold."""
+        """Fill ``into`` (n,) with the entries from ``start`` on; return how many of them the files hold."""
         filled, stop = 0, start + into.numel()
-        for piece in self.stored[key].pieces:
-            first, last = max(start, piece.start), min(stop, piece.start + piece.length)
+        for segment in self.stored[key].segments:
+            first, last = max(start, segment.start), min(stop, segment.start + segment.length)
             if first < last:
-                part = self._open[piece.file].get_slice(key)[first - piece.start : last - piece.start]
-                into[first - start : last - start].copy_(part)
+                stored = self._open[segment.file].get_slice(key)
+                into[first - start : last - start].copy_(stored[first - segment.start : last - segment.start])
                 filled += last - first
         return filled
 
     def full(self, key: str) -> Tensor:
-        """Put a whole parameter together, in fp32."""
+        """Return a whole parameter in fp32, assembled from its segments."""
         stored = self.stored[key]
         tensor = torch.empty(stored.shape)
         filled = self.read(key, 0, tensor.view(-1))

@@ -198,7 +198,9 @@ def large_checkpoint(run: Path) -> int:
             entries.append(
                 Entry(f"weight:{name}", torch.float32, (length,), lambda length=length: torch.zeros(length))
             )
-        write_safetensors(temporary / f"rank-0000{rank}.safetensors", entries, {"pieces": json.dumps(places)})
+        write_safetensors(
+            temporary / f"rank-0000{rank}.safetensors", entries, {"segments": json.dumps(places)}
+        )
     files = [p for p in temporary.rglob("*") if p.is_file()]
     commit(temporary, final, {str(p.relative_to(temporary)): record_of(p) for p in files}, 1, 2)
     return sum(4 * torch.Size(shape).numel() for shape in shapes.values())

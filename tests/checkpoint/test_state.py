@@ -258,7 +258,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def frozen_and_unstepped(folder: Path, stage: int) -> dict[str, Tensor]:
     """A checkpoint before the first step, of a model with a frozen layer; everything is in it."""
-    from dga_scale.storage.safetensors_stream import PieceReader
+    from dga_scale.storage.safetensors_stream import SegmentReader
 
     lm = tiny_bert()
     lm.bert.encoder.layer[0].requires_grad_(False)
@@ -270,7 +270,7 @@ def frozen_and_unstepped(folder: Path, stage: int) -> dict[str, Tensor]:
     assert load_checkpoint(engine, checkpoint, cluster).step == 0
     train_step(engine, 0)
     engine.destroy()
-    with PieceReader(checkpoint.shards) as reader:
+    with SegmentReader(checkpoint.shards) as reader:
         return {key: reader.full(key) for key in reader.stored}
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dga_scale.launch.cpu_threads import Rank, cpu_limit, share, share_cores
+from dga_scale.launch.cpu_threads import RankCores, cpu_limit, share, share_cores
 
 
-def shares(*ranks: Rank) -> list[int]:
+def shares(*ranks: RankCores) -> list[int]:
     return [share(rank, list(ranks)) for rank in ranks]
 
 

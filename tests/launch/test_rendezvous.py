@@ -1,4 +1,4 @@
-"""Ranks that find each other, and what those are told that do not."""
+"""Rendezvous of the ranks, and the messages where it fails."""
 
 import json
 import socket
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dga_scale.errors import UserError
 from dga_scale.launch.environment import LaunchInfo
-from dga_scale.launch.rendezvous import RankInfo, _contradiction, _judge, rendezvous
+from dga_scale.launch.rendezvous import RankInfo, _contradiction, _find_problem, rendezvous
 from tests.helpers.ranks import free_port
 
 HERE = socket.gethostname()
@@ -23,7 +23,7 @@ def info(rank: int, world_size: int = 2, launcher: str = "mpirun") -> LaunchInfo
 
 
 def together(*infos: LaunchInfo, seconds: float = 20.0, gpus: tuple[str | None, ...] = ()) -> list[str]:
-    """What each of several ranks, threads here, is told; "met" where nothing is wrong."""
+    """Return the message that each of several ranks (threads here) gets; "joined" where nothing is wrong."""
     port = free_port()
     held = []  # rank 0's thread may be the first to end: the store must not end with it
 
@@ -36,27 +36,27 @@ def together(*infos: LaunchInfo, seconds: float = 20.0, gpus: tuple[str | None, 
         held.append(store)
         store.set(f"done/{number}", "")
         store.wait([f"done/{other}" for other in range(len(infos))], timedelta(seconds=20))
-        return "met"
+        return "joined"
 
     with ThreadPoolExecutor(len(infos)) as pool:
         return list(pool.map(one, range(len(infos))))
 
 
-def test_ranks_meet() -> None:
-    assert together(info(0), info(1)) == ["met"] * 2
-    assert together(info(0, 1)) == ["met"]
+def test_ranks_join() -> None:
+    assert together(info(0), info(1)) == ["joined"] * 2
+    assert together(info(0, 1)) == ["joined"]
 
 
 def test_a_rank_that_never_comes_is_named_to_all() -> None:
     found = together(info(0, 4), info(2, 4), seconds=1.5)
     assert found[0] == found[1]
     assert found[0].startswith(
-        f"2 of 4 ranks did not come within 1.5 s: 1, 3 missing, there: 0 on {HERE}, 2 on"
+        f"2 of 4 ranks did not join within 1.5 s: 1, 3 missing, joined: 0 on {HERE}, 2 on"
     )
 
 
-def test_a_rank_that_came_is_there_however_late_the_store_answers() -> None:
-    """Those that are missing take all the time: nothing is left to wait for the store's answer on rank 2."""
+def test_a_rank_that_joined_counts_however_late_the_store_answers() -> None:
+    """The missing ranks use up the timeout: no time is left to wait for the store's answer on rank 2."""
 
     class Slow(dist.HashStore):
         def wait(self, keys: list[str], timeout: timedelta) -> None:
@@ -66,8 +66,8 @@ def test_a_rank_that_came_is_there_however_late_the_store_answers() -> None:
     store = Slow()
     for rank in (0, 2):
         store.set(f"rank/{rank}", json.dumps(asdict(RankInfo("srun", 4, HERE, "10.0.0.1", None))))
-    found = _judge(store, 4, timedelta(seconds=0.1))
-    assert found.startswith("2 of 4 ranks did not come within 0.1 s: 1, 3 missing, there: 0 on")
+    found = _find_problem(store, 4, timedelta(seconds=0.1))
+    assert found.startswith("2 of 4 ranks did not join within 0.1 s: 1, 3 missing, joined: 0 on")
 
 
 def test_rank_0_out_of_reach() -> None:
@@ -92,20 +92,18 @@ def test_ranks_that_count_otherwise() -> None:
 
 def test_a_rank_that_comes_twice() -> None:
     found = together(info(0, 3), info(1, 3), info(1, 3), seconds=1.5)
-    assert (
-        sum(f"two processes call themselves rank 1, on {HERE} and on {HERE}" in text for text in found) == 1
-    )
-    assert sum("1 of 3 ranks did not come" in text for text in found) == 2
+    assert sum(f"two processes are rank 1, on {HERE} and on {HERE}" in text for text in found) == 1
+    assert sum("1 of 3 ranks did not join" in text for text in found) == 2
 
 
 def test_one_gpu_for_two_ranks() -> None:
     found = together(info(0), info(1), gpus=("GPU-1", "GPU-1"))
     assert found[0] == found[1]
     assert f"ranks 0 and 1 have the same GPU of {HERE}" in found[0]
-    assert together(info(0), info(1), gpus=("GPU-1", "GPU-2")) == ["met"] * 2
+    assert together(info(0), info(1), gpus=("GPU-1", "GPU-2")) == ["joined"] * 2
 
 
-def test_arrivals_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     first = RankInfo("srun", 2, "alpha", "10.0.0.1", None)
     second = replace(first, host="beta", own_address="10.0.0.2")
@@ -115,7 +113,7 @@ def test_arrivals_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert "rank 1 on beta sees no GPU" in _contradiction([replace(first, gpu="GPU-1"), second])
     loop = replace(second, own_address="127.0.1.1")
-    assert "beta takes its own name for 127.0.1.1" in _contradiction([first, loop])
+    assert "beta resolves its own name to 127.0.1.1" in _contradiction([first, loop])
     assert _contradiction([replace(loop, host="alpha"), replace(loop, host="alpha")]) == ""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     assert _contradiction([first, loop]) == ""

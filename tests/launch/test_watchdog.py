@@ -1,4 +1,4 @@
-"""A lost rank is named by the others, which end at once or after the time that silence takes."""
+"""The other ranks name a lost rank, and end at once or after the timeout of the heartbeat."""
 
 import hashlib
 import os
@@ -17,18 +17,18 @@ from tests.helpers.forks import Launch, launch
 
 TIMEOUT = 3.0
 PATIENCE = 60.0
-"""Seconds for what takes a fraction of one on a quiet machine; that it was no silence, the message says."""
+"""Seconds for what takes a fraction of one on an idle machine; the message shows it was not the timeout."""
 HOST = socket.gethostname()
 
 
 def ranks(behave: Callable[[int], None]) -> int:
-    """Join, watch each other, say step 7, then do what ``behave`` says for this rank."""
+    """Join, start the watchdog, note step 7, then call ``behave`` with this rank."""
 
     def work() -> int:
         cluster = join_cluster()
         with Watchdog(cluster, TIMEOUT):
             note_step(7)
-            time.sleep(TIMEOUT / 3)  # beats go on meanwhile
+            time.sleep(TIMEOUT / 3)  # heartbeats are sent meanwhile
             behave(cluster.rank)
         return 0
 
@@ -92,7 +92,7 @@ def all_find_a_mistake(rank: int) -> None:
 
 
 def all_are_busy_and_leave_one_by_one(rank: int) -> None:
-    """Longer than silence may last: hashing, products and sleep are no silence."""
+    """Work for longer than the timeout: hashing, products and sleep do not stop the heartbeat."""
     end = time.monotonic() + 1.2 * TIMEOUT + rank
     block, square = bytes(1 << 24), torch.rand(512, 512)
     while time.monotonic() < end:
@@ -102,7 +102,7 @@ def all_are_busy_and_leave_one_by_one(rank: int) -> None:
 
 
 def check(launched: Launch, lost: int, survivor_says: str) -> None:
-    """The survivor left with the code, said who was lost in one line, and left no traceback."""
+    """Check that the survivor ended with its exit code and one line that names the lost rank."""
     survivor = 1 - lost
     launched.wait()
     assert launched.codes[survivor] == EXIT_RANK_LOST, launched.output(survivor)
@@ -110,13 +110,13 @@ def check(launched: Launch, lost: int, survivor_says: str) -> None:
     assert f"error: rank {lost} on {HOST if lost else '127.0.0.1'} {survivor_says}" in text
     assert text.count("error:") == 1
     assert "Traceback" not in text
-    assert "goes on from the newest checkpoint" in text
+    assert "resumes from the newest checkpoint" in text
 
 
 @pytest.mark.parametrize(("behave", "lost"), [(rank_1_is_killed, 1), (rank_0_is_killed, 0)])
 def test_a_killed_rank_ends_the_other_at_once(behave: Callable[[int], None], lost: int) -> None:
     launched = launch(2, ranks, behave)
-    check(launched, lost, "is gone: its process ended without a word (killed, or out of memory)")
+    check(launched, lost, "is gone: its process ended without a message")
     assert launched.codes[lost] == -signal.SIGKILL
     assert launched.seconds[1 - lost] - launched.seconds[lost] < PATIENCE
 
@@ -161,20 +161,20 @@ def test_work_and_an_end_one_by_one_are_no_loss() -> None:
     assert launched.output(0) + launched.output(1) == ""
 
 
-def strangers_knock() -> int:
+def unknown_clients_connect() -> int:
     cluster = join_cluster()
     with Watchdog(cluster, TIMEOUT) as watchdog:
         if cluster.rank == 0:
             assert watchdog._listener is not None
             for words in (b"GET / HTTP/1.1\r\n\r\n", b"\n", b"{}\n", b'{"lost": "x"}\n', b"x" * 200_000):
-                with socket.create_connection(watchdog._listener.getsockname()) as stranger:
-                    stranger.sendall(words)
+                with socket.create_connection(watchdog._listener.getsockname()) as client:
+                    client.sendall(words)
         time.sleep(TIMEOUT / 3)
         in_a_collective()
     return 0
 
 
-def test_strangers_at_the_port_are_ignored() -> None:
-    launched = launch(2, strangers_knock)
+def test_unknown_clients_at_the_port_are_ignored() -> None:
+    launched = launch(2, unknown_clients_connect)
     assert launched.wait() == [0, 0], launched.output(0)
     assert launched.output(0) + launched.output(1) == ""

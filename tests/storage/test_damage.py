@@ -112,7 +112,7 @@ def test_latest_is_for_people_only(saved: Path, tmp_path: Path, damage: str) -> 
 
 
 OUTPUT = ("environment.json", "importance-heads.png", "report.html", "summary.json", "tensorboard/", "model/")
-"""Written for the user; a run that goes on reads none of them."""
+"""Files that are written for the user; a resumed run reads none of them."""
 
 
 METHODS = ("dga", "ewc", "cse")
@@ -125,7 +125,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
 
 @pytest.fixture(scope="module")
 def runs(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[str]]]:
-    """Ended runs of the methods that keep files of their own, with their flags."""
+    """Finished runs of the methods that keep files of their own, with their flags."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
     for method in METHODS:
         flags = [*flags_of(world, folder / method, method, 2), "--max_steps=2", "--save_steps=1"]
@@ -135,7 +135,7 @@ def runs(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def readers(run: Path, flags: list[str]) -> dict[str, Callable[[], Any]]:
-    """How a run that goes on reads each of its files, besides its checkpoints."""
+    """Return how a resumed run reads each of its files, besides its checkpoints."""
     found: dict[str, Callable[[], Any]] = {
         "config.yaml": lambda: check_inputs(read_config([*flags, f"--output_dir={run}"]), ALONE).config.run,
         "log.jsonl": lambda: read_log(run / "log.jsonl"),
@@ -170,7 +170,7 @@ def test_any_other_file_is_found_damaged_or_says_the_same(
 
 
 def found_or_harmless(run: Path, file: str, found: Any, expected: Any) -> bool:
-    """Whether an error names the file, or what was read is what was written."""
+    """Return whether an error names the file, or the content read is the content written."""
     if isinstance(found, UserError):
         named = [str(run / file), f"--output_dir {run} holds"]
         if file == "fisher/manifest.json":  # what it says of a file shows at that file
@@ -247,7 +247,7 @@ def test_a_run_goes_on_with_its_output_damaged_and_not_without_its_importance(
 
 
 def without_checksum(path: Path) -> None:
-    """Take the checksum out of a file, and leave all else as it was."""
+    """Remove the checksum from a file, and leave all else unchanged."""
     if path.suffix == ".json":
         content = json.loads(path.read_text())
         del content[CHECKSUM]

@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dga_scale.storage import safetensors_stream as tensor_files
-from dga_scale.storage.safetensors_stream import Entry, FileRecord, PieceReader, record_of, write_safetensors
+from dga_scale.storage.safetensors_stream import (
+    Entry,
+    FileRecord,
+    SegmentReader,
+    record_of,
+    write_safetensors,
+)
 
 
 def entry(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Entry:
@@ -47,13 +53,13 @@ def test_conversion_while_writing(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "x")["a"], tensor.bfloat16())
 
 
-def write_pieces(folder: Path, tensor: Tensor, cuts: list[int]) -> list[Path]:
-    """Spread a tensor over files, the pieces in no particular order."""
+def write_segments(folder: Path, tensor: Tensor, cuts: list[int]) -> list[Path]:
+    """Write the segments of a tensor into several files, in no particular order."""
     flat, files = tensor.view(-1), []
     for number, (start, stop) in enumerate(pairwise(cuts)):
         file = folder / f"{9 - number}.safetensors"
-        places = {"weight:w": [start, list(tensor.shape)]}
-        write_safetensors(file, [entry("weight:w", flat[start:stop])], {"pieces": json.dumps(places)})
+        segments = {"weight:w": [start, list(tensor.shape)]}
+        write_safetensors(file, [entry("weight:w", flat[start:stop])], {"segments": json.dumps(segments)})
         files.append(file)
     return files
 
@@ -61,7 +67,7 @@ def write_pieces(folder: Path, tensor: Tensor, cuts: list[int]) -> list[Path]:
 @pytest.mark.parametrize("cuts", [[0, 35], [0, 1, 2, 20, 35], [0, 17, 35]])
 def test_ranges_over_files(cuts: list[int], tmp_path: Path) -> None:
     tensor = torch.randn(5, 7)
-    with PieceReader(write_pieces(tmp_path, tensor, cuts)) as reader:
+    with SegmentReader(write_segments(tmp_path, tensor, cuts)) as reader:
         assert torch.equal(reader.full("weight:w"), tensor)
         for start, stop in [(0, 1), (3, 30), (19, 21), (34, 35)]:
             into = torch.full((stop - start,), float("nan"))
@@ -70,15 +76,15 @@ def test_ranges_over_files(cuts: list[int], tmp_path: Path) -> None:
 
 
 def test_a_gap_is_noticed(tmp_path: Path) -> None:
-    files = write_pieces(tmp_path, torch.randn(5, 7), [0, 10, 20, 35])
-    with PieceReader([files[0], files[2]]) as reader:
+    files = write_segments(tmp_path, torch.randn(5, 7), [0, 10, 20, 35])
+    with SegmentReader([files[0], files[2]]) as reader:
         assert reader.read("weight:w", 5, torch.empty(20)) == 10
         with pytest.raises(AssertionError, match="has gaps"):
             reader.full("weight:w")
 
 
 def test_a_file_synced_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In small parts: the content is whole, and a disk that fails on the way is not passed over."""
+    """Sync often: the content is whole, and an error of the disk is raised."""
     monkeypatch.setattr(tensor_files, "_CHUNK", 1000)
     monkeypatch.setattr(tensor_files, "_SYNC_EVERY", 2000)
     tensors = {f"t{i}": torch.randn(1234) for i in range(5)}
