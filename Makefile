@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 UV := .venv-uv/bin/uv
 
-.PHONY: demo test lint lock test-latest test-oldest
+.PHONY: demo test lint docs lock test-latest test-oldest
 
 demo: $(VENV)/.quickstart
 	$(BIN)/python tools/demo.py
@@ -21,6 +21,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dga_scale launchers tools
 	$(BIN)/lint-imports
+
+# The pages that are written from the code.
+docs: $(VENV)/.test
+	$(BIN)/python -m dga_scale.config.page > docs/settings.md
 
 # The newest versions in the ranges of pyproject.toml, for every Python; to be tested before they are committed.
 lock: $(UV)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from dga_scale.config.parsing import read_config
@@ -209,7 +210,8 @@ def test_a_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: P
 
 
 def test_gradient_masks_come_with_a_word_about_adam_once(world: SmallWorld, tmp_path: Path):
-    first, second = run_ranks(2, run_and_listen, arguments(world, tmp_path / "run", max_steps=2))
+    flags = arguments(world, tmp_path / "run", soft_mask="gradient", max_steps=2)
+    first, second = run_ranks(2, run_and_listen, flags)
     assert first.count("--soft_mask update") == 1
     assert "step 2/2" in first
     assert second == ""
@@ -255,6 +257,23 @@ def test_another_run_in_the_folder(finished: Path, world: SmallWorld):
     text = refusal(arguments(world, finished, soft_mask="update", learning_rate=2e-3))
     assert "holds another run" in text
     assert "learning_rate was 0.001, is 0.002" in text
+
+
+def test_a_run_of_an_older_version_whose_corpus_has_moved_resumes(
+    finished: Path, world: SmallWorld, tmp_path: Path
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    for name in ("layer_lr_decay", "contrast_scope", "max_bad_steps"):  # as if they had come since
+        del settings[name]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    before = (run / "log.jsonl").read_text()
+    moved = shutil.copytree(world.corpus, tmp_path / "elsewhere")
+    flags = arguments(world, run, soft_mask="update", model=f"{world.model}/", corpus=moved)
+    assert run_ranks(2, run_training, flags) == [0, 0]
+    assert losses(run) == losses(finished)
+    assert (run / "log.jsonl").read_text().startswith(before)
+    assert yaml.safe_load((run / "config.yaml").read_text())["layer_lr_decay"] == 1.0
 
 
 def test_a_folder_of_strangers(world: SmallWorld, tmp_path: Path):

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
-from dga_scale.merging.formulas import METHODS, MergeSettings
+from dga_scale.merging.settings import METHODS, MergeSettings
 
 
 def merge_command() -> NoReturn:

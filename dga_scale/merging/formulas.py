@@ -2,39 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dga_scale.errors import UserError
-
-METHODS = ("linear", "slerp", "ties")
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """Which formula, and how far from the base (weight 0) to the adapted models (weight 1).
-
-    Raises:
-        UserError: an unknown method, or a number that is out of its range.
-
-    """
-
-    method: str = "linear"
-    weight: float = 0.5
-    density: float = 0.2
-    """TIES only: share of each task vector's entries that is kept. Source: Yadav et al., section 5."""
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"--method {self.method}: must be one of {', '.join(METHODS)}.")
-        top = math.inf if self.method == "ties" else 1.0
-        if not (0 <= self.weight <= top and math.isfinite(self.weight)):
-            rule = "0 or more" if self.method == "ties" else "from 0 (the base) to 1 (the adapted model)"
-            raise UserError(f"--weight {self.weight:g} with --method {self.method}: must be {rule}.")
-        if not 0 < self.density <= 1:
-            raise UserError(f"--density {self.density:g}: must be above 0 and at most 1.")
+from dga_scale.merging.settings import MergeSettings
 
 
 def merge_tensors(base: Tensor, models: Sequence[Tensor], settings: MergeSettings) -> Tensor:

@@ -20,7 +20,8 @@ import dga_scale
 from dga_scale.corpus.tokenizer import tokenizer_hash
 from dga_scale.errors import UserError
 from dga_scale.merging.folders import ModelFolder, StoredTensor
-from dga_scale.merging.formulas import MergeSettings, merge_tensors
+from dga_scale.merging.formulas import merge_tensors
+from dga_scale.merging.settings import MergeSettings
 from dga_scale.run_folder import new_folder, write_text
 from dga_scale.storage.safetensors_stream import Entry, write_model_files
 

@@ -8,8 +8,8 @@ import torch
 from dga_scale.backbone.loading import load_model
 from dga_scale.corpus.shards import Corpus, check_sequence_length
 from dga_scale.evaluation.held_out import Evaluator
-from dga_scale.merging.formulas import MergeSettings
 from dga_scale.merging.merge import Merge
+from dga_scale.merging.settings import MergeSettings
 from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dga_scale.config.arguments import Parser
+from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
 
@@ -47,20 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("gpus", "gpus_per_node"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
-    from dga_scale.planning.gpus import find_gpu
+    # The corpus is not looked at, but training's parser wants one beside a model.
+    config = read_config(["--corpus", "any", *settings])
+    from dga_scale.planning.gpus import find_gpu  # this import and those below take seconds
 
     gpu = find_gpu(options.gpu)
     if options.mfu is not None:
         if not 0 < options.mfu <= 1:
             raise UserError(f"--mfu {options.mfu}: must be a share above 0, at most 1")
         gpu = dataclasses.replace(gpu, mfu=options.mfu)
-    from dga_scale.config.parsing import read_config
     from dga_scale.planning.plan import Cluster, make_planner
     from dga_scale.planning.report import as_json, print_plan, print_scaling, scaling_as_json
-    from dga_scale.zero.ds_keys import load_ds_config  # the imports below take seconds
+    from dga_scale.zero.ds_keys import load_ds_config
 
-    # The corpus is not looked at, but training's parser wants one beside a model.
-    config = read_config(["--corpus", "any", *settings])
     raw = load_ds_config(config.run.ds_config or "")
     cluster = Cluster(options.gpus, options.gpus_per_node, gpu)
     planner = make_planner(config, raw, cluster, options.sequence_length)

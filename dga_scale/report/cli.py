@@ -1,9 +1,9 @@
 """The command ``dga-report``; tools/report.py calls the same function."""
 
-import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from dga_scale.config.arguments import Parser
 from dga_scale.errors import run_main
 
 
@@ -13,7 +13,7 @@ def report_command() -> NoReturn:
 
 
 def _report() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dga-report", description="One self-contained HTML page about one run, or several side by side."
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Folder of a run (--output_dir).")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
 
@@ -24,7 +25,7 @@ def consistency_command() -> NoReturn:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every option with its default."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dga-consistency",
         description="How consistent the gradients of each corpus are with those of all together, for one "
         "block: text near 0 or below is a long tail that the block does not learn along with the rest.",

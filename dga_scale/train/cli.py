@@ -1,11 +1,11 @@
 """The commands ``dga-train`` and ``dga-consolidate``; launchers/ and tools/ call the same functions."""
 
-import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dga_scale.config.arguments import Parser
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError, run_main
@@ -82,7 +82,9 @@ def _with_demo(config: TrainConfig, cluster: "Cluster") -> TrainConfig:
 
 
 def _consolidate() -> int:
-    parser = argparse.ArgumentParser(prog="dga-consolidate", description=__doc__)
+    parser = Parser(
+        prog="dga-consolidate", description="A checkpoint of a run as a Hugging Face model folder."
+    )
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of the run (--output_dir).")
     parser.add_argument("--step", type=int, help="Checkpoint of this step. Default: the newest complete one.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="New folder for the model.")

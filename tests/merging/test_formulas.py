@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dga_scale.errors import UserError
-from dga_scale.merging.formulas import MergeSettings, linear, merge_tensors, slerp, ties
+from dga_scale.merging.formulas import linear, merge_tensors, slerp, ties
+from dga_scale.merging.settings import MergeSettings
 
 
 def drawn(*shape: int) -> torch.Tensor:

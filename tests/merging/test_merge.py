@@ -13,8 +13,9 @@ from dga_scale.corpus.tokenizer import load_tokenizer, tokenizer_hash
 from dga_scale.errors import UserError
 from dga_scale.merging.cli import main
 from dga_scale.merging.folders import ModelFolder
-from dga_scale.merging.formulas import MergeSettings, merge_tensors
+from dga_scale.merging.formulas import merge_tensors
 from dga_scale.merging.merge import Merge
+from dga_scale.merging.settings import MergeSettings
 from dga_scale.storage import safetensors_stream as tensor_files
 from tests.helpers.batches import dense_labels
 from tests.helpers.small import SmallWorld

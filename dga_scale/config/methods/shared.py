@@ -24,10 +24,10 @@ class ProtectionSettings(MethodSettings):
     """The importance of units, and the soft-mask it makes; of every method that measures and protects."""
 
     soft_mask: str = setting(
-        "gradient",
-        "Where 1 - importance is applied. gradient: the papers' formula, which Adam largely undoes; "
-        "update: on the step the optimizer makes, which does what the papers say; none.",
-        ("gradient", "update", "none"),
+        "update",
+        "Where 1 - importance is applied. update: on the step the optimizer makes, which does what the "
+        "papers say; gradient: the papers' formula, which Adam largely undoes; none.",
+        ("update", "gradient", "none"),
         source="DGA",
     )
     importance_samples: int = setting(
