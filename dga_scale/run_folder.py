@@ -53,6 +53,14 @@ class RunFolder:
         return self.path / "head.safetensors"
 
     @property
+    def experts(self) -> Path:
+        return self.path / "experts.json"
+
+    @property
+    def fisher(self) -> Path:
+        return self.path / "fisher"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 

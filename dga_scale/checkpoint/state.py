@@ -12,7 +12,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +57,10 @@ class TrainerState:
         corpus_hash: content hash of the training corpus; resuming on another one is refused.
         refused_steps: how many of the steps were refused.
         loss_scale: the state of fp16's dynamic loss scale; empty otherwise.
+        base_model: hash of the weights that training started from; resuming with others is refused.
+        prior_importance: hashes of the files of ``--prior_importance``, in their order.
+        schedule: of the learning rate, by which these steps were done.
+        before: the evaluation of the base model: figures, and which text they are of.
 
     """
 
@@ -64,6 +68,10 @@ class TrainerState:
     corpus_hash: str = ""
     refused_steps: int = 0
     loss_scale: dict[str, float] = field(default_factory=dict)
+    base_model: str = ""
+    prior_importance: list[str] = field(default_factory=list)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
 
 
 class Save:
@@ -71,7 +79,8 @@ class Save:
 
     Making one and ``commit`` communicate, so every rank's main thread does both; ``write`` does not, and may
     run in another thread. What is described are views of the weights: they are written as they are then.
-    ``config`` is saved in place of the model's own, where the run changed that for itself (dropout, caching).
+    ``config`` is saved in place of the model's own, where the run changed that for itself (dropout, caching);
+    ``companions`` are files of the run's folder that go with the checkpoint, on rank 0.
 
     Raises:
         UserError: on all ranks, if the folder can't be made.
@@ -86,6 +95,7 @@ class Save:
         cluster: Cluster,
         save_total_limit: int = 0,
         config: PretrainedConfig | None = None,
+        companions: Mapping[str, FileRecord] | None = None,
     ) -> None:
         self.path = checkpoint_path(run_dir, state.step)
         self.state = dataclasses.replace(
@@ -96,6 +106,7 @@ class Save:
         self._run_dir, self._limit, self._cluster = run_dir, save_total_limit, cluster
         self._lm, self._tokenizer = engine.module.lm, tokenizer
         self._config = config or self._lm.config
+        self._companions = companions or {}
         self._written: dict[str, FileRecord] = {}
         self._error: Exception | None = None
 
@@ -130,7 +141,7 @@ class Save:
             return self._written
 
         def publish() -> None:
-            commit(self._temporary, final, files, self.state.step, cluster.world_size)
+            commit(self._temporary, final, files, self.state.step, cluster.world_size, self._companions)
 
         try:
             written = cluster.run_on_all(lambda: _as_user_error(own, final))
@@ -208,6 +219,11 @@ def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict
     return entries, {"segments": json.dumps(places), "optimizer_step": step}
 
 
+def read_state(checkpoint: Checkpoint) -> TrainerState:
+    """Read what a checkpoint knows besides weights and moments."""
+    return TrainerState(**json.loads((checkpoint.path / STATE).read_text(encoding="utf-8")))
+
+
 @torch.no_grad()
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint, cluster: Cluster) -> TrainerState:
     """Load weights, buffers, moments and counters into a fresh engine; every rank has to call it.
@@ -217,7 +233,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, cluster: Cluster) ->
     """
     cluster.run_on_all(lambda: _load_shard(engine, checkpoint))
     refresh_model_weights(engine)
-    state = TrainerState(**json.loads((checkpoint.path / STATE).read_text(encoding="utf-8")))
+    state = read_state(checkpoint)
     engine.global_steps = state.step
     engine.global_samples = state.step * engine.train_batch_size()
     engine.skipped_steps = state.refused_steps

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from dga_scale.storage.atomic import sync
 from dga_scale.storage.checked_json import checked, with_checksum
 from dga_scale.storage.safetensors_stream import FileRecord, record_of
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, LATEST = "manifest.json", "latest"
 MOST_FILES_AT_ONCE = 4
 """That a rank verifies, where it has as many cores: more take memory, and the disk is the limit."""
@@ -38,6 +39,7 @@ class Checkpoint:
         step: optimizer steps done.
         world_size: ranks that wrote it.
         files: every file in it besides the manifest.
+        companions: files of the run's folder that go with it, by their names there (see ``companions``).
         skipped: one line for each newer checkpoint that can't be used, and why.
 
     """
@@ -46,11 +48,17 @@ class Checkpoint:
     step: int
     world_size: int
     files: dict[str, FileRecord]
+    companions: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run that wrote it."""
+        return self.path.resolve().parent.parent
 
     def lies_in(self, run_dir: Path) -> bool:
         """Whether it is one of this run's own."""
-        return self.path.parent == run_dir / "checkpoints"
+        return self.path.resolve().parent == run_dir.resolve() / "checkpoints"
 
     @property
     def shards(self) -> list[Path]:
@@ -62,8 +70,15 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def commit(temporary: Path, final: Path, files: dict[str, FileRecord], step: int, world_size: int) -> None:
-    """Turn a written folder into the checkpoint ``final``; one process does.
+def commit(
+    temporary: Path,
+    final: Path,
+    files: dict[str, FileRecord],
+    step: int,
+    world_size: int,
+    companions: Mapping[str, FileRecord] | None = None,
+) -> None:
+    """Turn a written folder into the checkpoint ``final``, which ``companions`` go with; one process does.
 
     Raises:
         UserError: a file that another rank wrote is not there.
@@ -76,7 +91,7 @@ def commit(temporary: Path, final: Path, files: dict[str, FileRecord], step: int
                 f"checkpoint {final}: rank 0 does not see the {record.bytes} bytes of {name} that another "
                 "rank wrote. --output_dir has to lie on a file system that all nodes share."
             )
-    write_manifest(temporary, files, step, world_size)
+    write_manifest(temporary, files, step, world_size, companions)
     if final.exists():  # a damaged one that this run passed over, or the same step written again
         replaced = final.with_name(final.name + ".old")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -89,16 +104,27 @@ def commit(temporary: Path, final: Path, files: dict[str, FileRecord], step: int
     sync(final.parent)
 
 
-def write_manifest(folder: Path, files: dict[str, FileRecord], step: int, world_size: int) -> None:
-    """Write last what lies in a folder, for ``verified``; wait until it is on the disk."""
+def write_manifest(
+    folder: Path,
+    files: Mapping[str, FileRecord],
+    step: int,
+    world_size: int,
+    companions: Mapping[str, FileRecord] | None = None,
+) -> None:
+    """Write last what lies in a folder, for ``verified``, and what goes with it; wait for the disk."""
     manifest = {
         "format": FORMAT,
         "step": step,
         "world_size": world_size,
-        "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
+        "files": _plain(files),
+        "companions": _plain(companions or {}),
     }
     write_text(folder / MANIFEST, json.dumps(with_checksum(manifest), indent=2) + "\n")
     sync(folder)
+
+
+def _plain(records: Mapping[str, FileRecord]) -> dict[str, dict[str, int | str]]:
+    return {name: dataclasses.asdict(record) for name, record in sorted(records.items())}
 
 
 def prune(run_dir: Path, limit: int, step: int) -> None:
@@ -147,21 +173,24 @@ def _step(path: Path) -> int:
 def newest_complete(run_dir: Path) -> Checkpoint | None:
     """Find the newest checkpoint whose files are all there in their full size; hashes are not looked at."""
     for path in _folders(run_dir / "checkpoints"):
-        found, _ = _inspect(path)
+        found, _ = inspect(path)
         if found is not None:
             return found
     return None
 
 
-def _inspect(path: Path) -> tuple[Checkpoint | None, str]:
+def inspect(path: Path) -> tuple[Checkpoint | None, str]:
     """Look at a checkpoint without reading its content: it, or what is wrong with it."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return None, f"{path / MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
         manifest = checked(manifest)
-        files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
-        found = Checkpoint(path, manifest["step"], manifest["world_size"], files)
+        files, companions = (
+            {name: FileRecord(**record) for name, record in manifest[key].items()}
+            for key in ("files", "companions")
+        )
+        found = Checkpoint(path, manifest["step"], manifest["world_size"], files, companions)
     except FileNotFoundError:
         return None, f"{path / MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -223,7 +252,7 @@ def newest_verified(run_dir: Path, cluster: Cluster) -> Checkpoint | None:
 
 def verified(path: Path, cluster: Cluster) -> tuple[Checkpoint | None, str]:
     """Read all of a checkpoint and compare hashes, the files spread over the ranks: it, or what is wrong."""
-    found, problem = cluster.broadcast_object(_inspect(path) if cluster.rank == 0 else (None, ""))
+    found, problem = cluster.broadcast_object(inspect(path) if cluster.rank == 0 else (None, ""))
     if found is None:
         return None, problem
     problems = [p for part in cluster.all_gather_object(_damaged(found, cluster)) for p in part]

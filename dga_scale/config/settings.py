@@ -138,7 +138,11 @@ class OptimizationSettings:
     """AdamW, its schedule and the batch. Names as in transformers' TrainingArguments."""
 
     max_steps: int = setting(
-        2500, "Optimizer steps.", rule=AT_LEAST_1, source="DGA (640,000 sequences at 256)"
+        2500,
+        "Optimizer steps. A larger number extends a run whose steps would have had the same learning "
+        "rates (constant, warmup_stable_decay before its decay).",
+        rule=AT_LEAST_1,
+        source="DGA (640,000 sequences at 256)",
     )
     global_batch_size: int = setting(
         256, "Rows in one optimizer step, over all ranks.", rule=AT_LEAST_1, source="DGA"
@@ -208,7 +212,7 @@ class RunSettings:
     resume: str = setting(
         "auto",
         "auto: go on from the newest complete checkpoint of output_dir; never: refuse a folder with one; "
-        "or the path of a checkpoint.",
+        "or the path of a checkpoint, of another run for a new folder, which then uses what goes with it.",
         affects="place",
     )
     seed: int = setting(42, "Seed of the order, the masks and dropout.", repeats=True)

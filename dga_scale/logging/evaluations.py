@@ -13,6 +13,8 @@ may be resumed with another, or with more rows of it.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dga_scale.logging.metrics import LOG_FILE, RunLog, read_log
+
 EVALUATION, TEXTS = "evaluation", "texts"
 FIGURES = ("loss", "accuracy")
 NOT_MEASURED = "not measured"
@@ -97,3 +99,14 @@ def _on_text(record: Mapping[str, Any], text: Mapping[str, Any], figure: str) ->
     """Return an evaluation's figure on a text, under whatever name; None where it has none."""
     names = [name for name, scored in record.get(TEXTS, {}).items() if scored == text]
     return next((record[f"{name}_{figure}"] for name in names if f"{name}_{figure}" in record), None)
+
+
+def log_before(log: RunLog, before: Mapping[str, Any]) -> None:
+    """Log the base model's evaluation that a checkpoint brought, where the log has none.
+
+    The log of a run that resumes in a new folder has none, nor has one that was lost.
+    """
+    if log.active and before:
+        known = evaluations(read_log(log.run_dir / LOG_FILE))
+        if not any(record["step"] == 0 for record in known):
+            log.event(EVALUATION, step=0, **before)

@@ -33,7 +33,7 @@ def build_anchor(engine: Engine, plan: AnchorPlan, inputs: Inputs, cluster: Clus
     copies = cluster.world_size if engine.zero_optimization_stage() == 0 else 1
     fisher = None
     if plan.fisher_samples is not None:
-        folder = inputs.folder.path / "fisher"
+        folder = inputs.folder.fisher
         if inputs.config.run.dry_run:  # what it needs of memory, without the work
             fisher = {key_of(f): torch.ones_like(f.values, dtype=torch.float32) for f in fragments}
         elif cluster.run_on_first(folder.is_dir):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from dga_scale.checkpoint.async_save import Saves
 from dga_scale.checkpoint.store import newest_complete
@@ -22,7 +23,7 @@ from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.errors import UserError
 from dga_scale.evaluation.held_out import Evaluator
 from dga_scale.launch.world import Cluster
-from dga_scale.logging.evaluations import EVALUATION
+from dga_scale.logging.evaluations import EVALUATION, TEXTS, log_before
 from dga_scale.logging.metrics import RunLog
 from dga_scale.train.inputs import Inputs
 from dga_scale.train.invariants import Invariants
@@ -106,7 +107,9 @@ class Evaluate(Callback):
 
     def on_start(self, run: RunState) -> None:
         if run.step == 0:
-            self._evaluate(run)
+            run.trainer.before = self._evaluate(run)
+        else:
+            log_before(run.log, run.trainer.before)
 
     def after_step(self, run: RunState) -> None:
         if run.due(run.config.run.eval_steps):
@@ -115,12 +118,16 @@ class Evaluate(Callback):
     def on_end(self, run: RunState) -> None:
         run.log.outcome(run.config.as_dict(), self._figures)
 
-    def _evaluate(self, run: RunState) -> None:
+    def _evaluate(self, run: RunState) -> dict[str, Any]:
+        """Score the model; what was logged of it."""
         figures = self._figures = self._evaluator.evaluate(run.trainer.engine.module)
-        if figures:
-            run.log.event(EVALUATION, step=run.step, **figures, texts=run.inputs.evaluated_texts)
-            losses = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items() if "loss" in name]
-            run.log.print(f"evaluation after step {run.step}: {', '.join(losses)}")
+        if not figures:
+            return {}
+        record = {**figures, TEXTS: run.inputs.evaluated_texts}
+        run.log.event(EVALUATION, step=run.step, **record)
+        losses = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items() if "loss" in name]
+        run.log.print(f"evaluation after step {run.step}: {', '.join(losses)}")
+        return record
 
 
 class ProtectUnits(Callback):

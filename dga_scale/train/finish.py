@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from typing import Any
 
 from rich.console import Console
@@ -24,14 +25,27 @@ def finish(inputs: Inputs, cluster: Cluster) -> None:
 
 def _write(inputs: Inputs, cluster: Cluster) -> None:
     folder = inputs.folder
+    if not (folder.model.exists() and finished_steps(folder) == inputs.config.optimization.max_steps):
+        new = folder.model.with_name(folder.model.name + ".tmp")
+        shutil.rmtree(new, ignore_errors=True)
+        consolidate(folder.path, None, new)
+        shutil.rmtree(folder.model, ignore_errors=True)  # of fewer steps: the run was extended
+        new.rename(folder.model)
     summary = summarize(inputs, cluster)
-    write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
-    if not folder.model.exists():
-        consolidate(folder.path, None, folder.model)
+    write_text(folder.summary, json.dumps(summary, indent=2) + "\n")  # after the model that it tells of
     unfinished = folder.report.with_name(folder.report.name + ".tmp")
     write_report([folder.path], unfinished)
     os.replace(unfinished, folder.report)
     print_summary(summary, folder)
+
+
+def finished_steps(folder: RunFolder) -> int | None:
+    """Return how many steps a finished run has made; None if it is not finished."""
+    try:
+        steps: int = json.loads(folder.summary.read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps
 
 
 def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:

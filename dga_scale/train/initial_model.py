@@ -135,7 +135,7 @@ def _context(
 def _give_head(loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLog, resuming: bool) -> None:
     """Give a checkpoint without an LM head one, on the run's corpus, before anything is measured."""
     path = inputs.folder.head
-    if resuming and cluster.run_on_first(path.exists):
+    if resuming:
         cluster.run_on_all(lambda: load_head(loaded.model, loaded.anatomy, path))
         return
     settings, resolved = inputs.config.model, inputs.resolved

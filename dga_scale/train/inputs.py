@@ -19,6 +19,7 @@ from dga_scale.launch.world import Cluster
 from dga_scale.logging.evaluations import Texts
 from dga_scale.objectives.methods import build_method
 from dga_scale.run_folder import RunFolder
+from dga_scale.train.schedule import may_extend
 from dga_scale.zero.ds_config import ResolvedConfig, resolve_ds_config
 from dga_scale.zero.ds_keys import load_ds_config
 
@@ -100,7 +101,7 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     )
     config = resolved.config
     folder = RunFolder(Path(config.run.output_dir or default_output_dir(config)))
-    folder.check(config)
+    folder.check(config, allowed=may_extend)
     mixture = _mixture(config, corpus, tokenizer)
     mixture.check_one_batch(resolved.global_batch_size)
     general = config.method.general_corpus if isinstance(config.method, GeneralTextSettings) else None

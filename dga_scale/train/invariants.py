@@ -25,7 +25,6 @@ from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.errors import UserError
 from dga_scale.preservation.protection import Protection
-from dga_scale.train.schedule import learning_rate_at
 from dga_scale.train.seeds import seed_of
 from dga_scale.train.trainer import Trainer
 from dga_scale.zero.engine import Engine
@@ -127,7 +126,7 @@ class Invariants:
             planned, found = seed_of(trainer.config.run.seed, 0, done - 1, rank), torch.initial_seed()
             if found != planned:
                 return f"the seed of dropout is {found} on rank {rank}, planned was {planned}"
-            rate = learning_rate_at(done - 1, trainer.config.optimization)
+            rate = trainer.start.schedule.learning_rate(done - 1)
             for group in trainer.engine.basic_optimizer.param_groups:
                 if group["lr"] != rate * group["lr_scale"]:
                     planned_rate = rate * group["lr_scale"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dga_scale.checkpoint.store import Checkpoint, find_resume_point, prune, remove_leftovers
+from dga_scale.checkpoint.store import prune, remove_leftovers
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus, StopRequest
@@ -27,6 +27,7 @@ from dga_scale.train.callbacks import (
 from dga_scale.train.dry_run import dry_run
 from dga_scale.train.finish import finish
 from dga_scale.train.inputs import Inputs, check_inputs, verify_corpora
+from dga_scale.train.resume import Start, bring, find_start
 from dga_scale.train.same_run import check_same_data, check_shared_folder
 from dga_scale.train.trainer import Trainer
 from dga_scale.zero.engine import global_grad_norm
@@ -58,8 +59,8 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
         cluster.run_on_all(lambda: verify_corpora(inputs, cluster))
         if config.run.dry_run:
             return dry_run(inputs, cluster)
-        resume_from = _open_folder(inputs, cluster)
-        done, total = resume_from.step if resume_from else 0, inputs.config.optimization.max_steps
+        start = _open_folder(inputs, cluster)
+        done, total = start.step, inputs.config.optimization.max_steps
 
         with RunLog(
             inputs.folder.path, cluster.rank, total, completed_steps=done,
@@ -68,7 +69,7 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
             log.settings(inputs.config.as_dict())
 
             # Build, with all that happens beside the steps in one list.
-            trainer = Trainer(inputs, cluster, log, resume_from)
+            trainer = Trainer(inputs, cluster, log, start)
             run = RunState(trainer, log, step=done)
             saver = SaveCheckpoints(background=inputs.config.run.async_save)
             callbacks: list[Callback] = [
@@ -123,14 +124,14 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
     return 0
 
 
-def _open_folder(inputs: Inputs, cluster: Cluster) -> Checkpoint | None:
-    """Make the run's folder ready, write what a run says of itself, and find what it resumes from."""
+def _open_folder(inputs: Inputs, cluster: Cluster) -> Start:
+    """Find where the run starts, make its folder ready, and write what a run says of itself."""
     folder, settings = inputs.folder, inputs.config.run
     cluster.run_on_first(lambda: remove_leftovers(folder.path))
-    resume_from = find_resume_point(folder.path, settings.resume, cluster)
-    if resume_from is not None and resume_from.lies_in(folder.path):
+    start = find_start(inputs, cluster)
+    if start.checkpoint is not None and start.checkpoint.lies_in(folder.path):
         # A run that was killed may have left one that was due to go.
-        limit, step = settings.save_total_limit, resume_from.step
+        limit, step = settings.save_total_limit, start.step
         cluster.run_on_first(lambda: prune(folder.path, limit, step))
     devices = cluster.all_gather_object(device_name(cluster.device))
     hosts = cluster.all_gather_object(socket.gethostname())
@@ -142,7 +143,8 @@ def _open_folder(inputs: Inputs, cluster: Cluster) -> Checkpoint | None:
 
     cluster.run_on_first(write)
     check_shared_folder(folder.path, cluster)
-    return resume_from
+    bring(start, inputs, cluster)
+    return start
 
 
 def _peak_flops(inputs: Inputs, cluster: Cluster) -> float:

@@ -32,7 +32,7 @@ def protect(trainer: Trainer) -> None:
         earlier = cluster.run_on_all(lambda: [Importance.load(path) for path in prior])
     else:
         path = trainer.inputs.folder.importance
-        known = cluster.run_on_all(lambda: _known_importance(path, trainer.resumes_own_folder))
+        known = cluster.run_on_all(lambda: _known_importance(path, trainer.resuming))
         earlier = [known or measure(trainer, "proxy_kl", path)]
     importance = protection.protect(*earlier, squash=settings.importance_squash)
     trainer.log.importance(importance.values, protection.a)

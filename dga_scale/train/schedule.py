@@ -1,38 +1,118 @@
-"""The learning rate of a step: a function of the step alone, so that resuming needs no state."""
+"""The learning rate of a step: a function of the step alone, so that resuming needs no other state."""
 
 import math
+from dataclasses import dataclass
 
+from dga_scale.config.comparison import Difference
 from dga_scale.config.settings import OptimizationSettings
 
 
-def learning_rate_at(step: int, settings: OptimizationSettings) -> float:
-    """Learning rate of optimizer step ``step`` (0-based) of ``settings.max_steps``.
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rates of the steps from ``first`` to below ``stop``. Plain data: a checkpoint keeps it.
 
-    Rises linearly from ``peak / warmup`` to the peak over the first ``round(warmup_ratio * max_steps)``
-    steps, so that no step is spent at a learning rate of 0, then decays so that it would reach
-    ``min_lr_ratio * peak`` at step ``max_steps``, one past the last: the last step still learns.
-    ``warmup_stable_decay`` decays as 1 - sqrt over the last ``decay_ratio`` of the steps (Haegele et al.,
-    arXiv 2405.18392).
+    Attributes:
+        kind: how it decays after warm-up; ``--lr_scheduler_type``.
+        peak: the largest learning rate.
+        floor: the one that the decay leads to, over the peak.
+        first: step that it begins with; above 0 where a run resumed with another schedule.
+        stop: one past its last step, ``--max_steps``.
+        warmup: steps in which the learning rate rises.
+        decay: last steps in which ``warmup_stable_decay`` decays.
 
-    Raises:
-        ValueError: ``step`` outside the run.
     """
-    total = settings.max_steps
-    if not 0 <= step < total:
-        raise ValueError(f"step {step} is outside a run of {total} steps")
-    peak, floor = settings.learning_rate, settings.min_lr_ratio
-    warmup = round(settings.warmup_ratio * total)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if settings.lr_scheduler_type == "linear":
-        factor = 1 - progress
-    elif settings.lr_scheduler_type == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * progress))
-    elif settings.lr_scheduler_type == "constant":
-        return peak
-    else:
-        decay = round(settings.decay_ratio * total)
-        into_decay = step - (total - decay)
-        factor = 1 - math.sqrt(into_decay / decay) if into_decay > 0 else 1.0
-    return peak * (floor + (1 - floor) * factor)
+
+    kind: str
+    peak: float
+    floor: float
+    first: int
+    stop: int
+    warmup: int
+    decay: int
+
+    @classmethod
+    def of(cls, settings: OptimizationSettings, first: int = 0, warmup: int | None = None) -> "Schedule":
+        """Make the one that settings ask for.
+
+        Args:
+            settings: their shares of warm-up and decay are of the steps from ``first`` on.
+            first: step that it begins with.
+            warmup: steps of warm-up in place of those that ``warmup_ratio`` gives.
+
+        """
+        steps = settings.max_steps - first
+        return cls(
+            kind=settings.lr_scheduler_type,
+            peak=settings.learning_rate,
+            floor=settings.min_lr_ratio,
+            first=first,
+            stop=settings.max_steps,
+            warmup=round(settings.warmup_ratio * steps) if warmup is None else warmup,
+            decay=round(settings.decay_ratio * steps),
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (0-based).
+
+        Rises linearly from ``peak / warmup`` to the peak, so that no step is spent at a learning rate of 0,
+        then decays so that it would reach ``floor * peak`` at step ``stop``, one past the last: the last step
+        still learns. ``warmup_stable_decay`` decays as 1 - sqrt over the last ``decay`` steps (Haegele et
+        al., arXiv 2405.18392).
+
+        Raises:
+            ValueError: the step is outside the schedule.
+
+        """
+        if not self.first <= step < self.stop:
+            raise ValueError(f"step {step} is outside a schedule of steps {self.first} to {self.stop}")
+        own, total = step - self.first, self.stop - self.first
+        if own < self.warmup:
+            return self.peak * (own + 1) / self.warmup
+        progress = (own - self.warmup) / max(1, total - self.warmup)
+        if self.kind == "linear":
+            factor = 1 - progress
+        elif self.kind == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * progress))
+        elif self.kind == "constant":
+            return self.peak
+        else:
+            into_decay = own - (total - self.decay)
+            factor = 1 - math.sqrt(into_decay / self.decay) if into_decay > 0 else 1.0
+        return self.peak * (self.floor + (1 - self.floor) * factor)
+
+    def extended(self, settings: OptimizationSettings, done: int) -> "Schedule | None":
+        """Return the schedule of other settings, if the steps done have had its learning rates too.
+
+        A run that goes on with it is, step for step, one that had it from the beginning. Its warm-up is that
+        of this schedule, in steps. None for a decay that has begun: it was one to another last step.
+
+        Args:
+            settings: those of the run that resumes.
+            done: steps done.
+
+        """
+        other = Schedule.of(settings, self.first, self.warmup)
+        alike = all(self.learning_rate(s) == other.learning_rate(s) for s in range(self.first, done))
+        return other if alike else None
+
+    def __str__(self) -> str:
+        """In words, for the log."""
+        begins = f"from step {self.first} on, " if self.first else ""
+        warmup = f"warm-up over {self.warmup} steps to {self.peak:g}, then " if self.warmup else ""
+        end = f"{self.floor * self.peak:g} at step {self.stop}"
+        if self.kind == "constant":
+            decay = f"{self.peak:g} up to step {self.stop}"
+        elif self.kind == "warmup_stable_decay":
+            decay = f"{self.peak:g}, and over the last {self.decay} steps down to {end}"
+        else:
+            decay = f"{self.kind} decay to {end}"
+        return f"{begins}{warmup}{decay}"
+
+
+def may_extend(difference: Difference) -> bool:
+    """Whether a run may go on in its folder in spite of a setting that decides its numbers.
+
+    ``--max_steps`` may be another one. Whether the steps done are those of such a run too depends on the
+    schedule and on how many were done, which is known once the checkpoint is (``Schedule.extended``).
+    """
+    return difference.name == "max_steps"

@@ -27,6 +27,7 @@ from dga_scale.launch.preemption import StopRequest
 from dga_scale.launch.world import Cluster
 from dga_scale.report.report import write_report
 from dga_scale.run_folder import RunFolder, write_text
+from dga_scale.train.finish import finished_steps
 from dga_scale.train.inputs import (
     default_output_dir,
     dense_warmup_steps,
@@ -35,6 +36,7 @@ from dga_scale.train.inputs import (
     open_corpus,
 )
 from dga_scale.train.loop import train
+from dga_scale.train.schedule import may_extend
 
 
 def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
@@ -55,7 +57,7 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
         )
     with StopRequest():  # what is asked for in a run's last steps ends the next before it begins
         for settings in stages:
-            if cluster.run_on_first(partial(_complete, settings)):
+            if cluster.run_on_first(partial(_complete, settings, stages)):
                 continue
             code = train(settings, cluster)
             if code != 0:
@@ -144,13 +146,17 @@ def _domain(config: TrainConfig, folders: list[Path], number: int) -> TrainConfi
     return config.replace(**values)
 
 
-def _complete(settings: TrainConfig) -> bool:
-    """Whether a run has ended; one with other settings is refused."""
+def _complete(settings: TrainConfig, stages: Sequence[TrainConfig]) -> bool:
+    """Whether a run has ended; one with other settings is refused.
+
+    The last may be extended to more steps. Another is what the next one started from.
+    """
     folder = RunFolder(Path(settings.run.output_dir or ""))
     if not (folder.report.exists() and folder.model.exists()):
         return False
-    folder.check(settings)
-    return True
+    last = settings is stages[-1]
+    folder.check(settings, allowed=may_extend if last else lambda difference: False)
+    return not last or finished_steps(folder) == settings.optimization.max_steps
 
 
 def _hand_over(config: TrainConfig, stages: list[TrainConfig]) -> None:

@@ -6,21 +6,22 @@ from torch import Tensor
 
 from dga_scale.backbone.layers import learning_rate_scales
 from dga_scale.backbone.packed_rows import can_pack
-from dga_scale.checkpoint.state import Save, TrainerState, load_checkpoint
-from dga_scale.checkpoint.store import Checkpoint
+from dga_scale.checkpoint.companions import record_companions
+from dga_scale.checkpoint.state import Save, load_checkpoint
 from dga_scale.config.methods.shared import ProtectionSettings, soft_mask_of
 from dga_scale.corpus.loading.batches import Batch, BatchStream, StepBatches
-from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.metrics import RunLog
 from dga_scale.objectives.grad_cache import CachedContrast, cache_contrast
 from dga_scale.objectives.methods import build_method
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.preservation.protection import Protection
+from dga_scale.storage.safetensors_stream import FileRecord
 from dga_scale.train.anchor import build_anchor
 from dga_scale.train.initial_model import starting_model
 from dga_scale.train.inputs import Inputs
-from dga_scale.train.schedule import learning_rate_at
+from dga_scale.train.resume import Start
+from dga_scale.train.schedule import Schedule
 from dga_scale.train.seeds import seed_everything
 from dga_scale.zero.engine import build_engine, set_learning_rate
 from dga_scale.zero.optimizer_hooks import EngineWeights, backward, local_fragments
@@ -37,7 +38,7 @@ class Trainer:
         inputs: what the run works on.
         cluster: the ranks.
         log: of the run.
-        resume_from: a checkpoint whose state is loaded; None: training starts from the model's weights.
+        start: where the run starts, with a checkpoint whose state is loaded; None: at the model's weights.
 
     Attributes:
         method: the objective.
@@ -45,51 +46,59 @@ class Trainer:
         anatomy: where the units of the language model live.
         protection: the protection of those units, for methods that have some.
         engine: the DeepSpeed engine.
-        resumes_own_folder: whether the checkpoint is one of this run's folder.
+        start: where the run starts, and the schedule of its learning rate.
+        before: the base model's evaluation, which checkpoints keep; empty as long as there is none.
 
     Raises:
         UserError: on every rank, for a model, method or checkpoint that can't be used.
 
     """
 
-    def __init__(
-        self, inputs: Inputs, cluster: Cluster, log: RunLog, resume_from: Checkpoint | None = None
-    ) -> None:
+    def __init__(self, inputs: Inputs, cluster: Cluster, log: RunLog, start: Start | None = None) -> None:
         self.inputs, self.cluster, self.log = inputs, cluster, log
         self.config = config = inputs.config
         self.method = build_method(config)
-        start = starting_model(inputs, cluster, log, self.method, resuming=resume_from is not None)
-        self.anatomy, self._published_config = start.anatomy, start.config
-        self._pack = can_pack(start.lm, start.anatomy)
+        self.start = start or Start(None, Schedule.of(config.optimization))
+        self.before = self.start.before
+        self._companions: dict[str, FileRecord] | None = None
+        initial = starting_model(inputs, cluster, log, self.method, resuming=self.resuming)
+        self.anatomy, self._published_config = initial.anatomy, initial.config
+        self._pack = can_pack(initial.lm, initial.anatomy)
         settings = config.method
         self.protection = Protection(
-            start.lm,
-            anatomy=start.anatomy,
+            initial.lm,
+            anatomy=initial.anatomy,
             kinds=self.method.kinds,
             soft_mask=soft_mask_of(settings),
             kv_protection=settings.kv_protection if isinstance(settings, ProtectionSettings) else "min",
             reduce=cluster.sum,
         )
         self.model = TrainingModel(
-            start.lm,
-            start.anatomy,
+            initial.lm,
+            initial.anatomy,
             self.method,
             protection=self.protection,
-            teacher=start.teacher,
+            teacher=initial.teacher,
             split_views=config.model.split_views,
         )
         self.model.train()  # from_pretrained leaves dropout off
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        scales = learning_rate_scales(start.lm, self.anatomy, config.optimization.layer_lr_decay)
+        scales = learning_rate_scales(initial.lm, self.anatomy, config.optimization.layer_lr_decay)
         self.engine = build_engine(self.model, inputs.resolved, scales)
         if self.protection.soft_mask != "none":
             self.protection.attach(EngineWeights(self.engine))
         plan = self.method.anchor()
         self._anchor = build_anchor(self.engine, plan, inputs, cluster, log) if plan else None
-        self.resumes_own_folder = resume_from is not None and resume_from.lies_in(inputs.folder.path)
-        if resume_from is not None:
-            self._load(resume_from)
+        for line in self.start.lines:
+            log.print(line)
+        if self.start.checkpoint is not None:
+            load_checkpoint(self.engine, self.start.checkpoint, cluster)
+
+    @property
+    def resuming(self) -> bool:
+        """Whether the run resumes from a checkpoint."""
+        return self.start.checkpoint is not None
 
     def stream(self, completed_steps: int) -> BatchStream:
         """The batches of the steps that are left."""
@@ -116,7 +125,7 @@ class Trainer:
 
         """
         resolved = self.inputs.resolved
-        learning_rate = learning_rate_at(batches.step, self.config.optimization)
+        learning_rate = self.start.schedule.learning_rate(batches.step)
         set_learning_rate(self.engine, learning_rate)
         seed_everything(self.config.run.seed, 0, batches.step, self.cluster.rank)
         sums: dict[str, Tensor] = {}
@@ -140,11 +149,19 @@ class Trainer:
             self.engine,
             self.inputs.tokenizer,
             self.inputs.folder.path,
-            TrainerState(step=step, corpus_hash=self.inputs.content_hash),
+            self.start.state(step, self.inputs.content_hash, self.before),
             self.cluster,
             self.config.run.save_total_limit,
             self._published_config,
+            self._recorded_companions(),
         )
+
+    def _recorded_companions(self) -> dict[str, FileRecord]:
+        """What goes with the checkpoints, hashed once: nothing of it changes while the run trains."""
+        if self._companions is None:
+            folder = self.inputs.folder
+            self._companions = record_companions(folder) if self.cluster.rank == 0 else {}
+        return self._companions
 
     def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, CachedContrast | None]]:
         """Each micro-batch on the device, and its part of a contrast over all of them where there is one."""
@@ -164,14 +181,3 @@ class Trainer:
         """The terms, with a mixture's sources called by their names."""
         names = {f"mlm/{k}": f"mlm/{name}" for k, name in enumerate(self.inputs.source_names)}
         return {names.get(name, name): value for name, value in terms.items()}
-
-    def _load(self, resume_from: Checkpoint) -> None:
-        state = load_checkpoint(self.engine, resume_from, self.cluster)
-        if state.corpus_hash != self.inputs.content_hash:
-            raise UserError(
-                f"{resume_from.path} was trained on another corpus than {self.inputs.corpus.path} is now. "
-                "Restore the corpus, or start anew in another --output_dir."
-            )
-        for line in resume_from.skipped:
-            self.log.print(line)
-        self.log.print(f"resuming from {resume_from.path}")

@@ -20,11 +20,12 @@ from dga_scale.checkpoint.store import (
 from dga_scale.errors import UserError
 from dga_scale.launch.world import join_cluster, single_process
 from dga_scale.storage.checked_json import checked
-from dga_scale.storage.safetensors_stream import record_of
+from dga_scale.storage.safetensors_stream import FileRecord, record_of
 from tests.helpers.ranks import run_ranks
 
 ALONE = single_process()
 FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "model/config.json")
+HEAD = FileRecord(5, "a hash")
 
 
 def made(run: Path, step: int) -> Path:
@@ -34,7 +35,8 @@ def made(run: Path, step: int) -> Path:
     for name in FILES:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).write_bytes(f"{step} {name}".encode() * 50)
-    commit(temporary, final, {name: record_of(temporary / name) for name in FILES}, step, world_size=2)
+    files = {name: record_of(temporary / name) for name in FILES}
+    commit(temporary, final, files, step, world_size=2, companions={"head.safetensors": HEAD})
     return final
 
 
@@ -85,12 +87,12 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path: Path) -> None:
         (lambda path: (path / "manifest.json").unlink(), r"manifest.json is missing"),
         (lambda path: (path / "manifest.json").write_text('{"format"'), r"manifest.json is damaged"),
         (
-            lambda path: (path / "manifest.json").write_text('{"format": 1}'),
+            lambda path: (path / "manifest.json").write_text('{"format": 2}'),
             r"manifest.json is damaged \(it has no checksum\)",
         ),
         (
-            lambda path: (path / "manifest.json").write_text('{"format": 2}'),
-            r"has format 2, this version reads 1",
+            lambda path: (path / "manifest.json").write_text('{"format": 3}'),
+            r"has format 3, this version reads 2",
         ),
     ],
 )
@@ -229,5 +231,6 @@ def test_the_manifest_is_plain_data(tmp_path: Path) -> None:
     path = made(tmp_path, 4)
     manifest = json.loads((path / "manifest.json").read_text())
     checked(manifest)
-    assert (manifest["format"], manifest["step"], manifest["world_size"]) == (1, 4, 2)
+    assert (manifest["format"], manifest["step"], manifest["world_size"]) == (2, 4, 2)
+    assert manifest["companions"] == {"head.safetensors": {"bytes": 5, "sha256": "a hash"}}
     assert manifest["files"] == {name: dataclasses.asdict(record_of(path / name)) for name in sorted(FILES)}

@@ -7,12 +7,13 @@ import torch
 from transformers import get_scheduler
 
 from dga_scale.config.settings import OptimizationSettings
-from dga_scale.train.schedule import learning_rate_at
+from dga_scale.train.schedule import Schedule
 
 
 def rates(**settings) -> list[float]:
     optimization = OptimizationSettings(learning_rate=2.0, **settings)
-    return [learning_rate_at(step, optimization) for step in range(optimization.max_steps)]
+    schedule = Schedule.of(optimization)
+    return [schedule.learning_rate(step) for step in range(optimization.max_steps)]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -55,4 +56,4 @@ def test_floor_and_constant():
 
 def test_a_step_outside_the_run_is_refused():
     with pytest.raises(ValueError, match="step 10 is outside"):
-        learning_rate_at(10, OptimizationSettings(max_steps=10))
+        Schedule.of(OptimizationSettings(max_steps=10)).learning_rate(10)

@@ -25,10 +25,9 @@ from dga_scale.experts.extension import (
     update_centres_every,
 )
 from dga_scale.objectives.method import Method, MethodContext
+from dga_scale.run_folder import RunFolder
 from dga_scale.storage.atomic import replace_file
 from dga_scale.storage.checked_json import checked, with_checksum
-
-STRUCTURE = "experts.json"
 
 
 class CSE(Method[CSESettings]):
@@ -62,7 +61,7 @@ class CSE(Method[CSESettings]):
         if isinstance(context.lm, ExtendedPreTrainedModel) and context.lm.config.extension == EXPERTS:
             context.print("the model has experts already: they are trained on as they are")
             return context.lm
-        path = context.folder / STRUCTURE
+        path = RunFolder(context.folder).experts
         if context.resuming:
             return extend(context.lm, EXPERTS, context.run_on_first(lambda: _read(path)))
         samples = self._samples(context)

@@ -1,0 +1,154 @@
+"""What a run starts from: its model's weights, or a checkpoint with all that goes with it."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dga_scale.backbone.weights_hash import weights_hash
+from dga_scale.checkpoint.companions import bring_companions
+from dga_scale.checkpoint.state import TrainerState, read_state
+from dga_scale.checkpoint.store import Checkpoint, find_resume_point, newest_verified
+from dga_scale.config.methods.das import DASSettings
+from dga_scale.errors import UserError
+from dga_scale.launch.world import Cluster
+from dga_scale.storage.atomic import storage_errors
+from dga_scale.storage.safetensors_stream import record_of
+from dga_scale.train.inputs import Inputs
+from dga_scale.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts, the same on all ranks.
+
+    Attributes:
+        checkpoint: what it resumes from; None: the base model's weights.
+        schedule: of its learning rate.
+        base_model: hash of the weights that the run, or the one it resumes from, started from.
+        prior_importance: hashes of the files of ``--prior_importance``.
+        before: the evaluation of the base model that the checkpoint knows; empty where there is none yet.
+        lines: what there is to say of it.
+
+    """
+
+    checkpoint: Checkpoint | None
+    schedule: Schedule
+    base_model: str = ""
+    prior_importance: tuple[str, ...] = ()
+    before: dict[str, Any] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def state(self, step: int, corpus_hash: str, before: dict[str, Any]) -> TrainerState:
+        """Describe the run after ``step`` steps, for a checkpoint."""
+        return TrainerState(
+            step=step,
+            corpus_hash=corpus_hash,
+            base_model=self.base_model,
+            prior_importance=list(self.prior_importance),
+            schedule=dataclasses.asdict(self.schedule),
+            before=before,
+        )
+
+
+def find_start(inputs: Inputs, cluster: Cluster) -> Start:
+    """Choose what to start from and check that it fits; every rank has to call it, and gets the same.
+
+    A checkpoint of another run is where a new folder starts; once that has checkpoints of its own, it resumes
+    from those.
+
+    Raises:
+        UserError: on all ranks: a checkpoint that is damaged or of another run than the settings say.
+
+    """
+    config, folder = inputs.config, inputs.folder
+    start = Start(
+        None,
+        Schedule.of(config.optimization),
+        cluster.run_on_first(lambda: weights_hash(config.model.model or "", config.model.random_init)),
+        cluster.run_on_first(lambda: _prior_importance(inputs)),
+    )
+    checkpoint = find_resume_point(folder.path, config.run.resume, cluster)
+    if checkpoint is not None and not checkpoint.lies_in(folder.path):
+        checkpoint = newest_verified(folder.path, cluster) or checkpoint
+    if checkpoint is None:
+        return start
+    found: Checkpoint = checkpoint
+    return cluster.run_on_all(lambda: _resumed(start, found, inputs))
+
+
+def bring(start: Start, inputs: Inputs, cluster: Cluster) -> None:
+    """Put what goes with the checkpoint into the run's folder, and take out what its next steps outdate.
+
+    Every rank has to call it, once the folder is there.
+
+    Raises:
+        UserError: on all ranks: what goes with the checkpoint is lost or changed, or the disk is full.
+
+    """
+
+    def work() -> None:
+        if start.checkpoint is not None:
+            with storage_errors(inputs.folder.path):
+                bring_companions(start.checkpoint, inputs.folder)
+        if start.step < inputs.config.optimization.max_steps:
+            inputs.folder.importance_after.unlink(missing_ok=True)
+
+    cluster.run_on_first(work)
+
+
+def _prior_importance(inputs: Inputs) -> tuple[str, ...]:
+    settings = inputs.config.method
+    paths = (settings.prior_importance or ()) if isinstance(settings, DASSettings) else ()
+    return tuple(record_of(Path(path)).sha256 for path in paths if Path(path).is_file())
+
+
+def _resumed(start: Start, checkpoint: Checkpoint, inputs: Inputs) -> Start:
+    state, settings, path = read_state(checkpoint), inputs.config.optimization, checkpoint.path
+    anew = "or start anew in another --output_dir without --resume"
+    if state.corpus_hash != inputs.content_hash:
+        raise UserError(
+            f"{path} was trained on another corpus than {inputs.corpus.path} is now: restore that, {anew}"
+        )
+    if state.base_model != start.base_model:
+        raise UserError(
+            f"{path} was trained from other weights than --model {inputs.config.model.model} holds now: give "
+            f"the model that it started from, {anew}"
+        )
+    if tuple(state.prior_importance) != start.prior_importance:
+        raise UserError(
+            f"{path} was trained with other files of --prior_importance than these: give those, {anew}"
+        )
+    if settings.max_steps < state.step:
+        raise UserError(
+            f"--max_steps {settings.max_steps}: {path} has done {state.step} steps already. Give as many or "
+            "more, or go back to an earlier one: --resume RUN/checkpoints/step-N --output_dir NEW"
+        )
+    schedule, line = _schedule(Schedule(**state.schedule), checkpoint, inputs)
+    lines = (*checkpoint.skipped, f"resuming from {path}", *([line] if line else []))
+    return dataclasses.replace(
+        start, checkpoint=checkpoint, schedule=schedule, before=state.before, lines=lines
+    )
+
+
+def _schedule(earlier: Schedule, checkpoint: Checkpoint, inputs: Inputs) -> tuple[Schedule, str]:
+    """Return the schedule of the steps to come, and what there is to say of it."""
+    settings, done = inputs.config.optimization, checkpoint.step
+    extended = earlier.extended(settings, done)
+    if extended == earlier:
+        return earlier, ""
+    if extended is not None:
+        return extended, f"learning rate: as in a run of this schedule from its first step on: {extended}"
+    if checkpoint.lies_in(inputs.folder.path):
+        raise UserError(
+            f"--max_steps {settings.max_steps}: the {done} steps done had the learning rates of {earlier}, "
+            "which a run of another length would not have had. To train on with a new schedule: --resume "
+            f"{checkpoint.path} --output_dir NEW --max_steps {settings.max_steps}"
+        )
+    new = Schedule.of(settings, first=done)
+    return new, f"learning rate: a new schedule: {new}"
