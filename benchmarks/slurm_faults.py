@@ -51,6 +51,7 @@ def main() -> None:
         run_ranks(2, train_ranks, [*flags, f"--output_dir={folder / 'plain'}"], timeout=PATIENCE)
         close_pools()
         same = losses(Path("run")) == losses(Path("plain"))
+    WORK.mkdir(parents=True, exist_ok=True)
     (WORK / "slurm_faults.log").write_text(log, encoding="utf-8")
     said = (
         f"{STEPS} losses, {'all equal' if same else 'NOT equal'} to an uninterrupted run's, bit for bit. "
