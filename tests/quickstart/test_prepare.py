@@ -167,7 +167,8 @@ def test_make_says_what_python_it_needs(tmp_path: Path, python: str, said: str) 
     for name, body in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "pyproject.toml").touch()
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
     command = ["make", "-f", str(REPOSITORY / "Makefile"), "test", f"PYTHON={python}"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert found.returncode == 2
