@@ -30,7 +30,7 @@ from benchmarks.common import (
     table,
     verdict,
 )
-from dga_scale.logging.metrics import read_log
+from dga_scale.logging.json_lines import read_log
 
 TARGET = 0.02
 OUTPUT = WORK / "loop_overhead"

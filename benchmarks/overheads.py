@@ -36,7 +36,7 @@ from benchmarks.common import (
 from dga_scale.config.parsing import read_config
 from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.launch.world import join_cluster
-from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.run_log import silent_log
 from dga_scale.objectives.contrast import contrastive_loss
 from dga_scale.preservation.importance import Importance, measure_importance
 from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
@@ -101,8 +101,7 @@ def trainer_of(
             ]
         )  # fmt: skip
         inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
-        # No rank but 0 writes a log; nor shall this one.
-        trainer = Trainer(inputs, cluster, RunLog(inputs.folder.path, cluster.rank + 1, 1))
+        trainer = Trainer(inputs, cluster, silent_log())
         anatomy = trainer.anatomy
         trainer.protection.set({k: torch.full(anatomy.unit_shape(k), 0.5) for k in trainer.method.kinds})
         yield trainer

@@ -40,7 +40,7 @@ from benchmarks.common import (
     train,
 )
 from dga_scale.backbone.cpu_kernels import Dropout
-from dga_scale.logging.metrics import read_log
+from dga_scale.logging.json_lines import read_log
 
 ROWS = {"minilm": 16, "roberta-base": 4}
 """Of a rank: steps of about a second."""

@@ -23,7 +23,7 @@ from benchmarks.common import (
     table,
     train,
 )
-from dga_scale.logging.metrics import read_log
+from dga_scale.logging.json_lines import read_log
 
 GENERAL = "{general}"
 """Stands for the corpus of general text."""

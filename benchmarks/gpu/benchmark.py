@@ -24,7 +24,7 @@ from benchmarks.gpu.tables import report
 from benchmarks.gpu.world import PAPERS, SMOKE, World, make_world
 from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError
-from dga_scale.logging.metrics import read_log
+from dga_scale.logging.json_lines import read_log
 
 SETTLED = 10
 """Steps of the Trainer and of the real program that are not counted."""

@@ -32,8 +32,8 @@ from dga_scale.corpus.loading.batches import EvalBatches, StepBatches
 from dga_scale.launch.preemption import StopConsensus
 from dga_scale.launch.world import Cluster, join_cluster
 from dga_scale.logging.environment import describe_environment, device_name
-from dga_scale.logging.metrics import RunLog
 from dga_scale.logging.quiet import quiet_libraries
+from dga_scale.logging.run_log import open_log
 from dga_scale.logging.throughput import device_peak, measured_flops, memory_gib, step_flops, wait_for
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.train.inputs import check_inputs
@@ -191,7 +191,7 @@ class Bench:
         folder = Path(self.plan.folder, f"{time.time_ns()}")
         config = read_config([*flags, "--output_dir", str(folder)])
         inputs = check_inputs(config, self.cluster)  # it wants a new folder
-        with RunLog(folder, self.cluster.rank, config.optimization.max_steps) as log:
+        with open_log(folder, self.cluster.rank, config.optimization.max_steps) as log:
             trainer = Trainer(inputs, self.cluster, log)
             try:
                 protect(trainer)

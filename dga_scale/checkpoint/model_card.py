@@ -13,7 +13,7 @@ from dga_scale.config.comparison import split_reference
 from dga_scale.config.declaration import Refers
 from dga_scale.config.methods import known_settings
 from dga_scale.logging.evaluations import before_and_after, evaluations
-from dga_scale.logging.metrics import LOG_FILE, read_log
+from dga_scale.logging.json_lines import LOG_FILE, read_log
 from dga_scale.run_folder import RunFolder
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

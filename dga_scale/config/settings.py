@@ -217,7 +217,13 @@ class RunSettings:
     )
     seed: int = setting(42, "Seed of the order, the masks and dropout.", repeats=True)
     logging_steps: int = setting(
-        1, "Steps between log lines and TensorBoard points.", rule=AT_LEAST_1, affects="place"
+        1, "Steps between log lines and the points of curves.", rule=AT_LEAST_1, affects="place"
+    )
+    loggers: list[str] | None = setting(
+        None,
+        "Where a run's figures go beside log.jsonl and the terminal: names of the table in "
+        "dga_scale/logging/loggers.py, or none. Default: tensorboard.",
+        affects="place",
     )
     protection_steps: int = setting(
         50,

@@ -13,7 +13,8 @@ may be resumed with another, or with more rows of it.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dga_scale.logging.metrics import LOG_FILE, RunLog, read_log
+from dga_scale.logging.json_lines import LOG_FILE, read_log
+from dga_scale.logging.run_log import RunLog
 
 EVALUATION, TEXTS = "evaluation", "texts"
 FIGURES = ("loss", "accuracy")
@@ -107,6 +108,6 @@ def log_before(log: RunLog, before: Mapping[str, Any]) -> None:
     The log of a run that resumes in a new folder has none, nor has one that was lost.
     """
     if log.active and before:
-        known = evaluations(read_log(log.run_dir / LOG_FILE))
+        known = evaluations(read_log(log.folder / LOG_FILE))
         if not any(record["step"] == 0 for record in known):
             log.event(EVALUATION, step=0, **before)

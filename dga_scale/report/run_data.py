@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dga_scale.errors import UserError
 from dga_scale.logging.evaluations import BeforeAfter, Texts, before_and_after, history, last_texts
-from dga_scale.logging.metrics import LOG_FILE, read_log
+from dga_scale.logging.json_lines import LOG_FILE, read_log
 from dga_scale.preservation.importance import Importance
 
 

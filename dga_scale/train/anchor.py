@@ -10,7 +10,7 @@ from dga_scale.checkpoint.fisher import load_fisher, save_fisher
 from dga_scale.corpus.loading.batches import Batch, EvalBatches
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
-from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.run_log import RunLog
 from dga_scale.preservation.anchors import Anchor, AnchorPlan, FragmentKey, key_of
 from dga_scale.preservation.fisher import Fisher, measure_fisher
 from dga_scale.preservation.fragments import Fragment

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dga_scale.launch.world import Cluster
-from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.run_log import silent_log
 from dga_scale.logging.throughput import memory_gib
 from dga_scale.train.inputs import Inputs
 from dga_scale.train.trainer import Trainer
@@ -16,8 +16,7 @@ from dga_scale.zero.shards import shape_of
 
 def dry_run(inputs: Inputs, cluster: Cluster) -> int:
     """Build everything, take one optimizer step, print what a run of these settings needs; exit code 0."""
-    silent = RunLog(inputs.folder.path, rank=cluster.rank + 1, total_steps=1)
-    trainer = Trainer(inputs, cluster, silent)
+    trainer = Trainer(inputs, cluster, silent_log())
     anatomy = trainer.anatomy
     kinds = trainer.method.kinds
     if kinds:

@@ -12,7 +12,7 @@ from dga_scale.checkpoint.export import consolidate
 from dga_scale.config.methods.shared import soft_mask_of
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.evaluations import BeforeAfter, before_and_after, last_texts
-from dga_scale.logging.metrics import LOG_FILE, read_log
+from dga_scale.logging.json_lines import LOG_FILE, read_log
 from dga_scale.report.report import write_report
 from dga_scale.run_folder import RunFolder, write_text
 from dga_scale.train.inputs import Inputs

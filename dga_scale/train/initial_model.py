@@ -21,7 +21,7 @@ from dga_scale.corpus.loading.batches import Batch, BatchStream, mixed_batch
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
-from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.run_log import RunLog
 from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.train.inputs import Inputs
 from dga_scale.train.seeds import INITIAL_STREAM, PREPARE_STREAM, WARMUP_STREAM, seed_everything

@@ -17,6 +17,7 @@ from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.evaluations import Texts
+from dga_scale.logging.loggers import check_loggers
 from dga_scale.objectives.methods import build_method
 from dga_scale.run_folder import RunFolder
 from dga_scale.train.schedule import may_extend
@@ -102,6 +103,7 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     config = resolved.config
     folder = RunFolder(Path(config.run.output_dir or default_output_dir(config)))
     folder.check(config, allowed=may_extend)
+    check_loggers(config.run.loggers or ())
     mixture = _mixture(config, corpus, tokenizer)
     mixture.check_one_batch(resolved.global_batch_size)
     general = config.method.general_corpus if isinstance(config.method, GeneralTextSettings) else None

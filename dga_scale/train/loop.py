@@ -13,7 +13,7 @@ from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus, StopRequest
 from dga_scale.launch.watchdog import note_step
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.environment import describe_environment, device_name, write_environment
-from dga_scale.logging.metrics import RunLog, Value
+from dga_scale.logging.run_log import Value, open_log
 from dga_scale.logging.throughput import device_peak, memory_gib, rates, step_flops
 from dga_scale.train.callbacks import (
     Callback,
@@ -62,9 +62,9 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
         start = _open_folder(inputs, cluster)
         done, total = start.step, inputs.config.optimization.max_steps
 
-        with RunLog(
+        with open_log(
             inputs.folder.path, cluster.rank, total, completed_steps=done,
-            logging_steps=inputs.config.run.logging_steps,
+            logging_steps=inputs.config.run.logging_steps, loggers=inputs.config.run.loggers,
         ) as log:  # fmt: skip
             log.settings(inputs.config.as_dict())
 

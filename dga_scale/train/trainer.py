@@ -11,7 +11,7 @@ from dga_scale.checkpoint.state import Save, load_checkpoint
 from dga_scale.config.methods.shared import ProtectionSettings, soft_mask_of
 from dga_scale.corpus.loading.batches import Batch, BatchStream, StepBatches
 from dga_scale.launch.world import Cluster
-from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.run_log import RunLog
 from dga_scale.objectives.grad_cache import CachedContrast, cache_contrast
 from dga_scale.objectives.methods import build_method
 from dga_scale.objectives.training_model import TrainingModel

@@ -13,7 +13,7 @@ from dga_scale.checkpoint.store import find_resume_point
 from dga_scale.errors import UserError
 from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus
 from dga_scale.launch.world import join_cluster, single_process
-from dga_scale.logging.metrics import read_log
+from dga_scale.logging.json_lines import read_log
 from tests.checkpoint.test_state import kill_at_each_point, same, state_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small import SmallWorld

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dga_scale.errors import UserError
 from dga_scale.logging.environment import describe_environment, write_environment
-from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.run_log import RunLog, open_log
 from dga_scale.preservation.importance import Importance
 from dga_scale.preservation.movement import compare
 from dga_scale.report.groups import comparison, grouped
@@ -104,7 +104,7 @@ def make_run(
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     environment = describe_environment(launcher="deepspeed", devices=["GPU X"], hosts=["a"])
     write_environment(folder / "environment.json", environment)
-    with RunLog(folder, 0, 4) as log:
+    with open_log(folder, 0, 4) as log:
         before = {name: value[0] for name, value in losses.items()}
         write_evaluation(log, 0, base_rows, **before)
         for step in range(1, steps + 1):

@@ -20,7 +20,7 @@ from dga_scale.config.parsing import read_config
 from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
 from dga_scale.launch.world import single_process
-from dga_scale.logging.metrics import read_log
+from dga_scale.logging.json_lines import read_log
 from dga_scale.objectives.methods.cse import _read as read_experts
 from dga_scale.preservation.importance import Importance
 from dga_scale.storage.checked_json import CHECKSUM

@@ -8,7 +8,7 @@ import pytest
 from dga_scale.config.parsing import read_config
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import join_cluster
-from dga_scale.logging.metrics import read_log
+from dga_scale.logging.json_lines import read_log
 from dga_scale.train.callbacks import Callback, RunState
 from dga_scale.train.loop import train
 from tests.helpers.pictures import no_pictures

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dga_scale.config.parsing import read_config
 from dga_scale.launch.world import join_cluster
-from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.run_log import silent_log
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.trainer import Trainer
 from dga_scale.zero.optimizer_hooks import step_was_refused
@@ -41,7 +41,7 @@ def trainer_of(flags: list[str]) -> Trainer:
     cluster = join_cluster()
     config = read_config(flags)
     inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
-    trainer = Trainer(inputs, cluster, RunLog(inputs.folder.path, cluster.rank + 1, STEPS))
+    trainer = Trainer(inputs, cluster, silent_log())
     trainer.protection.set({"heads": torch.linspace(0, 1, 8).view(2, 4)})
     return trainer
 

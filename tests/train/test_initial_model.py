@@ -8,7 +8,7 @@ from torch import nn
 from dga_scale.backbone.cpu_kernels import ATTENTION
 from dga_scale.config.parsing import read_config
 from dga_scale.launch.world import join_cluster
-from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.run_log import silent_log
 from dga_scale.objectives.methods import build_method
 from dga_scale.train.initial_model import starting_model
 from dga_scale.train.inputs import check_inputs
@@ -21,8 +21,7 @@ def kernels(flags: list[str]) -> tuple[set[str], set[str]]:
     """Where the classes of dropout are defined, and the attentions in use."""
     cluster, config = join_cluster(), read_config(flags)
     inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
-    silent = RunLog(inputs.folder.path, cluster.rank + 1, 1)
-    lm = starting_model(inputs, cluster, silent, build_method(config), resuming=False).lm
+    lm = starting_model(inputs, cluster, silent_log(), build_method(config), resuming=False).lm
     dropouts = {type(m).__module__ for m in lm.modules() if isinstance(m, nn.Dropout)}
     return dropouts, {m.config._attn_implementation for m in lm.modules() if hasattr(m, "config")}
 

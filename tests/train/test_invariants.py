@@ -13,7 +13,7 @@ from dga_scale.config.parsing import read_config
 from dga_scale.corpus.loading.batches import BatchStream
 from dga_scale.errors import UserError
 from dga_scale.launch.world import join_cluster
-from dga_scale.logging.metrics import RunLog
+from dga_scale.logging.run_log import open_log
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.invariants import Invariants, _incomplete
 from dga_scale.train.protection import protect
@@ -134,7 +134,7 @@ def offences(flags: list[str], faults: list[Fault]) -> tuple[list[str], str]:
     config, cluster = read_config(flags), join_cluster()
     inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
     said = []
-    with RunLog(inputs.folder.path, cluster.rank, 2) as log:
+    with open_log(inputs.folder.path, cluster.rank, 2) as log:
         trainer = Trainer(inputs, cluster, log)
         invariants = Invariants(trainer, every=1)
         invariants.check(0)

@@ -15,7 +15,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dga_scale.errors import UserError
-from dga_scale.logging.metrics import RunLog, read_log, step_line
+from dga_scale.logging.json_lines import read_log
+from dga_scale.logging.run_log import open_log
+from dga_scale.logging.terminal import step_line
 
 
 def values_at(step: int) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def values_at(step: int) -> dict[str, Any]:
 
 
 def write_steps(folder: Path, first: int, last: int, **options: Any) -> None:
-    with RunLog(folder, 0, 12, **options) as log:
+    with open_log(folder, 0, 12, **options) as log:
         for step in range(first, last + 1):
             log.step(values_at(step))
             if step % 4 == 0:
@@ -65,7 +67,7 @@ def test_jsonl_and_tensorboard_hold_the_same(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(tmp_path / "run", 1, 12) as log:
+    with open_log(tmp_path / "run", 1, 12) as log:
         log.settings({"seed": 1})
         log.step(values_at(1))
         log.event("evaluation", step=1, domain_loss=1.0)
@@ -98,7 +100,7 @@ def test_a_run_that_starts_over_starts_a_new_log(tmp_path: Path) -> None:
 def test_damaged_log_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n[2]\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"log\.jsonl:2 .*restore the file"):
-        RunLog(tmp_path, 0, 5, completed_steps=3)
+        open_log(tmp_path, 0, 5, completed_steps=3)
 
 
 class CountingTensor(torch.Tensor):
@@ -115,7 +117,7 @@ class CountingTensor(torch.Tensor):
 
 def test_tensors_are_read_only_at_logged_steps_and_in_one_transfer(tmp_path: Path) -> None:
     CountingTensor.fetched = 0
-    with RunLog(tmp_path, 0, 10, logging_steps=4) as log:
+    with open_log(tmp_path, 0, 10, logging_steps=4) as log:
         for step in range(1, 11):
             losses = {f"loss/{i}": torch.ones(()).as_subclass(CountingTensor) for i in range(3)}
             before = CountingTensor.fetched
@@ -127,7 +129,7 @@ def test_tensors_are_read_only_at_logged_steps_and_in_one_transfer(tmp_path: Pat
 def test_nan_is_null_in_json_and_spelt_out_in_the_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunLog(tmp_path, 0, 2) as log:
+    with open_log(tmp_path, 0, 2) as log:
         log.step({"step": 1, "loss/total": torch.tensor(float("nan")), "grad_norm": float("inf")})
     text = (tmp_path / "log.jsonl").read_text()
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -136,7 +138,7 @@ def test_nan_is_null_in_json_and_spelt_out_in_the_line(
 
 
 def test_line_of_a_step_off_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(tmp_path, 0, 12) as log:
+    with open_log(tmp_path, 0, 12) as log:
         log.step(values_at(2))
     assert capsys.readouterr().out == (
         "step 2/12  loss 2.0000 (mlm 1.5000, contrastive 0.5000)  grad norm 0.500  lr 1.00e-04  "
@@ -151,7 +153,7 @@ def test_line_shows_a_value_it_does_not_know() -> None:
 def test_importance_and_protection_become_pictures(tmp_path: Path) -> None:
     importance = torch.rand(3, 4)
     a = importance / importance.max()
-    with RunLog(tmp_path, 0, 2) as log:
+    with open_log(tmp_path, 0, 2) as log:
         log.importance({"heads": importance}, {"heads": a})
         log.protection("heads", step=2, one_minus_a=1 - a, movement=a, applied_over_proposed=0.4)
     assert (tmp_path / "importance-heads.png").read_bytes().startswith(b"\x89PNG")
@@ -164,7 +166,7 @@ def test_importance_and_protection_become_pictures(tmp_path: Path) -> None:
 
 
 def test_settings_are_text_in_tensorboard(tmp_path: Path) -> None:
-    with RunLog(tmp_path, 0, 2) as log:
+    with open_log(tmp_path, 0, 2) as log:
         log.settings({"learning_rate": 1e-4})
     assert scalars(tmp_path).Tags()["tensors"] == ["settings/text_summary"]
 
@@ -196,8 +198,8 @@ def test_progress_bar_and_lines_share_a_terminal(tmp_path: Path) -> None:
     program = textwrap.dedent(
         f"""
         import sys, time
-        from dga_scale.logging.metrics import RunLog
-        with RunLog({str(tmp_path)!r}, 0, 5) as log:
+        from dga_scale.logging.run_log import open_log
+        with open_log({str(tmp_path)!r}, 0, 5) as log:
             for step in range(1, 6):
                 log.step({{"step": step, "loss/total": 1.0}})
                 print("a library says", step)

@@ -1,0 +1,72 @@
+"""The interface of a logger: where a run's figures go."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+Numbers = Mapping[str, float | list[float]]
+"""By name a number, or a list with one of each rank."""
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """The run that a logger writes about.
+
+    Attributes:
+        folder: of the run.
+        total_steps: optimizer steps of the whole run.
+        completed_steps: steps done by the checkpoint that the run resumes from: what was logged after them is
+            written anew. 0: a new run.
+
+    """
+
+    folder: Path
+    total_steps: int
+    completed_steps: int = 0
+
+
+class Logger:
+    """Writes what a run says to one place; rank 0 has one of each that the run asked for.
+
+    Each method does nothing unless it is overridden. To add a logger, derive from this class in a module of
+    its own and name it in ``loggers.LOGGERS``.
+
+    Args:
+        run: what is written about.
+        say: prints a line on the terminal, for a logger that is in trouble: it must not end the run.
+
+    """
+
+    def __init__(self, run: LoggedRun, say: Callable[[str], None]) -> None:
+        self.run, self.say = run, say
+
+    def step(self, step: int, numbers: Numbers) -> None:
+        """Write the numbers of an optimizer step that is logged."""
+
+    def progress(self, step: int) -> None:
+        """Note that an optimizer step is done, whether or not it is logged."""
+
+    def event(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """Write what is no step, as an evaluation or a checkpoint; values are what JSON can hold."""
+
+    def print(self, text: str) -> None:
+        """Show a line to people."""
+
+    def settings(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings of the run."""
+
+    def outcome(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        """Write what the run came to, beside its settings."""
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        """Write a picture."""
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """Write the distribution of values of any shape."""
+
+    def close(self) -> None:
+        """Write what is left and let go of everything."""
