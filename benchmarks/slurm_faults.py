@@ -26,7 +26,7 @@ from tests.slurm.test_jobs import SETUP, losses, submit, train_ranks, wake
 
 STEPS = 900
 PATIENCE = 900.0
-TURN = "going on from"
+TURN = "resuming from"
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def faults(slurm: SlurmCluster, number: str) -> list[list[str]]:
 
 
 def cost(number: str, fault: Callable[[], object]) -> tuple[int, float]:
-    """Bring a fault about in the middle of training: steps done again, seconds until training goes on."""
+    """Cause a fault during training; return the steps repeated and the seconds until training resumes."""
     turn = job_log(number).count(TURN) + 1
     wait_until(lambda: len(steps(number)) == turn and len(steps(number)[-1]) > 30, PATIENCE, "thirty steps")
     fault()

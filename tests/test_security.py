@@ -30,7 +30,7 @@ from dga_scale.checkpoint.export import consolidate
 from dga_scale.checkpoint.fisher import load_fisher, save_fisher
 from dga_scale.config.parsing import read_config
 from dga_scale.corpus.cli import main as shard
-from dga_scale.corpus.reading.sources import Reading, find_sources, read_segment, segments
+from dga_scale.corpus.reading.sources import ReadOptions, find_sources, read_segment, segments
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.endtasks.datasets_tasks import exported
@@ -325,10 +325,10 @@ def test_raw_text(canary: Path, tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a b", "c d"]}).save_to_disk(saved)
 
     def read(path: Path) -> None:
-        reading = Reading("text", whole_files=False)
+        options = ReadOptions("text", whole_files=False)
         for number, source in enumerate(find_sources([str(path)])):
-            for segment in segments(number, source, reading, 1 << 20):
-                list(read_segment(source, segment, reading))
+            for segment in segments(number, source, options, 1 << 20):
+                list(read_segment(source, segment, options))
 
     refuses_all(saved, canary, lambda: read(saved))
     text = tmp_path / "text"

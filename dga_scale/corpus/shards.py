@@ -1,4 +1,4 @@
-"""The corpus on disk: Arrow shards beside a manifest.json, opened memory-mapped.
+"""The corpus on disk: Arrow shards beside a manifest.json, memory-mapped.
 
 A corpus folder holds ``manifest.json``, ``data-00000.arrow`` ..., and the held-out part, itself a corpus, in
 ``validation/``. ``datasets.load_from_disk`` opens the same folder.
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
-"""Version of the folder's layout and of what the manifest says."""
+"""The version of the folder's layout and of the manifest's content."""
 
 MANIFEST = "manifest.json"
 VALIDATION = "validation"
 WORK_FOLDER = ".sharding"
-"""Unfinished work of the sharder, inside the corpus folder until the manifest is written."""
+"""The folder of the sharder's unfinished work, inside the corpus folder until the manifest is written."""
 
 
 @dataclass(frozen=True)
@@ -40,66 +40,66 @@ class Shard:
     rows: int
     documents: int
     tokens: int
-    """Ids in all rows, special ones included."""
+    """The number of ids in all rows, special ones included."""
     maskable: int
-    """Ids that are not special."""
+    """The number of ids that are not special."""
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a corpus holds and how it was made."""
+    """The content of a corpus, and how it was made."""
 
     format: int
     split: str
-    """"train" or "validation"."""
+    """The split: "train" or "validation"."""
     sequence_length: int
-    """Longest row, in ids."""
+    """The length of the longest possible row, in ids."""
     packing: str
-    """"chunk": documents concatenated and cut; "document": a row is a document or a window of one."""
+    """The packing: "chunk" concatenates and cuts documents; "document" makes rows of one document each."""
     causal: bool
-    """True where the tokenizer has no mask token: rows without CLS and SEP, documents end with EOS."""
+    """Whether the tokenizer has no mask token: rows have no CLS and SEP then, and documents end with EOS."""
     tokenizer: str
     tokenizer_hash: str
     vocab_size: int
     special_ids: dict[str, int]
-    """Ids of pad, mask, cls, sep, bos, eos, unk, as far as the tokenizer has them."""
+    """The ids of pad, mask, cls, sep, bos, eos and unk, as far as the tokenizer has them."""
     all_special_ids: tuple[int, ...]
     rows: int
     documents: int
     tokens: int
     maskable: int
     documents_read: int
-    """In all inputs, before anything was dropped or held out; the same number in both splits."""
+    """The documents in all inputs, before any was dropped or held out; the same number in both splits."""
     dropped: dict[str, int]
-    """Of ``documents_read``: "empty", "control_only", "duplicates", and "excluded" where files were given."""
+    """The numbers of dropped documents: "empty", "control_only", "duplicates", "excluded" (if requested)."""
     settings: dict[str, Any]
-    """Every setting that decides the shards' bytes."""
+    """Every setting that determines the shards' bytes."""
     sources: tuple[dict[str, Any], ...]
-    """Path, bytes and fingerprint of each input file, in the order read."""
+    """The path, bytes and fingerprint of each input file, in the order read."""
     shards: tuple[Shard, ...]
     excluded: tuple[dict[str, Any], ...] = ()
-    """Files of examples that no document overlaps with: path, sha256, examples, and how many were found."""
+    """The files of examples whose documents were dropped: path, sha256, examples, and how many were found."""
 
     @property
     def content_length(self) -> int:
-        """Longest row without its CLS and SEP."""
+        """The length of the longest possible row without its CLS and SEP, in ids."""
         return self.sequence_length if self.causal else self.sequence_length - 2
 
     @property
     def content_hash(self) -> str:
-        """Identity of the rows: sha256 over the shards' hashes and the tokenizer's."""
-        parts = [self.tokenizer_hash, *(shard.sha256 for shard in self.shards)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        """The identity of the rows: sha256 over the tokenizer's hash and the shards' hashes."""
+        hashes = [self.tokenizer_hash, *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, the content of manifest.json."""
+        """Return plain data, the content of manifest.json."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Manifest":
-        """The inverse of ``to_json``."""
+        """Build a manifest from the content of manifest.json."""
         return cls(
             **{
                 **content,
@@ -112,10 +112,11 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read ``folder``'s manifest.
+    """Read the manifest of the corpus in ``folder``.
 
     Raises:
-        UserError: no such folder, no corpus in it, unfinished, damaged, or of another version.
+        UserError: the folder does not exist or holds no corpus, or the corpus is unfinished, damaged or of
+            another version.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -147,7 +148,7 @@ class _OpenShard:
     """Numpy views of one memory-mapped shard; a row is a slice of its record batch's values."""
 
     def __init__(self, path: Path) -> None:
-        # As ``datasets`` opens a shard, whose import alone would cost each rank half a second.
+        # Done as in ``datasets``, whose import alone would cost each rank half a second.
         import pyarrow
 
         with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
@@ -164,14 +165,14 @@ class _OpenShard:
         )
 
     def row(self, index: int) -> np.ndarray:
-        """Ids of row ``index``, a view of the file."""
+        """Return the ids of row ``index``, a view of the file."""
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
         offsets, local = self._offsets[chunk], index - self._starts[chunk]
         return self._values[chunk][offsets[local] : offsets[local + 1]]
 
 
 class Corpus:
-    """Rows of token ids, memory-mapped: opening costs nothing, reading a row costs a copy of it.
+    """The memory-mapped rows of token ids: opening reads no rows, and reading a row copies it.
 
     Example::
 
@@ -217,28 +218,28 @@ class Corpus:
         return int(self._starts[-1])
 
     def row(self, index: int) -> np.ndarray:
-        """Ids of one row: (length,) int32."""
+        """Return the ids of one row: (length,) int32."""
         assert 0 <= index < len(self), f"row {index} of {len(self)}"
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._shard(shard).row(index - int(self._starts[shard])).astype(np.int32)
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """Ids of several rows, in the order asked for."""
+        """Return the ids of several rows, in the order of ``indices``."""
         return [self.row(int(index)) for index in indices]
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Ids in each row: (rows,) int32."""
+        """The number of ids in each row: (rows,) int32."""
         return self._column("lengths")
 
     @cached_property
     def maskable(self) -> np.ndarray:
-        """Ids of each row that are not special tokens: (rows,) int32."""
+        """The number of ids in each row that are not special tokens: (rows,) int32."""
         return self._column("maskable")
 
     @property
     def content_hash(self) -> str:
-        """Identity of the rows: sha256 over the shards' hashes and the tokenizer's."""
+        """The identity of the rows: sha256 over the tokenizer's hash and the shards' hashes."""
         return self.manifest.content_hash
 
     def _shard(self, number: int) -> _OpenShard:
@@ -252,7 +253,7 @@ class Corpus:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -274,10 +275,10 @@ def _check_shard(path: Path, shard: Shard, whole: bool) -> None:
 
 
 def check_matches(manifest: Manifest, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a corpus that another tokenizer made than the model's.
+    """Refuse a corpus that was made with another tokenizer than the model's.
 
     Raises:
-        UserError: vocabulary, special tokens or any rule of tokenisation differ.
+        UserError: the vocabulary, the special tokens or any rule of tokenisation differ.
     """
     advice = (
         f"The corpus was made with the tokenizer of {manifest.tokenizer!r}: shard the text again with "

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded without truncation, identified by a hash, applied to many texts at a time."""
+"""Load tokenizers without truncation, identify them by a hash, and apply them to many texts at a time."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing transformers costs 2 s and 200 MB, which a worker process need not pay
     from transformers import PreTrainedTokenizerBase
 
-LONGEST_PIECE = 1 << 18
-"""Characters of a document given to a tokenizer at once: a longer one is tokenised piece by piece, because
-a tokenizer needs many times the memory of its input."""
+LONGEST_FRAGMENT = 1 << 18
+"""The characters of a document that a tokenizer gets at once: longer documents are tokenised in fragments,
+because a tokenizer needs many times the memory of its input."""
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
@@ -53,16 +53,16 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Ids of the named special tokens that the tokenizer has, of pad, mask, cls, sep, bos, eos, unk."""
+    """Return the ids of the tokenizer's special tokens among pad, mask, cls, sep, bos, eos and unk."""
     names = ("pad", "mask", "cls", "sep", "bos", "eos", "unk")
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
     return {name: int(index) for name, index in ids.items() if index is not None}
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 over what decides the ids of a text: normaliser, pre-tokeniser, model, added and special tokens.
+    """Hash what determines the ids of a text: normaliser, pre-tokeniser, model, added and special tokens.
 
-    Truncation, padding, decoder and post-processor don't enter, so the hash survives ``save_pretrained``
+    Truncation, padding, decoder and post-processor are left out, so the sha256 survives ``save_pretrained``
     and a change of ``model_max_length``.
     """
     content: dict[str, Any] = {"special": special_ids(tokenizer)}
@@ -81,16 +81,16 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def encoder_spec(tokenizer: "PreTrainedTokenizerBase", name_or_path: str) -> str:
-    """What a worker process needs to rebuild the tokenizer: a fast one's JSON, or a slow one's name."""
+    """Describe a tokenizer for a worker that rebuilds it: the JSON of a fast one, the name of a slow one."""
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.to_str()
     return json.dumps({"slow": name_or_path})
 
 
 class Encoder:
-    """Text to ids: no special tokens added, nothing truncated, nothing padded.
+    """Turns texts into ids: no special tokens added, nothing truncated, nothing padded.
 
-    A special token's name written in a text ("[MASK]", "</s>") is tokenised as the text that it is.
+    A special token's name written in a text ("[MASK]", "</s>") is tokenised as plain text.
     Fast tokenizers run without transformers, which keeps a worker process small.
     """
 
@@ -104,16 +104,18 @@ class Encoder:
             self._fast.encode_special_tokens = True
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, int32, of any length (0 included)."""
-        pieces = [
-            (owner, piece) for owner, text in enumerate(texts) for piece in split_long(text, LONGEST_PIECE)
+        """Return the ids of each text, int32, of any length (0 included)."""
+        fragments = [
+            (index, fragment)
+            for index, text in enumerate(texts)
+            for fragment in split_long(text, LONGEST_FRAGMENT)
         ]
         ids: list[list[np.ndarray]] = [[] for _ in texts]
-        for batch in _batches(pieces):
-            encoded = self._encode([piece for _, piece in batch])
-            for (owner, _), piece_ids in zip(batch, encoded, strict=True):
-                ids[owner].append(np.array(piece_ids, dtype=np.int32))
-        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
+        for batch in _batches(fragments):
+            encoded = self._encode([fragment for _, fragment in batch])
+            for (index, _), fragment_ids in zip(batch, encoded, strict=True):
+                ids[index].append(np.array(fragment_ids, dtype=np.int32))
+        return [found[0] if len(found) == 1 else np.concatenate(found) for found in ids]
 
     def _encode(self, texts: list[str]) -> Iterator[list[int]]:
         if self._slow is None:
@@ -133,14 +135,14 @@ class Encoder:
         )
 
 
-def _batches(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Neighbouring pieces, up to about one of the longest at a time."""
+def _batches(fragments: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Group neighbouring fragments into batches of about ``LONGEST_FRAGMENT`` characters."""
     batch: list[tuple[int, str]] = []
     size = 0
-    for owner, piece in pieces:
-        batch.append((owner, piece))
-        size += len(piece)
-        if size >= LONGEST_PIECE:
+    for index, fragment in fragments:
+        batch.append((index, fragment))
+        size += len(fragment)
+        if size >= LONGEST_FRAGMENT:
             yield batch
             batch, size = [], 0
     if batch:
@@ -149,23 +151,23 @@ def _batches(pieces: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
 
 @lru_cache(maxsize=1)
 def cached_encoder(spec: str) -> Encoder:
-    """The encoder of ``spec``, built once a process."""
+    """Build the encoder of ``spec``, once in a process."""
     return Encoder(spec)
 
 
 def split_long(text: str, limit: int) -> list[str]:
-    """Cut ``text`` into pieces of at most ``limit`` characters, before a line break or space where possible.
+    """Cut ``text`` into fragments of at most ``limit`` characters, before a line break or space if possible.
 
     Whitespace bounds the words of nearly every tokenizer, so the ids are those of the whole text (give or
     take one per cut where a tokenizer treats the start of a text apart).
     """
-    pieces = []
+    fragments = []
     start = 0
     while len(text) - start > limit:
         cut = max(text.rfind("\n", start + 1, start + limit), text.rfind(" ", start + 1, start + limit))
         if cut <= start:
             cut = start + limit
-        pieces.append(text[start:cut])
+        fragments.append(text[start:cut])
         start = cut
-    pieces.append(text[start:])
-    return pieces
+    fragments.append(text[start:])
+    return fragments

@@ -21,7 +21,7 @@ import torch
 
 from dga_scale.backbone.loading import load_model, load_model_config
 from dga_scale.corpus.reading.overlap import Overlap, found_in_text
-from dga_scale.corpus.reading.sources import Reading
+from dga_scale.corpus.reading.sources import ReadOptions
 from dga_scale.corpus.shards import Corpus, check_sequence_length, file_sha256
 from dga_scale.corpus.tokenizer import load_tokenizer, tokenizer_hash
 from dga_scale.endtasks.recipes import Recipe
@@ -329,7 +329,9 @@ def _overlap(suite: Suite, tasks: Sequence[Task], corpora: Mapping[str, Corpus])
     found: Sequence[int | None] = [None] * len(files)
     if suite.unlabelled_text and files:
         overlap = Overlap(files)
-        found = found_in_text(overlap, suite.unlabelled_text, Reading(suite.text_field, whole_files=False))
+        found = found_in_text(
+            overlap, suite.unlabelled_text, ReadOptions(suite.text_field, whole_files=False)
+        )
     return {
         task.name: {
             "file": file,

@@ -1,4 +1,4 @@
-"""The built-in demo: a real model and real text out of packages that pip installs, ready for a run."""
+"""The built-in demo: a real model and real text from packages that pip installs."""
 
 from dga_scale.quickstart.prepare import FOLDER, defaults
 

@@ -1,4 +1,4 @@
-"""``make demo``: the whole path on real text and a real model, in minutes, on two cores or on GPUs."""
+"""Run ``make demo``: the whole path on real text and a real model, in minutes, on two cores or on GPUs."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ from dga_scale.logging.evaluations import BeforeAfter
 from dga_scale.quickstart.prepare import FOLDER, defaults, repository, run_command
 
 MASTER_PORT = 29500
-"""DeepSpeed's default."""
+"""DeepSpeed's default port for the rendezvous."""
 
 
 def demo(folder: Path = FOLDER) -> int:
-    """Run what is not complete yet, then show what came of it; the exit code."""
+    """Run the steps that are not complete yet, show the results, and return the exit code."""
     started = time.monotonic()
     settings = defaults(folder)
     run = Path(settings["output_dir"])
@@ -35,36 +35,36 @@ def demo(folder: Path = FOLDER) -> int:
 
 
 def _train(settings: dict[str, Any]) -> None:
-    """DGA on all GPUs, or on two ranks that share the cores, under ZeRO-2."""
+    """Train with DGA under ZeRO-2, on all GPUs or on two ranks that share the cores."""
     launcher: list[object] = ["deepspeed", "-q"]
     environment = {}
     if not torch.cuda.is_available():
         launcher += ["--num_accelerators", 2]
-        # Two ranks of as many threads as there are cores would fight for them.
+        # With as many threads as cores each, the two ranks would oversubscribe the machine.
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // 2))
     if (port := _port()) != MASTER_PORT:
         launcher += ["--master_port", port]
     root = repository()
     run_command(
         *launcher, root / "launchers" / "dga_train.py", "--ds_config", root / "ds_configs" / "zero2.json",
-        *(part for name, value in settings.items()
-          for part in (f"--{name}", *(value if isinstance(value, list) else [value]))),
+        *(word for name, value in settings.items()
+          for word in (f"--{name}", *(value if isinstance(value, list) else [value]))),
         environment=environment,
     )  # fmt: skip
 
 
 def _port() -> int:
-    """DeepSpeed's port for the ranks to meet at, or a free one where another run has it."""
+    """Return DeepSpeed's default port for the rendezvous, or a free one where another run uses it."""
     for port in (MASTER_PORT, 0):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
             return int(probe.getsockname()[1])
-    raise AssertionError("a free port can always be had")
+    raise AssertionError("the system always has a free port")
 
 
 def show(folder: Path, run: Path) -> None:
-    """The table of what was gained and kept, and where everything lies."""
+    """Print the losses before and after training, and the paths of the results."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     console = Console(highlight=False)
     table = Table(
@@ -79,7 +79,7 @@ def show(folder: Path, run: Path) -> None:
         table.add_row(what, *found.cells(".3f"), perplexity)
     console.print()
     console.print(table)
-    places = {
+    paths = {
         "adapted model": f"{run / 'model'} (AutoModelForMaskedLM.from_pretrained)",
         "report": run / "report.html",
         "TensorBoard": f"tensorboard --logdir {run / 'tensorboard'}",
@@ -87,8 +87,8 @@ def show(folder: Path, run: Path) -> None:
         "model before": folder / "base" / "model",
         "corpora": folder / "corpora",
     }
-    for what, where in places.items():
-        console.print(f"{what:>14}: {where}", soft_wrap=True)
+    for name, path in paths.items():
+        console.print(f"{name:>14}: {path}", soft_wrap=True)
 
 
 def _perplexity(loss: float) -> str:

@@ -1,4 +1,4 @@
-"""Makes the demo's model and corpora, each step once: a step that is complete is not done again.
+"""Make the demo's model and corpora, each step once: a step that is complete is not repeated.
 
 ::
 
@@ -8,7 +8,7 @@
     demo/base/       a run that makes a masked LM of the encoder: an LM head, then plain MLM on general text
     demo/base/model  the model to adapt
 
-Held-out text is other files and other articles than the text that is trained on.
+The held-out text comes from other files and other articles than the training text.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ from dga_scale.errors import UserError
 from dga_scale.quickstart.text import Document, docstrings, package_folder, wikipedia
 
 FOLDER = Path("demo")
-"""Where the demo lies, below the current folder."""
+"""The demo's folder, below the current one."""
 
 SEQUENCE_LENGTH = 128
 DOMAIN_HELD_OUT = 40
-"""One of so many source files of the libraries is held out."""
+"""One of this many source files of the libraries is held out."""
 GENERAL_HELD_OUT = 5
-"""One of so many articles is held out: there are only 97."""
+"""One of this many articles is held out: there are only 97."""
 
 _WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""model.safetensors of all-MiniLM-L6-v2 (weights Apache-2.0), as published."""
+"""The hash of the published model.safetensors of all-MiniLM-L6-v2 (weights Apache-2.0)."""
 
 BASE_SETTINGS = {
     "method": "mlm",
@@ -51,7 +51,7 @@ BASE_SETTINGS = {
     "save_steps": 80,
     "max_eval_samples": 192,
 }
-"""How a masked LM is made of the sentence encoder."""
+"""The settings of the run that makes a masked LM of the sentence encoder."""
 
 RUN_SETTINGS = {
     "soft_mask": "update",
@@ -64,19 +64,19 @@ RUN_SETTINGS = {
     "protection_steps": 20,
     "max_eval_samples": 192,
 }
-"""The demo's own run: minutes on two cores, so far from the papers' 2,500 steps of 256 rows."""
+"""The settings of the demo's own run: minutes on two cores, far from the papers' 2,500 steps of 256 rows."""
 
 _LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK",
     "OMPI_", "PMI", "PMIX_", "PRTE_", "MPI_", "SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_",
 )  # fmt: skip
-"""Beginnings of variables by which a program takes itself for a rank of somebody's run."""
+"""The prefixes of the variables that make a program take itself for a rank of another run."""
 
 
 def defaults(folder: Path = FOLDER) -> dict[str, Any]:
-    """Settings of the built-in demo's run, by their flat names, with its model and corpora made ready.
+    """Prepare the demo's model and corpora, and return the settings of its run by their flat names.
 
-    Safe where several processes call it at once: one works, the others wait and find all of it done.
+    Several processes may call it at once: one prepares, the others wait until all is done.
 
     Raises:
         UserError: a package of the quickstart is not installed, its weights are not the published ones, or
@@ -94,7 +94,7 @@ def defaults(folder: Path = FOLDER) -> dict[str, Any]:
 
 
 def prepare(folder: Path) -> None:
-    """Do the steps that are not complete yet, and say which."""
+    """Run the steps that are not complete yet, and print each."""
     with _locked(folder):
         encoder = folder / "encoder"
         _once(encoder, "verify the weights of all-MiniLM-L6-v2", _link_encoder)
@@ -114,12 +114,12 @@ def prepare(folder: Path) -> None:
                 "--corpus", folder / "corpora" / "general",
                 "--eval_corpus", folder / "corpora" / "domain_heldout",
                 "--general_eval_corpus", folder / "corpora" / "general_heldout", "--output_dir", base,
-                *(part for name, value in BASE_SETTINGS.items() for part in (f"--{name}", value)),
+                *(word for name, value in BASE_SETTINGS.items() for word in (f"--{name}", value)),
             )  # fmt: skip
 
 
 def repository() -> Path:
-    """The checkout this code runs from, by a short path where the current folder allows it.
+    """Return the checkout that this code runs from, as a relative path where the current folder contains it.
 
     Raises:
         UserError: this is an installed copy without a checkout.
@@ -135,10 +135,10 @@ def repository() -> Path:
 
 
 def run_command(*command: object, environment: dict[str, str] | None = None) -> None:
-    """Print a command as a user would type it, run it, and end with its error where it fails.
+    """Print a command as a user would type it, and run it.
 
     Raises:
-        UserError: the command failed; it has said why itself.
+        UserError: the command failed; it has printed the reason itself.
     """
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
@@ -148,8 +148,8 @@ def run_command(*command: object, environment: dict[str, str] | None = None) -> 
     code = subprocess.run(words, env=inherited | (environment or {}), check=False).returncode
     if code != 0:
         raise UserError(
-            f"`{words[0]}` ended with exit code {code} (see above). What was complete is kept: the same "
-            "command goes on from there."
+            f"`{words[0]}` ended with exit code {code} (see above). Complete steps are kept: the same "
+            "command resumes from there."
         )
 
 
@@ -186,7 +186,7 @@ def _link_encoder(folder: Path) -> None:
 
 
 def _once(target: Path, what: str, make: Callable[[Path], None]) -> None:
-    """Make a folder that exists only when it is complete."""
+    """Make a folder that exists only when it is complete; do nothing where it exists."""
     if target.exists():
         return
     print(f"\n{what}", flush=True)
@@ -199,7 +199,7 @@ def _once(target: Path, what: str, make: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the demo's folder for this process; released by the system if it dies."""
+    """Lock the demo's folder for this process; the system releases the lock if the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

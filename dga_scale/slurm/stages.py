@@ -1,6 +1,6 @@
-"""The programs of a chain, checked before anything is submitted: flags, paths, batch sizes.
+"""Check the programs of a chain before anything is submitted: flags, paths, batch sizes.
 
-Paths may also be those that an earlier job of the chain is going to write.
+A path may also be one that an earlier job of the chain will write.
 """
 
 import os
@@ -28,59 +28,63 @@ class Job:
     command: tuple[str, ...]
     """The program and its arguments, each quoted for the shell."""
     writes: str
-    """The folder that later jobs may read."""
+    """The folder that the job writes and later jobs may read."""
     run: str = ""
-    """Of ``train``: the run's folder, quoted for the shell."""
+    """The run's folder, quoted for the shell; for ``train`` only."""
 
 
-class Coming:
-    """Folders that are there, or will be when the jobs before have ended."""
+class AvailableFolders:
+    """The folders that exist now or will exist when the earlier jobs have ended."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._written = {Path(job.writes).resolve() for job in jobs}
 
     def is_written(self, path: str) -> bool:
-        """Whether an earlier job of the chain writes it."""
-        place = Path(path).resolve()
-        return any(folder in self._written for folder in (place, *place.parents))
+        """Return whether an earlier job of the chain writes this path."""
+        resolved = Path(path).resolve()
+        return any(folder in self._written for folder in (resolved, *resolved.parents))
 
     def exists(self, path: str) -> bool:
+        """Return whether the folder exists now or when the earlier jobs have ended."""
         return os.path.isdir(path) or self.is_written(path)
 
     def check_model(self, flag: str, name: str) -> None:
-        """Refuse the path of a folder that is not there; a name on the hub can't be told from here."""
+        """Refuse the path of a missing folder; names on the hub can't be checked here.
+
+        Raises:
+            UserError: ``name`` is neither an available folder nor a possible name on the hub.
+        """
         if not self.exists(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
             raise UserError(f"{flag} {name}: no such folder, and no name on the Hugging Face hub")
 
 
 def make_job(stage: str, options: JobOptions, arguments: Sequence[str], before: Sequence[Job]) -> Job:
-    """Check the arguments of a stage's program.
+    """Check the arguments of a stage's program, and return its job.
 
     Args:
-        stage: "shard", "train" or "evaluate".
-        options: of the job.
-        arguments: of ``dga-shard``, ``dga-train`` or ``dga-evaluate``.
-        before: earlier jobs of the chain.
+        stage: The stage: "shard", "train" or "evaluate".
+        options: The options of the job.
+        arguments: The arguments of ``dga-shard``, ``dga-train`` or ``dga-evaluate``.
+        before: The earlier jobs of the chain.
 
     Raises:
-        UserError: what the program itself would refuse, as far as it can be seen before it runs.
-
+        UserError: the program itself would refuse the arguments, as far as that is known before it runs.
     """
-    return _CHECKS[stage](options, list(arguments), Coming(before))
+    return _CHECKS[stage](options, list(arguments), AvailableFolders(before))
 
 
-def _shard(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
+def _shard(options: JobOptions, arguments: list[str], available: AvailableFolders) -> Job:
     from dga_scale.corpus.cli import build_parser
     from dga_scale.corpus.reading.sources import find_sources
 
     found = build_parser().parse_args(arguments)
     if found.array_task is not None:
-        raise UserError("--array_task: the job array gives each task its own. Write --array_tasks N")
+        raise UserError("--array_task: the job array sets it for each task. Give --array_tasks N instead")
     find_sources(found.inputs)
     for file in getattr(found, "exclude", ()):
         if not os.path.isfile(file):
             raise UserError(f"--exclude {file}: no such file")
-    coming.check_model("--tokenizer", found.tokenizer)
+    available.check_model("--tokenizer", found.tokenizer)
     command = [*map(shlex.quote, ["dga-shard", *arguments])]
     if options.cpus_per_task and not _given("num_workers", arguments):
         command.append(f"--num_workers={options.cpus_per_task}")
@@ -89,7 +93,7 @@ def _shard(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
     return Job("shard", options, tuple(command), str(found.output))
 
 
-def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
+def _train(options: JobOptions, arguments: list[str], available: AvailableFolders) -> Job:
     from dga_scale.config.parsing import read_config
 
     config = read_config(arguments)  # before torch is imported, which takes seconds
@@ -108,11 +112,11 @@ def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
         raw, config, world_size=options.world_size, hidden_size=64, device=torch.device("meta")
     )
     if config.model.model is not None:
-        coming.check_model("--model", config.model.model)
+        available.check_model("--model", config.model.model)
     for spec in config.data.mix or ():
         parse_mix(spec)
     for flag, folder in corpus_flags(config):
-        if not coming.is_written(folder):
+        if not available.is_written(folder):
             try:
                 read_manifest(Path(folder))
             except UserError as error:
@@ -131,22 +135,22 @@ def _train(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
     return Job("train", options, tuple(command), output, run_folder)
 
 
-def _evaluate(options: JobOptions, arguments: list[str], coming: Coming) -> Job:
+def _evaluate(options: JobOptions, arguments: list[str], available: AvailableFolders) -> Job:
     from dga_scale.endtasks.evaluate import parse_contenders
     from dga_scale.endtasks.evaluate_cli import build_parser
     from dga_scale.endtasks.suite import load_suite
 
     found = build_parser().parse_args(arguments)
-    coming.check_model("--base", found.base)
+    available.check_model("--base", found.base)
     for contender in parse_contenders(found.model):
         for folder in contender.folders:
-            coming.check_model("--model", folder)
-    load_suite(found.suite, coming.exists)
+            available.check_model("--model", folder)
+    load_suite(found.suite, available.exists)
     command = map(shlex.quote, ["dga-evaluate", *arguments])
     return Job("evaluate", options, tuple(command), str(found.output_dir))
 
 
-_CHECKS: dict[str, Callable[[JobOptions, list[str], Coming], Job]] = {
+_CHECKS: dict[str, Callable[[JobOptions, list[str], AvailableFolders], Job]] = {
     "shard": _shard,
     "train": _train,
     "evaluate": _evaluate,

@@ -1,4 +1,4 @@
-"""Handing scripts to ``sbatch``, each job after the one before."""
+"""Submit scripts through ``sbatch``, each job after the one before."""
 
 import shutil
 import subprocess
@@ -18,17 +18,16 @@ class Submitted:
     job: Job
     number: str
     log: str
-    """Path of its output; of an array the pattern of the tasks'."""
+    """The path of its output; for an array the pattern of the tasks' paths."""
     script: Path
 
 
 def submit(jobs: Sequence[Job]) -> list[Submitted]:
-    """Submit a chain; a job starts when the one before has ended well, and is removed when that has not.
+    """Submit a chain: a job starts when the one before has succeeded, and is removed where that has failed.
 
     Raises:
-        UserError: no ``sbatch`` here, or SLURM refuses a job; in that case none was submitted, unless it
-            refuses one that it had found possible.
-
+        UserError: there is no ``sbatch``, or SLURM refuses a job. No job was submitted then, unless SLURM
+            refuses one that passed its own ``--test-only``.
     """
     if shutil.which("sbatch") is None:
         raise UserError(
@@ -46,7 +45,7 @@ def submit(jobs: Sequence[Job]) -> list[Submitted]:
         except OSError as error:
             raise UserError(f"--logs {logs}: {error.strerror}") from None
         after = dependency(done[-1].number) if done else []
-        earlier = f" (in the queue already: {', '.join(each.number for each in done)})" if done else ""
+        earlier = f" (submitted already: {', '.join(each.number for each in done)})" if done else ""
         number = _sbatch(["--parsable", *after], script, f"{job.stage}: not submitted{earlier}")
         number = number.partition(";")[0]  # a cluster's name may follow
         stem = f"{job_name(job)}-{number}"
@@ -58,7 +57,7 @@ def submit(jobs: Sequence[Job]) -> list[Submitted]:
 
 
 def dependency(number: str) -> list[str]:
-    """Options of ``sbatch`` for a job that waits for another one."""
+    """Return the options of ``sbatch`` for a job that waits for another one."""
     return [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
 
 

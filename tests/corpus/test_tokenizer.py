@@ -77,14 +77,15 @@ def test_long_documents_are_tokenised_in_pieces_without_changing_them(
     wordpiece: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = " ".join(tiny.texts(200))
-    pieces = split_long(text, 100)
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= 100
+    fragments = split_long(text, 100)
+    assert "".join(fragments) == text
+    assert max(map(len, fragments)) <= 100
     encode = encoder(wordpiece)
-    assert np.array_equal(np.concatenate(encode(pieces)), encode([text])[0])
+    assert np.array_equal(np.concatenate(encode(fragments)), encode([text])[0])
     assert split_long("x" * 250, 100) == ["x" * 100, "x" * 100, "x" * 50]
 
-    monkeypatch.setattr(tokenizer, "LONGEST_PIECE", 50)  # pieces of several documents in several batches
+    # Fragments of several documents lie in several batches.
+    monkeypatch.setattr(tokenizer, "LONGEST_FRAGMENT", 50)
     documents = tiny.texts(50)
     assert list(map(len, encode(documents))) == [len(encode([document])[0]) for document in documents]
 

@@ -104,7 +104,7 @@ def test_commands_are_shown_and_do_not_take_themselves_for_a_rank(
 
 
 def test_a_command_that_fails_ends_the_demo() -> None:
-    with pytest.raises(UserError, match=r"`python` ended with exit code 3.*goes on from there"):
+    with pytest.raises(UserError, match=r"`python` ended with exit code 3"):
         prepare.run_command("python", "-c", "raise SystemExit(3)")
 
 

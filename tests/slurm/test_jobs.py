@@ -139,7 +139,7 @@ def train_ranks(flags: list[str]) -> int:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_losses_are_those_of_a_plain_run_bit_for_bit(chain: Chain, tmp_path: Path, seed: int) -> None:
-    """Seed 2 ran through; seed 1 was stopped by the signal, put back into the queue, and went on."""
+    """Seed 2 ran through; seed 1 was stopped by the signal, requeued, and resumed."""
     flags = training_flags(chain.world.model, chain.folder / "corpora" / "domain")
     assert run_ranks(2, train_ranks, [*flags, f"--seed={seed}", f"--output_dir={tmp_path / 'run'}"]) == [0, 0]
     found = losses(chain.folder / "runs" / "mine" / f"seed-{seed}")
@@ -154,7 +154,7 @@ def test_losses_are_those_of_a_plain_run_bit_for_bit(chain: Chain, tmp_path: Pat
 def test_the_signal_led_to_one_requeue_and_one_log(chain: Chain) -> None:
     log = chain.seed_log(1)
     assert len(re.findall(r"stopped after step \d+ as asked", log)) == 1
-    assert log.index("back into the queue") < log.index(f"step {STEPS}/{STEPS}")
+    assert log.index("requeued, the next turn") < log.index(f"step {STEPS}/{STEPS}")
     assert "as asked" not in chain.seed_log(2)
     restarts = {job["ArrayTaskId"]: job["Restarts"] for job in job_states(chain.numbers[1])}
     assert restarts == {"1": "1", "2": "0"}
@@ -191,7 +191,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(
     run("scancel", number)
     wait_until(queue_is_empty, PATIENCE, "end")
     log = Path("slurm", f"dga-train-{number}.log").read_text()
-    assert "as asked; the same command goes on" in log
+    assert "as asked; the same command resumes" in log
     (job,) = job_states(number)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
     latest = Path("run", "checkpoints", "latest").read_text().strip()

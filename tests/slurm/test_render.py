@@ -217,11 +217,11 @@ REFUSED = [
     ("train", ["--ds_config", "none.json"], "--ds_config none.json: No such file"),
     ("train", ["--venv", "/usr"], "--venv /usr has no bin/dga-train"),
     ("train", ["--container", "./none.sif"], "--container ./none.sif: no such file"),
-    ("train", ["--mounts", "/tmp"], "of use with --container only"),
+    ("train", ["--mounts", "/tmp"], "--mounts .* with --container only"),
     ("train", ["--logs", "100%"], "in the path of a log"),
     ("train", ["--then", "publish"], "--then publish: write one of shard, train, evaluate"),
     ("shard", ["--nodes", "2"], "shard does not take it .its processes are --array_tasks"),
-    ("shard", ["--array_task", "0/2"], "the job array gives each task its own"),
+    ("shard", ["--array_task", "0/2"], "--array_task: .*--array_tasks N"),
     ("shard", ["--exclude", "missing.jsonl"], "--exclude missing.jsonl: no such file"),
     ("shard", ["--packing", "tight"], "invalid choice: 'tight'"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Unicode cleaning of a document."""
+"""Clean the Unicode text of a document."""
 
 import re
 import unicodedata
@@ -15,7 +15,7 @@ def clean(text: str) -> str:
     Returns:
         The cleaned text; "" if nothing a reader could see is left in it.
     """
-    if not text.replace("\n", " ").isprintable():  # what is removed is not, and this is faster to tell
+    if not text.replace("\n", " ").isprintable():  # removed characters are not, and this check is fast
         text = _REMOVED.sub("", _LINE_BREAKS.sub("\n", text))
     text = unicodedata.normalize("NFC", text).strip()
     if any(unicodedata.category(character)[0] not in "CZ" for character in text):

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs and saved datasets, read as a stream of documents.
+"""Read text from files, folders, globs and saved datasets as a stream of documents.
 
 A source is cut into segments that can be read on their own (byte ranges of an uncompressed file, row groups
 of a parquet file, rows of a saved dataset), so that several processes read one large file.
@@ -34,7 +34,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".arrow": "datasets",
 }
-"""Format by file ending; any other file is tried with ``datasets.load_dataset``."""
+"""The format of each file ending; any other file is tried with ``datasets.load_dataset``."""
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
@@ -48,44 +48,44 @@ class Source:
 
     path: str
     format: str
-    """"text", "jsonl", "csv", "tsv", "parquet", "saved" (``Dataset.save_to_disk``) or "datasets"."""
+    """The format: "text", "jsonl", "csv", "tsv", "parquet", "saved" (``save_to_disk``) or "datasets"."""
     compression: str | None
     bytes: int
     fingerprint: str
-    """Changes when the content does: over the size, the beginning and the end of the file."""
+    """A hash over the size, the beginning and the end of the file, which changes when the content does."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a source that is read on its own: [start, stop) in bytes, row groups or rows."""
+    """A range of a source that is read on its own: [start, stop) in bytes, row groups or rows."""
 
     source: int
     start: int
     stop: int | None
-    """None: to the end."""
+    """The end of the range; None: the end of the source."""
     weight: int
-    """Bytes, roughly, to make segments of like sizes into one piece of work."""
+    """The approximate size in bytes, by which segments are grouped into input splits of similar size."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How documents are found in a source."""
 
     text_field: str
     whole_files: bool
-    """A text file is one document, not one a line."""
+    """Whether a text file is one document, instead of one a line."""
 
 
 # --- finding ---
 
 
 def find_sources(inputs: Iterable[str]) -> list[Source]:
-    """Expand files, folders and globs, in the order given; inside a folder or glob by path.
+    """Expand files, folders and globs into sources, in the order given; inside a folder or glob by path.
 
-    Folders are searched to the bottom for files of a known ending; hidden files are left out.
+    Folders are searched recursively for files of a known ending; hidden files are left out.
 
     Raises:
-        UserError: nothing found at an input, an empty file, or a format that nothing here reads.
+        UserError: an input matches nothing, is an empty file, or has a format that can't be read.
     """
     paths: dict[str, None] = {}  # an ordered set: a file named twice is read once
     for item in inputs:
@@ -103,7 +103,7 @@ def _expand(item: str) -> list[str]:
         if not found:
             endings = ", ".join(FORMATS)
             raise UserError(
-                f"input folder {item} holds no text files (looked for {endings}, plain, .gz or .zst)"
+                f"input folder {item} holds no text files (searched for {endings}, plain, .gz or .zst)"
             )
         return found
     if path.exists():
@@ -136,7 +136,7 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _format(path: Path) -> tuple[str | None, str | None]:
-    """Format and compression by the file's endings; None where unknown."""
+    """Return format and compression by the file's endings; None where unknown."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     inner = Path(path.stem) if compression else path
     return FORMATS.get(inner.suffix.lower()), compression
@@ -163,7 +163,7 @@ def _source(path: Path) -> Source:
 
 
 def _is_json_array(path: Path) -> bool:
-    """Whether the file is one array of objects, not an object a line."""
+    """Return whether the file is one array of objects, not an object a line."""
     with open(path, "rb") as file:
         start = file.read(_FINGERPRINT_BYTES).lstrip()
     return re.match(rb"\[\s*(\{|$)", start) is not None
@@ -182,7 +182,7 @@ def _fingerprint(path: Path) -> str:
 # --- cutting ---
 
 
-def segments(number: int, source: Source, reading: Reading, target: int) -> list[Segment]:
+def segments(number: int, source: Source, options: ReadOptions, target: int) -> list[Segment]:
     """Cut source ``number`` into segments of about ``target`` bytes, where its format allows."""
     if source.format == "parquet":
         groups = _parquet(source).metadata
@@ -195,7 +195,7 @@ def segments(number: int, source: Source, reading: Reading, target: int) -> list
             Segment(number, start, min(start + step, rows), source.bytes * step // max(1, rows))
             for start in range(0, rows, step)
         ]
-    lines = source.format == "jsonl" or (source.format == "text" and not reading.whole_files)
+    lines = source.format == "jsonl" or (source.format == "text" and not options.whole_files)
     if lines and source.compression is None:
         starts = range(0, source.bytes, target)
         return [
@@ -208,26 +208,26 @@ def segments(number: int, source: Source, reading: Reading, target: int) -> list
 # --- reading ---
 
 
-def read_segment(source: Source, segment: Segment, reading: Reading) -> Iterator[str]:
+def read_segment(source: Source, segment: Segment, options: ReadOptions) -> Iterator[str]:
     """The documents of a segment, as they stand in the source; "" for one without text.
 
     Raises:
         UserError: text that is not UTF-8, a line that does not parse, a missing text field, a damaged file;
             each names the file and, where there are lines, the line.
     """
-    if source.format == "text" and reading.whole_files:
+    if source.format == "text" and options.whole_files:
         return _whole_file(source)
     if source.format == "text":
         return (_decode(source, number, line) for number, line in _lines(source, segment))
     if source.format == "jsonl":
-        return _jsonl(source, segment, reading.text_field)
+        return _jsonl(source, segment, options.text_field)
     if source.format in ("csv", "tsv"):
-        return _csv(source, reading.text_field)
+        return _csv(source, options.text_field)
     if source.format == "parquet":
-        return _parquet_rows(source, segment, reading.text_field)
+        return _parquet_rows(source, segment, options.text_field)
     if source.format == "saved":
-        return _saved_rows(source, segment, reading.text_field)
-    return _datasets_rows(source, reading.text_field)
+        return _saved_rows(source, segment, options.text_field)
+    return _datasets_rows(source, options.text_field)
 
 
 def _open(source: Source) -> BinaryIO:
@@ -242,7 +242,7 @@ def _open(source: Source) -> BinaryIO:
 
 
 def _lines(source: Source, segment: Segment) -> Iterator[tuple["_LineNumber", bytes]]:
-    """Lines whose first byte lies in the segment, without their line break."""
+    """Yield the lines whose first byte lies in the segment, without their line break."""
     number = _LineNumber(source, segment.start)
     with _open(source) as file:
         position = segment.start
@@ -254,7 +254,7 @@ def _lines(source: Source, segment: Segment) -> Iterator[tuple["_LineNumber", by
                 line = file.readline()
             except OSError as error:
                 raise UserError(
-                    f"{source.path} is damaged or no {source.compression} file: {error}"
+                    f"{source.path} is damaged or not a {source.compression} file: {error}"
                 ) from error
             if not line:
                 break
@@ -266,7 +266,7 @@ def _lines(source: Source, segment: Segment) -> Iterator[tuple["_LineNumber", by
 
 
 class _LineNumber:
-    """Line number of the line read last; lines before the segment are only counted when it is asked for."""
+    """The number of the last line read; lines before the segment are counted only when it is printed."""
 
     def __init__(self, source: Source, start: int) -> None:
         self._source, self._start = source, start
@@ -312,7 +312,7 @@ def _jsonl(source: Source, segment: Segment, text_field: str) -> Iterator[str]:
                 f'like {{"{text_field}": "..."}}'
             ) from error
         if not isinstance(record, dict):
-            raise UserError(f'{number} is JSON but no object like {{"{text_field}": "..."}}: {line[:60]!r}')
+            raise UserError(f'{number} is not an object like {{"{text_field}": "..."}}: {line[:60]!r}')
         if text_field not in record:
             raise UserError(_missing_field(number, text_field, record))
         yield _text(record[text_field], number, text_field)

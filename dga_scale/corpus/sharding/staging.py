@@ -18,7 +18,14 @@ import pyarrow as pa
 
 from dga_scale.corpus.reading.cleaning import clean
 from dga_scale.corpus.reading.overlap import load_overlap
-from dga_scale.corpus.reading.sources import Reading, Segment, Source, find_sources, read_segment, segments
+from dga_scale.corpus.reading.sources import (
+    ReadOptions,
+    Segment,
+    Source,
+    find_sources,
+    read_segment,
+    segments,
+)
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.storage.atomic import atomic_file, write_array, write_json
 
@@ -61,9 +68,9 @@ class ShardSettings:
         return int(self.shard_size * 1e6)
 
     @property
-    def reading(self) -> Reading:
-        """The part of the settings that reading needs."""
-        return Reading(text_field=self.text_field, whole_files=self.document == "file")
+    def read_options(self) -> ReadOptions:
+        """The settings for reading the sources."""
+        return ReadOptions(text_field=self.text_field, whole_files=self.document == "file")
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Plan:
         input_splits: list[tuple[Segment, ...]] = []
         input_split: list[Segment] = []
         for number, source in enumerate(sources):
-            for segment in segments(number, source, settings.reading, target):
+            for segment in segments(number, source, settings.read_options, target):
                 if input_split and sum(s.weight for s in input_split) + segment.weight > target:
                     input_splits.append(tuple(input_split))
                     input_split = []
@@ -174,7 +181,7 @@ def load_document_batches(path: Path) -> tuple[DocumentBatch, ...]:
 
 @dataclass
 class InputSplitReport:
-    """What reading an input split found."""
+    """The counts of one input split that was read."""
 
     documents_read: int = 0
     empty: int = 0
@@ -217,7 +224,7 @@ def _documents(plan: Plan, number: int, report: InputSplitReport, found: set[int
     """
     overlap = load_overlap(tuple(plan.settings.exclude)) if plan.settings.exclude else None
     for segment in plan.input_splits[number]:
-        for raw in read_segment(plan.sources[segment.source], segment, plan.settings.reading):
+        for raw in read_segment(plan.sources[segment.source], segment, plan.settings.read_options):
             report.documents_read += 1
             text = clean(raw)
             if text and overlap is not None and len(examples := overlap.find(text)):

@@ -12,7 +12,7 @@ import pytest
 
 from dga_scale.corpus.cli import main
 from dga_scale.corpus.reading.overlap import GRAM, Overlap, found_in_text, words
-from dga_scale.corpus.reading.sources import Reading
+from dga_scale.corpus.reading.sources import ReadOptions
 from dga_scale.corpus.sharding.pipeline import shard_corpus
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus
@@ -63,7 +63,7 @@ def test_the_same_as_a_naive_loop(tmp_path: Path):
     counts = [sum(number < 25 for number in found), sum(number >= 25 for number in found)]
     assert overlap.counts(found) == counts
     (tmp_path / "text.txt").write_text("\n".join(documents))
-    assert found_in_text(overlap, [str(tmp_path / "text.txt")], Reading("text", False)) == counts
+    assert found_in_text(overlap, [str(tmp_path / "text.txt")], ReadOptions("text", False)) == counts
 
 
 def test_what_a_word_is():

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dga_scale.corpus.reading.sources import Reading, Segment, find_sources, read_segment, segments
+from dga_scale.corpus.reading.sources import ReadOptions, Segment, find_sources, read_segment, segments
 from dga_scale.errors import UserError
 from tests.helpers import tiny_corpora as tiny
 
@@ -24,13 +24,13 @@ SMALL = 400
 def read(
     *inputs: Path | str, field: str = "text", whole_files: bool = False, target: int = SMALL
 ) -> list[str]:
-    reading = Reading(text_field=field, whole_files=whole_files)
+    options = ReadOptions(text_field=field, whole_files=whole_files)
     sources = find_sources(map(str, inputs))
     return [
         text
         for number, source in enumerate(sources)
-        for segment in segments(number, source, reading, target)
-        for text in read_segment(source, segment, reading)
+        for segment in segments(number, source, options, target)
+        for text in read_segment(source, segment, options)
     ]
 
 
@@ -198,7 +198,7 @@ def test_jsonl_lines_that_do_not_parse(target: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl:6 is not JSON: .* at column"):
         read(path, target=target)
     path.write_text(good * 2 + '["x"]\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:3 is JSON but no object"):
+    with pytest.raises(UserError, match=r"a\.jsonl:3 is not an object"):
         read(path, target=target)
     path.write_text(good + '{"text": 3}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:2: field 'text' holds a int, not text"):
@@ -233,10 +233,10 @@ def test_damaged_compressed_files(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.txt{ending}"
     data = os.urandom(5000).hex().encode()
     path.write_bytes((gzip.compress if ending == ".gz" else zstd)(data)[:-500])
-    with pytest.raises(UserError, match=r"is damaged or no (gzip|zstd) file: .*[Tt]runcated"):
+    with pytest.raises(UserError, match=r"is damaged or not a (gzip|zstd) file: .*[Tt]runcated"):
         read(path)
     path.write_bytes(b"plain text that was never compressed\n")
-    with pytest.raises(UserError, match=r"is damaged or no (gzip|zstd) file"):
+    with pytest.raises(UserError, match=r"is damaged or not a (gzip|zstd) file"):
         read(path)
 
 
@@ -254,7 +254,7 @@ def test_a_file_removed_after_planning(tmp_path: Path) -> None:
     (source,) = find_sources([str(tmp_path)])
     (tmp_path / "a.txt").unlink()
     with pytest.raises(UserError, match=r"a\.txt can't be read: .*No such file"):
-        list(read_segment(source, Segment(0, 0, None, 0), Reading("text", False)))
+        list(read_segment(source, Segment(0, 0, None, 0), ReadOptions("text", False)))
 
 
 def test_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
