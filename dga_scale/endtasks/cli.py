@@ -29,7 +29,7 @@ def finetune(arguments: Sequence[str] | None = None) -> int:
     """Fine-tune a model on an end task with several seeds, and print mean and standard deviation."""
     parser = Parser(
         prog="dga-finetune",
-        description="Fine-tune a model on an end task with several seeds. Goes on where it was stopped.",
+        description="Fine-tune a model on an end task with several seeds. A stopped command resumes.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -71,7 +71,7 @@ def forgetting(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="dga-forgetting",
         description="What a sequence of domains (RUN/1-restaurant, RUN/2-acl, ...) forgot: after every "
-        "stage, the end tasks of the domains seen so far. Goes on where it was stopped.",
+        "stage, the end tasks of the domains seen so far. A stopped command resumes.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run over several domains")

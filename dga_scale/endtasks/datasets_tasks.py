@@ -1,4 +1,4 @@
-"""End tasks that the ``datasets`` library reads, written out as a folder of ours."""
+"""Write end tasks that the ``datasets`` library reads as a task folder of this package."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from dga_scale.errors import UserError
 from dga_scale.run_folder import write_text
 
 SPLITS = {"train": ("train",), "dev": ("validation", "dev", "valid", "validation_matched"), "test": ("test",)}
-"""Our splits, and what they are called elsewhere."""
+"""The splits of a task folder, with their names in published datasets."""
 
 TEXTS = (
     ("text", "text_pair"),
@@ -21,42 +21,44 @@ TEXTS = (
     ("text", None),
     ("sentence", None),
 )
-"""Columns of the first and second text: the first line that is there."""
+"""The columns of the first and second text; the first pair that a dataset has is used."""
 
 LABELS = ("label", "labels", "coarse_label")
+"""The columns of the label; the first one that a dataset has is used."""
 
 
 def exported(task: str, root: Path) -> str:
-    """A folder of train.jsonl, dev.jsonl, test.jsonl: ``task`` itself where it is one, else made in ``root``.
+    """Return ``task`` where it is a task folder already; otherwise export it into a new one in ``root``.
 
-    A test split whose labels are hidden (-1, as GLUE's) is left out.
+    A task folder holds train.jsonl, dev.jsonl and test.jsonl. A test split whose labels are hidden (-1, as
+    GLUE's) is left out.
 
     Args:
-        task: Such a folder; one that ``datasets`` saved or reads; or a name on the hub, NAME or NAME:CONFIG.
-        root: Where the task's folder is made. One that is there already is taken.
+        task: A task folder; a folder that ``datasets`` saved or reads; or a name on the hub, NAME or
+            NAME:CONFIG.
+        root: The folder in which the task folder is made. An existing task folder there is used again.
 
     Raises:
-        UserError: nothing that ``datasets`` reads, no train split, or no column of texts or labels.
-
+        UserError: ``datasets`` can't read the task, or it has no train split or no column of texts or labels.
     """
     path = Path(task)
     ours = any((path / f"{name}.jsonl").is_file() for name in SPLITS)
     looks_like_path = path.is_absolute() or task.startswith(".") or task.count("/") > 1
     looks_like_path |= path.parent != Path() and path.parent.is_dir()  # endtasks/typo
     if ours or (looks_like_path and not path.is_dir()):
-        return task  # in the second case to be refused as a folder that does not exist
+        return task  # a path that does not exist is refused by ``load_task``
     name, _, config = (task, "", "") if path.is_dir() else task.partition(":")
     folder = root / (config or Path(name).resolve().name)
     if (folder / "train.jsonl").is_file():
         return str(folder)
     if not path.is_dir():
-        print(f"--task {task} is no folder here: looking for a dataset of that name on the hub", flush=True)
+        print(f"--task {task} is not a folder: reading the dataset of that name from the hub", flush=True)
     found = _load(name, config)
     splits = {ours: next((found[n] for n in theirs if n in found), None) for ours, theirs in SPLITS.items()}
     if splits["train"] is None:
         raise UserError(f"--task {task} has no train split: it has {', '.join(found)}.")
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ("dev", "test", "train"):  # train last: with it the folder is taken for complete
+    for split in ("dev", "test", "train"):  # train is last: a folder that has it counts as complete
         if splits[split] is not None and (lines := list(_lines(task, splits[split]))):
             write_text(folder / f"{split}.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
     return str(folder)
@@ -83,7 +85,7 @@ def _load(name: str, config: str) -> Any:
 
 
 def _lines(task: str, split: Any) -> Iterator[dict[str, Any]]:
-    """Lines of our files; none where all labels are hidden."""
+    """Yield the lines of a split of a task folder; none where all labels are hidden."""
     columns = split.column_names
     texts = next((pair for pair in TEXTS if all(c is None or c in columns for c in pair)), None)
     label = next((name for name in LABELS if name in columns), None)

@@ -1,6 +1,6 @@
-"""Models against the base that they were adapted from: held-out loss, end tasks, and how sure it all is.
+"""Compare models with the base that they were adapted from: held-out loss and end tasks, with intervals.
 
-What a difference is taken over:
+A difference is averaged and tested over:
 
 - one folder, loss: batches of held-out text, on which all models see the same masks;
 - one folder, end task: fine-tuning seeds, seed by seed with the base's;
@@ -44,35 +44,34 @@ from dga_scale.report.scores import FORMAT, RESULTS
 from dga_scale.run_folder import write_text
 
 BASE = "base"
-"""Label of the model that all are compared with."""
+"""The label of the model that all others are compared with."""
 
 _LABEL = re.compile(r"[\w.+-]+")
 
 Sums = dict[str, list[float]]
-"""Of each batch of a corpus: "loss" (summed over the labels), "labels", "correct"."""
+"""The sums of each batch of a corpus: "loss" (summed over the labels), "labels" and "correct"."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A model; or several that differ by the seed they were trained with."""
+class EvaluatedModel:
+    """A model under one label, or several models that differ by their training seed."""
 
     label: str
     folders: tuple[str, ...]
 
     def output(self, root: Path, number: int) -> Path:
-        """Where results of one of its folders are kept."""
+        """Return the folder for the results of the model in ``folders[number]``."""
         return root / self.label / ("" if number == 0 else str(number + 1))
 
 
-def parse_contenders(texts: Sequence[str]) -> list[Contender]:
-    """Read ``DIR`` or ``LABEL=DIR``; DIR alone is labelled by its name, of a run's model/ the run's.
+def parse_models(texts: Sequence[str]) -> list[EvaluatedModel]:
+    """Parse ``DIR`` or ``LABEL=DIR``; DIR alone is labelled by its name, a run's model/ by the run's name.
 
     Raises:
-        UserError: a label that can't be a file's name, "base", or given to two folders without being asked.
-
+        UserError: a label can't be a file's name, is "base", or results for two folders without being given.
     """
     folders: dict[str, list[str]] = {}
-    asked: dict[str, bool] = {}
+    label_given: dict[str, bool] = {}
     for text in texts:
         label, equals, folder = text.partition("=")
         named = bool(equals) and not Path(text).is_dir()
@@ -84,32 +83,31 @@ def parse_contenders(texts: Sequence[str]) -> list[Contender]:
                 f"--model {text}: {label!r} can't be its label. Write LABEL=DIR, LABEL of letters, digits, "
                 f"- and _, other than {BASE!r}."
             )
-        if label in folders and not (named and asked[label]):
+        if label in folders and not (named and label_given[label]):
             raise UserError(
                 f"--model {text}: another model is labelled {label} too. Write LABEL=DIR: one label for "
                 "models that differ by their seed only, several for others."
             )
         folders.setdefault(label, []).append(folder)
-        asked[label] = named
-    return [Contender(label, tuple(paths)) for label, paths in folders.items()]
+        label_given[label] = named
+    return [EvaluatedModel(label, tuple(paths)) for label, paths in folders.items()]
 
 
-def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: Path) -> dict[str, Any]:
-    """Score the base and all contenders on a suite; what is in ``output`` already is not computed again.
+def evaluate(base: str, models: Sequence[EvaluatedModel], suite: Suite, output: Path) -> dict[str, Any]:
+    """Score the base and all models on a suite; results that ``output`` holds are not computed again.
 
     Returns:
-        the content of ``output/results.json``: ``models`` by label, the base first, with ``corpora``,
+        The content of ``output/results.json``: ``models`` by label, the base first, with ``corpora``,
         ``tasks``, ``domain_loss`` and ``general_loss``; ``overlap`` of the tasks; ``notes`` on them.
 
     Raises:
-        UserError: a model, corpus or task that can't be read; corpora of another tokenizer than the base's;
-            nothing that a model can be compared by.
-
+        UserError: a model, corpus or task can't be read; a corpus has another tokenizer than the base; or
+            there is nothing to compare a model by.
     """
-    everyone = [Contender(BASE, (base,)), *contenders]
+    evaluated = [EvaluatedModel(BASE, (base,)), *models]
     tasks = suite.load_tasks()
     notes: list[str] = []
-    comparable = {c.label: _comparable(base, c, bool(tasks), suite, notes) for c in everyone}
+    comparable = {e.label: _comparable(base, e, bool(tasks), suite, notes) for e in evaluated}
     tokenizer = load_tokenizer(base)
     corpora = {
         name: open_held_out(folder, f"{kind}_corpora:", tokenizer) for kind, name, folder in suite.corpora()
@@ -118,38 +116,34 @@ def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: P
     output.mkdir(parents=True, exist_ok=True)
     sums: dict[str, list[dict[str, Sums]]] = {}
     scores: dict[str, list[dict[str, dict[str, Any]]]] = {}
-    for contender in everyone:
-        sums[contender.label] = []
-        for number, folder in enumerate(contender.folders):
-            place = contender.output(output, number)
-            place.mkdir(parents=True, exist_ok=True)
-            if comparable[contender.label] and corpora:
-                sums[contender.label].append(_held_out_sums(folder, corpora, suite, place))
+    for each in evaluated:
+        sums[each.label] = []
+        for number, folder in enumerate(each.folders):
+            model_output = each.output(output, number)
+            model_output.mkdir(parents=True, exist_ok=True)
+            if comparable[each.label] and corpora:
+                sums[each.label].append(_held_out_sums(folder, corpora, suite, model_output))
     seeds = range(1, suite.seeds + 1)
     fine_tunings = {
-        (contender.label, number, task.name): FineTuning(
-            folder, task, recipe, contender.output(output, number) / task.name
+        (each.label, number, task.name): FineTuning(
+            folder, task, recipe, each.output(output, number) / task.name
         )
-        for contender in everyone
-        for number, folder in enumerate(contender.folders)
+        for each in evaluated
+        for number, folder in enumerate(each.folders)
         for _, task, recipe in tasks
     }
-    run_missing(
-        list(fine_tunings.values()), seeds, jobs=suite.jobs
-    )  # all at once: no process waits for a task's last seed
-    for contender in everyone:
-        scores[contender.label] = [
-            {
-                task.name: summarize(fine_tunings[contender.label, number, task.name], seeds)
-                for _, task, _ in tasks
-            }
-            for number in range(len(contender.folders))
+    # All tasks are run in one call, so that no process waits for a task's last seed.
+    run_missing(list(fine_tunings.values()), seeds, jobs=suite.jobs)
+    for each in evaluated:
+        scores[each.label] = [
+            {task.name: summarize(fine_tunings[each.label, number, task.name], seeds) for _, task, _ in tasks}
+            for number in range(len(each.folders))
         ]
-    models = {}
-    for contender in everyone:
-        label = contender.label
-        models[label] = {
-            "folders": list(contender.folders),
+    results = {}
+    for each in evaluated:
+        label = each.label
+        results[label] = {
+            "folders": list(each.folders),
             "corpora": {
                 name: {"kind": kind, **_loss(name, sums[label], sums[BASE][0])}
                 for kind, name, _ in suite.corpora()
@@ -163,14 +157,14 @@ def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: P
         for kind in ("domain", "general"):
             names = [name for k, name, _ in suite.corpora() if k == kind]
             if names and sums[label]:
-                values = [sum(_mean(each[name]) for name in names) / len(names) for each in sums[label]]
-                models[label][f"{kind}_loss"] = {**vars(interval(values)), "values": values}
-    notes += _notes_on_seeds(everyone, suite, tasks)
+                values = [sum(_mean(found[name]) for name in names) / len(names) for found in sums[label]]
+                results[label][f"{kind}_loss"] = {**vars(interval(values)), "values": values}
+    notes += _notes_on_seeds(evaluated, suite, tasks)
     result = {
         "format": FORMAT,
         "base": base,
         "suite": dataclasses.asdict(suite),
-        "models": models,
+        "models": results,
         "overlap": overlap,
         "notes": notes,
     }
@@ -178,42 +172,39 @@ def evaluate(base: str, contenders: Sequence[Contender], suite: Suite, output: P
     return result
 
 
-def _comparable(base: str, contender: Contender, tasks: bool, suite: Suite, notes: list[str]) -> bool:
-    """Whether losses per token of a contender mean the same as the base's.
+def _comparable(base: str, model: EvaluatedModel, tasks: bool, suite: Suite, notes: list[str]) -> bool:
+    """Return whether a model's losses per token can be compared with the base's, and note where not.
 
     Raises:
-        UserError: they do not, and there is nothing else to compare.
-
+        UserError: they can't, and there is nothing else to compare.
     """
-    ours, theirs = load_model_config(base), [load_model_config(folder) for folder in contender.folders]
+    ours, theirs = load_model_config(base), [load_model_config(folder) for folder in model.folders]
     reason = ""
-    if any(
-        tokenizer_hash(load_tokenizer(f)) != tokenizer_hash(load_tokenizer(base)) for f in contender.folders
-    ):
-        reason = "has another tokenizer than the base: a token is another piece of text to it"
+    if any(tokenizer_hash(load_tokenizer(f)) != tokenizer_hash(load_tokenizer(base)) for f in model.folders):
+        reason = "has another tokenizer than the base: its tokens stand for other text"
     elif any(each.causal != ours.causal for each in theirs):
         kinds = ("causal", "masked") if not ours.causal else ("masked", "causal")
         reason = f"is a {kinds[0]} LM and the base a {kinds[1]} one: they predict other tokens"
     if reason and next(suite.corpora(), None) is not None:
-        message = f"{contender.label} {reason}, so losses and perplexities can't be compared"
+        message = f"{model.label} {reason}, so losses and perplexities can't be compared"
         if not tasks:
             raise UserError(
-                f"--model {contender.folders[0]}: {message}. Give the base that it was adapted from, or "
-                "end tasks in the suite."
+                f"--model {model.folders[0]}: {message}. Give the base that it was adapted from, or end "
+                "tasks in the suite."
             )
         notes.append(f"{message}; end tasks are.")
     types = {each.config.model_type for each in theirs} - {ours.config.model_type}
     if types:
         notes.append(
-            f"{contender.label} is of another architecture ({', '.join(sorted(types))}) than the base "
-            f"({ours.config.model_type}): differences are not adaptation's alone."
+            f"{model.label} is of another architecture ({', '.join(sorted(types))}) than the base "
+            f"({ours.config.model_type}): differences are not due to the adaptation alone."
         )
     return not reason
 
 
-def _held_out_sums(folder: str, corpora: Mapping[str, Corpus], suite: Suite, place: Path) -> dict[str, Sums]:
-    """Sums of each corpus by batch, from ``place/held_out.json`` where that was made of the same inputs."""
-    file = place / "held_out.json"
+def _held_out_sums(folder: str, corpora: Mapping[str, Corpus], suite: Suite, output: Path) -> dict[str, Sums]:
+    """Return each corpus's sums by batch, from ``output/held_out.json`` if that has the same inputs."""
+    file = output / "held_out.json"
     identity = {
         "model": model_fingerprint(folder),
         "corpora": {name: corpus.content_hash for name, corpus in corpora.items()},
@@ -249,7 +240,7 @@ def _mean(sums: Sums) -> float:
 
 
 def _loss(name: str, models: Sequence[Mapping[str, Sums]], base: Mapping[str, Sums]) -> dict[str, Any]:
-    """Loss of a contender on a corpus, and its difference to the base's."""
+    """Return the loss of the models of a label on a corpus, and its difference to the base's."""
     values = [_mean(each[name]) for each in models]
     compared: Difference | None = None
     if len(models) == 1:
@@ -276,7 +267,7 @@ def _score(
     models: Sequence[Mapping[str, dict[str, Any]]],
     base: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Score of a contender on a task, and its difference to the base's."""
+    """Return the score of the models of a label on a task, and its difference to the base's."""
     by_seed = [list(each[task.name]["scores"][recipe.metric]["by_seed"].values()) for each in models]
     reference = list(base[task.name]["scores"][recipe.metric]["by_seed"].values())
     if len(models) == 1:
@@ -296,19 +287,19 @@ def _score(
 
 
 def _notes_on_seeds(
-    everyone: Sequence[Contender], suite: Suite, tasks: Sequence[tuple[str, Task, Recipe]]
+    evaluated: Sequence[EvaluatedModel], suite: Suite, tasks: Sequence[tuple[str, Task, Recipe]]
 ) -> list[str]:
     notes = []
     if tasks and suite.seeds == 1:
         notes.append("One fine-tuning seed: scores have no interval and differences no test.")
     elif tasks and 2 / 2**suite.seeds > 0.05:
         notes.append(f"With {suite.seeds} seeds the sign-flip test can't fall below {2 / 2**suite.seeds:g}.")
-    if next(suite.corpora(), None) and any(len(contender.folders) == 1 for contender in everyone[1:]):
+    if next(suite.corpora(), None) and any(len(model.folders) == 1 for model in evaluated[1:]):
         notes.append(
             "Losses of a label with one folder are tested over held-out text: another training seed might "
             "give another model. Train several, and give them one label."
         )
-    comparisons = (len(everyone) - 1) * (len(tasks) + len(list(suite.corpora())))
+    comparisons = (len(evaluated) - 1) * (len(tasks) + len(list(suite.corpora())))
     if comparisons > 1:
         notes.append(
             f"{comparisons} comparisons: of so many, {comparisons / 20:.1f} fall below p = 0.05 by chance."
@@ -324,7 +315,7 @@ def _notes_on_seeds(
 
 
 def _overlap(suite: Suite, tasks: Sequence[Task], corpora: Mapping[str, Corpus]) -> dict[str, dict[str, Any]]:
-    """Of each task's scored examples, how many stand in the unlabelled text; None where it is not named."""
+    """Count how many of each task's scored examples occur in the unlabelled text; None without such text."""
     files = [str(task.path / f"{task.scored_on}.jsonl") for task in tasks]
     found: Sequence[int | None] = [None] * len(files)
     if suite.unlabelled_text and files:

@@ -16,12 +16,12 @@ def evaluate_command() -> NoReturn:
 
 
 def build_parser() -> Parser:
-    """Every option."""
+    """Build the parser of the command's options."""
     parser = Parser(
         prog="dga-evaluate",
         description="What adaptation gained in the domain and cost outside it: held-out loss and end tasks "
-        "of models against the base that they were adapted from, with intervals and paired tests. Goes on "
-        "where it was stopped.",
+        "of models against the base that they were adapted from, with intervals and paired tests. A stopped "
+        "command resumes.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -55,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     quiet_libraries()
     suite = load_suite(options.suite)
-    from dga_scale.endtasks.evaluate import evaluate, parse_contenders  # transformers' import takes seconds
+    from dga_scale.endtasks.evaluate import evaluate, parse_models  # transformers' import takes seconds
     from dga_scale.logging.plots import comparison_figure, save_png
     from dga_scale.report.scores import RESULTS, trade_off
 
-    result = evaluate(options.base, parse_contenders(options.model), suite, options.output_dir)
+    result = evaluate(options.base, parse_models(options.model), suite, options.output_dir)
     _print(result)
     written = [options.output_dir / RESULTS]
     if points := trade_off(result):
@@ -83,7 +83,7 @@ def _print(result: Mapping[str, Any]) -> None:
             table.add_row("" if number else title, *row.cells)
         table.add_section()
     console = Console()
-    # Of a pipe rich would make lines of 80 columns, and cut numbers.
+    # In a pipe rich would wrap at 80 columns and cut numbers.
     if not console.is_terminal:
         console.width = 160
     console.print(table)

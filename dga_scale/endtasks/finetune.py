@@ -1,4 +1,4 @@
-"""One fine-tuning: a classifier (or regressor) on a pretrained trunk, one task, one seed, one process."""
+"""Fine-tune a classifier (or regressor) on a pretrained trunk: one task, one seed, one process."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,16 +24,16 @@ from dga_scale.errors import UserError
 MAX_GRAD_NORM = 1.0
 
 LENGTH_STEP = 32
-"""A batch is cut to a multiple of this many tokens: few shapes, and little padding is computed."""
+"""The multiple of tokens to which a batch is padded: there are few shapes, and little padding is computed."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as tensors on the device, all padded to one length."""
+    """Tokenised examples as tensors on the device, all padded to one length."""
 
     input_ids: Tensor  # (N, T)
     attention_mask: Tensor  # (N, T)
-    token_type_ids: Tensor | None  # (N, T), of models that tell first text and second apart
+    token_type_ids: Tensor | None  # (N, T), for models that distinguish first and second text
     labels: Tensor  # (N,) class numbers, or fp32 values of a regression
     lengths: Tensor  # (N,) real tokens; on the CPU
 
@@ -41,7 +41,7 @@ class Encoded:
         return len(self.labels)
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """The model's inputs for the examples (B,) of a CPU index, cut behind the longest of them."""
+        """Return the model's inputs for the examples (B,) of a CPU index, cut after the longest of them."""
         width = -(-int(self.lengths[index].max()) // LENGTH_STEP) * LENGTH_STEP
         index = index.to(self.labels.device)
         named = {
@@ -63,24 +63,24 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a model on a task and score it once.
 
-    The head's first weights, the order of examples and dropout (the model's own) come from the seed. With a
-    dev split the epoch with the best dev score is taken, training stops ``recipe.patience`` epochs after it;
-    without, the last epoch is. The test split is predicted once, by the weights so chosen.
+    The seed determines the head's initial weights, the order of examples and dropout (the model's own). With
+    a dev split the epoch with the best dev score is chosen, and training stops ``recipe.patience`` epochs
+    after it; without one the last epoch is chosen. The test split is predicted once, with these weights.
 
     Args:
-        model: folder of a masked or causal LM, or of a trunk; or its name on the hub.
-        task: what to learn.
-        recipe: how.
-        seed: any whole number.
-        device: default: the GPU where there is one.
-        on_epoch: called after each epoch with its number (from 1), mean training loss and score on dev.
+        model: The folder of a masked or causal LM or of a trunk, or its name on the hub.
+        task: The end task.
+        recipe: The settings of the fine-tuning.
+        seed: Any whole number.
+        device: The device to train on; None: the GPU where there is one.
+        on_epoch: Called after each epoch with its number (from 1), mean training loss and score on dev.
 
     Returns:
-        ``scores`` on the test split by name, ``dev_scores`` of each epoch, ``epoch`` that was taken, seconds.
+        ``scores`` on the test split by name, ``dev_scores`` of each epoch, the chosen ``epoch``,
+        ``sequence_length`` in tokens, and ``seconds``.
 
     Raises:
-        UserError: no model there, or one without a trunk's weights.
-
+        UserError: there is no model, or its weights lack the trunk.
     """
     started = time.perf_counter()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -134,13 +134,12 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
     """Load a trunk under a new head for the task.
 
     Raises:
-        UserError: no model there, pickled or damaged weights, or weights without the trunk.
-
+        UserError: there is no model, or its weights are pickled, damaged or lack the trunk.
     """
-    load_model_config(model)  # refuses what is no model
+    load_model_config(model)  # refuses a folder without a model
     labels = {"num_labels": 1} if task.regression else {"id2label": dict(enumerate(task.labels))}
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # a table of the new head's parameters: what else would they be
+    logging.set_verbosity_error()  # transformers would warn that the head is new, as it has to be
     logging.disable_progress_bar()
     try:
         loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -164,15 +163,15 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
     classifier, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     trunk = {id(parameter) for parameter in classifier.base_model.parameters()}
     missing = set(info["missing_keys"])
-    lost = [
+    absent = [
         name
         for name, parameter in classifier.named_parameters()
         if id(parameter) in trunk and name in missing and "pooler" not in name  # an LM has no pooler
     ]
-    if lost:
+    if absent:
         raise UserError(
-            f"--model {model} lacks {len(lost)} parameters of its trunk, {lost[0]} first. Give a whole "
-            "pretrained model, a run's model/ for one."
+            f"--model {model} lacks {len(absent)} parameters of its trunk, {absent[0]} first. Give a whole "
+            "pretrained model, such as a run's model/."
         )
     classifier.config.pad_token_id = tokenizer.pad_token_id
     return classifier
@@ -212,7 +211,7 @@ def encode(
 
 @torch.no_grad()
 def score(classifier: PreTrainedModel, data: Encoded, task: Task, recipe: Recipe) -> dict[str, float]:
-    """Predict all examples in eval mode, and compare."""
+    """Predict all examples in eval mode, and return the scores by name."""
     classifier.eval()
     by_length = data.lengths.argsort(stable=True)
     sorted_logits = []
@@ -253,18 +252,18 @@ def _train_epoch(
 
 
 def _logits(classifier: PreTrainedModel, data: Encoded, index: Tensor, recipe: Recipe) -> Tensor:
-    """Logits (B, labels) in fp32 of some examples."""
+    """Compute the logits (B, labels) in fp32 of the examples of an index (B,)."""
     with torch.autocast(data.labels.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         logits: Tensor = classifier(**data.rows(index)).logits
     return logits.float()
 
 
 def _batches(order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Index (size,) and weights (size,) of each batch; the last is filled up with rows of weight 0."""
-    for part in order.split(size):
-        fill = size - len(part)
-        weights = (torch.arange(size) < len(part)).float()
-        yield torch.cat([part, part.new_zeros(fill)]), weights
+    """Yield index (size,) and weights (size,) of each batch; the last one has padding rows of weight 0."""
+    for index in order.split(size):
+        padding = size - len(index)
+        weights = (torch.arange(size) < len(index)).float()
+        yield torch.cat([index, index.new_zeros(padding)]), weights
 
 
 def _texts(examples: Sequence[Example], recipe: Recipe) -> tuple[list[str], ...]:
@@ -278,7 +277,7 @@ def _texts(examples: Sequence[Example], recipe: Recipe) -> tuple[list[str], ...]
 def _length(
     tokenizer: PreTrainedTokenizerBase, task: Task, recipe: Recipe, classifier: PreTrainedModel
 ) -> int:
-    """Tokens that every example is padded to: as the task's longest; at most what recipe and model take."""
+    """Return the length in tokens to pad to: the longest example's, limited by the recipe and the model."""
     examples = (*task.train, *task.dev, *task.test)
     longest = max(map(len, tokenizer(*_texts(examples, recipe), verbose=False)["input_ids"]))
     return min(-(-longest // 8) * 8, recipe.max_length, _positions(classifier))

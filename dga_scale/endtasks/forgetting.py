@@ -1,4 +1,4 @@
-"""What a model forgets over a sequence of domains: end tasks after every stage, and the forgetting rate."""
+"""Measure what a model forgets over a sequence of domains: end tasks after every stage, forgetting rate."""
 
 import json
 import math
@@ -18,16 +18,15 @@ _STAGE = re.compile(r"(\d+)-(.+)")
 
 
 def forgetting_rate(scores: Sequence[Sequence[float]]) -> float:
-    """Mean loss of score on earlier domains at the end of a sequence: mean over k < T of A[k][k] - A[T][k].
+    """Compute the mean drop of the scores on earlier domains: the mean over k < T of A[k][k] - A[T][k].
 
-    Source: DAS, section 4 (Liu et al., 2020). Negative: later domains helped earlier ones.
+    A negative rate means that later domains helped earlier ones. Source: DAS, section 4 (Liu et al., 2020).
 
     Args:
-        scores: A[i][k], score on domain k after training on domain i; row i needs entries up to k = i.
-
+        scores: A[i][k], the score on domain k after training on domain i; row i has entries up to k = i.
     """
     last = len(scores) - 1
-    assert last > 0, "one domain can't be forgotten yet"
+    assert last > 0, "forgetting needs at least two domains"
     return math.fsum(scores[k][k] - scores[last][k] for k in range(last)) / last
 
 
@@ -40,15 +39,15 @@ class Stage:
 
     @property
     def model(self) -> Path:
+        """The folder of the model that the stage exported."""
         return self.folder / "model"
 
 
 def find_stages(run: Path) -> list[Stage]:
-    """List the stages of a sequence in ``run``: 1-restaurant, 2-acl, ... in their order.
+    """List the finished stages of a sequence in ``run`` (1-restaurant, 2-acl, ...), in their order.
 
     Raises:
-        UserError: no such folder, no stages in it, fewer than two of them finished, or a gap.
-
+        UserError: the folder does not exist, fewer than two stages are finished, or a stage is missing.
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such folder. Give the --output_dir of a run over several domains.")
@@ -67,7 +66,7 @@ def find_stages(run: Path) -> list[Stage]:
     if len(finished) < 2:
         raise UserError(
             f"{run} has {len(finished)} finished stages (folders such as 1-restaurant with a model/). "
-            "Forgetting needs two: give the folder of a run over several domains, or let it go on."
+            "Forgetting needs two: give the folder of a run over several domains, or resume the run."
         )
     return finished
 
@@ -75,23 +74,22 @@ def find_stages(run: Path) -> list[Stage]:
 def measure_forgetting(
     run: Path, tasks: dict[str, tuple[Task, Recipe]], seeds: Sequence[int], *, jobs: int = 1
 ) -> dict[str, Any]:
-    """Fine-tune each stage's model on the tasks of the domains seen so far; resumable.
+    """Fine-tune each stage's model on the tasks of the domains seen so far; finished seeds are not repeated.
 
     Scores of single seeds lie in ``run/forgetting/STAGE/DOMAIN/``; the result is ``run/forgetting.json``.
 
     Args:
-        run: folder of the sequence.
-        tasks: domain -> its task and recipe, for every finished stage; the score is the recipe's metric.
-        seeds: the same for every stage.
-        jobs: seeds at a time.
+        run: The folder of the sequence.
+        tasks: The task and recipe of each finished stage's domain; the score is the recipe's metric.
+        seeds: The seeds, the same for every stage.
+        jobs: The number of seeds at a time.
 
     Returns:
         ``domains``; ``metrics`` and ``tasks`` of each; ``scores``: A[i][k] over seeds (mean, std, by_seed),
         row i up to k = i; ``forgetting_rate`` over seeds.
 
     Raises:
-        UserError: as ``find_stages``; a finished stage without a task, a task without a stage.
-
+        UserError: as ``find_stages``; or a finished stage has no task, or a task no stage.
     """
     stages = find_stages(run)
     domains = [stage.domain for stage in stages]

@@ -1,4 +1,4 @@
-"""Scores of predictions, through scikit-learn and scipy."""
+"""Score predictions with scikit-learn and scipy."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ REGRESSION = ("pearson", "spearman")
 
 
 def classification_scores(truth: Sequence[str], predicted: Sequence[str]) -> dict[str, float]:
-    """Macro- and micro-F1, accuracy, Matthews correlation. A class never predicted has an F1 of 0."""
+    """Compute macro- and micro-F1, accuracy and Matthews correlation; a class never predicted has F1 0."""
     return {
         "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
         "micro_f1": float(f1_score(truth, predicted, average="micro", zero_division=0)),
@@ -21,7 +21,7 @@ def classification_scores(truth: Sequence[str], predicted: Sequence[str]) -> dic
 
 
 def regression_scores(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
-    """Pearson and Spearman correlation; 0 where all predictions are the same."""
+    """Compute Pearson and Spearman correlation; 0 where all predictions are the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
         pearson, spearman = pearsonr(truth, predicted).statistic, spearmanr(truth, predicted).statistic

@@ -1,4 +1,4 @@
-"""How each end task is fine-tuned: the papers' settings by the name of the task's folder."""
+"""The fine-tuning settings of each end task: the papers' settings by the name of the task's folder."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,31 +13,30 @@ from dga_scale.errors import UserError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a fine-tuning. The defaults are DGA's (its released code); early stopping is ours."""
+    """The settings of a fine-tuning; the defaults are those of DGA's released code, plus early stopping."""
 
     epochs: int = 5
     batch_size: int = 16
     learning_rate: float = 3e-5
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
-    """Share of the steps in which the learning rate rises, then it falls linearly to 0: without, small tasks
-    fail by chance (Mosbach et al., arXiv 2006.04884)."""
+    """The share of the steps in which the learning rate rises, before it falls linearly to 0. Without warm-up
+    some seeds fail on small tasks (Mosbach et al., arXiv 2006.04884)."""
     max_length: int = 164
     patience: int = 3
-    """Epochs without a better score on dev after which training stops; the best epoch is taken."""
+    """The epochs without a better score on dev after which training stops; the best epoch is chosen."""
     metric: str = "macro_f1"
-    """The score that is reported first, and that chooses the epoch on dev."""
+    """The score that is reported first, and by which the epoch is chosen on dev."""
     pair_first: bool = False
-    """Read text_pair before text: in aspect sentiment the aspect comes first."""
+    """Whether text_pair comes before text: in aspect sentiment the aspect comes first."""
     precision: str = "bf16"
-    """"bf16": autocast; "fp32"."""
+    """The precision: "bf16" (autocast) or "fp32"."""
 
     def check(self, *, regression: bool) -> None:
-        """Refuse numbers that can't be meant.
+        """Refuse settings that are out of their range.
 
         Raises:
-            UserError: which, and its range; a metric that the kind of task does not have.
-
+            UserError: a setting is out of its range, or the kind of task does not have the metric.
         """
         metrics = REGRESSION if regression else CLASSIFICATION
         if self.metric not in metrics:
@@ -58,10 +57,10 @@ class Recipe:
 
 OVERRIDES = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_length", "patience", "metric",
              "precision")  # fmt: skip
-"""Settings of a recipe that a flag, or a line in a suite, of the same name changes."""
+"""The settings of a recipe that a flag, or a line in a suite, of the same name overrides."""
 
 LIMITS = {f"max_{split}_examples": split for split in ("train", "dev", "test")}
-"""Settings beside a recipe's: keep that many examples of a split."""
+"""The settings that limit the examples of a split, by their names."""
 
 RECIPES = {
     "asc_restaurant": Recipe(epochs=5, pair_first=True),
@@ -77,7 +76,7 @@ RECIPES = {
     "mrpc": Recipe(metric="accuracy"),
     "trec": Recipe(metric="accuracy"),
 }
-"""The first six are DGA's; GLUE's metrics are its own."""
+"""The recipes by the tasks' names; the first six are DGA's, and GLUE's metrics are its own."""
 
 
 def recipe_for(task: str, *, regression: bool) -> Recipe:
@@ -89,11 +88,10 @@ def recipe_for(task: str, *, regression: bool) -> Recipe:
 
 
 def load_with_recipe(folder: str | Path, overrides: Mapping[str, Any]) -> tuple[Task, Recipe]:
-    """A task cut to the ``LIMITS`` among ``overrides``, and its recipe with the other ones.
+    """Load a task limited by the ``LIMITS`` among ``overrides``, and its recipe with the other overrides.
 
     Raises:
-        UserError: as ``load_task``, or settings that do not suit the task.
-
+        UserError: as ``load_task``; or settings do not suit the task.
     """
     limits = {split: overrides[name] for name, split in LIMITS.items() if name in overrides}
     settings = {name: value for name, value in overrides.items() if name not in LIMITS}

@@ -1,4 +1,4 @@
-"""A task fine-tuned with several seeds: one file a seed, written at once, so that a stopped run goes on."""
+"""Fine-tune on a task with several seeds: each seed has a file, so that a stopped command resumes."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from dga_scale.run_folder import write_text
 
 @dataclass(frozen=True)
 class FineTuning:
-    """A model on a task; seeds are files in ``output``."""
+    """The fine-tuning of a model on a task; each seed has a file in ``output``."""
 
     model: str
     task: Task
@@ -29,7 +29,7 @@ class FineTuning:
     output: Path
 
     def identity(self) -> dict[str, Any]:
-        """What the files of its seeds were made from."""
+        """Return hashes of model and task, and the recipe, by which a seed's file is used again."""
         return {
             "model": model_fingerprint(self.model),
             "task": self.task.fingerprint,
@@ -43,11 +43,10 @@ def run_seeds(
     """Fine-tune once for each seed, ``jobs`` at a time; seeds whose file is in ``output`` are not run again.
 
     Returns:
-        as ``summarize``.
+        The summary of all seeds, as from ``summarize``.
 
     Raises:
         UserError: as ``run_missing``.
-
     """
     one = FineTuning(model, task, recipe, output)
     run_missing([one], seeds, jobs=jobs)
@@ -58,8 +57,7 @@ def run_missing(fine_tunings: Sequence[FineTuning], seeds: Sequence[int], *, job
     """Run those seeds of all ``fine_tunings`` that have no file yet, ``jobs`` at a time.
 
     Raises:
-        UserError: seeds of another model, task or recipe in an output; or as ``finetune``.
-
+        UserError: an output holds seeds of another model, task or recipe; or as ``finetune``.
     """
     left = []
     for each in fine_tunings:
@@ -86,11 +84,9 @@ def run_missing(fine_tunings: Sequence[FineTuning], seeds: Sequence[int], *, job
 
 
 def summarize(fine_tuning: FineTuning, seeds: Sequence[int]) -> dict[str, Any]:
-    """Write and give ``summary.json`` of finished seeds.
+    """Write ``summary.json`` of finished seeds, and return its content.
 
-    Returns:
-        of each score its mean, standard deviation (of a sample; None for one seed) and values by seed.
-
+    It has the mean, standard deviation (of a sample; None for one seed) and values by seed of each score.
     """
     task, recipe = fine_tuning.task, fine_tuning.recipe
     results = {seed: _read(_file(fine_tuning.output, seed)) for seed in seeds}
@@ -111,7 +107,7 @@ def summarize(fine_tuning: FineTuning, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def spread(values: dict[int, float]) -> dict[str, Any]:
-    """Mean and standard deviation (of a sample; None for one value) of scores by seed."""
+    """Compute mean and standard deviation (of a sample; None for one value) of scores by seed."""
     numbers = list(values.values())
     return {
         "mean": statistics.fmean(numbers),
@@ -144,13 +140,13 @@ def _run(fine_tuning: FineTuning, seed: int, identity: dict[str, Any], slot: int
 
     model, task, recipe = fine_tuning.model, fine_tuning.task, fine_tuning.recipe
 
-    def tell(epoch: int, loss: float, score: float | None) -> None:
+    def print_epoch(epoch: int, loss: float, score: float | None) -> None:
         dev = "" if score is None else f", dev {recipe.metric} {score:.4f}"
         print(f"{task.name} seed {seed} epoch {epoch}/{recipe.epochs}: loss {loss:.4f}{dev}", flush=True)
 
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", slot % gpus) if gpus else torch.device("cpu")
-    result = finetune(model, task, recipe, seed, device=device, on_epoch=tell)
+    result = finetune(model, task, recipe, seed, device=device, on_epoch=print_epoch)
     content = {
         "model": model,
         "task": task.name,

@@ -1,4 +1,4 @@
-"""How sure a mean or a difference is: t intervals, paired t-test, exact sign-flip test."""
+"""Confidence of means and differences: t intervals, paired t-test, exact sign-flip test."""
 
 import math
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-"""Confidence of every interval."""
+"""The confidence level of every interval."""
 
 EXACT_UP_TO = 16
-"""Pairs of which all 2**n assignments of signs are tried; above, the t-test serves."""
+"""The largest number of pairs for which all 2**n assignments of signs are tried; more take the t-test."""
 
 
 @dataclass(frozen=True)
@@ -20,30 +20,30 @@ class Interval:
 
     mean: float
     low: float | None
-    """None, as ``high``: there is one value only."""
+    """The lower end; None, like ``high``, where there is only one value."""
     high: float | None
     count: int
-    """Values that it is the mean of."""
+    """The number of values."""
 
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A mean of differences of pairs, with the probability of one as large were there none."""
+    """A mean of differences of pairs, with the p values of the hypothesis that there is no difference."""
 
     p_t: float | None
-    """Two-sided paired t-test; None for one pair, or where all differences are the same but not 0."""
+    """The p value of a two-sided paired t-test; None for one pair, or for equal differences other than 0."""
     p_sign_flip: float | None
-    """Exact two-sided permutation test; never below 2 / 2**count. None for one pair or more than 16."""
+    """The p value of an exact permutation test, never below 2 / 2**count; None for 1 or over 16 pairs."""
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and t interval of values."""
+    """Compute the mean of values and its t interval."""
     mean, error = _mean_and_error(values)
     return _interval(mean, error, len(values))
 
 
 def difference(values: Sequence[float], base: Sequence[float]) -> Difference:
-    """Mean of ``values - base``, pair by pair, with both tests."""
+    """Compute the mean of ``values - base``, pair by pair, with both tests."""
     differences = np.subtract(values, base)
     mean, error = _mean_and_error(differences)
     found = _interval(mean, error, len(differences))
@@ -53,17 +53,17 @@ def difference(values: Sequence[float], base: Sequence[float]) -> Difference:
 
 
 def ratio(sums: Sequence[float], counts: Sequence[float]) -> Interval:
-    """A mean per token over batches, sum(sums) / sum(counts), with its t interval over the batches.
+    """Compute a mean per token, sum(sums) / sum(counts), with its t interval over the batches.
 
     The error is the ratio estimator's, sqrt(B / (B - 1) sum (s - r n)^2) / sum n (Cochran, Sampling
-    Techniques, 6.4); with as many tokens in each of the B batches, that of their means.
+    Techniques, 6.4); where all B batches have the same number of tokens, it is the error of their means.
     """
     mean, error = _ratio_and_error(sums, counts)
     return _interval(mean, error, len(sums))
 
 
 def ratio_difference(sums: Sequence[float], base: Sequence[float], counts: Sequence[float]) -> Difference:
-    """Two sums per token over the same batches: the difference, with a t-test over the batches."""
+    """Compute the difference of two means per token over the same batches, with a t-test over the batches."""
     mean, error = _ratio_and_error(np.subtract(sums, base), counts)
     return Difference(
         **vars(_interval(mean, error, len(sums))), p_t=_p(mean, error, len(sums)), p_sign_flip=None
@@ -71,7 +71,11 @@ def ratio_difference(sums: Sequence[float], base: Sequence[float], counts: Seque
 
 
 def sign_flip(differences: Sequence[float] | np.ndarray) -> float | None:
-    """Share of the assignments of signs under which the sum is as far from 0 as it is; None as above."""
+    """Compute the share of the assignments of signs under which the sum is as far from 0 as the observed one.
+
+    Returns:
+        The p value; None for one pair or more than ``EXACT_UP_TO``.
+    """
     count = len(differences)
     if not 2 <= count <= EXACT_UP_TO:
         return None
@@ -82,7 +86,7 @@ def sign_flip(differences: Sequence[float] | np.ndarray) -> float | None:
 
 
 def _mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and standard error; NaN for one value."""
+    """Compute mean and standard error; the error is NaN for one value."""
     if len(values) == 1:
         return float(values[0]), math.nan
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))

@@ -1,4 +1,4 @@
-"""What a model is evaluated on: a YAML file of corpora, tasks and settings, read and checked.
+"""Read and check a suite: a YAML file of the corpora, tasks and settings of an evaluation.
 
 Paths in it are relative to the current folder, like those of every command.
 """
@@ -25,43 +25,42 @@ RECIPE_KEYS = (*OVERRIDES, *LIMITS)
 
 @dataclass(frozen=True)
 class Suite:
-    """Held-out text and end tasks, and how they are scored. The names are the YAML's."""
+    """Held-out text and end tasks, and how they are scored; the fields are named as in the YAML file."""
 
     domain_corpora: tuple[str, ...] = ()
-    """Corpus folders of the domain; their held-out part is scored."""
+    """The corpus folders of the domain, whose held-out split is scored."""
     general_corpora: tuple[str, ...] = ()
     domain_tasks: tuple[str, ...] = ()
-    """End-task folders."""
+    """The end-task folders of the domain."""
     general_tasks: tuple[str, ...] = ()
     unlabelled_text: tuple[str, ...] = ()
-    """Raw text that the models were trained on, as the sharder takes it: examples in it are counted."""
+    """The raw text that the models were trained on, in which examples of the end tasks are counted."""
     text_field: str = "text"
-    """Of the unlabelled text."""
+    """The field of the unlabelled text that holds a document."""
     seeds: int = 3
-    """Fine-tunings of each model on each task, with seeds 1 to N."""
+    """The number N of fine-tunings of each model on each task, with seeds 1 to N."""
     jobs: int = 1
-    """Fine-tunings at a time."""
+    """The number of fine-tunings at a time."""
     max_eval_rows: int = 2000
-    """Rows of each corpus, a fixed sample."""
+    """The number of rows of each corpus, a fixed sample."""
     batch_size: int = 16
-    """Rows of text in one pass."""
+    """The number of rows of text in one forward pass."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of fine-tuning in place of each task's own, and max_train_examples and the like."""
+    """The fine-tuning settings that override each task's own, and max_train_examples and the like."""
     task_recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The same of single tasks, by their folders' names; in place of those of ``recipe``."""
+    """The fine-tuning settings of single tasks, by their folders' names; they override ``recipe``."""
 
     def corpora(self) -> Iterator[tuple[str, str, str]]:
-        """Kind ("domain" or "general"), name and folder of each corpus."""
+        """Yield kind ("domain" or "general"), name and folder of each corpus."""
         for key in CORPORA:
             for folder in getattr(self, key):
                 yield key.split("_")[0], corpus_name(folder), folder
 
     def load_tasks(self) -> list[tuple[str, Task, Recipe]]:
-        """Kind, task and recipe of each end task.
+        """Load kind, task and recipe of each end task.
 
         Raises:
-            UserError: as ``load_task``, or a recipe that does not suit a task.
-
+            UserError: as ``load_task``; or a recipe does not suit its task.
         """
         found = []
         for key in TASKS:
@@ -72,22 +71,21 @@ class Suite:
 
 
 def corpus_name(folder: str) -> str:
-    """The folder's name; of a held-out part its corpus's."""
+    """Return the name of a corpus: its folder's, also for its held-out split."""
     path = Path(folder).resolve()
     return path.parent.name if path.name == VALIDATION else path.name
 
 
 def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Suite:
-    """Read a suite.
+    """Read and check a suite.
 
     Args:
-        path: the YAML file.
-        exists: whether a folder that it names is there; for jobs that wait, whether it will be.
+        path: The YAML file.
+        exists: Tells whether a folder that it names exists; for jobs in a queue, whether it will exist.
 
     Raises:
-        UserError: no YAML there, an unknown key (with the nearest known one), a value of another kind, a
-            folder that does not exist or comes twice, nothing to evaluate; with the line.
-
+        UserError: the file is not YAML, has an unknown key (with the nearest known one) or a value of
+            another type, names a folder that does not exist or two of one name, or names nothing to evaluate.
     """
     content, lines = read_yaml(path, "--suite")
     if not isinstance(content, dict):
@@ -95,24 +93,24 @@ def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Sui
     known = {f.name: f for f in dataclasses.fields(Suite)}
     values: dict[str, Any] = {}
     for key, value in content.items():
-        place = f"{path}:{lines[key,]}"
+        where = f"{path}:{lines[key,]}"
         if key not in known:
-            raise UserError(f"{place}: unknown key {key!r}.{nearest(str(key), known)}")
+            raise UserError(f"{where}: unknown key {key!r}.{nearest(str(key), known)}")
         if value is None:
             continue
         if key == "recipe":
-            values[key] = read_recipe(value, place)
+            values[key] = read_recipe(value, where)
         elif key == "task_recipes":
             values[key] = _task_recipes(value, path, lines)
         elif str(known[key].type).startswith("tuple"):
             folders = value if isinstance(value, list) else [value]
-            places = [f"{path}:{lines.get((key, number), lines[key,])}" for number in range(len(folders))]
-            values[key] = _folders(key, folders, places, exists)
+            positions = [f"{path}:{lines.get((key, number), lines[key,])}" for number in range(len(folders))]
+            values[key] = _folders(key, folders, positions, exists)
         elif isinstance(value, bool) or not isinstance(value, type(known[key].default)):
             kind = "a whole number" if known[key].default != "text" else "text"
-            raise UserError(f"{place}: {key} must be {kind}, not {json.dumps(value, default=str)}.")
+            raise UserError(f"{where}: {key} must be {kind}, not {json.dumps(value, default=str)}.")
         elif isinstance(value, int) and value < 1:
-            raise UserError(f"{place}: {key} {value}: must be at least 1.")
+            raise UserError(f"{where}: {key} {value}: must be at least 1.")
         else:
             values[key] = value
     suite = Suite(**values)
@@ -123,20 +121,20 @@ def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Sui
     _check_names(path, tasks)
     for name in suite.task_recipes:
         if name not in tasks:
-            place = f"{path}:{lines['task_recipes', name]}"
-            raise UserError(f"{place}: task_recipes: the suite has no task {name!r}.{nearest(name, tasks)}")
+            where = f"{path}:{lines['task_recipes', name]}"
+            raise UserError(f"{where}: task_recipes: the suite has no task {name!r}.{nearest(name, tasks)}")
     return suite
 
 
 def _folders(
-    key: str, folders: list[Any], places: list[str], exists: Callable[[str], bool]
+    key: str, folders: list[Any], positions: list[str], exists: Callable[[str], bool]
 ) -> tuple[str, ...]:
-    for place, folder in zip(places, folders, strict=True):
+    for where, folder in zip(positions, folders, strict=True):
         if not isinstance(folder, str):
-            raise UserError(f"{place}: {key} must be a list of paths, not {json.dumps(folder)}.")
+            raise UserError(f"{where}: {key} must be a list of paths, not {json.dumps(folder)}.")
         if key in (*CORPORA, *TASKS) and not exists(folder):
             raise UserError(
-                f"{place}: {key}: {folder}: no such folder. Paths are relative to the current folder, "
+                f"{where}: {key}: {folder}: no such folder. Paths are relative to the current folder, "
                 f"{Path.cwd()}."
             )
     return tuple(folders)
@@ -154,22 +152,21 @@ def _task_recipes(value: Any, path: Path, lines: Lines) -> dict[str, dict[str, A
     }
 
 
-def read_recipe(value: Any, place: str) -> dict[str, Any]:
-    """Check settings of fine-tuning; ``place`` is their file and line.
+def read_recipe(value: Any, where: str) -> dict[str, Any]:
+    """Check fine-tuning settings; ``where`` names their file and line.
 
     Raises:
-        UserError: an unknown setting (with the nearest known one), or a value of another kind.
-
+        UserError: a setting is unknown (the nearest known one is named), or its value has another type.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{place}: recipe must hold settings, such as `epochs: 3`, not {json.dumps(value)}.")
+        raise UserError(f"{where}: recipe must hold settings, such as `epochs: 3`, not {json.dumps(value)}.")
     kinds: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
     kinds |= dict.fromkeys(LIMITS, int)
     found: dict[str, Any] = {}
     for name, setting in value.items():
         if name not in RECIPE_KEYS:
             raise UserError(
-                f"{place}: recipe has an unknown setting {name!r}.{nearest(str(name), RECIPE_KEYS)}"
+                f"{where}: recipe has an unknown setting {name!r}.{nearest(str(name), RECIPE_KEYS)}"
             )
         try:
             found[name] = kinds[name](setting)  # YAML takes 3e-5 for a text
@@ -178,7 +175,7 @@ def read_recipe(value: Any, place: str) -> dict[str, Any]:
         if found[name] is None or (kinds[name] is int and found[name] != setting):
             words = {int: "a whole number", float: "a number", str: "text"}[kinds[name]]
             raise UserError(
-                f"{place}: recipe: {name} must be {words}, not {json.dumps(setting, default=str)}."
+                f"{where}: recipe: {name} must be {words}, not {json.dumps(setting, default=str)}."
             )
     return found
 

@@ -1,7 +1,7 @@
-"""End tasks on disk: a folder of train.jsonl, dev.jsonl and test.jsonl, read and checked.
+"""Read and check end tasks: folders of train.jsonl, dev.jsonl and test.jsonl.
 
-A line is ``{"text": ..., "text_pair": ..., "label": ...}``; ``text_pair`` in all lines or in none. Labels are
-names of classes (strings or whole numbers), or numbers with a decimal point: then the task is a regression.
+A line is ``{"text": ..., "text_pair": ..., "label": ...}``; all lines have ``text_pair``, or none has. Labels
+are names of classes (strings or whole numbers), or numbers with a decimal point for a regression.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 from dga_scale.errors import UserError
 
 SUBSET_SEED = 20_230_118
-"""Draws the examples of a smaller training set: the same for every model and seed."""
+"""The seed that draws the examples of a smaller split: the same for every model and fine-tuning seed."""
 
 
 @dataclass(frozen=True)
@@ -31,37 +31,37 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task's examples."""
+    """The examples of an end task."""
 
     name: str
     path: Path
     labels: tuple[str, ...]
-    """Classes in sorted order; empty for a regression."""
+    """The classes in sorted order; empty for a regression."""
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
-    """Chooses the epoch; empty where there is none to spare: the last epoch is taken."""
+    """The examples by which the epoch is chosen; without any, the last epoch is."""
     test: tuple[Example, ...]
     scored_on: str
     """The file that ``test`` was read from: "dev" where a task has no test.jsonl (GLUE's are not public)."""
     fingerprint: str
-    """sha256 over the files and how many of the examples are used."""
+    """The sha256 over the files and the limits on the examples."""
     left_out: int = 0
-    """Examples of the scored file that are not scored."""
+    """The number of examples in the scored file that are not scored."""
 
     @property
     def regression(self) -> bool:
+        """Whether the labels are numbers."""
         return not self.labels
 
     def with_at_most(
         self, train: int | None = None, dev: int | None = None, test: int | None = None
     ) -> "Task":
-        """Keep that many examples of each split (None: all), the same for every model and seed.
+        """Limit each split to that many random examples (None: all), the same for every model and seed.
 
-        Of train at least one of every class; the others are drawn at random.
+        At least one training example of every class is kept.
 
         Raises:
-            UserError: fewer than there are classes in train, or none.
-
+            UserError: a limit is below the number of classes in train, or below 1.
         """
         task = self._with_train(train)
         for name, count in (("dev", dev), ("test", test)):
@@ -99,15 +99,14 @@ class Task:
 
 
 DGA_SPLIT = "_dga_split"
-"""Ends the name of a task's folder that holds the papers' partition of its examples."""
+"""The suffix of the folder that holds the papers' partition of a task's examples."""
 
 
 def split_folder(folder: str, split: str) -> str:
-    """The folder beside it with the same task's "official" or "dga" split.
+    """Return the neighbouring folder with the same task's "official" or "dga" split.
 
     Raises:
-        UserError: there is none.
-
+        UserError: there is no such folder.
     """
     path = Path(folder)
     stem = path.name.removesuffix(DGA_SPLIT)
@@ -120,12 +119,11 @@ def split_folder(folder: str, split: str) -> str:
 
 
 def load_task(folder: str | Path) -> Task:
-    """Read and check a task's folder; dev.jsonl or test.jsonl may be missing, not both.
+    """Read and check a task's folder; dev.jsonl or test.jsonl may be missing, but not both.
 
     Raises:
-        UserError: no such folder, a missing or empty split, a line that is no example (file and line), one
-            class only, or labels in dev or test that train lacks.
-
+        UserError: the folder does not exist, a split is missing or empty, a line (named) is not an example,
+            there is only one class, or dev or test has labels that train lacks.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -167,22 +165,22 @@ def _read(file: Path) -> tuple[Example, ...]:
     return tuple(examples)
 
 
-def _example(line: str, place: str) -> Example:
+def _example(line: str, where: str) -> Example:
     try:
         content = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{place} is not JSON: {error}") from None
+        raise UserError(f"{where} is not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("text"), str):
-        raise UserError(f'{place} has no "text". Write {{"text": "...", "label": "..."}}.')
+        raise UserError(f'{where} has no "text". Write {{"text": "...", "label": "..."}}.')
     pair = content.get("text_pair")
     if pair is not None and not isinstance(pair, str):
-        raise UserError(f'{place}: "text_pair" is {json.dumps(pair)}, not a text.')
-    return Example(content["text"], pair, _label(content.get("label"), place))
+        raise UserError(f'{where}: "text_pair" is {json.dumps(pair)}, not a text.')
+    return Example(content["text"], pair, _label(content.get("label"), where))
 
 
-def _label(label: Any, place: str) -> str | float:
+def _label(label: Any, where: str) -> str | float:
     if isinstance(label, bool) or not isinstance(label, str | int | float):
-        raise UserError(f'{place}: "label" is {json.dumps(label)}, neither a class name nor a number.')
+        raise UserError(f'{where}: "label" is {json.dumps(label)}, neither a class name nor a number.')
     return label if isinstance(label, float) else str(label)
 
 
@@ -197,7 +195,7 @@ def _check_pairs(path: Path, splits: dict[str, tuple[Example, ...]]) -> None:
 
 
 def _labels(path: Path, splits: dict[str, tuple[Example, ...]]) -> tuple[str, ...]:
-    """Classes of the training examples, sorted; none for a regression."""
+    """Return the classes of the training examples, sorted; none for a regression."""
     numbers = sum(isinstance(example.label, float) for split in splits.values() for example in split)
     if numbers:
         if numbers != (total := sum(map(len, splits.values()))):
@@ -236,11 +234,11 @@ def _line_of(file: Path, label: str) -> int:
 
 
 def class_shares(examples: Sequence[Example]) -> list[tuple[str | float, float]]:
-    """Labels with their share of the examples, the most frequent first."""
+    """Return the labels with their share of the examples, the most frequent first."""
     counts = Counter(example.label for example in examples).most_common()
     return [(label, count / len(examples)) for label, count in counts]
 
 
 def majority_share(examples: Sequence[Example]) -> float:
-    """Share of the most frequent label: what a model that learnt nothing scores in accuracy."""
+    """Return the share of the most frequent label: the accuracy of always predicting it."""
     return class_shares(examples)[0][1]

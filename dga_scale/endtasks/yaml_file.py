@@ -1,4 +1,4 @@
-"""YAML files read with the line of every entry, so that a mistake can be shown its place."""
+"""Read YAML files together with the line of every entry, so that an error can name the line."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,18 @@ import yaml
 from dga_scale.errors import UserError
 
 Lines = dict[tuple[Any, ...], int]
-"""Line of each key and list entry by the path to it: ("recipe", "epochs"), ("corpora", 0)."""
+"""The line of each key and list entry by its path: ("recipe", "epochs"), ("corpora", 0)."""
 
 
 def read_yaml(path: Path, flag: str) -> tuple[Any, Lines]:
-    """The file's content, and its lines.
+    """Read the file's content and the lines of its entries.
+
+    Args:
+        path: The file.
+        flag: The flag by which the user gave the file, for error messages.
 
     Raises:
-        UserError: no such file, or no YAML; ``flag`` is what the user gave it by.
-
+        UserError: the file can't be read or is not YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -35,6 +38,6 @@ def _collect(node: yaml.Node | None, at: tuple[Any, ...], lines: Lines) -> None:
         entries = [(yaml.safe_load(yaml.serialize(key)), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         entries = [(number, value, value) for number, value in enumerate(node.value)]
-    for name, place, value in entries:
-        lines[(*at, name)] = place.start_mark.line + 1
+    for name, start, value in entries:
+        lines[(*at, name)] = start.start_mark.line + 1
         _collect(value, (*at, name), lines)

@@ -136,14 +136,14 @@ def _train(options: JobOptions, arguments: list[str], available: AvailableFolder
 
 
 def _evaluate(options: JobOptions, arguments: list[str], available: AvailableFolders) -> Job:
-    from dga_scale.endtasks.evaluate import parse_contenders
+    from dga_scale.endtasks.evaluate import parse_models
     from dga_scale.endtasks.evaluate_cli import build_parser
     from dga_scale.endtasks.suite import load_suite
 
     found = build_parser().parse_args(arguments)
     available.check_model("--base", found.base)
-    for contender in parse_contenders(found.model):
-        for folder in contender.folders:
+    for model in parse_models(found.model):
+        for folder in model.folders:
             available.check_model("--model", folder)
     load_suite(found.suite, available.exists)
     command = map(shlex.quote, ["dga-evaluate", *arguments])

@@ -18,7 +18,7 @@ from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.endtasks import evaluate as module
-from dga_scale.endtasks.evaluate import parse_contenders
+from dga_scale.endtasks.evaluate import parse_models
 from dga_scale.endtasks.evaluate_cli import main
 from dga_scale.errors import UserError
 from dga_scale.logging.plots import comparison_figure
@@ -278,9 +278,7 @@ def test_the_figure_has_a_point_for_each_label_and_bars_for_its_seeds():
 
 def test_labels(tmp_path: Path):
     (tmp_path / "a=b").mkdir()
-    found = parse_contenders(
-        [f"{tmp_path}/a", f"mlm={tmp_path}/x", f"{tmp_path}/r/model", f"mlm={tmp_path}/y"]
-    )
+    found = parse_models([f"{tmp_path}/a", f"mlm={tmp_path}/x", f"{tmp_path}/r/model", f"mlm={tmp_path}/y"])
     assert [(c.label, len(c.folders)) for c in found] == [("a", 1), ("mlm", 2), ("r", 1)]
     for models, message in (
         (["x/run/model", "y/run/model"], r"another model is labelled run too"),
@@ -291,4 +289,4 @@ def test_labels(tmp_path: Path):
         (["run="], r"can't be its label"),
     ):
         with pytest.raises(UserError, match=message):
-            parse_contenders(models)
+            parse_models(models)

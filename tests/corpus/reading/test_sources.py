@@ -153,7 +153,7 @@ def test_missing_inputs(tmp_path: Path) -> None:
         find_sources([str(tmp_path / "nothing.txt")])
     with pytest.raises(UserError, match=r"input .*\*\.gz: pattern matches no file"):
         find_sources([str(tmp_path / "*.gz")])
-    with pytest.raises(UserError, match=r"input folder .* holds no text files \(looked for \.txt"):
+    with pytest.raises(UserError, match=r"input folder .* holds no text files \(searched for \.txt"):
         find_sources([str(tmp_path)])
 
 
