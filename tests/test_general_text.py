@@ -27,7 +27,7 @@ def flags_of(world: SmallWorld, run: Path, method: str, **settings: Any) -> list
     return arguments(world, run, method=method, **own, **settings)
 
 
-def test_an_anchored_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: Path) -> None:
+def test_a_regularised_run_resumes_on_another_number_of_ranks(world: SmallWorld, tmp_path: Path) -> None:
     """Without dropout it computes the same, to the order of sums in fp32; the Fisher is read back."""
     ds_config = REPOSITORY / "ds_configs" / "zero3.json"
     whole, parts = (
@@ -38,7 +38,7 @@ def test_an_anchored_run_goes_on_on_another_number_of_ranks(world: SmallWorld, t
     assert run_ranks(2, run_until, parts, 3, 1) == [EXIT_STOPPED] * 2
     assert run_ranks(1, run_training, parts) == [0]
     one, other = (steps_of(tmp_path / name) for name in ("whole", "parts"))
-    for name in ("loss/total", "loss/anchor"):
+    for name in ("loss/total", "loss/weight_regularisation"):
         assert [step[name] for step in other] == pytest.approx([step[name] for step in one], rel=1e-3)
 
 

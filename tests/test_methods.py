@@ -88,7 +88,7 @@ def test_a_run_that_is_cut_goes_on_bit_for_bit(
 
     assert len(losses(whole)) == STEPS
     assert losses(parts) == losses(whole)
-    logged = {"l2": "loss/anchor", "ewc": "loss/anchor"}.get(method, "loss/mlm")
+    logged = {"l2": "loss/weight_regularisation", "ewc": "loss/weight_regularisation"}.get(method, "loss/mlm")
     assert all(step[logged] > 0 for step in losses(whole))
     if METHODS[method].needs_mix:
         assert all(step["loss/mlm/general_corpus"] > 0 for step in losses(whole))

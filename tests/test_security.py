@@ -42,9 +42,9 @@ from dga_scale.launch.world import single_process
 from dga_scale.merging.folders import ModelFolder
 from dga_scale.objectives.methods.cse import _read as read_experts
 from dga_scale.planning.gpus import find_gpu
-from dga_scale.preservation.anchors import key_of
 from dga_scale.preservation.fragments import Fragment
 from dga_scale.preservation.importance import Importance
+from dga_scale.preservation.weight_regularisation import key_of
 from dga_scale.report.report import write_report
 from dga_scale.storage.checked_json import checked, with_checksum
 from dga_scale.storage.safetensors_stream import record_of

@@ -16,8 +16,8 @@ from torch import Tensor
 from dga_scale.checkpoint.store import verified, write_manifest
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
-from dga_scale.preservation.anchors import FragmentKey, key_of
 from dga_scale.preservation.fragments import Fragment
+from dga_scale.preservation.weight_regularisation import FragmentKey, key_of
 from dga_scale.storage.safetensors_stream import Entry, FileRecord, SegmentReader, write_safetensors
 
 

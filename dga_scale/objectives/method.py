@@ -18,7 +18,7 @@ from dga_scale.config.settings import MethodSettings, TrainConfig
 from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.objectives.contrast import Contrast
 from dga_scale.objectives.views import View
-from dga_scale.preservation.anchors import AnchorPlan
+from dga_scale.preservation.weight_regularisation import WeightRegularisation
 
 S = TypeVar("S", bound=MethodSettings)
 """A method's own settings."""
@@ -173,7 +173,7 @@ class Method(nn.Module, Generic[S]):
         """
         return tuple(1 / sum(labels_per_source) for _ in labels_per_source)
 
-    def anchor(self) -> AnchorPlan | None:
+    def weight_regularisation(self) -> WeightRegularisation | None:
         """Return how the weights are drawn back to those that training starts from; None: they are not."""
         return None
 

@@ -177,9 +177,9 @@ def extras(model: PlannedModel, zero: Zero, soft_mask: str) -> dict[str, int]:
     found = {}
     if model.method.needs_teacher:
         found["teacher"] = model.parameters * zero.weight_bytes // (zero.ranks if zero.stage == 3 else 1)
-    plan = model.method.anchor()
+    plan = model.method.weight_regularisation()
     if plan is not None:
-        found["anchor"] = (4 if plan.fisher_samples is None else 8) * share(model, zero)
+        found["weight_regularisation"] = (4 if plan.fisher_samples is None else 8) * share(model, zero)
     if soft_mask != "none" and model.owned:
         found["movement"] = 4 * model.owned // (zero.ranks if zero.stage else 1)
     return found

@@ -14,9 +14,9 @@ from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
-from dga_scale.preservation.anchors import FragmentKey, key_of
 from dga_scale.preservation.fragments import Fragment, Reduce
 from dga_scale.preservation.importance import LOSS_SCALE
+from dga_scale.preservation.weight_regularisation import FragmentKey, key_of
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 _LOWEST, _HIGHEST, _BINS_A_DECADE = -40, 20, 20
@@ -74,7 +74,7 @@ def measure_fisher(
     the model's dtype (under ZeRO-3, too), and the largest parameter in fp32.
 
     Args:
-        model: as trained, on the weights that the anchor holds. DeepSpeed: ``engine.module``.
+        model: as trained, at the weights that the penalty starts from. DeepSpeed: ``engine.module``.
         batches: of this rank, on the model's device; every rank the same number of the same size. Examples
             without labels are there to fill up and don't count.
         fragments: of this rank.

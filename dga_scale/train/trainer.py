@@ -17,12 +17,12 @@ from dga_scale.objectives.methods import build_method
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.preservation.protection import Protection
 from dga_scale.storage.safetensors_stream import FileRecord
-from dga_scale.train.anchor import build_anchor
 from dga_scale.train.initial_model import starting_model
 from dga_scale.train.inputs import Inputs
 from dga_scale.train.resume import Start
 from dga_scale.train.schedule import Schedule
 from dga_scale.train.seeds import seed_everything
+from dga_scale.train.weight_regularisation import build_weight_penalty
 from dga_scale.zero.engine import build_engine, set_learning_rate
 from dga_scale.zero.optimizer_hooks import EngineWeights, backward, local_fragments
 
@@ -88,8 +88,8 @@ class Trainer:
         self.engine = build_engine(self.model, inputs.resolved, scales)
         if self.protection.soft_mask != "none":
             self.protection.attach(EngineWeights(self.engine))
-        plan = self.method.anchor()
-        self._anchor = build_anchor(self.engine, plan, inputs, cluster, log) if plan else None
+        plan = self.method.weight_regularisation()
+        self._weight_penalty = build_weight_penalty(self.engine, plan, inputs, cluster, log) if plan else None
         for line in self.start.lines:
             log.print(line)
         if self.start.checkpoint is not None:
@@ -138,10 +138,14 @@ class Trainer:
         return sums, learning_rate
 
     def penalty(self) -> dict[str, float]:
-        """The anchor's penalty on the weights as they are, which no loss contains; empty without one."""
-        if self._anchor is None:
+        """Return the penalty on the weights as they are, which no loss contains; empty without one."""
+        if self._weight_penalty is None:
             return {}
-        return {"loss/anchor": self._anchor.penalty(local_fragments(self.engine), self.cluster.sum)}
+        return {
+            "loss/weight_regularisation": self._weight_penalty.penalty(
+                local_fragments(self.engine), self.cluster.sum
+            )
+        }
 
     def checkpoint(self, step: int) -> Save:
         """Describe the checkpoint after ``step`` steps, to be written; every rank has to call it."""

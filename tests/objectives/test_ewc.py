@@ -5,7 +5,7 @@ import pytest
 from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError
 from dga_scale.objectives.methods import METHODS
-from dga_scale.preservation.anchors import AnchorPlan
+from dga_scale.preservation.weight_regularisation import WeightRegularisation
 
 GIVEN = ["--ds_config", "d.json", "--model", "m", "--corpus", "c"]
 
@@ -14,8 +14,11 @@ GIVEN = ["--ds_config", "d.json", "--model", "m", "--corpus", "c"]
     ("arguments", "plan"),
     [
         (["--method", "mlm"], None),
-        (["--method", "l2", "--l2_weight", "0.3"], AnchorPlan(0.3)),
-        (["--method", "ewc", "--general_corpus", "g", "--ewc_weight", "2"], AnchorPlan(2.0, 1000, True)),
+        (["--method", "l2", "--l2_weight", "0.3"], WeightRegularisation(0.3)),
+        (
+            ["--method", "ewc", "--general_corpus", "g", "--ewc_weight", "2"],
+            WeightRegularisation(2.0, 1000, True),
+        ),
         (
             [
                 "--method",
@@ -27,15 +30,15 @@ GIVEN = ["--ds_config", "d.json", "--model", "m", "--corpus", "c"]
                 "--fisher_samples",
                 "9",
             ],
-            AnchorPlan(0.1, 9, False),
+            WeightRegularisation(0.1, 9, False),
         ),
     ],
 )
-def test_settings_become_a_plan(arguments: list[str], plan: AnchorPlan | None) -> None:
+def test_settings_become_a_plan(arguments: list[str], plan: WeightRegularisation | None) -> None:
     config = read_config([*GIVEN, *arguments])
     method = METHODS[config.method_name](config.method)
     method.check(config, causal=False)
-    assert method.anchor() == plan
+    assert method.weight_regularisation() == plan
 
 
 def test_ewc_needs_general_text() -> None:

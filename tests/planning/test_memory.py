@@ -196,9 +196,9 @@ def test_offload_moves_the_optimizer_to_the_host(roberta: PlannedModel) -> None:
     assert there.host == {"master weights": 4 * own, "moments": 8 * own, "gradients": 4 * own}
     assert there.total < here.total
     assert not here.host
-    anchored = memory(plan_of("roberta-base", "--method", "l2"), zero(2, 4, offload_optimizer=True), batch,
+    regularised = memory(plan_of("roberta-base", "--method", "l2"), zero(2, 4, offload_optimizer=True), batch,
                       checkpointing=False)  # fmt: skip
-    assert anchored.host["anchor"] == 4 * own
+    assert regularised.host["weight_regularisation"] == 4 * own
 
 
 def test_a_save_in_the_background_keeps_a_copy_in_the_host(roberta: PlannedModel) -> None:
@@ -210,13 +210,13 @@ def test_a_save_in_the_background_keeps_a_copy_in_the_host(roberta: PlannedModel
 
 
 def test_extras() -> None:
-    """By hand: a teacher's copy, anchors of 4 and 8 bytes an entry, query rows where masks are."""
+    """By hand: a teacher's copy, 4 bytes of theta0 and 4 of F an entry, query rows where masks are."""
     p, two = 124_697_433, zero(2, 2)
     assert extras(plan_of("roberta-base", "--method", "kd"), two, "none") == {"teacher": 2 * p}
-    anchor = extras(plan_of("roberta-base", "--method", "l2"), two, "none")["anchor"]
-    assert anchor == pytest.approx(4 * p / 2, rel=1e-5)
+    start_and_fisher = extras(plan_of("roberta-base", "--method", "l2"), two, "none")["weight_regularisation"]
+    assert start_and_fisher == pytest.approx(4 * p / 2, rel=1e-5)
     fisher = plan_of("roberta-base", "--method", "ewc", "--general_corpus", "x")
-    assert extras(fisher, two, "none")["anchor"] == 2 * anchor
+    assert extras(fisher, two, "none")["weight_regularisation"] == 2 * start_and_fisher
     masked = extras(plan_of("roberta-base", "--method", "dga"), two, "update")
     assert masked == {"movement": 4 * 12 * (768 + 1) * 768 // 2}
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.errors import UserError
-from dga_scale.preservation.anchors import key_of
 from dga_scale.preservation.fisher import Fisher, measure_fisher
 from dga_scale.preservation.fragments import Fragment
+from dga_scale.preservation.weight_regularisation import key_of
 from tests.helpers.batches import dense_labels, joined, rows_of, without_labels
 from tests.helpers.reference import per_example_fisher
 from tests.helpers.toy import toy_batch, toy_lm

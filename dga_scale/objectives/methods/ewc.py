@@ -4,7 +4,7 @@ from dga_scale.config.methods.ewc import EWCSettings
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
 from dga_scale.objectives.method import Method
-from dga_scale.preservation.anchors import AnchorPlan
+from dga_scale.preservation.weight_regularisation import WeightRegularisation
 
 
 class EWC(Method[EWCSettings]):
@@ -23,6 +23,6 @@ class EWC(Method[EWCSettings]):
                 "a corpus that tools/shard_corpus.py wrote"
             )
 
-    def anchor(self) -> AnchorPlan:
+    def weight_regularisation(self) -> WeightRegularisation:
         settings = self.settings
-        return AnchorPlan(settings.ewc_weight, settings.fisher_samples, settings.fisher_normalize)
+        return WeightRegularisation(settings.ewc_weight, settings.fisher_samples, settings.fisher_normalize)

@@ -1,4 +1,4 @@
-"""Anchors and their Fisher under DeepSpeed, against one process of plain PyTorch."""
+"""Weight regularisation and its Fisher under DeepSpeed, against one process of plain PyTorch."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,9 +16,9 @@ from dga_scale.checkpoint.fisher import load_fisher, save_fisher
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.errors import UserError
 from dga_scale.launch.world import join_cluster, single_process
-from dga_scale.preservation.anchors import Anchor, FragmentKey, key_of
 from dga_scale.preservation.fisher import measure_fisher
 from dga_scale.preservation.fragments import Fragment
+from dga_scale.preservation.weight_regularisation import FragmentKey, WeightPenalty, key_of
 from dga_scale.zero.optimizer_hooks import add_to_gradients, local_fragments
 from tests.helpers.batches import rows_of
 from tests.helpers.ranks import run_ranks
@@ -62,16 +62,16 @@ def trained(setups: Sequence[Setup], ewc: bool) -> list[dict[str, Any]]:
         copies = dist.get_world_size() if setup.stage == 0 else 1
         fragments = local_fragments(engine)
         fisher = {key_of(f): part_of(f) for f in fragments} if ewc else None
-        anchor = Anchor(fragments, WEIGHT, fisher, copies)
-        add_to_gradients(engine, anchor.add_gradient)
+        weight_penalty = WeightPenalty(fragments, WEIGHT, fisher, copies)
+        add_to_gradients(engine, weight_penalty.add_gradient)
         for step in range(STEPS):
             train_step(engine, step)
         weights, cluster = full_weights(engine), join_cluster()
         found.append(
             {
                 "weights": weights,
-                "penalty": anchor.penalty(local_fragments(engine), cluster.sum),
-                "bytes": anchor.bytes_per_rank(),
+                "penalty": weight_penalty.penalty(local_fragments(engine), cluster.sum),
+                "bytes": weight_penalty.bytes_per_rank(),
             }
         )
         engine.destroy()
@@ -121,7 +121,7 @@ def test_every_stage_trains_as_plain_pytorch(ewc: bool) -> None:
     for reports in zip(setups, *run_ranks(2, trained, setups, ewc), strict=True):
         setup, first, second = reports
         weights, penalty = reference(setup, ewc)
-        # Without the anchor it would be far off: the pull is no rounding.
+        # Without the penalty it would be far off: the pull is no rounding.
         assert deviation(reference(setup, ewc, weight=0.0)[0], weights) > 0.2, setup
         assert deviation(first["weights"], weights) < (1e-4 if setup.precision == "fp32" else 0.02), setup
         assert first["penalty"] == second["penalty"]

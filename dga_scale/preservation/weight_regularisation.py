@@ -1,4 +1,4 @@
-"""Anchors: weights that are drawn back to where they were, alike (L2) or by what general text needs (EWC).
+"""Regularise weights towards their starting values: all alike (L2-SP) or by their Fisher information (EWC).
 
 The penalty of Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks" (2017), as used for
 continual domain-tuning by Rongali et al. (arXiv 2004.02288):
@@ -19,22 +19,22 @@ from torch import Tensor
 from dga_scale.preservation.fragments import Fragment, Reduce
 
 FragmentKey = tuple[str, int]
-"""Name of the parameter, and where in the flattened parameter the fragment starts."""
+"""A fragment's key: the parameter's name, and where in the flattened parameter the fragment starts."""
 
 
 def key_of(fragment: Fragment) -> FragmentKey:
-    """Find a fragment again among those of later steps."""
+    """Return the key by which a fragment is found again among those of later steps."""
     return fragment.name, fragment.start
 
 
 @dataclass(frozen=True)
-class AnchorPlan:
-    """What a method asks for.
+class WeightRegularisation:
+    """The weight regularisation that a method asks for.
 
     Attributes:
-        weight: lambda.
-        fisher_samples: rows of general text that F is measured on; None: F = 1.
-        normalize: scale F to mean 1.
+        weight: The factor lambda.
+        fisher_samples: The number of rows of general text that F is measured on; None: F = 1.
+        normalize: Whether F is scaled to mean 1.
 
     """
 
@@ -43,20 +43,20 @@ class AnchorPlan:
     normalize: bool = True
 
 
-class Anchor:
-    """Draws the weights of a rank's fragments back to what they are now.
+class WeightPenalty:
+    """The penalty on a rank's fragments for leaving the values that they have now.
 
-    Holds theta0 (and F) for these fragments only, in fp32 on their device. Weights that no optimizer steps
+    It holds theta0 (and F) for these fragments only, in fp32 on their device. Weights that no optimizer steps
     are in no fragment and stay out of it.
 
-    Clipping comes before: it bounds the gradient of the data, not the pull of the anchor, so the step is
+    Clipping comes before: it bounds the gradient of the data, not that of the penalty, so the step is
     taken on ``clip(g_data) + weight F (theta - theta0)``, and the gradient norm that is logged is the data's.
 
     Args:
-        fragments: of this rank; their values are the anchor's.
-        weight: lambda.
+        fragments: This rank's fragments; their values become theta0.
+        weight: The factor lambda.
         fisher: F of each fragment, fp32 (n,); None: 1 everywhere.
-        copies: ranks that hold each entry (ZeRO-0: all of them; else 1).
+        copies: The number of ranks that hold each entry (ZeRO-0: all of them; else 1).
 
     """
 
@@ -74,40 +74,40 @@ class Anchor:
 
     @torch.no_grad()
     def add_gradient(self, fragment: Fragment, gradient: Tensor) -> None:
-        """Add the penalty's gradient to that of a fragment (n,), in place; strangers are left alone."""
-        moved = self._moved(fragment)
-        if moved is None:
+        """Add the penalty's gradient to a fragment's (n,), in place; an unknown fragment's stays as it is."""
+        difference = self._difference(fragment)
+        if difference is None:
             return
         if self._fisher is None:
-            gradient.add_(moved, alpha=self.weight)
+            gradient.add_(difference, alpha=self.weight)
         else:
-            gradient.addcmul_(self._fisher[key_of(fragment)], moved, value=self.weight)
+            gradient.addcmul_(self._fisher[key_of(fragment)], difference, value=self.weight)
 
     @torch.no_grad()
     def penalty(self, fragments: Sequence[Fragment], reduce: Reduce) -> float:
-        """Value of the penalty over the whole model. Communicates; every rank has to call it.
+        """Return the penalty's value over the whole model. It communicates: every rank has to call it.
 
         Args:
-            fragments: of this rank, as they are now.
-            reduce: sums over ranks.
+            fragments: This rank's fragments, as they are now.
+            reduce: The function that sums over ranks.
 
         """
         device = fragments[0].values.device if fragments else torch.device("cpu")
         total = torch.zeros((), dtype=torch.float64, device=device)  # read once, at the end
         for fragment in fragments:
-            moved = self._moved(fragment)
-            if moved is not None:
-                squares = moved.square_()
+            difference = self._difference(fragment)
+            if difference is not None:
+                squares = difference.square_()
                 if self._fisher is not None:
                     squares *= self._fisher[key_of(fragment)]
                 total += squares.sum(dtype=torch.float64).to(device)
         return self.weight / 2 * float(reduce(total)) / self._copies
 
     def bytes_per_rank(self) -> int:
-        """Memory of theta0 and F on this rank: 4 or 8 bytes an entry of its fragments."""
+        """Return the memory of theta0 and F on this rank: 4 or 8 bytes an entry of its fragments."""
         kept = [*self._start.values(), *(self._fisher or {}).values()]
         return sum(values.numel() * values.element_size() for values in kept)
 
-    def _moved(self, fragment: Fragment) -> Tensor | None:
+    def _difference(self, fragment: Fragment) -> Tensor | None:
         start = self._start.get(key_of(fragment))
         return None if start is None else fragment.values.float() - start

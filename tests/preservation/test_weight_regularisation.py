@@ -1,4 +1,4 @@
-"""The anchor's penalty and gradient against autograd of the formula, on a plain model."""
+"""The weight penalty's value and gradient against autograd of the formula, on a plain model."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dga_scale.preservation.anchors import Anchor, key_of
 from dga_scale.preservation.fragments import Fragment
+from dga_scale.preservation.weight_regularisation import WeightPenalty, key_of
 
 WEIGHT = 3.0
 
@@ -51,7 +51,7 @@ def test_penalty_and_gradient_are_those_of_the_formula(ewc: bool, pieces: int) -
     start = [p.detach().clone() for p in model.parameters()]
     fragments = cut(model, pieces)
     fisher = some_fisher(fragments) if ewc else None
-    anchor = Anchor(fragments, WEIGHT, fisher)
+    weight_penalty = WeightPenalty(fragments, WEIGHT, fisher)
     move(model)
 
     flat_start = torch.cat([p.flatten() for p in start])
@@ -60,11 +60,11 @@ def test_penalty_and_gradient_are_those_of_the_formula(ewc: bool, pieces: int) -
     penalty = WEIGHT / 2 * (f * (flat - flat_start) ** 2).sum()
     (expected,) = torch.autograd.grad(penalty, flat)
 
-    assert anchor.penalty(fragments, same) == pytest.approx(penalty.item(), rel=1e-6)
+    assert weight_penalty.penalty(fragments, same) == pytest.approx(penalty.item(), rel=1e-6)
     data = torch.randn(len(flat), generator=torch.Generator().manual_seed(2))
     gradients = list(data.clone().split([len(x.values) for x in fragments]))
     for fragment, gradient in zip(fragments, gradients, strict=True):
-        anchor.add_gradient(fragment, gradient)
+        weight_penalty.add_gradient(fragment, gradient)
     torch.testing.assert_close(torch.cat(gradients), data + expected, rtol=1e-6, atol=1e-6)
 
 
@@ -72,42 +72,42 @@ def test_penalty_and_gradient_are_those_of_the_formula(ewc: bool, pieces: int) -
 def test_nothing_pulls_at_the_reference_weights(ewc: bool) -> None:
     model = plain_model()
     fragments = cut(model)
-    anchor = Anchor(fragments, WEIGHT, some_fisher(fragments) if ewc else None)
-    assert anchor.penalty(fragments, same) == 0
+    weight_penalty = WeightPenalty(fragments, WEIGHT, some_fisher(fragments) if ewc else None)
+    assert weight_penalty.penalty(fragments, same) == 0
     for fragment in fragments:
         gradient = torch.randn(len(fragment.values))
         before = gradient.clone()
-        anchor.add_gradient(fragment, gradient)
+        weight_penalty.add_gradient(fragment, gradient)
         assert torch.equal(gradient, before)
 
 
 def test_the_reference_does_not_follow_the_weights_and_strangers_are_left_alone() -> None:
     model = plain_model()
     first, *others = cut(model)
-    anchor = Anchor([first], WEIGHT)
+    weight_penalty = WeightPenalty([first], WEIGHT)
     move(model)
     gradient = torch.zeros_like(first.values)
-    anchor.add_gradient(first, gradient)
+    weight_penalty.add_gradient(first, gradient)
     assert (gradient != 0).all()
-    for stranger in others:
-        gradient = torch.zeros_like(stranger.values)
-        anchor.add_gradient(stranger, gradient)
+    for unknown in others:
+        gradient = torch.zeros_like(unknown.values)
+        weight_penalty.add_gradient(unknown, gradient)
         assert (gradient == 0).all()
-    assert anchor.penalty([first, *others], same) == anchor.penalty([first], same)
+    assert weight_penalty.penalty([first, *others], same) == weight_penalty.penalty([first], same)
 
 
 @pytest.mark.parametrize(("copies", "reduce"), [(1, same), (4, lambda value: 4 * value)])
 def test_a_model_that_every_rank_holds_counts_once(copies: int, reduce: Callable[[Tensor], Tensor]) -> None:
     model = plain_model()
     fragments = cut(model)
-    anchor = Anchor(fragments, WEIGHT, copies=copies)
+    weight_penalty = WeightPenalty(fragments, WEIGHT, copies=copies)
     move(model)
-    alone = Anchor(cut(plain_model()), WEIGHT)
-    assert anchor.penalty(fragments, reduce) == pytest.approx(alone.penalty(fragments, same))
+    alone = WeightPenalty(cut(plain_model()), WEIGHT)
+    assert weight_penalty.penalty(fragments, reduce) == pytest.approx(alone.penalty(fragments, same))
 
 
 def test_bytes_are_those_of_the_ranks_own_fragments() -> None:
     fragments = cut(plain_model(), 2)[::2]
     entries = sum(len(f.values) for f in fragments)
-    assert Anchor(fragments, WEIGHT).bytes_per_rank() == 4 * entries
-    assert Anchor(fragments, WEIGHT, some_fisher(fragments)).bytes_per_rank() == 8 * entries
+    assert WeightPenalty(fragments, WEIGHT).bytes_per_rank() == 4 * entries
+    assert WeightPenalty(fragments, WEIGHT, some_fisher(fragments)).bytes_per_rank() == 8 * entries

@@ -1,4 +1,4 @@
-"""A run's anchor: put down where its weights start, with a Fisher where the method wants one."""
+"""Build a run's weight penalty at its starting weights, with a Fisher where the method asks for one."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,22 +11,29 @@ from dga_scale.corpus.loading.batches import Batch, EvalBatches
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.run_log import RunLog
-from dga_scale.preservation.anchors import Anchor, AnchorPlan, FragmentKey, key_of
 from dga_scale.preservation.fisher import Fisher, measure_fisher
 from dga_scale.preservation.fragments import Fragment
+from dga_scale.preservation.weight_regularisation import (
+    FragmentKey,
+    WeightPenalty,
+    WeightRegularisation,
+    key_of,
+)
 from dga_scale.train.inputs import Inputs
 from dga_scale.zero.engine import Engine
 from dga_scale.zero.optimizer_hooks import add_to_gradients, local_fragments
 
 
-def build_anchor(engine: Engine, plan: AnchorPlan, inputs: Inputs, cluster: Cluster, log: RunLog) -> Anchor:
-    """Anchor the weights where they are and have each step feel it; every rank has to call it.
+def build_weight_penalty(
+    engine: Engine, plan: WeightRegularisation, inputs: Inputs, cluster: Cluster, log: RunLog
+) -> WeightPenalty:
+    """Regularise the weights towards their present values at each step; every rank has to call it.
 
-    Call it on a new engine, before a checkpoint is loaded into it: a run that goes on then has the same
-    starting weights as before, and reads the Fisher that it measured.
+    Call it on a new engine, before a checkpoint is loaded into it: a resumed run then has the same starting
+    weights as before, and loads the Fisher that it measured.
 
     Raises:
-        UserError: on every rank, if the Fisher can't be measured, written or read.
+        UserError: The Fisher can't be measured, written or read; raised on every rank.
 
     """
     fragments = local_fragments(engine)
@@ -40,15 +47,16 @@ def build_anchor(engine: Engine, plan: AnchorPlan, inputs: Inputs, cluster: Clus
             fisher = load_fisher(folder, fragments, cluster)
         else:
             fisher = _measured(engine, plan, inputs, cluster, log, fragments, folder, copies)
-    anchor = Anchor(fragments, plan.weight, fisher, copies)
-    add_to_gradients(engine, anchor.add_gradient)
-    log.print(f"anchor on the starting weights: {anchor.bytes_per_rank() / 2**20:.1f} MiB on this rank")
-    return anchor
+    penalty = WeightPenalty(fragments, plan.weight, fisher, copies)
+    add_to_gradients(engine, penalty.add_gradient)
+    mebibytes = penalty.bytes_per_rank() / 2**20
+    log.print(f"weight regularisation towards the starting weights: {mebibytes:.1f} MiB on this rank")
+    return penalty
 
 
 def _measured(
     engine: Engine,
-    plan: AnchorPlan,
+    plan: WeightRegularisation,
     inputs: Inputs,
     cluster: Cluster,
     log: RunLog,
