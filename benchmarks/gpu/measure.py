@@ -244,7 +244,7 @@ class Bench:
         flops = step_flops(
             trainer.anatomy,
             views=views,
-            rows_by_width=self.last.rows_by_width,
+            rows_by_length=self.last.rows_by_length,
             head_tokens=self.last.head_positions,
         )
         median = statistics.median(seconds)

@@ -20,19 +20,19 @@ from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from dga_scale.preservation.fragments import Reduce
 
 MASK_PROBABILITY = 0.15
-"""Share of masked tokens where no run's settings give another."""
+"""The share of tokens that are masked where no run's settings give another."""
 
 
 def open_held_out(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Open a corpus's held-out part, or the whole corpus where it has none.
 
     Args:
-        path: the corpus's folder.
-        setting: how the user named it, for the message.
-        tokenizer: of the models that are to be evaluated.
+        path: The corpus's folder.
+        setting: The flag that the user named it by, for the message.
+        tokenizer: The tokenizer of the models that are evaluated.
 
     Raises:
-        UserError: no corpus there, or one of another tokenizer.
+        UserError: There is no corpus, or it is one of another tokenizer.
 
     """
     folder = Path(path)
@@ -45,17 +45,17 @@ def open_held_out(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 class Evaluator:
-    """Scores a language model on held-out corpora: the same rows and masks whenever it is asked to.
+    """An evaluator of language models on held-out corpora, always on the same rows and masks.
 
     Args:
-        corpora: what is scored, by name.
-        masking: which tokens are masked; None for a causal model, which predicts every next token.
-        batch_size: rows in one forward pass of one rank.
-        max_rows: of each corpus, so many rows are scored, a fixed sample; None: all.
-        device: that the model is on.
-        rank, world_size: each rank reads its share of the rows.
-        reduce: sums over ranks.
-        autocast: dtype of ``torch.autocast`` during the forward passes; None: the model computes in its own.
+        corpora: The corpora that are scored, by name.
+        masking: The masking policy; None for a causal model, which predicts every next token.
+        batch_size: The number of rows in one forward pass of one rank.
+        max_rows: The most rows of each corpus that are scored, a fixed sample; None: all.
+        device: The device that the model is on.
+        rank, world_size: The rank and the number of ranks; each scores its share of the rows.
+        reduce: The function that sums over ranks.
+        autocast: The dtype of ``torch.autocast`` in forward passes; None: the model computes in its own.
 
     """
 
@@ -108,7 +108,7 @@ class Evaluator:
         """Score a model; every rank has to call it.
 
         Args:
-            model: the model, which is put into eval mode meanwhile. DeepSpeed: ``engine.module``.
+            model: The model, which is put into eval mode meanwhile. DeepSpeed: ``engine.module``.
 
         Returns:
             ``NAME_loss`` (nats a predicted token) and ``NAME_accuracy`` of each corpus.
@@ -124,10 +124,10 @@ class Evaluator:
         return figures
 
     def batch_sums(self, model: TrainingModel, name: str) -> Tensor:
-        """Sums of losses, labels and correct guesses on one corpus, by batches of neighbouring rows.
+        """Sum losses, labels and correct guesses on one corpus, by batches of neighbouring rows.
 
         Each sum is over ``batch_size`` rows that stand one after the other in the corpus, though they are
-        read sorted by length: sums over rows of like lengths would not be draws of one kind.
+        scored sorted by length: sums over rows of like lengths would not be draws of one kind.
 
         Returns:
             (batches, 3) fp64, on the CPU.
@@ -153,7 +153,7 @@ class Evaluator:
         )
 
     def _scored(self, model: TrainingModel, batches: EvalBatches) -> Iterator[tuple[Batch, Tensor]]:
-        """Each batch with the sums of its rows (B, 3) on the device: loss, labels, correct guesses."""
+        """Yield each batch with its rows' sums (B, 3) on the device: loss, labels, correct guesses."""
         for batch in batches:
             with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
                 of_rows = evaluate_rows(model, batch.to(self._device))

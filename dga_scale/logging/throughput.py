@@ -96,17 +96,18 @@ def measured_flops(
             return 2.0 * size**3 / best
 
 
-def step_flops(anatomy: Anatomy, *, views: int, rows_by_width: Mapping[int, int], head_tokens: int) -> float:
+def step_flops(anatomy: Anatomy, *, views: int, rows_by_length: Mapping[int, int], head_tokens: int) -> float:
     """Model FLOPs of one optimizer step, forward and backward, over all ranks.
 
     Args:
         anatomy: counts one forward pass.
         views: passes of each row through the trunk (1 for plain masked LM; DGA's contrast adds three).
-        rows_by_width: sequences of the global batch, by the tokens that they are padded to: what is left of
+        rows_by_length: sequences of the global batch, by the tokens that they are padded to: what is left of
             padding counts as it is computed, what was cut off does not.
         head_tokens: positions that go through the LM head, over the global batch (one view has them).
     """
-    trunk = (anatomy.forward_flops(views * rows * width, width, 0) for width, rows in rows_by_width.items())
+    rows_of = rows_by_length.items()
+    trunk = (anatomy.forward_flops(views * rows * length, length, 0) for length, rows in rows_of)
     forward = sum(trunk) + anatomy.forward_flops(0, 0, head_tokens)
     return BACKWARD_AND_FORWARD * forward
 

@@ -1,4 +1,4 @@
-"""What methods share that add modules to a model."""
+"""Helpers of the methods that add modules to a model."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,7 +12,7 @@ def extended(lm: PreTrainedModel, extension: str, settings: Settings) -> PreTrai
     """Add an extension to a model; one that has it from an earlier run stays as it is.
 
     Raises:
-        UserError: the model has another extension, or this one with other settings.
+        UserError: The model has another extension, or this one with other settings.
 
     """
     config = lm.config
@@ -36,7 +36,7 @@ def check_base_is_frozen(config: TrainConfig) -> None:
     """Refuse settings that freeze a part of a model of which nothing is trained.
 
     Raises:
-        UserError: naming the setting.
+        UserError: There is such a setting; the message names it.
 
     """
     settings = config.optimization

@@ -15,12 +15,12 @@ from dga_scale.objectives.views import View, mean_pool
 
 
 def pool_real_tokens(hidden: Tensor, inputs: Batch) -> Tensor:
-    """Mean of hidden states (B, T, H) over the real tokens of each example: (B, H) in fp32."""
+    """Return the mean of hidden states (B, T, H) over each example's real tokens: (B, H) in fp32."""
     return mean_pool(hidden, inputs.attention_mask)
 
 
 class Side(NamedTuple):
-    """One state an example: a reading, and how its hidden states (B, T, H) become (B, H)."""
+    """One side of a contrast: a view, and how its hidden states (B, T, H) are pooled to (B, H)."""
 
     view: View
     pool: Callable[[Tensor, Batch], Tensor] = pool_real_tokens
@@ -31,11 +31,11 @@ class Contrast:
     """A contrast of examples, as a method describes it.
 
     Attributes:
-        name: under which it is logged.
-        weight: in the loss.
-        temperature: see ``contrastive_loss``.
-        scope: see ``ContrastSettings.contrast_scope``.
-        sides: anchors, positives and, where there is a third, further negatives.
+        name: The name under which the contrast is logged.
+        weight: The weight of the contrast in the loss.
+        temperature: The temperature tau of ``contrastive_loss``.
+        scope: The examples that are contrasted; see ``ContrastSettings.contrast_scope``.
+        sides: The anchors, the positives and, where there is a third side, further negatives.
 
     """
 
@@ -47,30 +47,30 @@ class Contrast:
 
     @property
     def views(self) -> tuple[View, ...]:
-        """The readings that are pooled."""
+        """The views that are pooled."""
         return tuple(side.view for side in self.sides)
 
     @property
     def gathered(self) -> int:
-        """States of each example that go to all ranks: all but the anchors'."""
+        """The number of states of each example that go to all ranks: all but the anchors'."""
         return len(self.sides) - 1
 
     def spans(self, micro_steps: int) -> bool:
-        """Whether the contrast goes over several micro-steps."""
+        """Return whether the contrast goes over several micro-steps."""
         return self.scope == "global_batch" and micro_steps > 1
 
     def pooled(self, hidden: Mapping[str, Tensor], inputs: Batch) -> tuple[Tensor, ...]:
-        """(B, H) fp32 of each side, from hidden states (B, T, H) by name of view."""
+        """Pool hidden states (B, T, H), given by name of view: (B, H) fp32 for each side."""
         return tuple(side.pool(hidden[side.view.name], inputs) for side in self.sides)
 
     def loss(self, states: Sequence[Tensor]) -> Tensor:
-        """``contrastive_loss`` of each side's (B, H)."""
+        """Compute ``contrastive_loss`` of the sides' states (B, H)."""
         u, v, *w = states
         return contrastive_loss(u, v, w[0] if w else None, self.temperature)
 
 
 def contrastive_loss(u: Tensor, v: Tensor, w: Tensor | None, temperature: float) -> Tensor:
-    """InfoNCE of this rank's anchors against every rank's keys (DGA, eq. of L_contrast).
+    """Compute InfoNCE of this rank's anchors against every rank's keys (DGA, eq. of L_contrast).
 
         -1/B sum_i log e^{s(u_i, v_i)/tau} / ( sum_j e^{s(u_i, v_j)/tau} + sum_j e^{s(u_i, w_j)/tau} )
 
@@ -82,11 +82,11 @@ def contrastive_loss(u: Tensor, v: Tensor, w: Tensor | None, temperature: float)
 
     Args:
         u, v: (B, H) pooled states, row by row the positive pairs. B is the same on every rank.
-        w: (B, H) further negatives: DGA's pooled states of the gated reading.
-        temperature: tau.
+        w: (B, H) further negatives: DGA's pooled states of the gated view.
+        temperature: The temperature tau.
 
     Returns:
-        scalar, fp32.
+        The loss, a scalar in fp32.
 
     """
     logits, targets = contrastive_logits(u, v, w, temperature)
@@ -94,7 +94,7 @@ def contrastive_loss(u: Tensor, v: Tensor, w: Tensor | None, temperature: float)
 
 
 def contrastive_logits(u: Tensor, v: Tensor, w: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Similarities of own anchors to all keys (B, sides * ranks * B), and the column (B,) of positives."""
+    """Return anchors' similarities to all keys (B, sides * ranks * B), and the positives' columns (B,)."""
     anchors = F.normalize(u.float(), dim=-1)
     sides = [v] if w is None else [v, w]
     keys, rank = torch.stack([F.normalize(side.float(), dim=-1) for side in sides]), 0  # (sides, B, H)

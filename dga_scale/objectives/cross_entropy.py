@@ -42,10 +42,10 @@ class _CrossEntropies(torch.autograd.Function):
 
 
 def _groups(logits: Tensor) -> list[slice]:
-    """Rows of logits (N, V) that are computed with at once.
+    """Return the groups of rows of logits (N, V) that are computed at once.
 
-    One core: what its cache holds. Several cores, which wait for one another at each operation, and a GPU,
-    which launches each: 64 MiB of fp32, so that those are few.
+    On one core a group is as large as its cache holds. On several cores, which wait for one another at each
+    operation, and on a GPU, which launches each, it has 64 MiB of fp32, so that operations are few.
     """
     one_core = logits.device.type == "cpu" and torch.get_num_threads() == 1
     entries = 1 << 18 if one_core else 1 << 24
@@ -55,7 +55,7 @@ def _groups(logits: Tensor) -> list[slice]:
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropies, as ``F.cross_entropy(logits.float(), labels, reduction="none")`` gives them.
+    """Compute cross-entropies as ``F.cross_entropy(logits.float(), labels, reduction="none")`` gives them.
 
     Its gradient can't be differentiated again.
 

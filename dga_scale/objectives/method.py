@@ -1,4 +1,4 @@
-"""What an objective says of itself; the training model and the session do the rest.
+"""The interface of a method; the training model and the trainer do the rest.
 
 A method is two files of one name: its settings in ``config.methods`` (a subclass of ``MethodSettings`` that
 says what it is called) and a subclass of ``Method`` in ``objectives.methods``. The registries find them.
@@ -21,14 +21,14 @@ from dga_scale.objectives.views import View
 from dga_scale.preservation.weight_regularisation import WeightRegularisation
 
 S = TypeVar("S", bound=MethodSettings)
-"""A method's own settings."""
+"""The type of a method's own settings."""
 
 LM_VIEW = View("mlm", masked=True)
-"""The reading whose masked positions the LM loss is taken on; every objective has it."""
+"""The view whose masked positions the LM loss is taken on; every method has it."""
 
 
 class Term(NamedTuple):
-    """Something added to the LM loss: a scalar that is a mean over this rank's examples, and its weight."""
+    """A term added to the LM loss: a scalar that is a mean over this rank's examples, and its weight."""
 
     value: Tensor
     weight: float
@@ -36,21 +36,22 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What was computed of one micro-batch of B examples with T tokens.
+    """The forward output of one micro-batch of B examples with T tokens.
 
     Attributes:
-        inputs: the micro-batch.
-        counts: of the global batch that it is a part of. A sum over the micro-batch's labels, times
-            ``num_micro_batches / num_labels``, has the mean over the global batch's labels as its mean over
-            the global batch's micro-batches.
-        hidden: last hidden states (B, T, H), by name of view.
-        embeddings: the trunk's embedding output (B, T, H), of the views that asked for it.
-        trunk: of the model trained, without its LM head, for a reading of the method's own.
-        lm_logits: those that the LM loss is taken on, (N, V) at the batch's positions (N,).
-        teacher: last hidden states (B, T, H) of the frozen starting model in eval mode, of the masked (True)
-            or the clean text (False); of some rows only where a second argument gives their indices. No
-            gradient. Under ZeRO-3 every rank has to call it, on a row at least.
-        teacher_logits: the frozen model's, (N, V) at positions (N,) in the flattened hidden states (B, T, H).
+        inputs: The micro-batch.
+        counts: The counts of the global batch that it is a part of. A sum over the micro-batch's labels,
+            times ``num_micro_batches / num_labels``, has the mean over the global batch's labels as its mean
+            over the global batch's micro-batches.
+        hidden: The last hidden states (B, T, H), by name of view.
+        embeddings: The trunk's embedding output (B, T, H), by name of the views that asked for it.
+        trunk: The trained model without its LM head, for a forward pass of the method's own.
+        lm_logits: The logits that the LM loss is taken on, (N, V) at the batch's positions (N,).
+        teacher: A function that returns the last hidden states (B, T, H) of the frozen starting model in eval
+            mode, on the masked (True) or the clean text (False); on some rows only where a second argument
+            gives their indices. No gradient. Under ZeRO-3 every rank has to call it, on a row at least.
+        teacher_logits: A function that returns the frozen model's logits, (N, V) at positions (N,) in the
+            flattened hidden states (B, T, H).
 
     """
 
@@ -66,20 +67,21 @@ class ForwardOutput:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method can use before training starts, on every rank alike.
+    """The context that a method's ``prepare`` gets before training starts, on every rank alike.
 
     Attributes:
-        lm, anatomy: the model, with fp32 weights on the CPU, and whole if the method ``needs_whole_model``.
-        config: all settings.
-        folder: of the run; files written there by ``run_on_first`` are there when the run is resumed.
-        resuming: the run goes on from a checkpoint, which is loaded after this.
-        device: that the model will be trained on.
-        sample: this rank's batches of a fixed sample of so many rows of the training text; with a mix, of all
-            its corpora in their shares.
-        sum: adds a tensor up over ranks.
-        all_gather_object: one entry a rank, in their order; for what is small.
-        run_on_first: runs on rank 0 and gives its result, or its error, to all.
-        print: one line, on rank 0.
+        lm, anatomy: The model and its anatomy, with fp32 weights on the CPU, and whole if the method
+            ``needs_whole_model``.
+        config: All settings.
+        folder: The run's folder; files written there by ``run_on_first`` are there when the run is resumed.
+        resuming: Whether the run resumes from a checkpoint, which is loaded after this.
+        device: The device that the model will be trained on.
+        sample: A function that returns this rank's batches of a fixed sample of so many rows of the training
+            text; with a mix, of all its corpora in their shares.
+        sum: A function that sums a tensor over ranks.
+        all_gather_object: A function that returns one entry a rank, in their order; for small objects.
+        run_on_first: A function that runs another on rank 0 and gives its result, or its error, to all.
+        print: A function that prints one line, on rank 0.
 
     """
 
@@ -99,20 +101,20 @@ class MethodContext:
 class Method(nn.Module, Generic[S]):
     """An objective: the LM loss, and the terms that it adds on the views it asks for.
 
-    It is a module of the training model: parameters of its own are trained, saved and resumed with the
-    model's, and left out of the model handed back.
+    A method is a module of the training model: parameters of its own are trained, saved and resumed with the
+    model's, and left out of the exported model.
     """
 
     Settings: ClassVar[type[MethodSettings]]
-    """The class S, which says what the method is called."""
+    """The class S, which names the method."""
 
     kinds: ClassVar[tuple[str, ...]] = ()
-    """Kinds of unit whose importance is measured and protected; none: no gates and no masks. A method with
-    kinds has settings that derive from ``ProtectionSettings``."""
+    """The kinds of unit whose importance is measured and protected; none: no gates and no masks. A method
+    with kinds has settings that derive from ``ProtectionSettings``."""
     needs_teacher: ClassVar[bool] = False
-    """Whether ``ForwardOutput.teacher`` is used: a frozen copy of the starting model is kept."""
+    """Whether the method uses ``ForwardOutput.teacher``: a frozen copy of the starting model is kept."""
     needs_whole_model: ClassVar[bool] = False
-    """Whether ``prepare`` runs the model: ZeRO-3 then spreads it over the ranks only afterwards."""
+    """Whether ``prepare`` runs the model: ZeRO-3 then partitions it over the ranks only afterwards."""
     measures_after: ClassVar[bool] = False
     """Whether the units' importance for the domain (by its LM loss) is measured and saved after training."""
     needs_mix: ClassVar[bool] = False
@@ -126,14 +128,14 @@ class Method(nn.Module, Generic[S]):
 
     @property
     def name(self) -> str:
-        """What ``--method`` takes."""
+        """The name that ``--method`` takes."""
         return self.settings.name
 
     def check(self, config: TrainConfig, causal: bool) -> None:
         """Refuse settings that don't go together, before any long work.
 
         Raises:
-            UserError: which, why, and what to do.
+            UserError: Settings don't go together; the message says which, why, and what to do.
 
         """
 
@@ -143,7 +145,7 @@ class Method(nn.Module, Generic[S]):
         Torch's generator is at the same state on all ranks, and depends on the run's seed alone.
 
         Returns:
-            another model to train in its place, or None.
+            Another model to train in its place, or None.
 
         """
         return None
@@ -165,18 +167,18 @@ class Method(nn.Module, Generic[S]):
         return None
 
     def token_weights(self, labels_per_source: Sequence[int]) -> tuple[float, ...]:
-        """Weight in the LM loss of one label of each source; by default all labels count alike.
+        """Return the weight in the LM loss of one label of each source; by default all labels count alike.
 
         Args:
-            labels_per_source: how many of them the global batch has, by source.
+            labels_per_source: The number of labels of the global batch, by source.
 
         """
         return tuple(1 / sum(labels_per_source) for _ in labels_per_source)
 
     def weight_regularisation(self) -> WeightRegularisation | None:
-        """Return how the weights are drawn back to those that training starts from; None: they are not."""
+        """Return the weight regularisation towards the starting weights; None: there is none."""
         return None
 
     def terms(self, output: ForwardOutput) -> dict[str, Term]:
-        """Return what is added to the LM loss beside the contrast, by the name it is logged under."""
+        """Return the terms added to the LM loss beside the contrast, by the names they are logged under."""
         return {}

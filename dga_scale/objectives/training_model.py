@@ -29,13 +29,13 @@ class TrainingModel(nn.Module):
     their name in the Hugging Face model.
 
     Args:
-        lm: the language model.
-        anatomy: its anatomy.
-        method: the objective; its kinds of unit can be gated and protected.
-        protection: of the same model and the method's kinds of unit: the gates of gated views read it. None:
-            one of its own, without a soft-mask.
-        teacher: a frozen model of the same anatomy, for methods that learn from one; always in eval mode.
-        split_views: one pass of the trunk for each view instead of one for all.
+        lm: The language model.
+        anatomy: The model's anatomy.
+        method: The objective; its kinds of unit can be gated and protected.
+        protection: The protection of this model's units, of the method's kinds, which the gates of gated
+            views take. None: one of its own, without a soft-mask.
+        teacher: A frozen model of the same anatomy, for methods that learn from one; always in eval mode.
+        split_views: Whether each view has a forward pass of its own instead of one for all.
 
     """
 
@@ -63,7 +63,7 @@ class TrainingModel(nn.Module):
         self.protection = protection or Protection(lm, anatomy=anatomy, kinds=method.kinds, soft_mask="none")
 
     def train(self, mode: bool = True) -> "TrainingModel":
-        """As ``nn.Module.train``; the teacher stays in eval mode."""
+        """Set the mode as ``nn.Module.train`` does; the teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
@@ -85,17 +85,17 @@ class TrainingModel(nn.Module):
         cached: CachedContrast | None = None,
         compute: Callable[[Batch], Any] | None = None,
     ) -> Any:
-        """Training loss of one micro-batch on this rank.
+        """Compute the training loss of one micro-batch on this rank.
 
         Args:
-            inputs: the micro-batch, on the model's device.
-            counts: of the global batch that it is a part of; only ``compute`` goes without.
-            cached: of the contrast over all micro-batches of the step, for this one; None: the contrast is of
-                this micro-batch on all ranks.
-            compute: run this on the inputs and return its result, instead of the loss.
+            inputs: The micro-batch, on the model's device.
+            counts: The counts of the global batch that it is a part of; only ``compute`` needs none.
+            cached: This micro-batch's part of the contrast over all micro-batches of the step; None: the
+                contrast is one of this micro-batch on all ranks.
+            compute: A function that is run on the inputs and whose result is returned, instead of the loss.
 
         Returns:
-            the loss (scalar, fp32, with gradient), and its terms by name, detached and unweighted: "mlm",
+            The loss (scalar, fp32, with gradient), and its terms by name, detached and unweighted: "mlm",
             "mlm/SOURCE" where there are several, and those of the method. A term's mean over the global
             batch's micro-batches is its value on the global batch.
 
@@ -103,7 +103,7 @@ class TrainingModel(nn.Module):
         if compute is not None:
             return compute(inputs)
         assert counts is not None, "a loss is a part of the global batch's: it needs the counts"
-        states = self._read(inputs, cached)
+        states = self._run_views(inputs, cached)
         logits = self._logits(self.lm, states.hidden[LM_VIEW.name], inputs.positions)
         loss, logged = self._lm_loss(logits, inputs, counts)
         output = ForwardOutput(
@@ -127,12 +127,12 @@ class TrainingModel(nn.Module):
         return loss, logged
 
     def contrasted(self, inputs: Batch) -> tuple[Tensor, ...]:
-        """States (B, H) of the contrast's sides; dropout is drawn as ``cached`` draws it again."""
+        """Return the states (B, H) of the contrast's sides; ``cached`` repeats their dropout draws."""
         assert self.contrast is not None, "the method contrasts no examples"
         return self.contrast.pooled(self._run(self.contrast.views, inputs).hidden, inputs)
 
-    def _read(self, inputs: Batch, cached: CachedContrast | None) -> States:
-        """All views: in one pass, or those contrasted apart where they repeat an earlier pass."""
+    def _run_views(self, inputs: Batch, cached: CachedContrast | None) -> States:
+        """Run all views in one forward pass, or the contrasted ones apart to repeat an earlier one."""
         if cached is None or self.contrast is None:
             return self._run(self.views, inputs)
         with cached.repeated_draws():
@@ -148,7 +148,7 @@ class TrainingModel(nn.Module):
         return run_views(trunk, self.gates, views, inputs, a, split=self.split_views)
 
     def _lm_loss(self, logits: Tensor, inputs: Batch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of logits (N, V), weighted by source as the method says; and what is logged."""
+        """Return the cross-entropy of logits (N, V), weighted by source, and the terms that are logged."""
         losses = cross_entropies(logits, inputs.labels)  # (N,)
         labels_per_source, scale = counts.labels_per_source, counts.num_micro_batches
         weights = self.method.token_weights(labels_per_source)
@@ -158,8 +158,10 @@ class TrainingModel(nn.Module):
         own = inputs.sources[inputs.label_rows]  # (N,)
         sums = losses.new_zeros(len(weights)).index_add(0, own, losses).unbind()  # a scalar a source
         # Products with numbers, not with a tensor made of them: nothing is copied to the device.
-        loss = torch.stack([of * (weight * scale) for of, weight in zip(sums, weights, strict=True)]).sum()
-        means = [of.detach() * (scale / max(1, n)) for of, n in zip(sums, labels_per_source, strict=True)]
+        weighted = [total * (weight * scale) for total, weight in zip(sums, weights, strict=True)]
+        loss = torch.stack(weighted).sum()
+        counted = zip(sums, labels_per_source, strict=True)
+        means = [total.detach() * (scale / max(1, n)) for total, n in counted]
         return loss, {"mlm": loss.detach(), **{f"mlm/{k}": mean for k, mean in enumerate(means)}}
 
     @torch.no_grad()
@@ -177,7 +179,7 @@ class TrainingModel(nn.Module):
         return self._logits(self.teacher, hidden, positions)
 
     def masked_sums(self, inputs: Batch) -> Tensor:
-        """Of each row, sum of cross-entropies, labels and correct guesses: (B, 3) fp64; masked text."""
+        """Return each row's summed cross-entropies, labels and correct guesses, masked: (B, 3) fp64."""
         trunk = self.anatomy.trunk(self.lm)
         hidden = last_hidden_states(
             trunk, self.anatomy, inputs.masked_ids, inputs.key_mask, inputs.packed_positions
@@ -192,7 +194,7 @@ class TrainingModel(nn.Module):
         return of_labels.new_zeros(len(hidden), 3).index_add(0, inputs.label_rows, of_labels)
 
     def _logits(self, lm: PreTrainedModel, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Logits (N, V) at positions (N,) of hidden states: only those go through the LM head."""
+        """Return the logits (N, V) at positions (N,) of hidden states: only those go through the LM head."""
         return self.anatomy.lm_logits(lm, hidden.flatten(0, 1).index_select(0, positions))
 
 
@@ -201,12 +203,12 @@ def evaluate_rows(model: TrainingModel, batch: Batch) -> Tensor:
     """Score a batch in eval mode.
 
     Args:
-        model: DeepSpeed: ``engine.module``.
-        batch: on the model's device.
+        model: The model; of DeepSpeed ``engine.module``.
+        batch: The batch, on the model's device.
 
     Returns:
-        (B, 3) fp64 on that device: of each row the sum of cross-entropies over its labels, their number, and
-        the correct guesses.
+        (B, 3) fp64 on that device: for each row the sum of cross-entropies over its labels, their number, and
+        the number of correct guesses.
 
     """
     training = model.training

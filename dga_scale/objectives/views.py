@@ -1,4 +1,4 @@
-"""The readings of one batch that an objective asks for, in one pass of the trunk or in one pass each."""
+"""The views of one batch that an objective asks for, in one forward pass of the trunk or in one each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from dga_scale.corpus.loading.batches import Batch
 
 @dataclass(frozen=True)
 class View:
-    """One reading of the batch.
+    """A view of the batch: a forward pass of the trunk on its masked or clean ids, with or without gates.
 
     Attributes:
-        name: by which the objective finds its hidden states.
-        masked: reads the masked ids instead of the clean ones.
-        gated: the gates of the units are set to their protection, instead of 1.
-        embeddings: the objective wants the trunk's embedding output too.
+        name: The name by which the objective finds the view's hidden states.
+        masked: Whether the ids are the masked ones instead of the clean ones.
+        gated: Whether the gates of the units are set to their protection, instead of 1.
+        embeddings: Whether the objective needs the trunk's embedding output too.
 
     """
 
@@ -31,7 +31,7 @@ class View:
 
 
 class States(NamedTuple):
-    """What the trunk makes of the views, by name of view."""
+    """The trunk's output for the views, by name of view."""
 
     hidden: dict[str, Tensor]  # (B, T, H) last hidden states
     embeddings: dict[str, Tensor]  # (B, T, H) embedding output, of the views that asked for it
@@ -46,19 +46,19 @@ def run_views(
     *,
     split: bool = False,
 ) -> States:
-    """States of each view.
+    """Compute the states of each view.
 
-    One pass holds all views stacked along the batch, so each draws its own dropout. ``split`` makes a pass
-    for each, with activations of one view at a time in a pass; without dropout the numbers are the same.
-    Where the inputs are packed, the trunk reads the packed rows, and states are zero at padding.
+    One forward pass holds all views stacked along the batch, so each draws its own dropout. ``split`` makes a
+    forward pass for each, with activations of one view at a time; without dropout the numbers are the same.
+    Where the inputs are packed, the trunk gets the packed rows, and states are zero at padding.
 
     Args:
-        trunk: the model without its LM head.
-        gates: of that model, made for the kinds in ``protection``.
-        views: at least one.
-        inputs: the micro-batch of B examples with T tokens.
+        trunk: The model without its LM head.
+        gates: The gates of that model, made for the kinds in ``protection``.
+        views: At least one view.
+        inputs: The micro-batch of B examples with T tokens.
         protection: ``a`` (layers, units) by kind, on the model's device: the gates of gated views.
-        split: see above.
+        split: Whether each view has a forward pass of its own.
 
     """
     hidden: dict[str, Tensor] = {}
@@ -84,7 +84,7 @@ def run_views(
 def _gate_rows(
     group: Sequence[View], rows: int, protection: Mapping[str, Tensor]
 ) -> dict[str, Tensor] | None:
-    """Gates (views * rows, layers, units) by kind; None where no view is gated."""
+    """Return the gates (views * rows, layers, units) by kind; None where no view is gated."""
     if not any(view.gated for view in group):
         return None
     assert protection, "a gated view needs the protection to be set"
@@ -95,7 +95,7 @@ def _gate_rows(
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean of hidden states (B, T, H) over the real tokens of each example: (B, H) in fp32."""
+    """Return the mean of hidden states (B, T, H) over each example's real tokens: (B, H) in fp32."""
     real = attention_mask.to(hidden.dtype).unsqueeze(-1)  # (B, T, 1); a product with 0 or 1 rounds nothing
     tokens = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
     return (hidden * real).sum(dim=1, dtype=torch.float32) / tokens

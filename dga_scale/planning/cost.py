@@ -152,7 +152,7 @@ def forward_backward_flops(
     counted = step_flops(
         model.anatomy,
         views=batch.views,
-        rows_by_width={batch.length: rows},
+        rows_by_length={batch.length: rows},
         head_tokens=head_positions,
     )
     computed = counted

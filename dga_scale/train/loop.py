@@ -157,7 +157,7 @@ def _rates(trainer: Trainer, batches: StepBatches, seconds: float, peak_flops: f
     flops = step_flops(
         trainer.anatomy,
         views=len(trainer.model.views),
-        rows_by_width=batches.rows_by_width,
+        rows_by_length=batches.rows_by_length,
         head_tokens=batches.head_positions,
     )
     return rates(tokens=sum(batches.tokens_per_source), seconds=seconds, flops=flops, peak_flops=peak_flops)

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("views", [1, 4])
 def test_step_flops_are_those_torch_counts(views: int) -> None:
     """Rows of two widths in two passes, and the head."""
-    rows_by_width, head_tokens = {16: 3, 24: 2}, 7
+    rows_by_length, head_tokens = {16: 3, 24: 2}, 7
     model = BertForMaskedLM(
         BertConfig(
             vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
@@ -24,12 +24,12 @@ def test_step_flops_are_those_torch_counts(views: int) -> None:
         )
     )  # fmt: skip
     anatomy = anatomy_of(model)
-    batches = [torch.randint(5, 100, (views * rows, width)) for width, rows in rows_by_width.items()]
+    batches = [torch.randint(5, 100, (views * rows, width)) for width, rows in rows_by_length.items()]
     with FlopCounterMode(display=False) as counter:
         first, second = (model.bert(ids).last_hidden_state for ids in batches)
         logits = model.cls(first.reshape(-1, 32)[:head_tokens])
         (logits.sum() + first.sum() + second.sum()).backward()
-    ours = step_flops(anatomy, views=views, rows_by_width=rows_by_width, head_tokens=head_tokens)
+    ours = step_flops(anatomy, views=views, rows_by_length=rows_by_length, head_tokens=head_tokens)
     assert ours == counter.get_total_flops()
 
 

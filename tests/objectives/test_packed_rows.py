@@ -13,7 +13,7 @@ from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.cpu_kernels import use_cpu_kernels
 from dga_scale.backbone.packed_rows import can_pack, last_hidden_states
 from dga_scale.corpus.loading.batches import Batch, Counts
-from dga_scale.corpus.loading.shapes import places_of
+from dga_scale.corpus.loading.shapes import pack_positions
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from dga_scale.zero.engine import build_engine, set_learning_rate
 from dga_scale.zero.optimizer_hooks import backward
@@ -51,11 +51,11 @@ def by_length() -> Batch:
     )
 
 
-def end_to_end(batch: Batch) -> Batch:
+def packed_batch(batch: Batch) -> Batch:
     """The same rows cut to the longest, and packed."""
     lengths = batch.attention_mask.sum(dim=1).tolist()
     cut = slice(0, max(lengths))
-    places = torch.from_numpy(places_of(lengths, max(lengths)))
+    positions = torch.from_numpy(pack_positions(lengths, max(lengths)))
     # One more packed row that nothing stands in, as rounding their number up makes.
     return batch_of(
         batch.input_ids[:, cut],
@@ -63,13 +63,13 @@ def end_to_end(batch: Batch) -> Batch:
         batch.attention_mask[:, cut],
         dense_labels(batch)[:, cut],
         sources=batch.sources,
-        packed_positions=F.pad(places, (0, 0, 0, 1), value=-1),
+        packed_positions=F.pad(positions, (0, 0, 0, 1), value=-1),
     )
 
 
 def compare(model: TrainingModel) -> None:
     """Loss, its terms and all gradients of the packed rows are those of the padded rows."""
-    padded, packed = by_length(), end_to_end(by_length())
+    padded, packed = by_length(), packed_batch(by_length())
     assert packed.packed_positions is not None
     assert len(packed.packed_positions) < ROWS
     found = []
@@ -119,7 +119,7 @@ def test_the_cpus_own_attention() -> None:
     use_cpu_kernels(lm)
     anatomy = anatomy_of(lm)
     assert can_pack(lm, anatomy)
-    padded, packed = by_length(), end_to_end(by_length())
+    padded, packed = by_length(), packed_batch(by_length())
     found = [
         last_hidden_states(lm.roberta, anatomy, b.input_ids, b.attention_mask, b.packed_positions)
         for b in (padded, packed)
@@ -167,7 +167,7 @@ def test_checkpointing_repeats_the_gates_and_the_dropout_of_packed_rows() -> Non
         if checkpointing:
             model.enable_gradient_checkpointing()
         torch.manual_seed(1)
-        loss, _ = loss_of(model, end_to_end(by_length()), Counts((10,), 1))
+        loss, _ = loss_of(model, packed_batch(by_length()), Counts((10,), 1))
         loss.backward()
         found.append((loss.item(), gradients_of(model.lm)))
     assert found[0][0] == found[1][0]
@@ -176,7 +176,7 @@ def test_checkpointing_repeats_the_gates_and_the_dropout_of_packed_rows() -> Non
 
 def test_evaluation_and_the_states_of_padding() -> None:
     batch, model = by_length(), toy_model("mlm")
-    packed = end_to_end(batch)
+    packed = packed_batch(batch)
     ours, expected = evaluate_rows(model, packed), evaluate_rows(model, batch)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     hidden = last_hidden_states(
@@ -198,7 +198,7 @@ def test_a_full_batch_needs_no_attention_mask() -> None:
 def trained(stages: Sequence[int]) -> list[dict[str, Tensor]]:
     """Two DGA steps; sorted rows are dealt out to the ranks, each of which packs its own."""
     found, ranks = [], dist.get_world_size()
-    own = end_to_end(rows_of(by_length(), slice(dist.get_rank(), None, ranks)))
+    own = packed_batch(rows_of(by_length(), slice(dist.get_rank(), None, ranks)))
     for stage in stages:
         model = toy_model("dga")
         engine = build_engine(model, Setup(stage, clipping=0.0, epsilon=1e-2).resolved(ranks))

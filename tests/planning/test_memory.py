@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.config.parsing import read_config
+from dga_scale.corpus.loading.batches import Batch as TrainingBatch
+from dga_scale.corpus.loading.batches import Counts
 from dga_scale.objectives.cross_entropy import cross_entropies
 from dga_scale.objectives.methods import build_method
 from dga_scale.objectives.training_model import TrainingModel
@@ -142,8 +144,20 @@ def test_gates_of_heads_keep_both_sides_of_their_product(method: str, split: boo
         model.protection.set({kind: torch.full(anatomy.unit_shape(kind), 0.5) for kind in model.method.kinds})
         ids = torch.randint(5, 100, (2, 32))
         positions = torch.arange(8)
-        inputs = (ids, ids, torch.ones_like(ids), positions, ids.flatten()[positions])
-        return saved_bytes(model, lambda: model(*inputs)[0])[1]
+        zeros = torch.zeros(len(ids), dtype=torch.int64)
+        inputs = TrainingBatch(
+            input_ids=ids,
+            masked_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            positions=positions,
+            labels=ids.flatten()[positions],
+            sample_ids=torch.arange(len(ids)),
+            sources=zeros,
+            mixed_rows=zeros[:1],
+            mixed_label_indices=torch.full((1,), -1),
+        )
+        counts = Counts((len(positions),), 1)
+        return saved_bytes(model, lambda: model(inputs, counts)[0])[1]
 
     one_more = (saved(4) - saved(2)) / 2
     sizes = AutoConfig.for_model("roberta", num_hidden_layers=2, **KINDS["roberta"])

@@ -1,6 +1,6 @@
-"""Rows to batches: masking, padding to few shapes, the part of each rank, prefetch.
+"""Make batches of rows: masking, padding to few shapes, each rank's part, prefetch.
 
-What a row draws is decided by (seed, epoch, row) alone, so every number of ranks sees the same samples and
+The mask of a row is decided by (seed, epoch, row) alone, so every number of ranks sees the same samples and
 the same masks for each global batch.
 """
 
@@ -16,7 +16,14 @@ import torch
 from dga_scale.corpus.loading.masking import IGNORED, MaskingPolicy, label_counts, mask_tokens
 from dga_scale.corpus.loading.mixture import Mixture, Picks
 from dga_scale.corpus.loading.order import SampleOrder
-from dga_scale.corpus.loading.shapes import dealt_out, height_of, packed, places_of, rounded_up, width_of
+from dga_scale.corpus.loading.shapes import (
+    assigned_rows,
+    num_packed_rows,
+    pack_positions,
+    pack_rows,
+    padded_length,
+    rounded_up,
+)
 from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
 
@@ -36,11 +43,11 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor
     """(B, T) 1 at a real token, 0 at padding."""
     positions: torch.Tensor
-    """(N,) the position that each label is predicted at, in rising order, then zeros."""
+    """(N,) the position that each label is predicted at, in rising order, then zeros up to N."""
     labels: torch.Tensor
     """(N,) the true ids there, then IGNORED; causal: the id after each position."""
     sample_ids: torch.Tensor
-    """(B,) the index of each row in its corpus; -1 of a padding row, which only fills up a batch."""
+    """(B,) the index of each row in its corpus; -1 of a padding row."""
     sources: torch.Tensor
     """(B,) the corpus of each row: 0 the domain's, 1, ... those mixed in."""
     mixed_rows: torch.Tensor
@@ -48,19 +55,19 @@ class Batch(NamedTuple):
     mixed_label_indices: torch.Tensor
     """(K,) the label indices of those rows' labels, in rising order, then -1."""
     packed_positions: torch.Tensor | None = None
-    """(P, T) the position that each token of P packed rows reads, or -1; None: rows are read as they are."""
+    """(P, T) the position that each token of P packed rows holds, or -1; None: the rows are not packed."""
     padded: bool = True
     """Whether any row is shorter than T."""
 
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors to the model's device; to CUDA they are copied without waiting."""
 
-        def moved(value: Any) -> Any:
+        def to_device(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
 
-        return Batch._make(map(moved, self))
+        return Batch._make(map(to_device, self))
 
     @property
     def key_mask(self) -> torch.Tensor | None:
@@ -77,14 +84,15 @@ class Counts(NamedTuple):
     """What a micro-batch's loss needs to know of the global batch that it is a part of."""
 
     labels_per_source: tuple[int, ...]
-    """Labels of the global batch, of all ranks and accumulation steps, by source."""
+    """The number of labels of the global batch, over all ranks and accumulation steps, by source."""
     num_micro_batches: int
-    """Ranks * gradient accumulation steps, which DeepSpeed takes the mean of the gradients over: a sum over a
-    micro-batch's labels, times this over the labels of the global batch, has the global mean as its mean."""
+    """Ranks * gradient accumulation steps: the micro-batches that DeepSpeed averages gradients over. A sum
+    over a micro-batch's labels, times this over the labels of the global batch, has the global mean as its
+    mean."""
 
     @property
     def num_labels(self) -> int:
-        """Labels of the global batch, of all sources."""
+        """The number of labels of the global batch, of all sources."""
         return sum(self.labels_per_source)
 
 
@@ -97,18 +105,18 @@ def build_batch(
     *,
     padding_rows: int = 0,
 ) -> Batch:
-    """Read and mask ``rows``.
+    """Make a batch of a corpus's rows.
 
     Args:
-        corpus: Where the rows are read.
-        rows: (B,) row indices.
-        epochs: (B,) or one: the epoch of each row, from which (with seed and row) its mask is drawn.
-        masking: None for a causal model, whose labels are the next tokens.
-        seed: 64 bits.
-        padding_rows: So many rows at the end only fill up the batch: they get no labels.
+        corpus: The corpus that the rows are read from.
+        rows: (B,) the rows' indices.
+        epochs: (B,) or one for all: the epoch of each row, from which (with seed and row) its mask is drawn.
+        masking: The masking policy; None for a causal model, whose labels are the next tokens.
+        seed: The seed of the masks, 64 bits.
+        padding_rows: The number of padding rows at the end, which get no labels.
     """
-    width = width_of(corpus.lengths[rows], corpus.manifest.sequence_length)
-    read = _read(corpus, rows, epochs, masking, seed, width)
+    length = padded_length(corpus.lengths[rows], corpus.manifest.sequence_length)
+    read = _read(corpus, rows, epochs, masking, seed, length)
     sample_ids = np.array(rows, dtype=np.int64)
     if padding_rows:
         read.labels[-padding_rows:] = IGNORED
@@ -119,24 +127,29 @@ def build_batch(
 def mixed_batch(
     mixture: Mixture, picks: Picks, masking: MaskingPolicy | None, *, pack: bool = False
 ) -> Batch:
-    """Read and mask rows of several corpora, in the order of ``picks``; each draws as in its corpus alone.
+    """Make a batch of rows of several corpora, each masked as in its corpus alone.
 
-    ``pack``: put them end to end as well; see ``Batch.packed_positions``.
+    Args:
+        mixture: The corpora.
+        picks: The rows, in the batch's order.
+        masking: The masking policy; None for a causal model.
+        pack: Whether the rows are packed as well; see ``Batch.packed_positions``.
+
     """
     lengths = mixture.lengths(picks)
-    width = width_of(lengths, mixture.corpora[0].manifest.sequence_length)
-    places, parts = [], []
+    length = padded_length(lengths, mixture.corpora[0].manifest.sequence_length)
+    indices, parts = [], []
     for source, where in mixture.by_source(picks):
         own, seed = picks.part(where), mixture.orders[source].seed
-        places.append(where)
-        parts.append(_read(mixture.corpora[source], own.rows, own.epochs, masking, seed, width))
-    back = np.argsort(np.concatenate(places))
+        indices.append(where)
+        parts.append(_read(mixture.corpora[source], own.rows, own.epochs, masking, seed, length))
+    back = np.argsort(np.concatenate(indices))
     read = _Rows(*(np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True)))
-    return _batch(read, picks.rows, picks.sources, places_of(lengths.tolist(), width) if pack else None)
+    return _batch(read, picks.rows, picks.sources, pack_positions(lengths.tolist(), length) if pack else None)
 
 
 class _Rows(NamedTuple):
-    """Rows as they were read and masked, (B, T) each."""
+    """Rows with their masks, (B, T) each."""
 
     ids: np.ndarray
     masked_ids: np.ndarray
@@ -175,37 +188,38 @@ def _batch(
         input_ids=torch.from_numpy(read.ids),
         masked_ids=torch.from_numpy(read.masked_ids),
         attention_mask=torch.from_numpy(read.real.astype(np.int64)),
-        positions=_filled_up(positions, 0),
-        labels=_filled_up(read.labels.flat[positions], IGNORED),
+        positions=_padded(positions, 0),
+        labels=_padded(read.labels.flat[positions], IGNORED),
         sample_ids=torch.from_numpy(sample_ids),
         sources=torch.from_numpy(sources),
         mixed_rows=torch.from_numpy(mixed_rows if len(mixed_rows) else np.zeros(1, dtype=np.int64)),
-        mixed_label_indices=_filled_up(mixed_label_indices, -1),
+        mixed_label_indices=_padded(mixed_label_indices, -1),
         packed_positions=None if packed_positions is None else torch.from_numpy(packed_positions),
         padded=not bool(read.real.all()),
     )
 
 
-def _filled_up(values: np.ndarray, padding: int) -> torch.Tensor:
-    filled = np.full(int(rounded_up(len(values))), padding, dtype=np.int64)
-    filled[: len(values)] = values
-    return torch.from_numpy(filled)
+def _padded(values: np.ndarray, padding: int) -> torch.Tensor:
+    padded = np.full(int(rounded_up(len(values))), padding, dtype=np.int64)
+    padded[: len(values)] = values
+    return torch.from_numpy(padded)
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What one rank needs for one optimizer step."""
+    """One rank's micro-batches of one optimizer step."""
 
     step: int
     micro_batches: list[Batch]
     counts: Counts
-    """Of the global batch that they are this rank's part of."""
+    """The counts of the global batch that they are a part of."""
     tokens_per_source: tuple[int, ...]
-    """Real tokens of the global batch, by source."""
-    rows_by_width: dict[int, int]
-    """Rows of the global batch, packed where they are, by their tokens: what a view's trunk pass reads."""
+    """The number of real tokens of the global batch, by source."""
+    rows_by_length: dict[int, int]
+    """The number of rows of the global batch that a view's forward pass takes, packed where they are, by
+    length."""
     head_positions: int
-    """Positions of the global batch that go through the LM head, those that only fill up among them."""
+    """The number of positions of the global batch that go through the LM head, padding included."""
 
 
 class BatchStream:
@@ -217,16 +231,16 @@ class BatchStream:
     takes the rows r, r + W, ... (``corpus.shapes``). At most ``prefetch`` steps are prepared ahead.
 
     Args:
-        mixture: What is trained on.
-        masking: None for a causal model.
-        global_batch_size: G.
-        micro_batch_size: b.
-        rank: This process, r.
-        world_size: Processes, W.
+        mixture: The corpora that are trained on.
+        masking: The masking policy; None for a causal model.
+        global_batch_size: G, in rows.
+        micro_batch_size: b, in rows.
+        rank: The rank r of this process.
+        world_size: The number of ranks W.
         start_step: The first step.
-        num_steps: How many.
-        prefetch: See above.
-        pack: Put documents end to end; see ``Batch.packed_positions``. Chunks are full as they are.
+        num_steps: The number of steps.
+        prefetch: The number of steps that are prepared ahead.
+        pack: Whether documents are packed; see ``Batch.packed_positions``. Chunks are full as they are.
 
     Example::
 
@@ -236,7 +250,7 @@ class BatchStream:
                 ...
 
     Raises:
-        UserError: batch sizes that do not divide, or a corpus with fewer rows than one global batch takes.
+        UserError: The batch sizes do not divide, or a corpus has fewer rows than one global batch takes.
     """
 
     def __init__(
@@ -271,7 +285,7 @@ class BatchStream:
         self._thread: threading.Thread | None = None
 
     def step(self, step: int) -> StepBatches:
-        """This rank's part of global batch ``step``."""
+        """Return this rank's part of global batch ``step``."""
         mixture, masking = self._mixture, self._masking
         manifest = mixture.corpora[0].manifest  # packing and length are those of all
         picks = mixture.picks(step * self._global, (step + 1) * self._global)
@@ -281,18 +295,20 @@ class BatchStream:
             labels[where] = label_counts(mixture.corpora[source], picks.rows[where], masking)
             labels_per_source[source] = int(labels[where].sum())
             tokens[source] = int(lengths[where].sum())
-        rows = self._world_size * self._micro  # of one pass of all ranks
+        rows = self._world_size * self._micro  # of one micro-step of all ranks
         parts = np.stack(
             [
-                first + dealt_out(lengths[first : first + rows], manifest.packing, self._world_size)
+                first + assigned_rows(lengths[first : first + rows], manifest.packing, self._world_size)
                 for first in range(0, self._global, rows)
             ]
-        )  # (passes, ranks, micro-batch)
-        rows_by_width: dict[int, int] = {}
+        )  # (accumulation steps, ranks, micro-batch)
+        rows_by_length: dict[int, int] = {}
         for own in lengths[parts].reshape(-1, self._micro):
-            width = width_of(own, manifest.sequence_length)
-            height = height_of(len(packed(own.tolist(), width)), self._micro) if self._pack else self._micro
-            rows_by_width[width] = rows_by_width.get(width, 0) + height
+            length = padded_length(own, manifest.sequence_length)
+            taken = self._micro
+            if self._pack:
+                taken = num_packed_rows(len(pack_rows(own.tolist(), length)), self._micro)
+            rows_by_length[length] = rows_by_length.get(length, 0) + taken
         return StepBatches(
             step=step,
             micro_batches=[
@@ -301,12 +317,12 @@ class BatchStream:
             ],
             counts=Counts(tuple(labels_per_source), parts.shape[0] * parts.shape[1]),
             tokens_per_source=tuple(tokens),
-            rows_by_width=rows_by_width,
+            rows_by_length=rows_by_length,
             head_positions=int(rounded_up(labels[parts].sum(axis=2)).sum()),
         )
 
     def __iter__(self) -> Iterator[StepBatches]:
-        assert self._thread is None, "a stream is read once"
+        assert self._thread is None, "a stream can be iterated over once"
         self._thread = threading.Thread(target=self._produce, name="prefetch", daemon=True)
         self._thread.start()
         try:
@@ -339,7 +355,7 @@ class BatchStream:
                 if self._stop.is_set():
                     return
                 self._queue.put(self.step(step))
-        except BaseException as error:  # handed over: it is raised where the batch is asked for
+        except BaseException as error:  # it is raised again where the batch is asked for
             self._queue.put(error)
 
 
@@ -347,16 +363,16 @@ class EvalBatches:
     """Every row once with fixed masks, split over ranks; all ranks get the same number of batches.
 
     Batch n of rank r holds rows [(n * world_size + r) * b, ...) of a fixed order, the longest first: rows of
-    one batch are about equally long. Where rows run out, a batch is filled up with repeated rows that have no
-    labels (sample_ids -1). Iterating again gives the same.
+    one batch are about equally long. Where rows run out, a batch is filled up with padding rows: repeated
+    rows that have no labels (sample_ids -1). Iterating again gives the same.
 
     Args:
-        corpus: What is evaluated.
-        masking: None for a causal model.
-        batch_size: Rows a batch.
-        rank: This process.
-        world_size: Processes.
-        max_rows: Evaluate this many rows only, a fixed sample of the corpus; None: all.
+        corpus: The corpus that is evaluated.
+        masking: The masking policy; None for a causal model.
+        batch_size: The number of rows of a batch.
+        rank: The rank of this process.
+        world_size: The number of ranks.
+        max_rows: The most rows that are evaluated, a fixed sample of the corpus; None: all.
     """
 
     SEED = 20_230_118
@@ -381,11 +397,11 @@ class EvalBatches:
         count = len(corpus) if max_rows is None else min(max_rows, len(corpus))
         # The order spreads a sample over the corpus: neighbouring chunks come from one document.
         self.rows = np.sort(SampleOrder(len(corpus), self.SEED).indices(0, count))
-        """What is evaluated: rows in rising order."""
+        """The rows that are evaluated, in rising order."""
         self._by_length = self.rows[np.argsort(-corpus.lengths[self.rows].astype(np.int64), kind="stable")]
 
     def __len__(self) -> int:
-        """Batches of this rank, as of every rank."""
+        """Return the number of batches, the same on every rank."""
         return -(-len(self.rows) // (self._batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[Batch]:

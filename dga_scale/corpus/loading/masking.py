@@ -1,4 +1,4 @@
-"""What is masked, and by what: decided by (seed, epoch, row, position) alone."""
+"""Masking of tokens: which, and by what, is decided by (seed, epoch, row, position) alone."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,13 +10,13 @@ from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
 
 IGNORED = -100
-"""Label of a position that no loss counts."""
+"""The label of a position that no loss counts."""
 
 _REPLACEMENTS = np.uint64(1 << 31)
-"""Added to the first counter word of the draws for what replaces a token; those for positions start at 0."""
+"""The first counter word of the draws for what replaces a token; those for positions start at 0."""
 
 _NEVER = np.uint64(1 << 32)
-"""Above every 32-bit score."""
+"""A score above every 32-bit score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class MaskingPolicy:
         mask_replace_prob: float = 0.8,
         random_replace_prob: float = 0.1,
     ) -> "MaskingPolicy":
-        """The policy with the corpus's vocabulary and special tokens.
+        """Return the policy with the corpus's vocabulary and special tokens.
 
         Raises:
-            UserError: the corpus's tokenizer has no mask token.
+            UserError: The corpus's tokenizer has no mask token.
         """
         manifest = corpus.manifest
         if "mask" not in manifest.special_ids:
@@ -61,25 +61,25 @@ class MaskingPolicy:
 
     @cached_property
     def is_special(self) -> np.ndarray:
-        """(vocab_size,) bool."""
+        """Whether each id is a special token: (vocab_size,) bool."""
         special = np.zeros(self.vocab_size, dtype=bool)
         special[list(self.special_ids)] = True
         return special
 
     @cached_property
     def ordinary_ids(self) -> np.ndarray:
-        """Ids that a random replacement is drawn from."""
+        """The ids that a random replacement is drawn from."""
         return np.flatnonzero(~self.is_special)
 
 
 def masked_count(maskable: np.ndarray | int, probability: float) -> np.ndarray:
-    """Masked positions of rows with ``maskable`` ordinary tokens: round(p * n), at least 1 where n >= 1."""
+    """Return how many of ``maskable`` tokens n of a row are masked: round(p * n), at least 1 where n >= 1."""
     counts = np.rint(probability * np.asarray(maskable)).astype(np.int64)
     return np.where(np.asarray(maskable) > 0, np.maximum(counts, 1), 0)
 
 
 def label_counts(corpus: Corpus, rows: np.ndarray, masking: MaskingPolicy | None) -> np.ndarray:
-    """Labels that each of ``rows`` will have, without reading them: (len(rows),) int64."""
+    """Return the number of labels that each row will have, without reading it: (len(rows),) int64."""
     if masking is None:
         return corpus.lengths[rows].astype(np.int64) - 1
     return masked_count(corpus.maskable[rows], masking.probability)
@@ -93,18 +93,19 @@ def mask_tokens(
     masking: MaskingPolicy,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mask rows that were read.
+    """Mask rows of token ids.
 
     Args:
-        ids: (B, T); what a token draws does not depend on T.
-        real: (B, T) where a row has a token.
-        rows: (B,) their indices in the corpus.
-        epochs: (B,) or one.
-        masking: Share of the tokens, and what replaces them.
-        seed: 64 bits.
+        ids: (B, T) token ids; what a token draws does not depend on T.
+        real: (B, T) bool, whether a row has a token there.
+        rows: (B,) the rows' indices in the corpus.
+        epochs: (B,) the epoch of each row, or one for all.
+        masking: The share of the tokens, and what replaces them.
+        seed: The seed, 64 bits.
 
     Returns:
-        masked ids, ``real``, and labels, (B, T) each: the true id of each masked token, IGNORED elsewhere.
+        The masked ids, ``real``, and labels, (B, T) each: the true id of each masked token, IGNORED
+        elsewhere.
     """
     batch_size, length = ids.shape
     maskable = real & ~masking.is_special[ids]

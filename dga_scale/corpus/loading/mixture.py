@@ -22,7 +22,7 @@ from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
 
 _BLOCK = 1 << 16
-"""Rows merged at once on the way to a later position."""
+"""The number of rows that are merged at once on the way to a later position."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class Picks:
 
     sources: np.ndarray  # number of the corpus
     rows: np.ndarray  # row in that corpus
-    epochs: np.ndarray  # how often that corpus was read through before
+    epochs: np.ndarray  # epoch of that corpus, from 0
 
     def part(self, own: slice | np.ndarray) -> "Picks":
-        """Some of them, in the order asked for."""
+        """Return some of the rows, in the order asked for."""
         return Picks(self.sources[own], self.rows[own], self.epochs[own])
 
 
 @dataclass(frozen=True)
-class _Place:
-    """How far a mixture has come: rows and tokens taken of each source."""
+class _State:
+    """The state of a mixture: the rows and tokens taken of each source."""
 
     rows: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -53,7 +53,7 @@ class _Place:
 class Mixture:
     """The endless sequence of rows of a run: its own corpus (source 0) and what is mixed into it.
 
-    Each source is read in its own ``SampleOrder``, epoch after epoch. Source 0 has the run's seed: alone, it
+    Each source comes in its own ``SampleOrder``, epoch after epoch. Source 0 has the run's seed: alone, it
     gives the rows, their order and their masks that it would give without a mixture.
 
     Any stretch follows from its position alone, so a resumed run needs one number. Forward from the last
@@ -62,9 +62,9 @@ class Mixture:
     jumps anywhere.
 
     Args:
-        corpora: source 0, then what is mixed in.
-        shares: of the tokens, of each corpus but the first, which gets the rest.
-        seed: the run's.
+        corpora: Source 0, then the corpora that are mixed in.
+        shares: The share of the tokens of each corpus but the first, which gets the rest.
+        seed: The run's seed.
 
     Example::
 
@@ -72,7 +72,7 @@ class Mixture:
         picks = mixture.picks(step * 256, (step + 1) * 256)
 
     Raises:
-        UserError: shares outside (0, 1) or 1 and more together, corpora that do not go together, one that
+        UserError: Shares lie outside (0, 1) or come to 1 or more together, corpora do not go together, or one
             is given twice or empty.
 
     """
@@ -92,17 +92,17 @@ class Mixture:
             for share, corpus in zip(self.shares, self.corpora, strict=True)
         ]
         self.row_shares = tuple(rate / sum(rates) for rate in rates)
-        """Of the rows, about: a source of short rows has more of them."""
+        """The share of the rows of each source, about: a source of short rows has more of them."""
         self._last = self._start()
 
     def picks(self, start: int, stop: int) -> Picks:
-        """Rows at positions ``start`` to ``stop`` of the mixture."""
-        place = self._place_at(start)
+        """Return the rows at positions ``start`` to ``stop`` of the mixture."""
+        state = self._state_at(start)
         parts = [Picks(*(np.empty(0, np.int64) for _ in range(3)))]
-        while place.position < stop:
-            part, place = self._advance(place, stop - place.position)
+        while state.position < stop:
+            part, state = self._advance(state, stop - state.position)
             parts.append(part)
-        self._last = place
+        self._last = state
         return Picks(
             np.concatenate([part.sources for part in parts]),
             np.concatenate([part.rows for part in parts]),
@@ -117,7 +117,7 @@ class Mixture:
                 yield source, where
 
     def lengths(self, picks: Picks) -> np.ndarray:
-        """Ids in each of the rows: (n,) int64."""
+        """Return the number of tokens of each row: (n,) int64."""
         found = np.empty(len(picks.rows), dtype=np.int64)
         for source, where in self.by_source(picks):
             found[where] = self.corpora[source].lengths[picks.rows[where]]
@@ -127,7 +127,7 @@ class Mixture:
         """Refuse a corpus of which one global batch would hold a row twice.
 
         Raises:
-            UserError: a source with fewer rows than a global batch takes of it on average.
+            UserError: A source has fewer rows than a global batch takes of it on average.
 
         """
         for source, corpus in enumerate(self.corpora):
@@ -143,39 +143,39 @@ class Mixture:
 
     @property
     def content_hash(self) -> str:
-        """Identity of all rows: of one corpus its own hash."""
+        """The hash that identifies all rows: of one corpus its own hash."""
         hashes = [corpus.content_hash for corpus in self.corpora]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
-    def _start(self) -> _Place:
+    def _start(self) -> _State:
         zeros = (0,) * len(self.corpora)
-        return _Place(zeros, zeros)
+        return _State(zeros, zeros)
 
-    def _place_at(self, position: int) -> _Place:
+    def _state_at(self, position: int) -> _State:
         if len(self.corpora) == 1:
-            return _Place((position,), (0,))  # nothing is weighed against its tokens
-        place = self._last if self._last.position <= position else self._start()
-        while place.position < position:
-            _, place = self._advance(place, min(_BLOCK, position - place.position))
-        return place
+            return _State((position,), (0,))  # nothing is weighed against its tokens
+        state = self._last if self._last.position <= position else self._start()
+        while state.position < position:
+            _, state = self._advance(state, min(_BLOCK, position - state.position))
+        return state
 
-    def _advance(self, place: _Place, wanted: int) -> tuple[Picks, _Place]:
-        """Merge the next rows: at least one, at most ``wanted``."""
+    def _advance(self, state: _State, limit: int) -> tuple[Picks, _State]:
+        """Merge the next rows: at least one, at most ``limit``."""
         upcoming, lengths, due, horizon = [], [], [], math.inf
         for source, (order, corpus) in enumerate(zip(self.orders, self.corpora, strict=True)):
             # Somewhat more than its part of them, but never more than all.
-            count = min(wanted, math.ceil(wanted * self.row_shares[source]) + 16)
-            span = place.rows[source], place.rows[source] + count
+            count = min(limit, math.ceil(limit * self.row_shares[source]) + 16)
+            span = state.rows[source], state.rows[source] + count
             rows = order.indices(*span)
             tokens = corpus.lengths[rows].astype(np.int64)
-            before = place.tokens[source] + np.cumsum(tokens) - tokens
+            before = state.tokens[source] + np.cumsum(tokens) - tokens
             due.append((before + tokens / 2) / self.shares[source])
             horizon = min(horizon, due[-1][-1])
             upcoming.append(Picks(np.full(count, source), rows, order.epochs(*span)))
             lengths.append(tokens)
         times = np.concatenate(due)
         # Beyond the horizon a row may be missing; of rows due at one time the lower source comes first.
-        complete = min(wanted, int((times <= horizon).sum()))
+        complete = min(limit, int((times <= horizon).sum()))
         merged = np.argsort(times, kind="stable")[:complete]
         picks = Picks(
             np.concatenate([part.sources for part in upcoming]),
@@ -184,24 +184,24 @@ class Mixture:
         ).part(merged)
         taken = np.bincount(picks.sources, minlength=len(self.corpora)).tolist()
         tokens_taken = [int(own[:count].sum()) for own, count in zip(lengths, taken, strict=True)]
-        return picks, _Place(
-            tuple(a + b for a, b in zip(place.rows, taken, strict=True)),
-            tuple(a + b for a, b in zip(place.tokens, tokens_taken, strict=True)),
+        return picks, _State(
+            tuple(a + b for a, b in zip(state.rows, taken, strict=True)),
+            tuple(a + b for a, b in zip(state.tokens, tokens_taken, strict=True)),
         )
 
 
 def source_seed(seed: int, source: int) -> int:
-    """64 bits for the order and the masks of a source; source 0 has the run's seed."""
+    """Return the 64-bit seed of a source's order and masks; source 0 has the run's seed."""
     if source == 0:
         return seed
     return int(np.random.SeedSequence((seed, source)).generate_state(1, np.uint64)[0])
 
 
 def parse_mix(spec: str) -> tuple[Path, float]:
-    """Read ``PATH:SHARE``.
+    """Parse ``PATH:SHARE``.
 
     Raises:
-        UserError: not of that form, or a share that is not between 0 and 1.
+        UserError: The text is not of that form, or the share does not lie between 0 and 1.
 
     """
     path, colon, share = spec.rpartition(":")
@@ -242,7 +242,7 @@ def _check_goes_with(earlier: Sequence[Corpus], corpus: Corpus) -> None:
     for other in earlier:
         if corpus.content_hash == other.content_hash:
             raise UserError(
-                f"mixed corpus {corpus.path} is the same as {other.path}: it would be read twice as often "
+                f"mixed corpus {corpus.path} is the same as {other.path}: it would be used twice as often "
                 "as its share says. Leave one out, or add up their shares"
             )
     for other in earlier[:1]:

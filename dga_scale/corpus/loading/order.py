@@ -1,4 +1,4 @@
-"""Which row comes when: a permutation of the corpus for each epoch, with no ranks in it."""
+"""The order of a corpus's rows: a permutation for each epoch, with no ranks in it."""
 
 import math
 
@@ -8,7 +8,7 @@ from dga_scale.corpus.loading.philox import below, philox4x32
 
 _ROUNDS = 12
 _ORDER_STREAM = 0xFFFFFFFF
-"""Last counter word of the order's draws, which no masking draw uses."""
+"""The last counter word of the order's draws, which no masking draw uses."""
 
 
 class SampleOrder:
@@ -35,7 +35,7 @@ class SampleOrder:
         self._side = math.isqrt(num_samples - 1) + 1  # side**2 >= num_samples, barely
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """Rows at positions ``start`` to ``stop``: (stop - start,) int64."""
+        """Return the rows at positions ``start`` to ``stop``: (stop - start,) int64."""
         positions = np.arange(start, stop, dtype=np.int64)
         epochs, rows = np.divmod(positions, self.num_samples)
         rows = self._permute(rows, epochs)
@@ -44,11 +44,11 @@ class SampleOrder:
         return rows
 
     def epochs(self, start: int, stop: int) -> np.ndarray:
-        """Epoch of each position: (stop - start,) int64."""
+        """Return the epoch of each position: (stop - start,) int64."""
         return np.arange(start, stop, dtype=np.int64) // self.num_samples
 
     def _permute(self, values: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """A bijection of [0, side**2), for each epoch another."""
+        """Apply a bijection of [0, side**2), for each epoch another."""
         left, right = np.divmod(values, self._side)
         for number in range(_ROUNDS):
             words = philox4x32(self.seed, right, epochs, number, _ORDER_STREAM)[..., 0]

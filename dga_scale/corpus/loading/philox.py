@@ -19,14 +19,14 @@ Word = np.ndarray | int
 
 
 def philox4x32(key: int, c0: Word, c1: Word, c2: Word, c3: Word) -> np.ndarray:
-    """Four random 32-bit words for each counter.
+    """Draw four random 32-bit words for each counter.
 
     Args:
-        key: 64 bits.
-        c0: First word of the counters, each below 2**32; the four arrays are broadcast together.
-        c1: Second word.
-        c2: Third word.
-        c3: Fourth word.
+        key: The key, 64 bits.
+        c0: The first word of the counters, each below 2**32; the four arrays are broadcast together.
+        c1: The second word.
+        c2: The third word.
+        c3: The fourth word.
 
     Returns:
         (*broadcast shape, 4) uint64, each below 2**32.

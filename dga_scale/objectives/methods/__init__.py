@@ -1,4 +1,4 @@
-"""What is learnt: one file a method, and a registry that finds them.
+"""The methods: one file a method, and a registry that finds them.
 
 A method has two files of one name: its settings in ``config/methods/NAME.py``, which ``--help`` reads, and
 the method here in ``NAME.py``, which is imported when it is asked for, as it imports torch.

@@ -12,7 +12,7 @@ from dga_scale.objectives.method import Method, MethodContext
 class Adapter(Method[AdapterSettings]):
     """The LM loss, for adapters behind the attention and the FFN output of each layer (arXiv 1902.00751).
 
-    All else is frozen, the LM head too. The model handed back has the adapters: it loads through the Auto
+    All else is frozen, the LM head too. The exported model has the adapters: it loads through the Auto
     classes once ``dga_scale.backbone.extended`` is imported.
     """
 

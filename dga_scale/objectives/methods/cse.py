@@ -33,9 +33,9 @@ from dga_scale.storage.checked_json import checked, with_checksum
 class CSE(Method[CSESettings]):
     """The LM loss, on experts that are copies of the dense sublayers, one for each cluster of the text.
 
-    The sample is clustered when the run starts, with the masks that training has; a resumed run rebuilds the
+    A sample of the text is clustered when the run starts, masked as in training; a resumed run rebuilds the
     same experts from ``experts.json``, and its checkpoint has their weights and centres. A model that has
-    experts already is trained on with those. The model handed back loads through the Auto classes once
+    experts already is trained on with those. The exported model loads through the Auto classes once
     ``dga_scale.backbone.extended`` is imported.
     """
 
@@ -53,7 +53,7 @@ class CSE(Method[CSESettings]):
 
     def prepare(self, context: MethodContext) -> PreTrainedModel:
         model = self._with_experts(context)
-        # The step's passes, in settings that were completed before this.
+        # The accumulation steps of a step: the settings were completed before this.
         update_centres_every(model, context.config.optimization.gradient_accumulation_steps or 1)
         return model
 
@@ -79,7 +79,7 @@ class CSE(Method[CSESettings]):
         return add_experts(context.lm, clusters, samples, alpha=self.settings.cse_alpha)
 
     def _samples(self, context: MethodContext) -> dict[SublayerId, Sample]:
-        """Collect features of the sample on all ranks, as every rank gets them."""
+        """Collect the sample's features on all ranks; every rank gets those of all."""
         settings = self.settings
         sublayers = sublayer_ids(context.anatomy, settings.cse_layers, settings.cse_experts)
         context.print(f"clustering {settings.cse_samples} rows of text for {len(sublayers)} sublayers")
@@ -111,7 +111,7 @@ class CSE(Method[CSESettings]):
         """Find each sublayer's clusters; a sublayer where the text is in one piece stays dense, and says why.
 
         Raises:
-            NoClusters: the text is in one piece everywhere.
+            NoClusters: The text is in one piece everywhere.
 
         """
         tried = {sublayer: self._clusters_at(sublayer, sample) for sublayer, sample in samples.items()}
@@ -142,7 +142,7 @@ def _read(path: Path) -> Settings:
 
 
 def _write(path: Path, structure: Settings, clusters: dict[SublayerId, Clusters]) -> None:
-    """Write the experts' structure, and what they were made of for the reader; the file appears whole."""
+    """Write the experts' structure, and the clusters they were made of, to a file that appears whole."""
     found: list[dict[str, Any]] = [
         {
             "sublayer": str(sublayer),

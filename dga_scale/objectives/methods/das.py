@@ -7,7 +7,7 @@ from dga_scale.objectives.methods.dga import DGA
 class DAS(DGA):
     """DGA on attention heads, intermediate units and FFN outputs; what each domain needs protects it later.
 
-    The contrast's gated reading and the masks take the largest protection that general knowledge or any
+    The contrast's gated view and the masks take the largest protection that general knowledge or any
     earlier domain gives a unit. After training, the units' importance for this domain is measured by the
     MLM loss and saved.
     """

@@ -11,12 +11,12 @@ from dga_scale.objectives.views import View
 class DGA(Method[DGASettings]):
     """The LM loss, and a contrast of full knowledge with general knowledge.
 
-    Two ungated readings of the clean text, apart by their dropout draws, are the positive pair; the reading
+    Two ungated views of the clean text, apart by their dropout draws, are the positive pair; the view
     whose units are gated by their protection, and all other examples, are the negatives. A weight of 0 leaves
-    those readings out.
+    those views out.
 
-    With ``contrast_views shared`` the masked reading is the anchor. As a key it would be told from the gated
-    readings by its gaps; this way all keys are of clean text, and what tells an example's positive from its
+    With ``contrast_views shared`` the masked view is the anchor. As a key it could be told from the gated
+    views by its gaps; this way all keys are of clean text, and what tells an example's positive from its
     negative are the gates alone, as in the paper.
     """
 

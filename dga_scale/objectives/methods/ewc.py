@@ -1,4 +1,4 @@
-"""EWC: the LM loss, and a pull on each weight by what general text needs of it (Kirkpatrick et al., 2017)."""
+"""EWC: the LM loss, with each weight regularised by its Fisher on general text (Kirkpatrick et al., 2017)."""
 
 from dga_scale.config.methods.ewc import EWCSettings
 from dga_scale.config.settings import TrainConfig
@@ -11,7 +11,7 @@ class EWC(Method[EWCSettings]):
     """``L_MLM + (lambda / 2) sum_i F_i (theta_i - theta0_i)^2``, theta0 the starting weights.
 
     F is the diagonal empirical Fisher of the MLM loss on general text: the mean of squared gradients of
-    single examples, without dropout. Measured once, before training, and kept in the run's folder.
+    single examples, without dropout. It is measured once, before training, and kept in the run's folder.
     """
 
     Settings = EWCSettings

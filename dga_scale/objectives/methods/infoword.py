@@ -1,4 +1,4 @@
-"""MLM + InfoWord: a sentence with gaps and the words that fill them are told from other sentences' words."""
+"""MLM + InfoWord: a sentence with gaps is contrasted with the words that fill them, its own and others'."""
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class InfoWord(Method[InfoWordSettings]):
 
 
 def pool_masked_words(hidden: Tensor, inputs: Batch) -> Tensor:
-    """Mean of hidden states (B, T, H) over the masked positions of each example: (B, H) in fp32.
+    """Return the mean of hidden states (B, T, H) over each example's masked positions: (B, H) in fp32.
 
     An example in which nothing is masked (text of unknown tokens only) is pooled whole.
     """

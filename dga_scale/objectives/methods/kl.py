@@ -15,7 +15,7 @@ class KL(Method[KLSettings]):
 
     G are the rows that are mixed in (``--mix``). The divergence is one of distributions over the vocabulary,
     at the masked positions of G's masked text, averaged over those of the global batch; the base is the
-    frozen starting model in eval mode. It reads the mix's rows only.
+    frozen starting model in eval mode. It runs on the mix's rows only.
     """
 
     Settings = KLSettings
@@ -30,7 +30,7 @@ class KL(Method[KLSettings]):
         inputs, counts, temperature = output.inputs, output.counts, self.settings.kl_temperature
         rows, labels, tokens = inputs.mixed_rows, inputs.mixed_label_indices, inputs.input_ids.shape[1]
         hidden = output.teacher(True, rows)  # (G, T, H)
-        # Label indices of -1 only fill up: they read whatever the last one holds, and don't count.
+        # Padding is a label index of -1: it takes whatever the last one holds, and doesn't count.
         positions, student = inputs.positions[labels], output.lm_logits[labels]  # (K,), (K, V)
         own = torch.searchsorted(rows, positions // tokens).clamp(max=len(rows) - 1)  # among the G rows
         base = output.teacher_logits(hidden, own * tokens + positions % tokens)  # (K, V)

@@ -1,4 +1,4 @@
-"""L2: the LM loss, with every weight drawn back to where it was (Rongali et al., arXiv 2004.02288)."""
+"""L2: the LM loss, with L2-SP regularisation of every weight (Rongali et al., arXiv 2004.02288)."""
 
 from dga_scale.config.methods.l2 import L2Settings
 from dga_scale.objectives.method import Method

@@ -10,7 +10,7 @@ from dga_scale.objectives.method import Method, MethodContext
 class LoRA(Method[LoRASettings]):
     """The LM loss, for ``W + (alpha / rank) B A`` in place of each chosen projection's W (arXiv 2106.09685).
 
-    All else is frozen, the LM head too. The model handed back is a plain one with the changes merged into its
+    All else is frozen, the LM head too. The exported model is a plain one with the changes merged into its
     weights; ``adapter/`` in its folder holds them as ``peft`` loads them.
     """
 

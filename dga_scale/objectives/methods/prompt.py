@@ -12,7 +12,7 @@ from dga_scale.objectives.method import Method, MethodContext
 class Prompt(Method[PromptSettings]):
     """The LM loss, for the embeddings of tokens that stand before every text (arXiv 2104.08691).
 
-    All else is frozen, the LM head too. The model handed back has the soft tokens: it loads through the Auto
+    All else is frozen, the LM head too. The exported model has the soft tokens: it loads through the Auto
     classes once ``dga_scale.backbone.extended`` is imported.
     """
 

@@ -23,11 +23,11 @@ class Rehearsal(Method[RehearsalSettings]):
 
 
 def weighted_means(labels_per_source: Sequence[int], weight: float) -> tuple[float, ...]:
-    """Token weights of ``L(source 0) + weight * L(all other sources)``, each L a mean over its tokens.
+    """Return the token weights of ``L(source 0) + weight * L(all others)``, each L a mean over its tokens.
 
     Args:
-        labels_per_source: labels of the global batch.
-        weight: of the other sources.
+        labels_per_source: The number of labels of the global batch, by source.
+        weight: The weight of the other sources.
 
     """
     domain, *others = labels_per_source

@@ -11,9 +11,9 @@ from dga_scale.objectives.views import View
 
 
 class SimCSE(Method[SimCSESettings]):
-    """The LM loss, and InfoNCE of two readings of the clean text that differ by their dropout draws.
+    """The LM loss, and InfoNCE of two views of the clean text that differ by their dropout draws.
 
-    States are pooled over the real tokens; the negatives of a sentence are the second readings of all others,
+    States are pooled over the real tokens; the negatives of a sentence are the second views of all others,
     of all ranks (arXiv 2104.08821).
     """
 
@@ -23,7 +23,7 @@ class SimCSE(Method[SimCSESettings]):
         """Refuse a model without dropout.
 
         Raises:
-            UserError: two readings of a sentence would be the same.
+            UserError: The model has no dropout: two views of a sentence would be the same.
 
         """
         if not has_dropout(context.lm.config):

@@ -1,4 +1,4 @@
-"""MLM + TaCL: masked text is read as the starting model reads the clean text, token by token."""
+"""MLM + TaCL: tokens' states on masked text are drawn to the starting model's on the clean text."""
 
 import torch.nn.functional as F
 

@@ -39,8 +39,8 @@ class TaCo(Method[TaCoSettings]):
         lengths = output.inputs.attention_mask.sum(dim=1)  # (B,) real tokens come first
         near = near_tokens(lengths, anchors.shape[1], settings.taco_window)  # (B, T)
         positives = keys.gather(1, near.unsqueeze(-1).expand_as(keys))
-        rows, places = tokens_of_others(lengths, settings.taco_negatives)  # (B, K) each
-        negatives = keys[rows, places]  # (B, K, H)
+        rows, tokens = tokens_of_others(lengths, settings.taco_negatives)  # (B, K) each
+        negatives = keys[rows, tokens]  # (B, K, H)
         similarities = torch.cat(
             [(anchors * positives).sum(dim=-1, keepdim=True), anchors @ negatives.mT], dim=-1
         )  # (B, T, 1 + K)
@@ -52,12 +52,12 @@ class TaCo(Method[TaCoSettings]):
 
 
 def near_tokens(lengths: Tensor, tokens: int, window: int) -> Tensor:
-    """Draw for each position another one of its sequence, at most ``window`` away.
+    """Draw another position of its sequence for each position, at most ``window`` away.
 
     Args:
-        lengths: (B,) real tokens of each sequence.
-        tokens: T; what is drawn for positions behind the sequence's end means nothing.
-        window: farthest distance.
+        lengths: (B,) the number of real tokens of each sequence.
+        tokens: T; draws for positions behind a sequence's end mean nothing.
+        window: The farthest distance.
 
     Returns:
         (B, T) positions.
@@ -66,7 +66,7 @@ def near_tokens(lengths: Tensor, tokens: int, window: int) -> Tensor:
     here = torch.arange(tokens, device=lengths.device)
     last = (lengths[:, None] - 1).clamp(min=0)  # (B, 1)
     first = (here - window).clamp(min=0).minimum(last)  # (B, T)
-    others = (here + window).minimum(last) - first  # there is one place more: the position itself
+    others = (here + window).minimum(last) - first  # one more is in the window: the position itself
     near = first + _below(others)
     return (near + (near >= here).long()).minimum(last)
 
@@ -75,14 +75,14 @@ def tokens_of_others(lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Draw ``count`` tokens for each sequence from the real tokens of all others, with replacement.
 
     Args:
-        lengths: (B,) real tokens of each sequence.
+        lengths: (B,) the number of real tokens of each sequence.
         count: K.
 
     Returns:
-        their sequences and their positions in those, (B, K) each.
+        The drawn tokens' sequences and their positions in those, (B, K) each.
 
     Raises:
-        UserError: there is no other sequence.
+        UserError: There is no other sequence.
 
     """
     if len(lengths) < 2:
@@ -103,6 +103,6 @@ def _below(limits: Tensor) -> Tensor:
 
 def _no_other_sequence() -> UserError:
     return UserError(
-        "--method taco draws its negatives from the other sequences of a forward pass, and this run has one "
-        "sequence in a pass: set --per_device_train_batch_size to 2 or more"
+        "--method taco draws its negatives from the other sequences of a forward pass, and "
+        "--per_device_train_batch_size 1 leaves one sequence in it: set it to 2 or more"
     )

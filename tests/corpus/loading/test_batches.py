@@ -14,7 +14,7 @@ from dga_scale.corpus.loading.batches import BatchStream, EvalBatches, StepBatch
 from dga_scale.corpus.loading.masking import IGNORED, MaskingPolicy, label_counts, masked_count
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.loading.order import SampleOrder
-from dga_scale.corpus.loading.shapes import height_of, packed, places_of, rounded_up
+from dga_scale.corpus.loading.shapes import num_packed_rows, pack_positions, pack_rows, rounded_up
 from dga_scale.corpus.sharding.pipeline import shard_corpus
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus
@@ -141,12 +141,12 @@ def test_a_mask_depends_on_seed_epoch_and_row_alone(corpus: Corpus, masking: Mas
     """Not on the order of rows, nor on what they are padded to."""
     rows = np.arange(40)
     together = build_batch(corpus, rows, 3, masking, seed=1)
-    widths = set()
+    lengths_taken = set()
     for row in (*np.argsort(corpus.lengths[:40])[[0, 1, 20, 39]], 17):
         alone = build_batch(corpus, np.array([row]), 3, masking, seed=1)
-        widths.add(alone.input_ids.shape[1])
+        lengths_taken.add(alone.input_ids.shape[1])
         assert contents(alone)[0, row] == contents(together)[0, row]
-    assert widths == {32, LENGTH}
+    assert lengths_taken == {32, LENGTH}
     backwards = build_batch(corpus, rows[::-1], 3, masking, seed=1)
     assert contents(backwards) == contents(together)
     mixed = build_batch(corpus, rows, rows % 5, masking, seed=1)
@@ -218,8 +218,8 @@ def test_all_world_sizes_see_the_same(
         assert step.tokens_per_source == (reference.attention_mask.sum(),)
         parts = [batch for own in seen for batch in own.micro_batches]
         assert step.head_positions == sum(len(batch.labels) for batch in parts)
-        widths = [batch.input_ids.shape[1] for batch in parts for _ in range(micro)]
-        assert step.rows_by_width == {width: widths.count(width) for width in set(widths)}
+        lengths_taken = [batch.input_ids.shape[1] for batch in parts for _ in range(micro)]
+        assert step.rows_by_length == {width: lengths_taken.count(width) for width in set(lengths_taken)}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -247,16 +247,16 @@ def test_documents_are_dealt_out_by_length(world_size: int, corpus: Corpus, mask
             real = batch.attention_mask.flatten().nonzero().flatten()
             assert batch.packed_positions[batch.packed_positions >= 0].sort().values.equal(real)
             read[width] = read.get(width, 0) + len(batch.packed_positions)
-        assert all(step.rows_by_width == read for step in steps)
+        assert all(step.rows_by_length == read for step in steps)
 
 
 def test_rows_are_put_where_they_leave_least_room() -> None:
-    assert packed([9, 7, 5, 3, 3, 1], 10) == [[0, 5], [1, 3], [2, 4]]
-    assert packed([4, 4, 4], 4) == [[0], [1], [2]]
-    assert places_of([3, 2, 1], 4).tolist() == [[0, 1, 2, 8], [4, 5, -1, -1]]
+    assert pack_rows([9, 7, 5, 3, 3, 1], 10) == [[0, 5], [1, 3], [2, 4]]
+    assert pack_rows([4, 4, 4], 4) == [[0], [1], [2]]
+    assert pack_positions([3, 2, 1], 4).tolist() == [[0, 1, 2, 8], [4, 5, -1, -1]]
     generator = np.random.default_rng(0)
     for lengths in generator.integers(1, 129, (50, 64)):
-        rows = packed(sorted(lengths.tolist(), reverse=True), 128)
+        rows = pack_rows(sorted(lengths.tolist(), reverse=True), 128)
         assert sorted(row for own in rows for row in own) == list(range(64))
         fewest = -(-int(lengths.sum()) // 128)
         assert len(rows) <= fewest * 11 / 9 + 1
@@ -264,10 +264,10 @@ def test_rows_are_put_where_they_leave_least_room() -> None:
 
 def test_few_numbers_of_packed_rows_occur() -> None:
     for rows in (1, 16, 64, 100):
-        heights = {height_of(number, rows) for number in range(1, rows + 1)}
-        assert len(heights) <= 16
-        assert all(0 <= height_of(n, rows) - n < -(-rows // 16) for n in range(1, rows + 1))
-    assert places_of([100] * 33 + [28] * 33, 128).shape == (35, 128)
+        sizes = {num_packed_rows(number, rows) for number in range(1, rows + 1)}
+        assert len(sizes) <= 16
+        assert all(0 <= num_packed_rows(n, rows) - n < -(-rows // 16) for n in range(1, rows + 1))
+    assert pack_positions([100] * 33 + [28] * 33, 128).shape == (35, 128)
 
 
 def test_chunks_go_to_ranks_in_consecutive_parts(chunks: Corpus) -> None:
