@@ -138,6 +138,7 @@ def readers(run: Path, flags: list[str]) -> dict[str, Callable[[], Any]]:
     """Return how a resumed run reads each of its files, besides its checkpoints."""
     found: dict[str, Callable[[], Any]] = {
         "config.yaml": lambda: check_inputs(read_config([*flags, f"--output_dir={run}"]), ALONE).config.run,
+        "corpora.json": lambda: check_inputs(read_config([*flags, f"--output_dir={run}"]), ALONE).config.run,
         "log.jsonl": lambda: read_log(run / "log.jsonl"),
         "importance.safetensors": lambda: Importance.load(run / "importance.safetensors").values,
         "experts.json": lambda: read_experts(run / "experts.json"),
