@@ -113,6 +113,11 @@ class Anatomy:
         """
         return unit_kind(kind).shape(self)
 
+    def in_words(self, kinds: Iterable[str]) -> str:
+        """Say how many units of some kinds there are: ``"12 x 12 heads, 12 x 3072 ffn_intermediate"``."""
+        shapes = {kind: self.unit_shape(kind) for kind in kinds}
+        return ", ".join(f"{layers} x {units} {kind}" for kind, (layers, units) in shapes.items())
+
     def slices(self, kinds: Iterable[str]) -> Iterator[ParameterSlice]:
         """Find the entries of parameters that belong to units of some kinds, layer by layer.
 

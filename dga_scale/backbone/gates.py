@@ -46,12 +46,12 @@ class Gates:
         for kind in kinds:
             gate = unit_kind(kind).gate
             if gate is None:
-                raise UserError(f"{kind} have no gate: their importance can't be measured by one")
+                raise UserError(f"{unit_kind(kind).words} have no gate to measure their importance by")
             gated = [projection for projection in anatomy.projections if projection.role == gate.role]
             if len({projection.layer for projection in gated}) < len(gated):
                 raise UserError(
-                    f"{kind} can't be gated in {anatomy.architecture} models: a layer has several "
-                    f"{gate.role} projections"
+                    f"{unit_kind(kind).words} can't be gated in {anatomy.architecture} models: a layer has "
+                    f"several {gate.role} projections"
                 )
             for projection in gated:
                 module = model.get_submodule(projection.module)

@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     """Errors as ours: one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help")
+        raise UserError(f"{message}{'' if message.endswith('?') else '.'} See --help")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,8 +4,8 @@
 card and docs/settings.md read the declaration; none of them keeps a list of names of its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -53,8 +53,9 @@ _KEY = "setting"
 class _Said(NamedTuple):
     """What ``setting`` keeps in a field's metadata."""
 
+    default: Any
     help: str
-    choices: tuple[str, ...]
+    choices: Collection[str]
     rule: Rule | None
     affects: Affects
     source: str
@@ -65,7 +66,7 @@ class _Said(NamedTuple):
 def setting(
     default: Any,
     help: str,
-    choices: Sequence[str] = (),
+    choices: Collection[str] = (),
     *,
     rule: Rule | None = None,
     affects: Affects = "numbers",
@@ -81,7 +82,7 @@ def setting(
     Args:
         default: what it is without a flag.
         help: whole sentences, for ``--help`` and docs/settings.md.
-        choices: the only values it takes, of text.
+        choices: the only values it takes, of text; of a table, those that it has when they are read.
         rule: what a number must be; None is not checked.
         affects: see ``Affects``.
         source: where the default or the formula is from, a paper or its code.
@@ -93,7 +94,9 @@ def setting(
         lora_rank: int = setting(8, "Rank of the change of a projection.", rule=AT_LEAST_1, source="LoRA")
 
     """
-    said = _Said(help, tuple(choices), rule, affects, source, refers, repeats)
+    said = _Said(default, help, choices, rule, affects, source, refers, repeats)
+    if isinstance(default, list):  # each settings object has its own
+        return field(default_factory=lambda: list(default), metadata={_KEY: said})
     return field(default=default, metadata={_KEY: said})
 
 
@@ -113,7 +116,7 @@ class Setting:
     is_list: bool
     default: Any
     help: str
-    choices: tuple[str, ...]
+    choices: Collection[str]
     rule: Rule | None
     affects: Affects
     source: str
@@ -132,12 +135,7 @@ def declared(settings: type[Any]) -> Iterator[Setting]:
     for each in fields(settings):
         said: _Said = each.metadata[_KEY]
         is_list, kind = _kind(types[each.name])
-        yield Setting(each.name, kind, is_list, _default(each), *said)
-
-
-def _default(each: "Field[Any]") -> Any:
-    assert each.default is not MISSING, each.name
-    return each.default
+        yield Setting(each.name, kind, is_list, *said)
 
 
 def _kind(annotation: Any) -> tuple[bool, type]:

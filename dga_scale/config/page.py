@@ -80,6 +80,8 @@ def _section(title: str, group: type[Any]) -> list[str]:
 def _default(each: Setting) -> str:
     if each.default is None:
         return ""
+    if isinstance(each.default, list):
+        return f"`{' '.join(each.default)}`"
     return f"`{str(each.default).lower() if each.type is bool else each.default}`"
 
 

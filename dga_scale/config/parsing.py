@@ -6,7 +6,8 @@ Neither torch nor transformers is imported: help and a refused flag take no seco
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,16 +81,26 @@ def _argument(each: Setting) -> dict[str, Any]:
     if each.source:
         about.append(f"Source: {each.source}.")
     if each.default is not None:
-        about.append(f"(default: {each.default})")
+        default = " ".join(each.default) if isinstance(each.default, list) else each.default
+        about.append(f"(default: {default})")
     argument: dict[str, Any] = {
         "default": each.default,
         "help": " ".join(about).replace("%", "%%"),  # argparse fills % in
-        "choices": each.choices or None,
-        "metavar": None if each.choices else each.name.upper(),
+        "metavar": f"{{{','.join(each.choices)}}}" if each.choices else each.name.upper(),
     }
     if each.type is bool:  # a bare flag switches it on
         return argument | {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
-    return argument | {"type": each.type, "nargs": "+" if each.is_list else None}
+    kind = partial(_choice, each.choices) if each.choices else each.type
+    return argument | {"type": kind, "nargs": "+" if each.is_list else None}
+
+
+def _choice(choices: Collection[str], text: str) -> str:
+    if text not in choices:
+        hint = nearest(text, choices)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(choices)}{'.' if hint else ''}{hint}"
+        )
+    return text
 
 
 def _truth(text: str) -> bool:

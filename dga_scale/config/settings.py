@@ -227,7 +227,7 @@ class RunSettings:
     )
     protection_steps: int = setting(
         50,
-        "Steps between records of effective protection: how far each head moved against 1 - importance.",
+        "Steps between records of effective protection: how far each protected unit moved against 1 - a.",
         rule=AT_LEAST_1,
         affects="place",
     )

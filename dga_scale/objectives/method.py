@@ -108,9 +108,6 @@ class Method(nn.Module, Generic[S]):
     Settings: ClassVar[type[MethodSettings]]
     """The class S, which names the method."""
 
-    kinds: ClassVar[tuple[str, ...]] = ()
-    """The kinds of unit whose importance is measured and protected; none: no gates and no masks. A method
-    with kinds has settings that derive from ``ProtectionSettings``."""
     needs_teacher: ClassVar[bool] = False
     """Whether the method uses ``ForwardOutput.teacher``: a frozen copy of the starting model is kept."""
     needs_whole_model: ClassVar[bool] = False
@@ -130,6 +127,14 @@ class Method(nn.Module, Generic[S]):
     def name(self) -> str:
         """The name that ``--method`` takes."""
         return self.settings.name
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of unit whose importance is measured and protected; none: no gates and no masks.
+
+        A method with kinds has settings that derive from ``ProtectionSettings``.
+        """
+        return ()
 
     def check(self, config: TrainConfig, causal: bool) -> None:
         """Refuse settings that don't go together, before any long work.

@@ -108,16 +108,31 @@ class Importance:
             protection[kind] = a
         return protection
 
+    def check_units(self, anatomy: Anatomy) -> None:
+        """See that the units are those of a model.
+
+        Raises:
+            UserError: of another number of layers or units.
+
+        """
+        for kind, values in self.values.items():
+            expected = anatomy.unit_shape(kind)
+            if tuple(values.shape) != expected:
+                raise UserError(
+                    f"--prior_importance of {kind} has the shape {tuple(values.shape)}, the model has "
+                    f"{expected}: it was measured on another model; give the files of this one"
+                )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, a tensor for each kind, settings as JSON in its metadata, or nothing."""
         save_tensors(self.values, Path(path), {"settings": json.dumps(self.settings, sort_keys=True)})
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> "Importance":
-        """Read what ``save`` wrote.
+    def load(path: str | os.PathLike[str], kinds: Sequence[str] | None = None) -> "Importance":
+        """Read what ``save`` wrote: the importance of some kinds of unit, or of all in the file.
 
         Raises:
-            UserError: no such file, a damaged one, or not a file of importances.
+            UserError: no such file, a damaged one, not a file of importances, or one without such a kind.
 
         """
         try:
@@ -128,7 +143,14 @@ class Importance:
                 f"{path} can't be read as importances ({type(error).__name__}: {error}); remove it to "
                 "measure them again"
             ) from None
-        return Importance(values, settings)
+        missing = [kind for kind in kinds or () if kind not in values]
+        if missing:
+            raise UserError(
+                f"{path} holds the importance of {', '.join(sorted(values))}, not of {', '.join(missing)}, "
+                f"which this run protects: give a file measured for them, or "
+                f"--protect {' '.join(sorted(values))}"
+            )
+        return Importance({kind: values[kind] for kind in kinds or values}, settings)
 
 
 def combined_protection(
@@ -147,13 +169,7 @@ def combined_protection(
 
     """
     for importance in importances:
-        for kind, values in importance.values.items():
-            expected = anatomy.unit_shape(kind)
-            if tuple(values.shape) != expected:
-                raise UserError(
-                    f"--prior_importance of {kind} has the shape {tuple(values.shape)}, the model has "
-                    f"{expected}: it was measured on another model; give the files of this one"
-                )
+        importance.check_units(anatomy)
     if len({frozenset(importance.values) for importance in importances}) > 1:
         kinds = " and ".join(", ".join(sorted(importance.values)) for importance in importances)
         raise UserError(

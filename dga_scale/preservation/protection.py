@@ -165,6 +165,7 @@ class Protection:
         """
         if len(importances) == 1:
             (importance,) = importances
+            importance.check_units(self.anatomy)
             self.set(importance.protection(squash))
         else:
             importance, a = combined_protection(importances, self.anatomy, squash)

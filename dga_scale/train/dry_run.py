@@ -51,7 +51,7 @@ def _print(
     for name, value in (
         ("model", f"{inputs.config.model.model} ({trainer.anatomy.architecture})"),
         ("parameters", f"{sum(torch.Size(shape).numel() for shape in shapes):,}"),
-        ("heads", f"{trainer.anatomy.num_layers} layers x {trainer.anatomy.num_heads}"),
+        ("protected", trainer.anatomy.in_words(trainer.method.kinds) or "nothing"),
         ("views", views),
         ("ranks", f"{cluster.world_size} ({cluster.launcher}, {cluster.device.type})"),
         ("ZeRO", f"stage {resolved.zero_stage}, {resolved.precision}"),

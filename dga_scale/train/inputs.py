@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dga_scale.backbone.loading import load_model_config
 from dga_scale.config.methods.cse import CSESettings
+from dga_scale.config.methods.das import DASSettings
 from dga_scale.config.methods.shared import GeneralTextSettings
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.masking import MaskingPolicy
@@ -19,6 +20,7 @@ from dga_scale.launch.world import Cluster
 from dga_scale.logging.evaluations import Texts
 from dga_scale.logging.loggers import check_loggers
 from dga_scale.objectives.methods import build_method
+from dga_scale.preservation.importance import Importance
 from dga_scale.run_folder import RunFolder
 from dga_scale.train.schedule import may_extend
 from dga_scale.zero.ds_config import ResolvedConfig, resolve_ds_config
@@ -91,6 +93,9 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
             "--mix FOLDER:SHARE, for example --mix corpora/general:0.05"
         )
     method.check(config, model_config.causal)
+    if isinstance(config.method, DASSettings):
+        for prior in config.method.prior_importance or ():
+            Importance.load(prior, method.kinds)
     corpus = open_corpus(path, "--corpus", tokenizer)
     raw = load_ds_config(config.run.ds_config or "")
     resolved = resolve_ds_config(

@@ -1,6 +1,6 @@
 """Protection in a run: importance measured on its corpus or read where it was measured before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dga_scale.config.methods.das import DASSettings
@@ -24,15 +24,16 @@ def protect(trainer: Trainer) -> None:
     Raises:
         UserError: on every rank; importance that can't be measured, or is missing where a run resumes.
     """
-    if not trainer.method.kinds:
+    kinds = trainer.method.kinds
+    if not kinds:
         return
     settings, cluster, protection = _settings(trainer), trainer.cluster, trainer.protection
     prior = settings.prior_importance if isinstance(settings, DASSettings) else None
     if prior:
-        earlier = cluster.run_on_all(lambda: [Importance.load(path) for path in prior])
+        earlier = cluster.run_on_all(lambda: [Importance.load(path, kinds) for path in prior])
     else:
         path = trainer.inputs.folder.importance
-        known = cluster.run_on_all(lambda: _known_importance(path, trainer.resuming))
+        known = cluster.run_on_all(lambda: _known_importance(path, kinds, trainer.resuming))
         earlier = [known or measure(trainer, "proxy_kl", path)]
     importance = protection.protect(*earlier, squash=settings.importance_squash)
     trainer.log.importance(importance.values, protection.a)
@@ -61,9 +62,8 @@ def measure(trainer: Trainer, loss: str, path: Path) -> Importance:
             yield batch.to(cluster.device)
 
     rows = min(settings.importance_samples, len(inputs.corpus))
-    shapes = {kind: trainer.anatomy.unit_shape(kind) for kind in trainer.method.kinds}
-    units = [f"{layers} x {size} {kind}" for kind, (layers, size) in shapes.items()]
-    trainer.log.print(f"measuring the importance of {', '.join(units)} on {rows} rows")
+    units = trainer.anatomy.in_words(trainer.method.kinds)
+    trainer.log.print(f"measuring the importance of {units} on {rows} rows")
     # Proxy KL compares two dropout draws; the LM loss is measured without.
     trainer.model.train(loss == "proxy_kl")
     seed_everything(trainer.config.run.seed, IMPORTANCE_STREAM, 0, cluster.rank)
@@ -96,10 +96,10 @@ def _settings(trainer: Trainer) -> ProtectionSettings:
     return settings
 
 
-def _known_importance(path: Path, needed: bool) -> Importance | None:
+def _known_importance(path: Path, kinds: Sequence[str], needed: bool) -> Importance | None:
     if needed and not path.exists():
         raise UserError(
             f"{path} is missing: the importance that this run protects was measured on the model that it "
             "started from. Restore it, or start anew in another --output_dir"
         )
-    return Importance.load(path) if path.exists() else None
+    return Importance.load(path, kinds) if path.exists() else None

@@ -38,7 +38,7 @@ def folder_of(path: Path, config: TrainConfig) -> RunFolder:
 def another(each: Setting, value: Any) -> Any:
     """Some other value that the setting may have."""
     if each.choices:
-        other = next(choice for choice in each.choices if choice != value)
+        other = next(choice for choice in each.choices if value not in (choice, [choice]))
         return [other] if each.is_list else other
     if each.type is bool:
         return not value
@@ -164,7 +164,8 @@ def test_every_default_satisfies_its_own_declaration() -> None:
     for each in known_settings().values():
         if each.default is None:
             continue
-        assert isinstance(each.default, each.type), each.name
-        assert not each.choices or each.default in each.choices, each.name
+        values = each.default if each.is_list else [each.default]
+        assert all(isinstance(value, each.type) for value in values), each.name
+        assert not each.choices or set(values) <= set(each.choices), each.name
         assert each.rule is None or each.rule.holds(each.default), each.name
         assert each.help.endswith("."), each.name

@@ -162,8 +162,8 @@ def test_registry_names_the_methods_of_the_command_line() -> None:
     for name, method in METHODS.items():
         assert method.Settings.name == name
         assert method.Settings.summary
-    assert MaskedLM.kinds == ()
-    assert DGA.kinds == ("heads",)
+    assert MaskedLM(MaskedLM.Settings()).kinds == ()
+    assert DGA(DGASettings()).kinds == ("heads",)
     assert [view.name for view in DGA(DGASettings()).views()] == ["mlm", "full", "full_plus", "general"]
 
 

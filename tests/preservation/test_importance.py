@@ -312,3 +312,15 @@ def test_a_damaged_file_is_a_users_error(damaged: Path) -> None:
             Importance.load(damaged)
     with pytest.raises(UserError, match="can't be read as importances"):
         Importance.load(damaged.with_name("absent"))
+
+
+def test_only_the_kinds_asked_for_are_read_and_missing_ones_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "importance.safetensors"
+    Importance({"ffn_output": VALUES, "heads": VALUES + 1}, {}).save(path)
+    assert Importance.load(path, ["heads"]).values.keys() == {"heads"}
+    assert torch.equal(Importance.load(path, ["heads"]).values["heads"], VALUES + 1)
+    assert list(Importance.load(path, ["heads", "ffn_output"]).values) == ["heads", "ffn_output"]
+    with pytest.raises(
+        UserError, match=r"importance of ffn_output, heads, not of ffn_intermediate.*--protect"
+    ):
+        Importance.load(path, ["heads", "ffn_intermediate"])

@@ -5,17 +5,22 @@ from typing import ClassVar
 
 from dga_scale.config.declaration import setting
 from dga_scale.config.methods.dga import DGASettings
+from dga_scale.config.methods.shared import PROTECT
+from dga_scale.unit_kinds import UNIT_KINDS
 
 
 @dataclass(frozen=True)
 class DASSettings(DGASettings):
-    """DGA's, and what was important before this domain."""
+    """DGA's, with the FFN's units protected too, and what was important before this domain."""
 
     name: ClassVar = "das"
     summary: ClassVar = (
         "DGA in a sequence of domains: heads and FFN units, importance carried on (Ke et al., 2023)"
     )
 
+    protect: list[str] = setting(
+        ["heads", "ffn_intermediate", "ffn_output"], PROTECT, UNIT_KINDS, source="DAS"
+    )
     prior_importance: list[str] | None = setting(
         None,
         "Files of importances measured before, of general knowledge and of the domains learnt: a unit is "

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dga_scale.config.declaration import AT_LEAST_1, setting
 from dga_scale.config.settings import MethodSettings
+from dga_scale.unit_kinds import UNIT_KINDS
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,18 @@ class ContrastSettings(MethodSettings):
     )
 
 
+PROTECT = (
+    "Kinds of unit whose importance is measured and which are protected: gated in the general view, masked "
+    "and followed in the logs."
+)
+"""What ``protect`` says of itself in every method that has it; the default is the method's own."""
+
+
 @dataclass(frozen=True)
 class ProtectionSettings(MethodSettings):
     """The importance of units, and the soft-mask it makes; of every method that measures and protects."""
 
+    protect: list[str] = setting(["heads"], PROTECT, UNIT_KINDS, source="DGA")
     soft_mask: str = setting(
         "update",
         "Where 1 - importance is applied. update: on the step the optimizer makes, which does what the "

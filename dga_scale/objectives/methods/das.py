@@ -5,7 +5,7 @@ from dga_scale.objectives.methods.dga import DGA
 
 
 class DAS(DGA):
-    """DGA on attention heads, intermediate units and FFN outputs; what each domain needs protects it later.
+    """DGA on heads and the FFN's units (``--protect``); what a domain needs protects it later.
 
     The contrast's gated view and the masks take the largest protection that general knowledge or any
     earlier domain gives a unit. After training, the units' importance for this domain is measured by the
@@ -13,5 +13,4 @@ class DAS(DGA):
     """
 
     Settings = DASSettings
-    kinds = ("heads", "ffn_intermediate", "ffn_output")
     measures_after = True

@@ -1,11 +1,10 @@
 """DGA: adapting a language model while preserving its general knowledge (Ke et al., EMNLP 2022)."""
 
-from typing import ClassVar
-
 from dga_scale.config.methods.dga import DGASettings
 from dga_scale.objectives.contrast import Contrast, Side
 from dga_scale.objectives.method import LM_VIEW, Method
 from dga_scale.objectives.views import View
+from dga_scale.unit_kinds import in_table_order
 
 
 class DGA(Method[DGASettings]):
@@ -21,7 +20,11 @@ class DGA(Method[DGASettings]):
     """
 
     Settings = DGASettings
-    kinds: ClassVar[tuple[str, ...]] = ("heads",)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Those of ``--protect``; heads, as in the paper, by default."""
+        return in_table_order(self.settings.protect)
 
     def contrast(self) -> Contrast | None:
         settings = self.settings
