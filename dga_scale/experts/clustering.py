@@ -1,4 +1,4 @@
-"""Clusters of a text sample by DBSCAN, with eps from the k-distance elbow."""
+"""Cluster a text sample by DBSCAN, with eps from the k-distance elbow."""
 
 from dataclasses import dataclass
 
@@ -10,25 +10,25 @@ from dga_scale.errors import UserError
 MAX_EXPERTS = 64
 MIN_SAMPLES, MIN_SAMPLES_SHARE = 5, 0.005
 _QUANTILES = tuple(percent / 100 for percent in range(95, 20, -5))
-"""Of the k-distances, tried for eps after the elbow: at each, that share of the points lies in a cluster."""
+"""The quantiles of the k-distances that are tried for eps after the elbow."""
 _RADIUS_FLOOR = 1e-3
-"""Least radius over eps: a cluster of equal points would never take another point."""
+"""The smallest radius over eps: with radius 0 a cluster of equal points would never take another point."""
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """What DBSCAN found.
+    """The clusters that DBSCAN found.
 
     Attributes:
-        centres: (clusters, d) mean of each cluster's points.
-        radii: (clusters,) mean distance of a cluster's points from its centre.
-        labels: (N,) cluster of each point; noise is given to the cluster with the nearest centre, which it
-            does not change.
-        noise: how many points DBSCAN left out.
-        eps, min_samples: as used.
-
+        centres: The mean of each cluster's points, (clusters, d).
+        radii: The mean distance of a cluster's points from its centre, (clusters,).
+        labels: The cluster of each point, (N,); noise is assigned to the cluster with the nearest centre,
+            which it does not change.
+        noise: The number of points that DBSCAN left out.
+        eps: DBSCAN's eps.
+        min_samples: DBSCAN's min_samples.
     """
 
     centres: Array
@@ -40,12 +40,12 @@ class Clusters:
 
     @property
     def sizes(self) -> list[int]:
-        """Number of points of each cluster, its noise included."""
+        """The number of points of each cluster, its noise included."""
         return np.bincount(self.labels, minlength=len(self.centres)).tolist()
 
 
 class NoClusters(UserError):
-    """The points are no two clusters, or too many."""
+    """The points form fewer than two clusters, or too many."""
 
 
 def find_clusters(
@@ -54,35 +54,34 @@ def find_clusters(
     """Cluster points (N, d), largest cluster first.
 
     Args:
-        points: fp32.
-        eps: DBSCAN's; None: the elbow of the k-distance curve, or, where that joins everything, the largest
-            of the curve's 95% to 25% quantiles that leaves two clusters.
-        min_samples: DBSCAN's; None: max(5, 0.5% of N).
-        what: the points' name in messages.
+        points: The points, fp32.
+        eps: DBSCAN's eps; None: the elbow of the k-distance curve, or, where that joins all points, the
+            largest of the curve's 95% to 25% quantiles that gives two clusters.
+        min_samples: DBSCAN's min_samples; None: max(5, 0.5% of N).
+        what: The points' name in messages.
 
     Raises:
-        UserError: too few points for min_samples.
-        NoClusters: less than two clusters, or more than ``MAX_EXPERTS``; it says which eps would do, where
-            one would.
-
+        UserError: there are too few points for min_samples.
+        NoClusters: there are fewer than two clusters or more than ``MAX_EXPERTS``; the message names values
+            of eps that give another number, where there are any.
     """
-    wanted = min_samples or max(MIN_SAMPLES, round(MIN_SAMPLES_SHARE * len(points)))
-    if len(points) < 2 * wanted:
+    needed = min_samples or max(MIN_SAMPLES, round(MIN_SAMPLES_SHARE * len(points)))
+    if len(points) < 2 * needed:
         raise UserError(
-            f"{len(points)} sequences of {what} are too few for two clusters of --cse_min_samples {wanted}: "
+            f"{len(points)} sequences of {what} are too few for two clusters of --cse_min_samples {needed}: "
             "raise --cse_samples or lower --cse_min_samples"
         )
-    distances = k_distances(points, wanted)
+    distances = k_distances(points, needed)
     used = eps or elbow(distances)
-    labels = _dbscan(points, used, wanted)
+    labels = _dbscan(points, used, needed)
     first = used, _count(labels)
     lower = (float(np.quantile(distances, quantile)) for quantile in _QUANTILES)
     candidates = [] if eps else [candidate for candidate in lower if 0 < candidate < used]
     while not 2 <= _count(labels) <= MAX_EXPERTS:
         if not candidates:
-            raise NoClusters(_advice(points, distances, what, *first, wanted, given=eps is not None))
+            raise NoClusters(_advice(points, distances, what, *first, needed, given=eps is not None))
         used = candidates.pop(0)
-        labels = _dbscan(points, used, wanted)
+        labels = _dbscan(points, used, needed)
     found = _count(labels)
     members = [points[labels == label] for label in np.argsort(-np.bincount(labels[labels >= 0]))]
     centres = np.stack([each.mean(axis=0) for each in members])
@@ -98,12 +97,12 @@ def find_clusters(
         labels=np.where(labels >= 0, order[labels], nearest),
         noise=int((labels < 0).sum()),
         eps=float(used),
-        min_samples=wanted,
+        min_samples=needed,
     )
 
 
 def k_distances(points: Array, k: int) -> NDArray[np.float64]:
-    """Distance of each point to its k-th neighbour, itself counted as DBSCAN does; ascending (N,)."""
+    """Compute each point's distance to its k-th neighbour (itself counted, as in DBSCAN); ascending (N,)."""
     from sklearn.neighbors import NearestNeighbors
 
     distances, _ = NearestNeighbors(n_neighbors=k).fit(points).kneighbors(points)
@@ -111,7 +110,7 @@ def k_distances(points: Array, k: int) -> NDArray[np.float64]:
 
 
 def elbow(ascending: NDArray[np.float64]) -> float:
-    """Value of the point of an ascending curve that lies farthest below the line from its first to its last.
+    """Find the value of an ascending curve that lies farthest below the line from its first to its last.
 
     Both axes are scaled to [0, 1] first (Satopaa et al., 2011).
     """
@@ -144,7 +143,7 @@ def _advice(
     *,
     given: bool,
 ) -> str:
-    """Say what to change; where eps was given, with the numbers of clusters that other values give."""
+    """Describe what to change; where eps was given, with the numbers of clusters of other values."""
     useful = []
     for quantile in _QUANTILES[::3] if given else ():
         candidate = float(f"{np.quantile(distances, quantile):.3g}")
@@ -153,10 +152,10 @@ def _advice(
     clusters = "one cluster" if found == 1 else f"{found} clusters"
     tried = "eps" if given else "the elbow, eps"
     advice = (
-        f"--cse_eps {' or '.join(useful)} would do here."
+        f"Give --cse_eps {' or '.join(useful)}."
         if useful
-        else "Smaller ones do no better: lower --cse_min_samples, train on text that has parts (for example "
-        "with --mix GENERAL:0.3), or leave the sublayer out with --cse_experts or --cse_layers."
+        else "Smaller values of eps do not help: lower --cse_min_samples, train on more varied text (for "
+        "example with --mix GENERAL:0.3), or leave the sublayer out with --cse_experts or --cse_layers."
     )
     return (
         f"DBSCAN finds {clusters} in {len(points)} sequences of {what} ({tried} {eps:.4g}, min_samples "

@@ -1,4 +1,4 @@
-"""Gradient consistency: which text pulls a block the way most of it does, and which is the long tail.
+"""Gradient consistency: which text shares the gradient direction of most text, and which is the long tail.
 
 CSE (Dong et al., NeurIPS 2024): J holds the gradients of one block's parameters, a row a sequence, and
 ``g(X) = u_max^T J`` with u_max the top eigenvector of ``J J^T`` (its entries' sum >= 0) is the direction that
@@ -21,24 +21,23 @@ from dga_scale.errors import UserError
 from dga_scale.experts.sublayers import block_of
 
 _COLUMNS = 1 << 20
-"""Columns of J that are in fp64 at a time."""
+"""The number of columns of J that are in fp64 at a time."""
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """Of one group of sequences X' against all sequences X together.
+    """The consistency of one group of sequences X' with all sequences X.
 
     Attributes:
-        rows: (n,) GC of each sequence alone: cosine of its gradient with g(X).
-        group: GC of the group, cos(g(X), g(X')).
-
+        rows: The GC of each sequence alone, (n,): the cosine of its gradient and g(X).
+        group: The GC of the group, cos(g(X), g(X')).
     """
 
     rows: Tensor
     group: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what the JSON file holds."""
+        """Return the content of the JSON file."""
         return {
             "sequences": len(self.rows),
             "group": self.group,
@@ -52,20 +51,19 @@ class Consistency:
 def shared_direction(gradients: Tensor) -> Tensor:
     """Compute g = u_max^T J of gradients J (n, parameters): (parameters,) in fp64."""
     products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
-    for part in gradients.split(_COLUMNS, dim=1):
-        products += part.double() @ part.double().T
+    for columns in gradients.split(_COLUMNS, dim=1):
+        products += columns.double() @ columns.double().T
     _, vectors = torch.linalg.eigh(products)  # ascending
     top = vectors[:, -1]
     top = top if top.sum() >= 0 else -top
-    return torch.cat([top @ part.double() for part in gradients.split(_COLUMNS, dim=1)])
+    return torch.cat([top @ columns.double() for columns in gradients.split(_COLUMNS, dim=1)])
 
 
 def consistency(groups: Mapping[str, Tensor]) -> dict[str, Consistency]:
     """Compare each group with all groups together.
 
     Args:
-        groups: gradients (n, parameters) of the sequences of each.
-
+        groups: The gradients (n, parameters) of the sequences of each group, by its name.
     """
     everything = shared_direction(torch.cat(list(groups.values())))
     return {
@@ -95,17 +93,16 @@ def sequence_gradients(
     losses: Iterable[Callable[[], Tensor]],
     count: int,
 ) -> Tensor:
-    """Gradient of each sequence's loss, without dropout: (count, parameters) in fp32 on the CPU.
+    """Compute the gradient of each sequence's loss, without dropout: (count, parameters), fp32, on the CPU.
 
     Args:
-        lm: the model.
-        parameters: of one block.
-        losses: a call for each sequence that gives its loss; ``count`` of them.
-        count: number of sequences.
+        lm: The model.
+        parameters: The parameters of one block.
+        losses: A function for each sequence that returns its loss; ``count`` of them.
+        count: The number of sequences.
 
     Raises:
-        UserError: so many gradients don't fit into memory.
-
+        UserError: the gradients don't fit into memory.
     """
     width = sum(parameter.numel() for parameter in parameters)
     needed, free = 3 * 4 * count * width, psutil.virtual_memory().available
@@ -118,10 +115,10 @@ def sequence_gradients(
     lm.eval()
     gradients = torch.empty(count, width)
     for row, loss in enumerate(losses):
-        parts = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        found = torch.autograd.grad(loss(), parameters, allow_unused=True)
         flat = [
-            torch.zeros(parameter.numel()) if part is None else part.detach().float().cpu().flatten()
-            for part, parameter in zip(parts, parameters, strict=True)
+            torch.zeros(parameter.numel()) if gradient is None else gradient.detach().float().cpu().flatten()
+            for gradient, parameter in zip(found, parameters, strict=True)
         ]
         gradients[row] = torch.cat(flat)
     lm.train(training)

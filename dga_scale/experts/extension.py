@@ -1,4 +1,4 @@
-"""Sparse experts as an extension of a model: built from its config, or out of a dense model's clusters."""
+"""Sparse experts as an extension of a model: built from its config, or from a dense model's clusters."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ from dga_scale.experts.sublayers import SUBLAYERS, Sublayer, block_of, sublayer_
 
 EXPERTS = "experts"
 CHILD = "sparse"
-"""Child of a block that holds routers and copies."""
+"""The name of the child of a block that holds routers and copies."""
 
 
 class SublayerId(NamedTuple):
@@ -40,25 +40,24 @@ class SublayerId(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """What a pass over text collected at one sublayer."""
+    """The features that one sublayer has of a text sample."""
 
     features: Tensor
-    """(N, d') v' of each sequence."""
+    """The features v' of each sequence, (N, d')."""
     projection: Tensor
-    """(H, d') that they were made with."""
+    """The projection that they were computed with, (H, d')."""
 
 
 def sublayer_ids(anatomy: Anatomy, layers: int, which: str) -> tuple[SublayerId, ...]:
     """List the sublayers that get experts: those of the last ``layers`` layers.
 
     Args:
-        anatomy: of the dense model.
-        layers: how many.
-        which: "attention", "ffn" or "both".
+        anatomy: The anatomy of the dense model.
+        layers: The number of layers, counted from the top.
+        which: The kind of sublayer: "attention", "ffn" or "both".
 
     Raises:
-        UserError: more layers than the model has, or none.
-
+        UserError: ``layers`` is below 1, or above the number of the model's layers.
     """
     if not 1 <= layers <= anatomy.num_layers:
         raise UserError(
@@ -82,18 +81,17 @@ def collect_features(
     width: int,
     seed: int,
 ) -> dict[SublayerId, Sample]:
-    """Run the dense model on this rank's batches; v' = mean_t(input) P of every sequence, at every sublayer.
+    """Run the dense model on this rank's batches, and collect v' = mean_t(input) P at every sublayer.
 
     P (H, width) is Gaussian with variance 1/width, the same on all ranks. Dropout is off meanwhile.
 
     Args:
-        lm: the whole dense model.
-        anatomy: its anatomy.
-        sublayers: where to collect.
-        batches: ids and attention mask (B, T) each, on the model's device.
-        width: d'.
-        seed: of the projections.
-
+        lm: The whole dense model.
+        anatomy: The anatomy of the model.
+        sublayers: The sublayers at which to collect.
+        batches: Ids and attention mask of each batch, (B, T) each, on the model's device.
+        width: The width d' of the features.
+        seed: The seed of the projections.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     device = next(lm.parameters()).device
@@ -132,7 +130,7 @@ def collect_features(
 
 
 def settings_of(clusters: dict[SublayerId, Clusters], *, alpha: float, width: int) -> Settings:
-    """Describe the experts as JSON data: what ``config.json`` and the run's folder hold."""
+    """Describe the experts as JSON data for ``config.json`` and the run's folder."""
     sublayers = [
         {"layer": sublayer.layer, "sublayer": sublayer.sublayer, "experts": len(found.centres)}
         for sublayer, found in clusters.items()
@@ -147,11 +145,10 @@ def add_experts(
     *,
     alpha: float,
 ) -> ExtendedPreTrainedModel:
-    """Give a dense model one expert a cluster; its output stays what it was, up to rounding.
+    """Add one expert for each cluster to a dense model, whose output does not change but for rounding.
 
     Raises:
         UserError: as ``extend``.
-
     """
     width = next(iter(samples.values())).features.shape[1]
     model = extend(dense, EXPERTS, settings_of(clusters, alpha=alpha, width=width))
@@ -164,7 +161,7 @@ def add_experts(
 
 
 def sparse_sublayers(model: ExtendedPreTrainedModel) -> dict[SublayerId, SparseSublayer]:
-    """Find the sublayers with experts of a model."""
+    """Return the sublayers of a model that have experts."""
     found = {}
     for entry in model.config.extension_settings["sublayers"]:
         sublayer = SublayerId(entry["layer"], entry["sublayer"])
@@ -175,21 +172,21 @@ def sparse_sublayers(model: ExtendedPreTrainedModel) -> dict[SublayerId, SparseS
     return found
 
 
-def update_centres_every(model: ExtendedPreTrainedModel, passes: int) -> None:
-    """Let the centres move once in so many training passes: those of one optimizer step.
+def update_centres_every(model: ExtendedPreTrainedModel, forwards: int) -> None:
+    """Update the centres once in ``forwards`` training forward passes: those of one optimizer step.
 
-    They then depend on the step's sequences alone, not on how those are cut into passes.
+    The centres then depend on the step's sequences alone, not on how these are cut into micro-batches.
     """
     for sublayer in sparse_sublayers(model).values():
-        sublayer.passes.per_update = passes
+        sublayer.passes.per_update = forwards
 
 
 def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anatomy:
-    """Add routers and copies of the dense sublayers; equal weights, centres still to be set or loaded."""
+    """Add routers and copies of the dense sublayers: weights are equal, centres are set or loaded later."""
     if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
         raise UserError(
-            "experts are copies of whole sublayers, and ZeRO-3 has spread the model over the ranks already: "
-            "load it before transformers is told of ZeRO-3"
+            "experts are copies of whole sublayers, and ZeRO-3 has partitioned the model already: load it "
+            "before transformers' ZeRO-3 integration is active"
         )
     keep_no_cache(base, "experts")  # a route is chosen for a whole sequence, not for its next token
     passes = Passes(base.base_model)
@@ -203,12 +200,12 @@ def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anato
         )
         sparse = SparseSublayer([name.removeprefix(block) for name in names], dense, router, passes)
         passes.sublayers.append(sparse)
-        home = base.get_submodule(block.removesuffix("."))
-        if not hasattr(home, CHILD):
-            home.add_module(CHILD, nn.ModuleDict())
-        home.get_submodule(CHILD).add_module(sublayer, sparse)
+        parent = base.get_submodule(block.removesuffix("."))
+        if not hasattr(parent, CHILD):
+            parent.add_module(CHILD, nn.ModuleDict())
+        parent.get_submodule(CHILD).add_module(sublayer, sparse)
     base._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "router"}
-    return dataclasses.replace(anatomy, first_position=None)  # and rows read as one would go one way
+    return dataclasses.replace(anatomy, first_position=None)  # packed rows would share a route
 
 
 register_extension(EXPERTS, _apply)

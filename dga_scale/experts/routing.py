@@ -25,23 +25,22 @@ from torch import Tensor, nn
 from dga_scale.errors import UserError
 
 BATCHED = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
-"""Arguments of sublayers, passed by name, that have one entry an example (or one for all)."""
+"""The keyword arguments of sublayers that have one entry an example (or one for all)."""
 SHARED = ("relative_pos", "rel_embeddings")
-"""Those that are the same for all examples (DeBERTa)."""
+"""The keyword arguments of sublayers that are the same for all examples (DeBERTa)."""
 
 
 class Router(nn.Module):
-    """Where each sequence goes: ``argmin_j ||v' - c_j|| / r_j`` with ``v' = mean_t(input) P``.
+    """Chooses the expert of each sequence: ``argmin_j ||v' - c_j|| / r_j`` with ``v' = mean_t(input) P``.
 
-    Its buffers are fp32 whatever the model is cast to: a centre that moves by 1% a batch would stand still in
-    bf16.
+    The buffers stay fp32 whatever the model is cast to: in bf16 an update of a centre by 1% would round to
+    nothing.
 
     Args:
-        hidden_size: H, width of the sublayer's input.
-        projection: d', width of v'.
-        experts: number of centres.
-        alpha: share of a centre that one sequence leaves in place.
-
+        hidden_size: The width H of the sublayer's input.
+        projection: The width d' of v'.
+        experts: The number of centres.
+        alpha: The share of a centre that remains after one sequence.
     """
 
     projection: Tensor  # (H, d'), Gaussian, never changed
@@ -99,7 +98,7 @@ class Router(nn.Module):
 
 
 def project(states: Tensor, attention_mask: Tensor | None, projection: Tensor) -> Tensor:
-    """Mean of states (B, T, H) over real tokens, times the projection (H, d'): (B, d') in fp32."""
+    """Average states (B, T, H) over real tokens and multiply by the projection (H, d'): (B, d') in fp32."""
     if states.dim() != 3 or (attention_mask is not None and attention_mask.shape != states.shape[:2]):
         given = None if attention_mask is None else tuple(attention_mask.shape)
         raise UserError(
@@ -115,16 +114,15 @@ def project(states: Tensor, attention_mask: Tensor | None, projection: Tensor) -
 
 
 class SparseSublayer(nn.Module):
-    """The experts of one sublayer. Expert 0 is the dense sublayer, at its place; copies of it are held here.
+    """The experts of one sublayer: expert 0 is the dense sublayer itself, the others are copies held here.
 
     The dense modules' ``forward`` is replaced: it sends each sequence to its expert.
 
     Args:
-        names: names of the dense modules inside their block.
-        dense: the modules, in the order they are called; the first one's input decides.
-        router: one centre an expert.
-        passes: of the model.
-
+        names: The names of the dense modules inside their block.
+        dense: The modules, in the order they are called; the first one's input determines the route.
+        router: The router, with one centre an expert.
+        passes: The state of the model's current forward pass.
     """
 
     def __init__(
@@ -140,8 +138,8 @@ class SparseSublayer(nn.Module):
         self._dense = tuple(dense)  # a tuple: they stay children of the block alone
         self.passes = passes
         self._rows: list[tuple[int, Tensor]] = []
-        self._places = torch.empty(0)
-        self.last: tuple[Tensor, Tensor] | None = None  # v' and expert of each sequence of the last pass
+        self._order = torch.empty(0)
+        self.last: tuple[Tensor, Tensor] | None = None  # v' and expert of each sequence of the last forward
         for number, module in enumerate(dense):
             module.forward = partial(self._dispatch, number)
 
@@ -158,17 +156,17 @@ class SparseSublayer(nn.Module):
             self._route(args[0] if args else kwargs["hidden_states"])
         if len(self._rows) == 1:
             return self._call(self._rows[0][0], number, args, kwargs)
-        batch = len(self._places)
+        batch = len(self._order)
         _check_arguments(kwargs)
-        parts = []
+        outputs = []
         for index, rows in self._rows:
             own_args = tuple(_select(value, rows, batch) for value in args)
             own_kwargs = {
                 name: _select(value, rows, batch) if name in BATCHED else value
                 for name, value in kwargs.items()
             }
-            parts.append(self._call(index, number, own_args, own_kwargs))
-        return _merge(parts, self._places)
+            outputs.append(self._call(index, number, own_args, own_kwargs))
+        return _merge(outputs, self._order)
 
     def _call(self, index: int, number: int, args: Any, kwargs: Any) -> Any:
         module = self.expert(index)[number]
@@ -177,29 +175,29 @@ class SparseSublayer(nn.Module):
         return module(*args, **kwargs)
 
     def _route(self, states: Tensor) -> None:
-        """Set which rows each expert runs, and where each row's output lies among the experts' outputs."""
+        """Set which rows each expert runs, and the index of each row's output among all experts' outputs."""
         if self.passes.inside:
             features = self.router.features(states, self.passes.attention_mask)
             self.last = features, self.router.choose(features)
-        # Outside, a checkpointed block runs again in the backward pass: it has to go the way it went.
+        # Outside, a checkpointed block is recomputed in the backward pass: it has to take the same route.
         assert self.last is not None
         chosen = self.last[1].tolist()
         own: list[list[int]] = [[] for _ in range(len(self.router.centres))]
         for row, index in enumerate(chosen):
             own[index].append(row)
         every = self._every_expert(states)
-        self._rows, places, filled = [], [0] * len(chosen), 0
+        self._rows, order, filled = [], [0] * len(chosen), 0
         for index, rows in enumerate(own):
             if rows or every:
                 ran = rows or [0]
-                for place, row in enumerate(rows):
-                    places[row] = filled + place
+                for position, row in enumerate(rows):
+                    order[row] = filled + position
                 filled += len(ran)
                 self._rows.append((index, torch.tensor(ran, device=states.device)))
-        self._places = torch.tensor(places, device=states.device)
+        self._order = torch.tensor(order, device=states.device)
 
     def _every_expert(self, states: Tensor) -> bool:
-        """Whether experts without a sequence have to run too; see the module's text."""
+        """Return whether experts without a sequence have to run too; the module's docstring says why."""
         training = self.training and torch.is_grad_enabled()
         partitioned = any(hasattr(parameter, "ds_id") for parameter in self.parameters())
         if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -208,17 +206,16 @@ class SparseSublayer(nn.Module):
 
 
 class Passes:
-    """What the experts of one model have to know of the pass they are in. Hooks on the trunk keep it.
+    """The state of a model's current forward pass for its experts, which hooks on the trunk maintain.
 
-    At the end of a training pass, or of the last of several that make an optimizer step, the centres move by
-    the sequences of all ranks.
+    After the last training forward pass of an optimizer step the centres are updated by the sequences of all
+    ranks.
 
     Attributes:
-        inside: whether the trunk is being called.
-        attention_mask: (B, T) of that call.
-        sublayers: those with experts.
-        per_update: training passes between two moves of the centres.
-
+        inside: Whether the trunk is being called.
+        attention_mask: The attention mask (B, T) of that call.
+        sublayers: The sublayers with experts.
+        per_update: The number of training forward passes between two updates of the centres.
     """
 
     def __init__(self, trunk: nn.Module) -> None:
@@ -247,7 +244,7 @@ class Passes:
         for sublayer in self.sublayers:
             assert sublayer.last is not None
             totals.append(sublayer.router.totals(*sublayer.last))
-        every = torch.cat(totals)  # (experts of all sublayers, 1 + d'): one message
+        every = torch.cat(totals)  # (experts of all sublayers, 1 + d'): one collective
         self._totals = every if self._done == 0 else self._totals + every
         self._done += 1
         if self._done < self.per_update:
@@ -255,22 +252,22 @@ class Passes:
         self._done = 0
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._totals)
-        parts = self._totals.split([len(part) for part in totals])
-        for sublayer, part in zip(self.sublayers, parts, strict=True):
-            sublayer.router.update(part)
+        summed = self._totals.split([len(own) for own in totals])
+        for sublayer, own in zip(self.sublayers, summed, strict=True):
+            sublayer.router.update(own)
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if isinstance(value, Tensor) and name not in (*BATCHED, *SHARED):
             raise UserError(
-                f"experts don't know whether {name} has one entry an example: use another "
+                f"experts can't split {name}, an argument of unknown layout, by examples: use another "
                 "attn_implementation (sdpa)"
             )
 
 
 def _select(value: Any, rows: Tensor, batch: int) -> Any:
-    """Take the examples of one expert out of an argument; what has one entry for all stays."""
+    """Select the examples of one expert from an argument; a value that all examples share is kept whole."""
     if isinstance(value, tuple):
         return tuple(_select(each, rows, batch) for each in value)
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
@@ -278,10 +275,10 @@ def _select(value: Any, rows: Tensor, batch: int) -> Any:
     return value
 
 
-def _merge(parts: Sequence[Any], places: Tensor) -> Any:
-    """Put the experts' outputs together in the order of the batch."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts)).index_select(0, places)
-    if isinstance(parts[0], tuple):
-        return tuple(_merge(each, places) for each in zip(*parts, strict=True))
-    return parts[0]
+def _merge(outputs: Sequence[Any], order: Tensor) -> Any:
+    """Concatenate the experts' outputs in the order of the batch."""
+    if isinstance(outputs[0], Tensor):
+        return torch.cat(list(outputs)).index_select(0, order)
+    if isinstance(outputs[0], tuple):
+        return tuple(_merge(each, order) for each in zip(*outputs, strict=True))
+    return outputs[0]

@@ -1,4 +1,4 @@
-"""Which modules make up the attention sublayer and the FFN sublayer of a block, for every architecture."""
+"""Find the modules of the attention sublayer and the FFN sublayer of a block, for every architecture."""
 
 from typing import Literal
 
@@ -14,12 +14,11 @@ _ROLES = {"attention": ("query", "key", "value", "output"), "ffn": ("up", "down"
 def sublayer_modules(anatomy: Anatomy, layer: int, sublayer: Sublayer) -> tuple[str, ...]:
     """Name the children of a block that hold a sublayer's projections, in the order they are called.
 
-    Mostly one (``mlp``); BERT's FFN is two, ``intermediate`` and ``output``. What they hold besides the
-    projections belongs to the sublayer: BERT's have its dropout and LayerNorm, Llama's stand between norms.
+    Mostly there is one (``mlp``); BERT's FFN has two, ``intermediate`` and ``output``. Everything else in
+    them belongs to the sublayer too: BERT's hold dropout and LayerNorm, Llama's stand between norms.
 
     Raises:
-        UserError: the block is built in another way.
-
+        UserError: the block has another structure.
     """
     block = block_of(anatomy, layer)
     found: dict[str, None] = {}  # a set that keeps the order
@@ -33,11 +32,10 @@ def sublayer_modules(anatomy: Anatomy, layer: int, sublayer: Sublayer) -> tuple[
 
 
 def block_of(anatomy: Anatomy, layer: int) -> str:
-    """Name a block, with a dot at its end: what its attention and its FFN have in common.
+    """Return the name of a block with a dot at its end: the common prefix of its attention and its FFN.
 
     Raises:
-        UserError: they have nothing in common.
-
+        UserError: they have no such prefix.
     """
     attention, ffn = (names[layer].split(".") for names in (anatomy.attention_outputs, anatomy.ffn_outputs))
     common = []
@@ -54,7 +52,7 @@ def block_of(anatomy: Anatomy, layer: int) -> str:
 def _unknown(anatomy: Anatomy, layer: int) -> UserError:
     one, other = anatomy.attention_outputs[layer], anatomy.ffn_outputs[layer]
     return UserError(
-        f"the attention and FFN sublayers of layer {layer} can't be told apart in this "
-        f"{anatomy.architecture} model: {one} and {other} are no two children of one numbered block; experts "
-        "need a model of an architecture that the README lists"
+        f"the attention and FFN sublayers of layer {layer} can't be found in this {anatomy.architecture} "
+        f"model: {one} and {other} are not two children of one numbered block; experts need a model of an "
+        "architecture that the README lists"
     )

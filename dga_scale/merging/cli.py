@@ -18,7 +18,7 @@ def merge_command() -> NoReturn:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every option with its default."""
+    """Build the parser of the command's options."""
     parser = Parser(
         prog="dga-merge",
         description="Merge adapted models with the base that they were adapted from: often most of the "
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="DIR", help="new folder for the merged model")
     add("--sweep", type=_numbers, metavar="W,W,...", help="score these weights, such as 0,0.25,0.5,0.75,1; "
         "with --output a model of each is written, DIR/weight-0.25 and so on")  # fmt: skip
-    add("--corpus", metavar="DIR", help="of --sweep: the domain's corpus; its held-out part is scored")
+    add("--corpus", metavar="DIR", help="of --sweep: the domain's corpus; its held-out split is scored")
     add("--general_corpus", metavar="DIR", help="of --sweep: general text, the same")
     add("--results", type=Path, default=Path("merge_sweep"), metavar="DIR",
         help="of --sweep: where sweep.json and sweep.png go; default: merge_sweep")  # fmt: skip
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Merge, or sweep, as ``arguments`` (None: the command line) say."""
+    """Merge or sweep as given in ``arguments`` (None: the command line)."""
     quiet_libraries()
     options = build_parser().parse_args(arguments)
     weights = options.sweep or [options.weight]
@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of numbers such as 0,0.25,0.5,0.75,1"
+            f"{text!r} is not a list of numbers such as 0,0.25,0.5,0.75,1"
         ) from None
 
 

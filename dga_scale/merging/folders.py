@@ -1,4 +1,4 @@
-"""A model's folder read tensor by tensor: names, shapes and dtypes without the weights."""
+"""Read a model's folder tensor by tensor: names, shapes and dtypes without the weights."""
 
 import os
 import re
@@ -25,13 +25,13 @@ _RENAMED = (
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
     (r"^embed_out\.", "lm_head."),  # GPT-NeoX
 )
-"""Names in files, and what transformers calls them in the model."""
+"""The patterns of parameter names in old files, with the names that transformers gives them today."""
 _NEEDED_OF_THE_HUB = ["config.json", "model*.safetensors*", "*token*", "vocab*", "merges.txt", "*.model"]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what it looks like."""
+    """The file, name, shape and dtype of a stored tensor."""
 
     file: Path
     name: str
@@ -41,20 +41,19 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A masked or causal LM on disk, opened: nothing of its weights is in memory."""
+    """An opened folder of a masked or causal LM, whose weights are not in memory."""
 
     name: str
-    """As the user wrote it."""
+    """The name as the user wrote it."""
     path: Path
     settings: ModelConfig
 
     @classmethod
     def open(cls, name: str) -> "ModelFolder":
-        """Open a folder, or a model of the Hugging Face hub (downloaded where it is not yet).
+        """Open a folder, or a model of the Hugging Face hub, which is downloaded if it is not cached.
 
         Raises:
-            UserError: nothing there, an unknown architecture, pickled weights.
-
+            UserError: there is no model, its architecture is unknown, or its weights are pickled.
         """
         settings = load_model_config(name)
         path = Path(
@@ -75,7 +74,7 @@ class ModelFolder:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """All tensors in the folder, by the names that transformers gives them today."""
+        """The tensors in the folder, by the names that transformers gives them today."""
         found: dict[str, StoredTensor] = {}
         for file in sorted(self.path.glob("model*.safetensors")):
             for name, stored in self._tensors_of(file).items():
@@ -85,7 +84,7 @@ class ModelFolder:
         return found
 
     def find(self, names: list[str]) -> StoredTensor | None:
-        """Look a tensor up under any of its names; checkpoints of a bare trunk leave the trunk's name out."""
+        """Find a tensor by any of its names; checkpoints of a bare trunk omit the trunk's name."""
         for name in names:
             if name in self.tensors:
                 return self.tensors[name]
@@ -95,7 +94,7 @@ class ModelFolder:
         return None
 
     def tensor_names(self) -> list[list[str]]:
-        """Names of each tensor of the model that the config describes; tied weights have several."""
+        """Return the names of each tensor of the config's model; tied weights have several names."""
         auto: Any = AutoModelForCausalLM if self.settings.causal else AutoModelForMaskedLM
         with torch.device("meta"):
             model = auto.from_config(self.settings.config)
@@ -114,9 +113,9 @@ class ModelFolder:
             with safe_open(file, framework="pt") as handle:
                 found = {}
                 for name in handle.keys():  # noqa: SIM118 - no mapping
-                    part = handle.get_slice(name)
-                    dtype = self._dtype(part.get_dtype(), name)
-                    found[name] = StoredTensor(file, name, tuple(part.get_shape()), dtype)
+                    stored = handle.get_slice(name)
+                    dtype = self._dtype(stored.get_dtype(), name)
+                    found[name] = StoredTensor(file, name, tuple(stored.get_shape()), dtype)
                 return found
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged ({error}). Copy or download it again.") from None

@@ -1,8 +1,8 @@
-"""A base model and models adapted from it, merged tensor by tensor.
+"""Merge a base model and models adapted from it, tensor by tensor.
 
-mergekit 0.1.5 installs beside our versions of torch and transformers, but refuses the masked LMs that they
-save (its table of BERT demands a pooler, which a masked LM lacks) and merges onto the disk only, where a
-sweep wants memory; so the three formulas are our own.
+mergekit 0.1.5 installs beside these versions of torch and transformers, but refuses the masked LMs that they
+save (its table of BERT requires a pooler, which a masked LM lacks), and merges onto the disk only, whereas a
+sweep merges in memory; hence the own implementation of the three formulas.
 """
 
 import json
@@ -33,17 +33,17 @@ class MergedTensor:
     """A tensor that every model has."""
 
     names: list[str]
-    """All of them for tied weights; stored under the first that the first adapted model uses."""
+    """The tensor's names, several for tied weights; it is stored under the first one."""
     base: StoredTensor
     models: tuple[StoredTensor, ...]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The widest of the inputs', so that the ends of a sweep are the inputs bit for bit."""
+        """The widest dtype of the inputs, so that the ends of a sweep are the inputs bit for bit."""
         return reduce(torch.promote_types, (stored.dtype for stored in (self.base, *self.models)))
 
     def merged(self, settings: MergeSettings) -> Tensor:
-        """Read it of every model and merge; integers (position ids, for one) are the adapted model's."""
+        """Read the tensor from every model and merge; integers (position ids) are the adapted model's."""
         models = [ModelFolder.read(stored) for stored in self.models]
         if not self.dtype.is_floating_point:
             return models[0]
@@ -51,37 +51,35 @@ class MergedTensor:
 
 
 class Merge:
-    """A base and the models adapted from it, checked to be of one kind.
+    """A base and the models adapted from it, checked to fit together.
 
     Raises:
-        UserError: they differ in architecture, in a tensor's name or shape, or in their tokenizer; SLERP of
-            more than two models.
-
+        UserError: they differ in architecture, in a tensor's name or shape, or in their tokenizer; or SLERP
+            is given more than one adapted model.
     """
 
     def __init__(self, base: ModelFolder, models: Sequence[ModelFolder], method: str) -> None:
         if method == "slerp" and len(models) != 1:
-            raise UserError(f"--method slerp goes between two models, --model names {len(models)}. Name one.")
+            raise UserError(f"--method slerp merges one model with the base, --model names {len(models)}.")
         self.base, self.models = base, tuple(models)
         for model in models:
             self._check_alike(model)
         self.tensors = tuple(self._tensors())
 
     def load_into(self, model: PreTrainedModel, settings: MergeSettings) -> None:
-        """Overwrite the weights of a loaded model; in memory are those and one tensor of each input."""
+        """Overwrite the weights of a loaded model, with one tensor of each input in memory at a time."""
         state = model.state_dict()
         with torch.no_grad():
             for tensor in self.tensors:
                 state[tensor.names[0]].copy_(tensor.merged(settings))
 
     def write(self, settings: MergeSettings, output: Path) -> None:
-        """Write a model folder, which appears whole or not at all; in memory is one tensor of each input.
+        """Write a model folder, whole or not at all, with one tensor of each input in memory at a time.
 
-        Configuration and tokenizer are those of the first adapted model.
+        Configuration and tokenizer are copied from the first adapted model.
 
         Raises:
-            UserError: ``output`` exists, or the disk is full.
-
+            UserError: ``output`` exists already, or the disk is full.
         """
         with new_folder(output) as folder:
             # symlinks=False: the hub's cache holds links
@@ -99,8 +97,8 @@ class Merge:
             )
         if tokenizer_hash(model.tokenizer) != tokenizer_hash(self.base.tokenizer):
             raise UserError(
-                f"--model {model.name} has another tokenizer than --base {self.base.name}: their embeddings "
-                "mean other tokens. Give the base that the model was adapted from."
+                f"--model {model.name} has another tokenizer than --base {self.base.name}: rows of their "
+                "embeddings stand for other tokens. Give the base that the model was adapted from."
             )
 
     def _tensors(self) -> Iterator[MergedTensor]:
@@ -157,7 +155,7 @@ def _entry(tensor: MergedTensor, settings: MergeSettings) -> Entry:
 
 
 def _public_name(folder: ModelFolder) -> str:
-    """A hub name as it is; of a folder its last name, or the run's: where it lay is nobody's business."""
+    """Return a hub name as it is, of a folder only its or its run's name: the card must not leak paths."""
     if not Path(folder.name).exists():
         return folder.name
     path = folder.path.resolve()

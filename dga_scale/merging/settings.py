@@ -10,17 +10,16 @@ METHODS = ("linear", "slerp", "ties")
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """Which formula, and how far from the base (weight 0) to the adapted models (weight 1).
+    """The formula of a merge, and its weight between the base (0) and the adapted models (1).
 
     Raises:
-        UserError: an unknown method, or a number that is out of its range.
-
+        UserError: the method is unknown, or a number is out of its range.
     """
 
     method: str = "linear"
     weight: float = 0.5
     density: float = 0.2
-    """TIES only: share of each task vector's entries that is kept. Source: Yadav et al., section 5."""
+    """The share of each task vector's entries that TIES keeps. Source: Yadav et al., section 5."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -1,4 +1,4 @@
-"""Merged models scored without writing them: what each coefficient gains in the domain and costs outside."""
+"""Score merged models without writing them: each coefficient's gain in the domain and cost outside."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,8 +25,7 @@ def sweep(
     """Merge in memory and score, one coefficient after another.
 
     Yields:
-        weight, and loss and accuracy of each corpus by its name.
-
+        The weight, and the loss and accuracy on each corpus by its name.
     """
     loaded = load_model(merge.models[0].name)
     for corpus in corpora.values():

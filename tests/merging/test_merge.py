@@ -121,7 +121,7 @@ def test_several_models_are_averaged(pair: tuple[Path, Path], tokenizer: Path, t
     one, two, merged = weights(pair[1]), weights(other), weights(tmp_path / "merged")
     for name, value in merged.items():
         torch.testing.assert_close(value, (one[name] + two[name]) / 2, rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match="slerp goes between two models, --model names 2"):
+    with pytest.raises(UserError, match=r"slerp .*--model names 2"):
         merge(pair[0], pair[1], other, method="slerp")
 
 
@@ -259,7 +259,7 @@ def test_a_sweep_with_output_writes_each_model(world: SmallWorld, adapted: Path,
     [
         ([], "--output is missing"),
         (["--sweep", "0,1"], "--sweep needs --corpus"),
-        (["--sweep", "0,x"], "'0,x' is no list of numbers"),
+        (["--sweep", "0,x"], "'0,x' is not a list of numbers"),
         (["--sweep", "0,1.5", "--corpus", "c", "--general_corpus", "g"], "--weight 1.5 .* must be from 0"),
         (["--output", "."], "--output . exists already"),
         (["--output", "new", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
