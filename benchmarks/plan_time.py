@@ -131,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     corpus = corpus_of(options.data)
     columns = ["model", "method", "ranks x rows", "products, GFLOP/s", "kernels, GB/s", "all-reduce, GB/s",
-               "passes, s", "optimizer", "links", "predicted step", "measured", "ratio"]  # fmt: skip
+               "compute, s", "optimizer", "links", "predicted step", "measured", "ratio"]  # fmt: skip
     lines, shares = [columns], []
     for shape, method, ranks in itertools.product(options.shapes, options.methods, options.ranks):
         model, rows = model_of(options.data, shape), ROWS[shape]
@@ -151,7 +151,7 @@ def main() -> None:
         planned = json.loads(said)["planned"]["seconds"]
         shares.append(planned["step"] / took)
         rates = [f"{found['flops'] / 1e9:.0f}", f"{found['bytes'] / 1e9:.1f}", f"{found['bus'] / 1e9:.2f}"]
-        seconds = [*(planned[name] for name in ("passes", "optimizer", "exposed", "step")), took, shares[-1]]
+        seconds = [*(planned[name] for name in ("compute", "optimizer", "exposed", "step")), took, shares[-1]]
         lines.append([shape, method, f"{ranks} x {rows}", *rates, *(f"{each:.2f}" for each in seconds)])
         print(" | ".join(lines[-1]), flush=True)
     middle = statistics.median(shares)

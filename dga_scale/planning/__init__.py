@@ -1,1 +1,1 @@
-"""A run planned before it is paid for: memory, traffic and time on paper; no weights, no process group."""
+"""Plan a run before it is paid for: memory, traffic and time on paper, without weights or process group."""

@@ -1,11 +1,11 @@
-"""Traffic and time of an optimizer step.
+"""Estimate the traffic and time of an optimizer step.
 
 Volumes follow the ZeRO paper (arXiv 1910.02054, section 7): of a collective on S bytes over N ranks, a rank
 sends ``S (N - 1) / N``; an all-reduce is two of those. With P parameters data parallelism moves 2 P, stages 1
 and 2 the same where gradients are reduce-scattered, stage 3 half as much again: 3 P. What DeepSpeed 0.19 does
 differs in two points, both counted here. ZeRO-1 and 2 all-reduce gradients, though each rank keeps its part
 only (``use_multi_rank_bucket_allreduce``): 3 P. And gradients travel in ``communication_data_type``, which is
-fp32 unless the JSON says otherwise. Stages 2 and 3 reduce after every pass, stage 3 gathers in every pass.
+fp32 unless the JSON says otherwise. Stages 2 and 3 reduce, and stage 3 gathers, in every micro-batch.
 
 A collective takes its bytes over the bandwidth plus a latency for every hop (the alpha-beta model; Thakur,
 Rabenseifner and Gropp 2005). Hops as NCCL counts them to choose how to send (``src/graph/tuning.cc``): a
@@ -15,8 +15,8 @@ all-reduce goes up and down through the ranks of a machine and log2 of the machi
 Compute is a roofline (Williams et al. 2009): matrix products at the peak, everything else at the memory's
 bandwidth, one after the other, as eager PyTorch runs them.
 
-A contrast over all ranks gathers ``sides * N * rows * hidden`` fp32 figures in each pass, or those of all
-passes at once, and scatters their gradients back: the only part that grows with the number of ranks.
+A contrast over all ranks gathers ``sides * N * rows * hidden`` fp32 figures in each micro-batch, or those of
+all at once, and scatters their gradients back: the only term that grows with the number of ranks.
 """
 
 import math
@@ -33,16 +33,15 @@ class Traffic:
     """Bytes that one rank sends (and receives) in an optimizer step.
 
     Attributes:
-        gradients: reduced over the ranks.
-        updated_weights: gathered after the step in ZeRO-1 and 2.
-        gathered_weights: in the passes of ZeRO-3.
-        contrast: pooled states and their gradients.
-        host: to and from the host's memory in offload.
-        reductions: number of calls that reduce gradients, for their latency.
-        updates: number of calls that gather updated weights.
-        gathers: number of calls that gather weights for the passes.
-        contrasts: number of calls that gather keys or scatter their gradients.
-
+        gradients: The bytes of gradients that are reduced over the ranks.
+        updated_weights: The bytes of weights that ZeRO-1 and 2 gather after the step.
+        gathered_weights: The bytes of weights that ZeRO-3 gathers for forward and backward passes.
+        contrast: The bytes of pooled states and their gradients.
+        host: The bytes to and from the host's memory in offload.
+        reductions: The number of calls that reduce gradients.
+        updates: The number of calls that gather updated weights.
+        gathers: The number of calls that gather weights for forward and backward passes.
+        contrasts: The number of calls that gather keys or scatter their gradients.
     """
 
     gradients: float
@@ -57,38 +56,38 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """Between ranks."""
+        """The bytes that are sent between ranks."""
         return self.gradients + self.updated_weights + self.gathered_weights + self.contrast
 
 
-def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int) -> Traffic:
-    """Count what a rank sends in a step of ``passes`` micro-batches.
+def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, micro_steps: int) -> Traffic:
+    """Count the bytes that a rank sends in a step of ``micro_steps`` micro-batches.
 
-    ZeRO-3 gathers the weights for the forward passes (see ``trunk_passes``), for the backward pass, and for a
-    teacher's forward pass. What is recomputed finds them gathered for the backward pass.
+    ZeRO-3 gathers the weights for the forward passes (see ``trunk_forwards``), for the backward pass, and for
+    a teacher's forward pass. Recomputed blocks find them gathered for the backward pass.
     """
-    part = (zero.ranks - 1) / zero.ranks
+    sent_share = (zero.ranks - 1) / zero.ranks
     trained, width = model.trained_parameters, zero.weight_bytes
-    reductions = passes if zero.stage >= 2 else 1
+    reductions = micro_steps if zero.stage >= 2 else 1
     all_reduced = zero.stage == 0 or (zero.stage < 3 and zero.all_reduce)
     gradients = trained * zero.communication_bytes * (2 if all_reduced else 1) * reductions
     updated = trained * width if zero.stage in (1, 2) else 0
     large = [size for size in model.sizes.values() if size > zero.persistence]
     sharded = sum(large)
-    gathers = passes * (trunk_passes(model, batch, passes) + 1 + model.method.needs_teacher)
+    gathers = micro_steps * (trunk_forwards(model, batch, micro_steps) + 1 + model.method.needs_teacher)
     gathered = gathers * sharded * width if zero.stage == 3 else 0
     contrast = model.method.contrast()
-    keys = gather_bytes(model, batch, zero.ranks, passes)
-    contrasts = 1 if contrast is not None and contrast.spans(passes) else passes
+    keys = gather_bytes(model, batch, zero.ranks, micro_steps)
+    contrasts = 1 if contrast is not None and contrast.spans(micro_steps) else micro_steps
     own = share(model, zero)
     host: float = own * (zero.communication_bytes + width) if zero.offload_optimizer else 0
     if zero.offload_parameters:
         host += gathers * sharded * width / zero.ranks
     return Traffic(
-        gradients=gradients * part,
-        updated_weights=updated * part,
-        gathered_weights=gathered * part,
-        contrast=2 * contrasts * keys * part,
+        gradients=gradients * sent_share,
+        updated_weights=updated * sent_share,
+        gathered_weights=gathered * sent_share,
+        contrast=2 * contrasts * keys * sent_share,
         host=host,
         reductions=reductions * math.ceil(trained / max(1, zero.reduce_bucket)),
         updates=int(zero.stage in (1, 2)),
@@ -97,13 +96,13 @@ def traffic(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int) -> Tr
     )
 
 
-def trunk_passes(model: PlannedModel, batch: Batch, passes: int) -> int:
-    """Forward passes of the trunk for a micro-batch: one, or with split views one for each.
+def trunk_forwards(model: PlannedModel, batch: Batch, micro_steps: int) -> int:
+    """Count the trunk's forward passes for a micro-batch: one, or with split views one for each view.
 
-    A contrast over all passes reads what it contrasts twice, apart from what else there is to read.
+    A contrast over all micro-batches computes its views twice, apart from the others.
     """
     contrast, own = model.method.contrast(), batch.views // batch.stacked
-    if contrast is None or not contrast.spans(passes):
+    if contrast is None or not contrast.spans(micro_steps):
         return own
     contrasted = len(contrast.sides)
     return own + contrasted if batch.stacked == 1 else 2 + (contrasted < batch.views)
@@ -111,18 +110,18 @@ def trunk_passes(model: PlannedModel, batch: Batch, passes: int) -> int:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of an optimizer step, as ``step`` adds them up.
+    """The seconds of an optimizer step; ``step`` is their sum.
 
     Attributes:
-        passes: forward and backward, with what is recomputed and a teacher's passes.
-        optimizer: AdamW on this rank's entries, where they lie.
-        communication: between ranks, were nothing hidden; of it ``contrast`` for the contrast.
-        host: between GPU and host.
-        exposed: of communication, what does not hide behind the passes.
-
+        compute: The time of forward and backward passes, with recomputation and a teacher's forward passes.
+        optimizer: The time of AdamW on this rank's entries, on the GPU or the host.
+        communication: The time of all communication between ranks if none overlapped with computation.
+        contrast: The time in ``communication`` that a contrast takes.
+        host: The time of transfers between GPU and host.
+        exposed: The time in ``communication`` that does not overlap with computation.
     """
 
-    passes: float
+    compute: float
     optimizer: float
     communication: float
     contrast: float
@@ -131,24 +130,24 @@ class Time:
 
     @property
     def step(self) -> float:
-        """Wall time."""
-        return self.passes + self.optimizer + self.host + self.exposed
+        """The wall time of the step."""
+        return self.compute + self.optimizer + self.host + self.exposed
 
     @property
     def communication_share(self) -> float:
-        """Of the wall time that is waited for communication."""
+        """The share of the wall time that is spent waiting for communication."""
         return self.exposed / self.step
 
 
 def forward_backward_flops(
-    model: PlannedModel, batch: Batch, *, passes: int, ranks: int, checkpointing: bool
+    model: PlannedModel, batch: Batch, *, micro_steps: int, ranks: int, checkpointing: bool
 ) -> tuple[float, float]:
-    """Model FLOPs of a step over all ranks (which MFU counts), and FLOPs that are computed.
+    """Count the model FLOPs of a step over all ranks (by which MFU is defined), and the computed FLOPs.
 
-    Recomputed blocks add a forward pass; a teacher a forward pass of one reading; a contrast over all passes
-    one of the readings contrasted. A model whose lower part is frozen is counted as if it were not.
+    Recomputed blocks add a forward pass; a teacher a forward pass of one view; a contrast over all
+    micro-batches one of its views. A model whose lower layers are frozen is counted as if they were not.
     """
-    rows, head_positions = batch.rows * passes * ranks, batch.head_positions * passes * ranks
+    rows, head_positions = batch.rows * micro_steps * ranks, batch.head_positions * micro_steps * ranks
     counted = step_flops(
         model.anatomy,
         views=batch.views,
@@ -160,7 +159,7 @@ def forward_backward_flops(
         tokens = batch.views * rows * batch.length
         computed += model.anatomy.forward_flops(tokens, batch.length, 0)
     contrast = model.method.contrast()
-    if contrast is not None and contrast.spans(passes):
+    if contrast is not None and contrast.spans(micro_steps):
         tokens = len(contrast.sides) * rows * batch.length
         computed += model.anatomy.forward_flops(tokens, batch.length, 0)
     if model.method.needs_teacher:
@@ -168,8 +167,8 @@ def forward_backward_flops(
     return counted, computed
 
 
-def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int, computed: float) -> float:
-    """Bytes that a rank's kernels other than matrix products read and write in a step's passes.
+def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, micro_steps: int, computed: float) -> float:
+    """Count the bytes that a rank's kernels other than matrix products read and write in a step.
 
     h, f and w as in ``memory.layer_activations``; per token and block, a kernel reads and writes its entries
     once, and its backward kernel reads gradient and input and writes a gradient::
@@ -183,7 +182,7 @@ def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int, c
     A prediction takes 4 w + 36 bytes for each token of the vocabulary: logits; float32 and log-softmax;
     float32 and softmax again, weighted and rounded.
     A trained weight's gradient is written, and copied into a bucket and what it travels in.
-    ``computed``: FLOPs of the passes over those of the model, since what is recomputed is moved again.
+    ``computed`` is the ratio of computed FLOPs to model FLOPs, since recomputed activations are moved again.
     """
     anatomy, w = model.anatomy, zero.weight_bytes
     h, f = anatomy.hidden_size, anatomy.intermediate_size
@@ -194,11 +193,11 @@ def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, passes: int, c
     head = batch.head_positions * anatomy.vocab_size * (4 * w + 36)
     travels = 2 * (w + zero.communication_bytes) * (zero.communication_bytes != w and zero.ranks > 1)
     gradients = model.trained_parameters * (w + (2 * w + travels if zero.stage else 0))
-    return passes * ((blocks + head) * computed + gradients)
+    return micro_steps * ((blocks + head) * computed + gradients)
 
 
 def bus_bandwidth(gpu: Gpu, ranks: int, ranks_per_node: int) -> float:
-    """Bytes a second that each rank's links carry in a ring over all ranks.
+    """Return the bytes a second that each rank's links carry in a ring over all ranks.
 
     Between machines the rings of a node share its network cards: ``ranks_per_node`` of them. Inside one it is
     NVLink's; the slower of the two counts (the bus bandwidth of NCCL's performance tests).
@@ -210,25 +209,25 @@ def bus_bandwidth(gpu: Gpu, ranks: int, ranks_per_node: int) -> float:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One of NCCL's ways to send: share of the bandwidth, seconds of a hop in a machine and between two."""
+class Protocol:
+    """A protocol of NCCL: its share of the bandwidth, the seconds of a hop in a machine and between two."""
 
     bandwidth: float
     inside: float
     between: float
 
 
-RINGS = (Way(0.25, 0.85e-6, 2.7e-6), Way(0.92, 1.9e-6, 4.0e-6), Way(1.0, 3.4e-6, 9.6e-6))
-TREES = (Way(0.24, 0.94e-6, 5.0e-6), Way(0.82, 1.2e-6, 8.5e-6))
-"""Protocols LL, LL128 and (of rings) Simple over NVLink and InfiniBand: ``src/graph/tuning.cc`` of NCCL."""
+RINGS = (Protocol(0.25, 0.85e-6, 2.7e-6), Protocol(0.92, 1.9e-6, 4.0e-6), Protocol(1.0, 3.4e-6, 9.6e-6))
+TREES = (Protocol(0.24, 0.94e-6, 5.0e-6), Protocol(0.82, 1.2e-6, 8.5e-6))
+"""The protocols LL, LL128 and (rings) Simple over NVLink and InfiniBand: NCCL's ``src/graph/tuning.cc``."""
 
 
 def collective(
     sent: float, calls: int, gpu: Gpu, ranks: int, ranks_per_node: int, *, all_reduce: bool = False
 ) -> float:
-    """Seconds of ``calls`` collectives in which a rank sends ``sent`` bytes in all.
+    """Estimate the seconds of ``calls`` collectives in which a rank sends ``sent`` bytes in total.
 
-    An all-gather or reduce-scatter, or with ``all_reduce`` what sends as much both ways.
+    The collectives are all-gathers or reduce-scatters, or all-reduces with ``all_reduce``.
     """
     if ranks == 1 or not calls:
         return 0.0
@@ -236,9 +235,9 @@ def collective(
     seconds = sent / bus_bandwidth(gpu, ranks, ranks_per_node)
     rings = [(w, (ranks - nodes) * w.inside + (nodes - 1) * w.between) for w in RINGS]
     if not all_reduce:
-        return min(seconds / way.bandwidth + calls * hops for way, hops in rings)
+        return min(seconds / protocol.bandwidth + calls * hops for protocol, hops in rings)
     up = [(w, (min(ranks, ranks_per_node) - 1) * w.inside + math.log2(nodes) * w.between) for w in TREES]
-    return min(seconds / way.bandwidth + calls * 2 * hops for way, hops in (*rings, *up))
+    return min(seconds / protocol.bandwidth + calls * 2 * hops for protocol, hops in (*rings, *up))
 
 
 def time(
@@ -247,7 +246,7 @@ def time(
     batch: Batch,
     gpu: Gpu,
     *,
-    passes: int,
+    micro_steps: int,
     ranks_per_node: int,
     checkpointing: bool,
 ) -> Time:
@@ -261,33 +260,33 @@ def time(
     not hide.
     """
     counted, flops = forward_backward_flops(
-        model, batch, passes=passes, ranks=zero.ranks, checkpointing=checkpointing
+        model, batch, micro_steps=micro_steps, ranks=zero.ranks, checkpointing=checkpointing
     )
     peak = (gpu.fp32_tflops if zero.weight_bytes == 4 else gpu.bf16_tflops) * 1e12
     bandwidth = gpu.memory_gbs * 1e9 * gpu.memory_efficiency
     if gpu.mfu:
         compute = flops / zero.ranks / (peak * gpu.mfu)
     else:
-        moved_here = moved_bytes(model, zero, batch, passes=passes, computed=flops / counted)
+        moved_here = moved_bytes(model, zero, batch, micro_steps=micro_steps, computed=flops / counted)
         compute = flops / zero.ranks / (peak * gpu.product_efficiency) + moved_here / bandwidth
     entries = share(model, zero) * (48 + zero.weight_bytes)
     if zero.offload_optimizer:
         bandwidth = gpu.host_memory_gbs * 1e9
-    moved, links = traffic(model, zero, batch, passes=passes), (gpu, zero.ranks, ranks_per_node)
+    moved, links = traffic(model, zero, batch, micro_steps=micro_steps), (gpu, zero.ranks, ranks_per_node)
     all_reduced = zero.stage == 0 or (zero.stage < 3 and zero.all_reduce)
     gradients = collective(moved.gradients, moved.reductions, *links, all_reduce=all_reduced)
     weights = collective(moved.gathered_weights, moved.gathers, *links)
     updated = collective(moved.updated_weights, moved.updates, *links)
     contrast = collective(moved.contrast, moved.contrasts, *links)
-    # Gradients hide behind the backward pass of the passes that reduce; stage 0 starts after the last one.
-    reducing = compute * 2 / 3 if zero.stage >= 2 else compute * 2 / 3 / passes
+    # Gradients hide behind the backward pass of the micro-batches that reduce; stage 0 waits for the last.
+    reducing = compute * 2 / 3 if zero.stage >= 2 else compute * 2 / 3 / micro_steps
     behind_backward = gpu.overlap * reducing if zero.overlap and zero.stage else 0.0
     hidden = min(gradients, behind_backward)
     if zero.stage == 3:
         hidden += min(weights, gpu.overlap * compute - hidden)
     communication = gradients + weights + updated + contrast
     return Time(
-        passes=compute,
+        compute=compute,
         optimizer=entries / bandwidth,
         communication=communication,
         contrast=contrast,

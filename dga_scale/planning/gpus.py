@@ -1,4 +1,4 @@
-"""What a GPU, its links and its host can do: a small table, or a YAML file with the same names."""
+"""The performance of a GPU, its links and its host: a small table, or a YAML file with the same names."""
 
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -11,25 +11,24 @@ from dga_scale.errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """Figures of one GPU in its machine. Bandwidths are GB/s (1e9 bytes) in one direction.
+    """Figures of one GPU in its machine; bandwidths are in GB/s (1e9 bytes) in one direction.
 
     Attributes:
-        memory_gib: that the driver shows.
-        bf16_tflops, fp32_tflops: peak of dense matrix products, by the maker's data sheet. PyTorch multiplies
-            float32 without TF32 unless told otherwise.
-        memory_gbs: of the GPU's own memory.
-        intra_node_gbs: to the GPUs of the same machine (NVLink).
-        inter_node_gbs: to other machines, for each GPU: its own network card, or its share of a common one.
-        reserved_gib: context, communication buffers, and what the allocator loses in fragments.
-        product_efficiency: share of the peak that matrix products reach.
-        memory_efficiency: share of the memory's bandwidth that all other kernels reach.
-        mfu: of forward and backward passes, where it was measured: counts in place of the last two.
-        link_efficiency: share of the links' figures that collectives reach.
-        overlap: share of the time of a pass behind which communication can hide, where DeepSpeed overlaps.
-        host_link_gbs: between GPU and host (PCIe), for offload.
-        host_memory_gbs: bandwidth of the host's memory, for each GPU: its share.
-        host_memory_gib: for each GPU: its share.
-
+        memory_gib: The memory that the driver shows.
+        bf16_tflops: The peak of dense bf16 matrix products, by the maker's data sheet.
+        fp32_tflops: The same in fp32, without TF32, which is PyTorch's default.
+        memory_gbs: The bandwidth of the GPU's own memory.
+        intra_node_gbs: The bandwidth to the GPUs of the same machine (NVLink).
+        inter_node_gbs: The bandwidth to other machines for each GPU: its network card, or its share of one.
+        reserved_gib: The memory for context, communication buffers, and the allocator's fragmentation.
+        product_efficiency: The share of the peak that matrix products reach.
+        memory_efficiency: The share of the memory's bandwidth that all other kernels reach.
+        mfu: The measured MFU of forward and backward passes; it replaces the last two.
+        link_efficiency: The share of the links' bandwidth that collectives reach.
+        overlap: The share of the compute time with which communication can overlap.
+        host_link_gbs: The bandwidth between GPU and host (PCIe), for offload.
+        host_memory_gbs: Each GPU's share of the bandwidth of the host's memory.
+        host_memory_gib: Each GPU's share of the host's memory.
     """
 
     memory_gib: float
@@ -55,21 +54,20 @@ GPUS = {
     "h100": Gpu(79.1, 989, 67, 3350, 450, 50),
     "h200": Gpu(140.0, 989, 67, 4800, 450, 50),
 }
-"""SXM modules in machines of 8, by NVIDIA's data sheets: network cards of 200 (A100) and 400 Gb/s a GPU.
+"""The known GPUs, by NVIDIA's data sheets: SXM modules in machines of 8, 200 (A100) or 400 Gb/s a GPU.
 
-The efficiencies are assumptions, as is ``overlap``: what a run reached stands in its log as ``mfu``.
+The efficiencies and ``overlap`` are assumptions; the log of a run has the MFU that it reached as ``mfu``.
 """
 
 _SHARES = ("product_efficiency", "memory_efficiency", "mfu", "link_efficiency", "overlap")
 
 
 def find_gpu(name: str) -> Gpu:
-    """Look a GPU up by name, or read a YAML file of ``Gpu``'s fields.
+    """Find a GPU by name, or read a YAML file of ``Gpu``'s fields.
 
     Raises:
-        UserError: an unknown GPU (with the nearest name), a file that can't be read, an unknown, missing or
-            impossible figure.
-
+        UserError: the GPU is unknown (the nearest name is given), the file can't be read, or a figure is
+            unknown, missing or impossible.
     """
     if name.lower() in GPUS:
         return GPUS[name.lower()]
@@ -98,5 +96,5 @@ def find_gpu(name: str) -> Gpu:
             raise UserError(f"{name}: {key} is {value}, and must be a share from 0 to 1")
     missing = [f.name for f in fields(Gpu) if f.default is MISSING and f.name not in content]
     if missing:
-        raise UserError(f"{name}: {', '.join(missing)} missing. Look in the maker's data sheet")
+        raise UserError(f"{name}: {', '.join(missing)} missing. Take them from the maker's data sheet")
     return Gpu(**content)

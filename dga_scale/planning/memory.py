@@ -1,4 +1,4 @@
-"""Bytes of one rank: weights, optimizer, gradients and buffers as DeepSpeed keeps them, and activations.
+"""Estimate the memory of one rank: weights, optimizer, gradients and DeepSpeed's buffers, and activations.
 
 The first follow the ZeRO paper (Rajbhandari et al., arXiv 1910.02054, section 3.1): in mixed precision with
 Adam, 2 bytes of weights, 2 of gradients and K = 12 of master and moments an entry; stage 1 spreads K, stage 2
@@ -6,7 +6,7 @@ the gradients too, and stage 3 all three over the ranks. What DeepSpeed 0.19 kee
 buckets, fp32 gradients of a step) was read in its source and is held against real engines in the tests.
 
 Activations follow Korthikanti et al. (arXiv 2205.05198, section 4.1), whose ``s b h (34 + 5 a s / h)`` bytes
-a layer lose the second part with fused attention kernels; here by the widths of each architecture.
+a layer lose the second term with fused attention kernels; here by the widths of each architecture.
 """
 
 import math
@@ -21,15 +21,14 @@ from dga_scale.zero.ds_config import ResolvedConfig
 
 @dataclass(frozen=True)
 class Batch:
-    """Shapes of one pass of one rank.
+    """The shapes of one micro-batch of one rank.
 
     Attributes:
-        rows: of the micro-batch, each read once in every view.
-        length: tokens a row.
-        labels: positions of a row that the LM head predicts.
-        views: readings of each row by the trunk.
-        stacked: views in one pass of the trunk: all, or 1 with split_views.
-
+        rows: The number of rows.
+        length: The number of tokens a row.
+        labels: The number of positions of a row that the LM head predicts.
+        views: The number of views of each row that the trunk computes.
+        stacked: The number of views in one forward pass of the trunk: all, or 1 with split_views.
     """
 
     rows: int
@@ -40,18 +39,18 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Of the micro-batch, each row once."""
+        """The number of tokens of the micro-batch, each row counted once."""
         return self.rows * self.length
 
     @property
     def head_positions(self) -> int:
-        """Places that go through the LM head: the labels of all rows, filled up (``corpus.shapes``)."""
+        """The number of positions for the LM head: the labels of all rows, rounded up (``corpus.shapes``)."""
         return int(rounded_up(self.rows * self.labels))
 
 
 @dataclass(frozen=True)
 class Zero:
-    """The settings of DeepSpeed that decide what lies where, for a number of ranks."""
+    """The settings of DeepSpeed that determine the memory of a rank, for a number of ranks."""
 
     stage: int
     ranks: int
@@ -63,7 +62,7 @@ class Zero:
     reduce_bucket: int
     overlap: bool
     all_reduce: bool
-    """ZeRO-1 and 2 all-reduce gradients, and each rank keeps its part (DeepSpeed's default)."""
+    """Whether ZeRO-1 and 2 all-reduce gradients, of which each rank keeps its share (DeepSpeed's default)."""
     live: int
     persistence: int
     sub_group: int
@@ -98,15 +97,14 @@ class Zero:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes that a rank keeps from the first step to the last, wherever they lie.
+    """The bytes that a rank keeps from the first step to the last, on GPU or host.
 
     Attributes:
-        weights: of the passes, in 16 bits or fp32; under ZeRO-3 this rank's shares.
-        persistent: parameters that ZeRO-3 keeps whole on each rank, as they are small.
-        masters: fp32 weights of the optimizer, where they are not the weights themselves.
-        moments: Adam's two, fp32.
-        gradients: what is kept of them between passes.
-
+        weights: The model's weights, in 16 bits or fp32; under ZeRO-3 this rank's shares.
+        persistent: The small parameters that ZeRO-3 keeps whole on each rank.
+        masters: The optimizer's fp32 weights, where they are not the model's weights themselves.
+        moments: The two moments of Adam, fp32.
+        gradients: The gradients that are kept between micro-batches.
     """
 
     weights: int
@@ -117,33 +115,32 @@ class States:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all states."""
         return self.weights + self.persistent + self.masters + self.moments + self.gradients
 
 
 def share(model: PlannedModel, zero: Zero, groups: bool = True) -> int:
-    """Entries that one rank's optimizer steps, padding included.
+    """Count the entries that one rank's optimizer steps, padding included.
 
     ZeRO-1 and 2 flatten each of AdamW's groups and pad it to a multiple of twice the ranks; ZeRO-3 pads every
     parameter to a multiple of the ranks.
 
     Args:
-        model: its trained parameters.
-        zero: stage and ranks.
-        groups: matrices and the rest are groups apart (there is weight decay).
-
+        model: The model, for its trained parameters.
+        zero: The stage and ranks.
+        groups: Whether matrices and other parameters are separate groups, as with weight decay.
     """
     if zero.stage == 0:
         return model.trained_parameters
     if zero.stage == 3:
         return sum(math.ceil(model.sizes[name] / zero.ranks) for name in model.trained)
-    parts = (model.decayed, model.trained - model.decayed) if groups else (model.trained,)
+    name_groups = (model.decayed, model.trained - model.decayed) if groups else (model.trained,)
     align = 2 * zero.ranks
-    return sum(math.ceil(sum(model.sizes[name] for name in part) / align) * 2 for part in parts)
+    return sum(math.ceil(sum(model.sizes[name] for name in group) / align) * 2 for group in name_groups)
 
 
 def states(model: PlannedModel, zero: Zero, groups: bool = True) -> States:
-    """Count what is kept: the table in the ZeRO paper, section 3.1 and figure 1, with DeepSpeed's padding."""
+    """Count a rank's states as in the ZeRO paper, section 3.1 and figure 1, with DeepSpeed's padding."""
     width, own = zero.weight_bytes, share(model, zero, groups)
     trained = model.trained_parameters
     sharded = zero.stage == 3
@@ -168,7 +165,7 @@ def states(model: PlannedModel, zero: Zero, groups: bool = True) -> States:
 
 
 def extras(model: PlannedModel, zero: Zero, soft_mask: str) -> dict[str, int]:
-    """Bytes that the method keeps on a rank besides: by name; none where it needs nothing.
+    """Count the bytes that the method keeps on a rank in addition, by name.
 
     A teacher is a second model in the weights' precision, spread like the weights in ZeRO-3. Anchors keep the
     starting weights, EWC the Fisher too, in fp32 beside the entries that the rank steps. Soft-masks remember
@@ -186,7 +183,7 @@ def extras(model: PlannedModel, zero: Zero, soft_mask: str) -> dict[str, int]:
 
 
 def layer_activations(model: PlannedModel, width: int) -> int:
-    """Bytes a token that one block keeps for its backward pass.
+    """Count the bytes a token that one block keeps for its backward pass.
 
     h, a, k, f: hidden size, width of the heads, of keys and values, and of the FFN; w bytes an entry::
 
@@ -216,7 +213,7 @@ def layer_activations(model: PlannedModel, width: int) -> int:
 
 
 def activations(model: PlannedModel, batch: Batch, width: int, checkpointing: bool) -> int:
-    """Bytes that the trunk keeps between forward and backward pass of a micro-batch.
+    """Count the bytes that the trunk keeps between forward and backward pass of a micro-batch.
 
     All views wait for the backward pass, in one pass of the trunk or in several: ``split_views`` makes what
     is recomputed and worked on at once smaller, not what is kept. With checkpointing a block keeps its input.
@@ -245,13 +242,13 @@ def _gated(model: PlannedModel, batch: Batch, width: int) -> int:
 
 
 def working_memory(model: PlannedModel, batch: Batch, width: int, checkpointing: bool) -> int:
-    """Bytes for the backward pass of a block of one pass: gradients of its activations; those recomputed."""
+    """Count the bytes for a block's backward pass: gradients of its activations, and recomputed ones."""
     size = batch.tokens * batch.stacked * layer_activations(model, width)
     return 2 * size if checkpointing else size
 
 
 def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
-    """Bytes of the LM head and the loss at their fullest, for the masked positions only.
+    """Count the peak bytes of the LM head and the loss, for the masked positions only.
 
     A position has logits over V tokens and their gradient (w each): fp32 is made for a few at a time
     (``objectives.cross_entropy``). A teacher's are another w + 4, with two log-softmaxes and their divergence
@@ -264,43 +261,43 @@ def vocabulary(model: PlannedModel, batch: Batch, width: int) -> int:
     return positions * (model.anatomy.vocab_size * widths + 4 * width * model.anatomy.hidden_size)
 
 
-def gathered_keys(model: PlannedModel, batch: Batch, ranks: int, passes: int = 1) -> int:
-    """Bytes of a contrast's keys of all ranks, fp32: as received, stacked, their gradient and its sum."""
-    return 4 * gather_bytes(model, batch, ranks, passes)
+def gathered_keys(model: PlannedModel, batch: Batch, ranks: int, micro_steps: int = 1) -> int:
+    """Count the bytes of a contrast's fp32 keys of all ranks: received, stacked, their gradient, its sum."""
+    return 4 * gather_bytes(model, batch, ranks, micro_steps)
 
 
-def gather_bytes(model: PlannedModel, batch: Batch, ranks: int, passes: int = 1) -> int:
-    """Bytes of pooled states, of all ranks, that one all-gather of a contrast brings together."""
+def gather_bytes(model: PlannedModel, batch: Batch, ranks: int, micro_steps: int = 1) -> int:
+    """Count the bytes of all ranks' pooled states that one all-gather of a contrast collects."""
     contrast = model.method.contrast()
     if contrast is None or ranks == 1:
         return 0
-    rows = batch.rows * (passes if contrast.spans(passes) else 1)
+    rows = batch.rows * (micro_steps if contrast.spans(micro_steps) else 1)
     return contrast.gathered * ranks * rows * model.anatomy.hidden_size * 4
 
 
-def cached_states(model: PlannedModel, batch: Batch, passes: int) -> int:
-    """Bytes of a rank's pooled states and their gradients, of all passes, where a contrast spans them."""
+def cached_states(model: PlannedModel, batch: Batch, micro_steps: int) -> int:
+    """Count the bytes of a rank's pooled states and gradients where a contrast spans all micro-batches."""
     contrast = model.method.contrast()
-    if contrast is None or not contrast.spans(passes):
+    if contrast is None or not contrast.spans(micro_steps):
         return 0
-    return 2 * len(contrast.sides) * batch.rows * passes * model.anatomy.hidden_size * 4
+    return 2 * len(contrast.sides) * batch.rows * micro_steps * model.anatomy.hidden_size * 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by what they are for: ``device`` on the GPU, ``host`` beside it."""
+    """The bytes of one rank by their purpose: ``device`` on the GPU, ``host`` in the host's memory."""
 
     device: dict[str, int]
     host: dict[str, int]
 
     @property
     def total(self) -> int:
-        """On the GPU, at the fullest moment."""
+        """The peak bytes on the GPU."""
         return sum(self.device.values())
 
     @property
     def host_total(self) -> int:
-        """In the host's memory."""
+        """The bytes in the host's memory."""
         return sum(self.host.values())
 
 
@@ -310,14 +307,14 @@ def memory(
     batch: Batch,
     *,
     checkpointing: bool,
-    passes: int = 1,
+    micro_steps: int = 1,
     soft_mask: str = "none",
     groups: bool = True,
     async_save: bool = False,
 ) -> Memory:
-    """Add up a rank's memory at its fullest moment.
+    """Add up a rank's memory at its peak.
 
-    That is at the logits (all activations, no gradients yet, unless earlier passes or a buffer hold them); in
+    The peak is at the logits (all activations, no gradients yet, unless earlier micro-batches left some); in
     the backward pass of the last block (the largest gradient too, tied embeddings', and the buckets, which
     the first gradient calls for); at the end of the backward pass (tied embeddings' gradients add up; or all
     gradients, some on their way to other ranks); where gradients are made ready for the optimizer (once more
@@ -346,10 +343,10 @@ def memory(
         (host if offloaded else always)[name] = size
     buffered = zero.stage == 3 or (zero.stage == 1 and width < zero.accumulation_bytes)
     staged, cast = _buckets(model, zero)
-    cached = cached_states(model, batch, passes)
-    keys = gathered_keys(model, batch, zero.ranks, passes)
+    cached = cached_states(model, batch, micro_steps)
+    keys = gathered_keys(model, batch, zero.ranks, micro_steps)
     held = {
-        "gradients": gradients if buffered or passes > 1 else 0,
+        "gradients": gradients if buffered or micro_steps > 1 else 0,
         "gathered weights": gathered_weights(model, zero),
         "activations": activations(model, batch, width, checkpointing),
         "keys of the contrast": cached or keys,
@@ -378,21 +375,21 @@ def memory(
     step = {"gradients": 0 if zero.stage in (1, 2) else gradients, "fp32 gradients of the step": fp32}
     if soft_mask == "update" and not zero.offload_optimizer:
         step["masked weights of the step"] = 8 * model.masked // (zero.ranks if zero.stage else 1)
-    # Before a contrast over all passes is cached there are no activations and no gradients.
+    # Before a contrast over all micro-batches is cached there are no activations and no gradients.
     first = {"keys of the contrast": cached + keys}
-    fullest = max(head, blocks, tied, ends, ready, step, first, key=lambda part: sum(part.values()))
-    return Memory({name: size for name, size in {**always, **fullest}.items() if size}, host)
+    peak = max(head, blocks, tied, ends, ready, step, first, key=lambda moment: sum(moment.values()))
+    return Memory({name: size for name, size in {**always, **peak}.items() if size}, host)
 
 
 def _reduced_at_once(model: PlannedModel, zero: Zero) -> int:
-    """Entries of gradients reduced in one call: a bucket, or a parameter that is larger than one."""
+    """Count the entries of gradients reduced in one call: a bucket, or a parameter that is larger."""
     return min(max(zero.reduce_bucket, model.largest), model.trained_parameters)
 
 
 def _buckets(model: PlannedModel, zero: Zero) -> tuple[int, int]:
-    """Bytes of the buckets that gradients wait in, and of the copies made to reduce one.
+    """Count the bytes of the gradient buckets, and of the copies made to reduce one.
 
-    One copy in the precision that it travels in, if that is another; ZeRO-3 lays it out by rank in one more.
+    There is one copy in the communication's precision, if that differs; ZeRO-3 makes one more by rank.
     """
     cast = zero.communication_bytes if zero.communication_bytes != zero.weight_bytes else 0
     if zero.stage == 0:  # DeepSpeed's own, filled after the backward pass
@@ -406,9 +403,9 @@ def _buckets(model: PlannedModel, zero: Zero) -> tuple[int, int]:
 
 
 def gathered_weights(model: PlannedModel, zero: Zero) -> int:
-    """Bytes of what ZeRO-3 has gathered at once: at most max_live_parameters, or the largest one.
+    """Count the bytes of weights that ZeRO-3 has gathered at once: max_live_parameters, or the largest one.
 
-    One rank has all it needs, unless it has to come from the host.
+    A single rank gathers nothing, unless its weights come from the host.
     """
     if zero.stage < 3 or (zero.ranks == 1 and not zero.offload_parameters):
         return 0
@@ -417,7 +414,7 @@ def gathered_weights(model: PlannedModel, zero: Zero) -> int:
 
 
 def _step(zero: Zero, own: int) -> tuple[int, int]:
-    """Bytes of gradients made ready for the optimizer: flat, then in fp32; by sub-group in ZeRO-3."""
+    """Count the bytes of gradients prepared for the optimizer: flat, then in fp32; by sub-group in ZeRO-3."""
     if zero.offload_optimizer or (zero.weight_bytes == 4 and zero.stage == 0):
         return 0, 0
     entries = min(zero.sub_group, own) if zero.stage == 3 else own

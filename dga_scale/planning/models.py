@@ -1,4 +1,4 @@
-"""The model of a plan: its real class on the meta device, from a preset, a folder, a config or the hub."""
+"""Build the model of a plan: its real class on the meta device, from a preset, folder, config or the hub."""
 
 import json
 from collections.abc import Mapping
@@ -54,28 +54,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
 }
-"""What stands in the published config.json of models often planned for, since the hub may be out of reach."""
+"""The content of the published config.json of common models, since the hub may be out of reach."""
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What a plan has to know of a model, counted on its real modules.
+    """The properties of a model that a plan needs, counted on its real modules.
 
     Attributes:
-        name: as given.
-        anatomy: sizes, and what a pass computes.
-        method: of the run.
-        sizes: entries of each parameter, by name; tied ones once.
-        trained: names of those that the optimizer steps.
-        decayed: of those, the matrices: AdamW keeps them in a group of their own if there is weight decay.
-        trained_layers: blocks from the lowest that a gradient reaches to the top: they keep activations.
-        kv_size: width of keys, and of values, in a layer.
-        fused_rotary: queries and keys from one projection with the values are rotated.
-        gated: the FFN multiplies its up projection by an activated gate.
-        fp32_norms: the norms compute in float32 outside a fused kernel (RMSNorm).
-        dropout: whether states are dropped out in a block.
-        owned: entries of rows that units have to themselves; ``masked``: entries of all that masks touch.
-
+        name: The name as given.
+        anatomy: The anatomy of the model.
+        method: The method of the run.
+        sizes: The number of entries of each parameter, by name; tied ones once.
+        trained: The names of the parameters that the optimizer steps.
+        decayed: The names of the matrices among them, which have a group of their own with weight decay.
+        trained_layers: The number of blocks from the lowest one with a gradient up: they keep activations.
+        kv_size: The width of the keys, and of the values, in a layer.
+        fused_rotary: Whether queries and keys that share a projection with the values are rotated.
+        gated: Whether the FFN multiplies its up projection by an activated gate.
+        fp32_norms: Whether the norms compute in float32 outside a fused kernel (RMSNorm).
+        dropout: Whether a block has dropout.
+        owned: The number of entries in rows that belong to one unit alone.
+        masked: The number of entries of all parameters that masks scale.
     """
 
     name: str
@@ -95,23 +95,23 @@ class PlannedModel:
 
     @property
     def parameters(self) -> int:
-        """Entries of all parameters."""
+        """The number of entries of all parameters."""
         return sum(self.sizes.values())
 
     @property
     def trained_parameters(self) -> int:
-        """Entries of those that the optimizer steps."""
+        """The number of entries of the parameters that the optimizer steps."""
         return sum(self.sizes[name] for name in self.trained)
 
     @property
     def tied(self) -> bool:
-        """Whether the LM head's matrix is the embeddings'."""
+        """Whether the LM head and the embeddings share a matrix."""
         table = self.anatomy.vocab_size * self.anatomy.hidden_size
         return sum(size >= table for size in self.sizes.values()) == 1
 
     @property
     def largest(self) -> int:
-        """Entries of the largest parameter."""
+        """The number of entries of the largest parameter."""
         return max(self.sizes.values())
 
 
@@ -119,9 +119,8 @@ def find_config(name: str) -> PretrainedConfig:
     """Read the config of a model: a CONFIG.json, a folder, a preset, or a name on the hub, in this order.
 
     Raises:
-        UserError: no such file, an unreadable config, an unknown architecture, or a name that is neither a
-            preset nor to be had from the hub.
-
+        UserError: the file does not exist, the config can't be read, the architecture is unknown, or the name
+            is neither a preset nor available from the hub.
     """
     path = Path(name)
     if path.suffix == ".json":
@@ -185,7 +184,7 @@ def build_model(config: TrainConfig) -> PlannedModel:
 
 
 def _context(model: Any, anatomy: Anatomy, config: TrainConfig) -> MethodContext:
-    """What methods that add modules look at; nothing in it computes."""
+    """Build the context for methods that add modules; none of its functions may be called."""
 
     def nothing(*_: Any) -> Any:
         raise AssertionError("a plan computes nothing")
@@ -241,9 +240,9 @@ def _describe(name: str, model: Any, anatomy: Anatomy, method: Method[Any]) -> P
 
 
 def _block_of(module: str, layer: int) -> str:
-    """Name of the block that a module of layer ``layer`` is in: up to and with its number."""
-    parts = module.split(".")
-    return ".".join(parts[: parts.index(str(layer)) + 1])
+    """Return the name of the block of a module in layer ``layer``, up to and including the layer's number."""
+    names = module.split(".")
+    return ".".join(names[: names.index(str(layer)) + 1])
 
 
 def _is_gated(anatomy: Anatomy) -> bool:

@@ -1,4 +1,4 @@
-"""A plan of a run: what a rank needs and does, whether it fits, and what would fit best."""
+"""Plan a run: a rank's memory, traffic and time, whether the run fits, and the best settings that fit."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +18,12 @@ from dga_scale.zero.ds_config import ResolvedConfig, resolve_ds_config
 
 GIB = 2**30
 ALIKE = 1.05
-"""Steps as long as this times the shortest are taken to be as short."""
+"""The ratio to the shortest step up to which steps count as equally long."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of a plan: GPUs in all and in one of them, and what each can do."""
+    """The machines of a plan: the number of GPUs in total and in one machine, and their figures."""
 
     gpus: int
     per_node: int
@@ -31,21 +31,21 @@ class Cluster:
 
     @property
     def room(self) -> float:
-        """Bytes of a GPU that a run can fill."""
+        """The bytes of a GPU that a run can use."""
         return (self.gpu.memory_gib - self.gpu.reserved_gib) * GIB
 
     @property
     def host_room(self) -> float:
-        """Bytes of the host's memory for each GPU."""
+        """The bytes of the host's memory for each GPU."""
         return self.gpu.host_memory_gib * GIB
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What can be chosen freely for a given run: it changes memory and speed, not what is learnt.
+    """The settings that can be chosen freely for a run: they change memory and speed, not the result.
 
     The micro-batch of a contrast is an exception, unless it spans the global batch: its negatives are the
-    rows of one pass on all ranks.
+    rows of one micro-batch on all ranks.
     """
 
     stage: int
@@ -55,7 +55,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run, worked out."""
+    """The memory, traffic and time of one choice of settings."""
 
     choice: Choice
     accumulation: int
@@ -66,20 +66,19 @@ class Plan:
     time: Time
     mfu: float
     fits: bool
-    """On the GPU and, with offload, in the host's memory."""
+    """Whether the run fits on the GPU and, with offload, in the host's memory."""
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Works plans out for one model, cluster and set of settings.
+    """Computes plans for one model, cluster and set of settings.
 
     Attributes:
-        model: of the run.
-        config: its settings.
+        model: The model of the run.
+        config: The settings of the run.
         raw: DeepSpeed's JSON as read.
-        cluster: the machines.
-        length: tokens a row.
-
+        cluster: The machines.
+        length: The number of tokens a row.
     """
 
     model: PlannedModel
@@ -89,7 +88,7 @@ class Planner:
     length: int
 
     def resolved(self, gpus: int | None = None, **settings: Any) -> ResolvedConfig:
-        """The configuration of DeepSpeed on so many GPUs, with settings changed by their names."""
+        """Resolve DeepSpeed's configuration for a number of GPUs, with some settings changed by name."""
         config, raw = self.config, dict(self.raw)
         stage = settings.pop("stage", None)
         if stage is not None:
@@ -107,20 +106,19 @@ class Planner:
         )
 
     def as_configured(self) -> Plan:
-        """The plan of the settings as they are.
+        """Plan the settings as they are.
 
         Raises:
-            UserError: they contradict each other, or the batch does not divide.
-
+            UserError: the settings contradict each other, or the batch does not divide.
         """
         resolved = self.resolved()
         choice = Choice(
             resolved.zero_stage, resolved.micro_batch_size, self.config.model.gradient_checkpointing
         )
-        return self.work_out(resolved, choice.checkpointing, self.cluster.gpus)
+        return self.plan(resolved, choice.checkpointing, self.cluster.gpus)
 
-    def work_out(self, resolved: ResolvedConfig, checkpointing: bool, gpus: int) -> Plan:
-        """Memory, traffic and time of a resolved configuration."""
+    def plan(self, resolved: ResolvedConfig, checkpointing: bool, gpus: int) -> Plan:
+        """Compute memory, traffic and time of a resolved configuration."""
         model, cluster = self.model, self.cluster
         zero = Zero.of(resolved, gpus)
         views = len(model.method.views())
@@ -137,39 +135,39 @@ class Planner:
             zero,
             batch,
             checkpointing=checkpointing,
-            passes=resolved.accumulation_steps,
+            micro_steps=resolved.accumulation_steps,
             soft_mask=soft_mask_of(self.config.method),
             groups=self.config.optimization.weight_decay > 0,
             async_save=self.config.run.async_save,
         )
-        passes = resolved.accumulation_steps
+        micro_steps = resolved.accumulation_steps
         seconds = time(
             model,
             zero,
             batch,
             cluster.gpu,
-            passes=passes,
+            micro_steps=micro_steps,
             ranks_per_node=cluster.per_node,
             checkpointing=checkpointing,
         )
         counted, _ = forward_backward_flops(
-            model, batch, passes=passes, ranks=gpus, checkpointing=checkpointing
+            model, batch, micro_steps=micro_steps, ranks=gpus, checkpointing=checkpointing
         )
         peak = cluster.gpu.fp32_tflops if zero.weight_bytes == 4 else cluster.gpu.bf16_tflops
         return Plan(
             choice=Choice(zero.stage, batch.rows, checkpointing),
-            accumulation=passes,
+            accumulation=micro_steps,
             zero=zero,
             batch=batch,
             memory=need,
-            traffic=traffic(model, zero, batch, passes=passes),
+            traffic=traffic(model, zero, batch, micro_steps=micro_steps),
             time=seconds,
             mfu=counted / (seconds.step * gpus * peak * 1e12),
             fits=need.total <= cluster.room and need.host_total <= cluster.host_room,
         )
 
     def of(self, choice: Choice, total: int, gpus: int) -> Plan:
-        """The plan of a choice, for a global batch of ``total`` rows on so many GPUs."""
+        """Plan a choice, for a global batch of ``total`` rows on a number of GPUs."""
         resolved = self.resolved(
             gpus,
             stage=choice.stage,
@@ -177,15 +175,18 @@ class Planner:
             per_device_train_batch_size=choice.micro_batch,
             gradient_accumulation_steps=total // (gpus * choice.micro_batch),
         )
-        return self.work_out(resolved, choice.checkpointing, gpus)
+        return self.plan(resolved, choice.checkpointing, gpus)
 
     def recommended(self) -> Plan | None:
-        """The largest micro-batch that fits, under the fastest stage that it fits.
+        """Recommend the largest micro-batch that fits, under the fastest stage that it fits.
 
-        With recomputed activations too if that is faster, as it can be where a larger micro-batch means fewer
-        passes. Stages within 5% of the fastest are alike, as what a higher one's hooks cost the host is not
-        counted: the configured one, else the lowest, is taken. Offload stays as the JSON has it. None:
-        nothing fits, not even one row under ZeRO-3.
+        Activations are recomputed where that is faster, as it can be where a larger micro-batch means fewer
+        micro-batches. Stages within 5% of the fastest count as equal, because the host's cost of a higher
+        stage's hooks is not modelled: the configured one is chosen, else the lowest. Offload stays as in the
+        JSON.
+
+        Returns:
+            The plan; None where nothing fits, not even one row under ZeRO-3.
         """
         settings = sorted({self.config.model.gradient_checkpointing, True})
         found = [plan for plan in map(self._largest, settings) if plan is not None]
@@ -204,24 +205,24 @@ class Planner:
         return None
 
     def _stages(self) -> Sequence[int]:
-        """Stages that can run with the JSON's offload and the precision."""
+        """Return the stages that can run with the JSON's offload and the precision."""
         resolved = self.resolved()
         if resolved.offload_parameters:
             return (3,)
         return (1, 2, 3) if resolved.offload_optimizer or resolved.precision == "fp16" else (0, 1, 2, 3)
 
     def smallest(self) -> Plan:
-        """The plan that needs least memory: one row, ZeRO-3, everything recomputed."""
+        """Plan the run with the least memory: one row, ZeRO-3, everything recomputed."""
         return self.of(Choice(3, 1, True), self.resolved().global_batch_size, self.cluster.gpus)
 
     def scaling(self) -> Iterator[tuple[int, list[Plan]]]:
-        """Weak scaling: the configured rows a rank on 1, 2, 4, ... 1,024 GPUs, under each stage."""
+        """Plan weak scaling: the configured rows a rank on 1, 2, 4, ... 1,024 GPUs, under each stage."""
         resolved = self.resolved()
-        rows, passes = resolved.micro_batch_size, resolved.accumulation_steps
+        rows, micro_steps = resolved.micro_batch_size, resolved.accumulation_steps
         checkpointing = self.config.model.gradient_checkpointing
         for gpus in (2**power for power in range(11)):
             plans = [
-                self.of(Choice(stage, rows, checkpointing), rows * passes * gpus, gpus)
+                self.of(Choice(stage, rows, checkpointing), rows * micro_steps * gpus, gpus)
                 for stage in self._stages()
             ]
             yield gpus, plans
@@ -232,7 +233,7 @@ _SIZED_BY_MODEL = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_
 
 
 def _with_stage(zero: Mapping[str, Any], stage: int) -> dict[str, Any]:
-    """The section for another stage: what ``ds_configs/`` has for it, and offload as it was."""
+    """Return the section for another stage: as in ``ds_configs/``, with the given offload."""
     if zero.get("stage", 0) == stage:
         return dict(zero)
     kept = {key: value for key, value in zero.items() if key == "offload_optimizer"}
@@ -244,7 +245,7 @@ def _with_stage(zero: Mapping[str, Any], stage: int) -> dict[str, Any]:
 
 
 def _divisors(number: int) -> list[int]:
-    """All divisors, the largest first."""
+    """Return all divisors, the largest first."""
     return [candidate for candidate in range(number, 0, -1) if number % candidate == 0]
 
 
@@ -254,8 +255,7 @@ def make_planner(
     """Build the model and check the length of rows against its positions.
 
     Raises:
-        UserError: as ``build_model``; rows longer than the model takes.
-
+        UserError: as ``build_model``; or the rows are longer than the model takes.
     """
     model = build_model(config)
     longest = model.anatomy.max_positions

@@ -1,4 +1,4 @@
-"""A plan for people (tables) and for programs (JSON)."""
+"""Report a plan to people (tables) and to programs (JSON)."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ DAY = 86400
 
 
 def as_json(planner: Planner, plan: Plan, recommended: Plan | None) -> dict[str, Any]:
-    """Everything that was worked out, in bytes and seconds."""
+    """Return all results of a plan as JSON data, in bytes and seconds."""
     cluster = planner.cluster
     return {
         "model": planner.model.name,
@@ -49,7 +49,7 @@ def _plan_as_json(planner: Planner, plan: Plan) -> dict[str, Any]:
 
 
 def scaling_as_json(planner: Planner) -> list[dict[str, Any]]:
-    """Weak scaling: one entry for each number of GPUs and stage."""
+    """Return weak scaling as JSON data: one entry for each number of GPUs and stage."""
     return [
         {"gpus": gpus, **_plan_as_json(planner, plan)} for gpus, plans in planner.scaling() for plan in plans
     ]
@@ -60,13 +60,13 @@ def _tokens(plan: Plan) -> int:
 
 
 def print_plan(planner: Planner, plan: Plan, recommended: Plan | None) -> None:
-    """Memory and time of the plan and of the recommendation side by side, and what does not fit."""
+    """Print memory and time of the plan and of the recommendation side by side, and what does not fit."""
     columns = {"as configured": plan}
     if recommended is not None and recommended.choice != plan.choice:
         columns["recommended"] = recommended
     console = Console(highlight=False)
     console.print(Group(_overview(planner, columns), _memory(planner, columns)))
-    for line in _verdict(planner, plan, recommended):
+    for line in _summary(planner, plan, recommended):
         console.print(line, soft_wrap=True)
 
 
@@ -83,7 +83,7 @@ def _overview(planner: Planner, columns: dict[str, Plan]) -> Table:
         "recomputed (--gradient_checkpointing)": [
             "yes" if p.choice.checkpointing else "no" for p in columns.values()
         ],
-        "rows: micro-batch x passes x GPUs": [
+        "rows: micro-batch x accumulation x GPUs": [
             f"{p.batch.rows} x {p.accumulation} x {p.zero.ranks}" for p in columns.values()
         ],
         f"traffic a step and rank, {planner.length} tokens a row": [
@@ -91,7 +91,7 @@ def _overview(planner: Planner, columns: dict[str, Plan]) -> Table:
         ],
         "  of it the contrast's keys": [_size(p.traffic.contrast) for p in columns.values()],
         f"step ({_assumed(gpu)})": [_duration(p.time.step) for p in columns.values()],
-        "  forward and backward": [_duration(p.time.passes) for p in columns.values()],
+        "  forward and backward": [_duration(p.time.compute) for p in columns.values()],
         "  optimizer": [_duration(p.time.optimizer) for p in columns.values()],
         "  waiting for communication": [_duration(p.time.exposed) for p in columns.values()],
         "  to and from the host": [_duration(p.time.host) for p in columns.values()],
@@ -109,22 +109,22 @@ def _overview(planner: Planner, columns: dict[str, Plan]) -> Table:
 
 
 def _assumed(gpu: Gpu) -> str:
-    """What the time of the passes rests on."""
+    """Describe the assumption behind the compute time."""
     if gpu.mfu:
-        return f"passes at {gpu.mfu:.0%} MFU, as given"
+        return f"forward and backward at {gpu.mfu:.0%} MFU, as given"
     return f"assumed: products at {gpu.product_efficiency:.0%}, memory at {gpu.memory_efficiency:.0%} of peak"
 
 
 def _memory(planner: Planner, columns: dict[str, Plan]) -> Table:
-    table = Table(title="memory of a rank at its fullest")
+    table = Table(title="peak memory of a rank")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
     for where in ("device", "host"):
-        parts = [getattr(plan.memory, where) for plan in columns.values()]
-        for name in dict.fromkeys(name for part in parts for name in part):
+        sizes = [getattr(plan.memory, where) for plan in columns.values()]
+        for name in dict.fromkeys(name for column in sizes for name in column):
             label = name if where == "device" else f"host: {name}"
-            table.add_row(label, *(_size(part.get(name, 0)) for part in parts))
+            table.add_row(label, *(_size(column.get(name, 0)) for column in sizes))
     table.add_section()
     table.add_row("all", *(_size(plan.memory.total) for plan in columns.values()))
     table.add_row("room on the GPU", *(_size(planner.cluster.room) for _ in columns))
@@ -132,7 +132,7 @@ def _memory(planner: Planner, columns: dict[str, Plan]) -> Table:
     return table
 
 
-def _verdict(planner: Planner, plan: Plan, recommended: Plan | None) -> Iterable[str]:
+def _summary(planner: Planner, plan: Plan, recommended: Plan | None) -> Iterable[str]:
     cluster = planner.cluster
     if not plan.fits:
         over = plan.memory.total - cluster.room
@@ -164,14 +164,14 @@ def _verdict(planner: Planner, plan: Plan, recommended: Plan | None) -> Iterable
     by_pass = contrast is not None and contrast.scope == "micro_batch"
     if recommended is not None and by_pass and recommended.batch.rows != plan.batch.rows:
         yield (
-            "A contrast's negatives are the rows of a pass on all ranks: another micro-batch changes them. "
-            "--contrast_scope global_batch takes those of the whole step."
+            "A contrast's negatives are the rows of a micro-batch on all ranks: another size changes them. "
+            "--contrast_scope global_batch uses those of the whole step."
         )
     yield "Not in it: evaluation, checkpoints, measuring importance, reading the model."
 
 
 def print_scaling(planner: Planner) -> None:
-    """How much of a step is waited for communication, by GPUs and stage, and the contrast's part."""
+    """Print the share of a step spent waiting for communication, by GPUs and stage, and the contrast's."""
     table = Table(title="weak scaling on paper: share of a step spent waiting for communication")
     table.add_column("GPUs", justify="right")
     columns_made, matters = False, None
@@ -199,7 +199,7 @@ def print_scaling(planner: Planner) -> None:
 
 
 def _importance(planner: Planner, plan: Plan) -> Iterable[str]:
-    """The all-reduce that ends the measuring of importance, on as many GPUs as ``plan`` has."""
+    """Describe the all-reduce after importance is measured, on as many GPUs as ``plan`` has."""
     model, cluster = planner.model, planner.cluster
     kinds = model.method.kinds
     if kinds:
@@ -218,10 +218,10 @@ reduce (ZeRO, arXiv 1910.02054, section 7), over NVLink in a machine, its networ
 Each call waits for its hops too: N-1 of a ring, twice that in its all-reduce, 2 log2 in a tree's, in the
 protocol that is fastest (NCCL's own cost model, src/graph/tuning.cc). ZeRO-1 and 2 all-reduce gradients, 3
 P in all, as DeepSpeed does by default (use_multi_rank_bucket_allreduce)."""
-"""What the shares are worked out from; ``cost.py`` says more."""
+"""The formulas behind the shares; ``cost.py`` has more details."""
 
 MATTERS = 0.01
-"""Share of a step from which the contrast's gathers are said to matter."""
+"""The share of a step above which the contrast's gathers are reported to matter."""
 
 
 def _size(number: float) -> str:

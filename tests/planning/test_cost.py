@@ -16,7 +16,7 @@ from dga_scale.planning.cost import (
     moved_bytes,
     time,
     traffic,
-    trunk_passes,
+    trunk_forwards,
 )
 from dga_scale.planning.gpus import GPUS
 from dga_scale.planning.memory import Batch, cached_states, gather_bytes, share
@@ -38,55 +38,55 @@ def test_volumes_are_those_of_the_zero_paper(dga: PlannedModel, ranks: int) -> N
     p, part = 2 * dga.parameters, (ranks - 1) / ranks
     for stage, factor in {0: 2, 1: 2, 2: 2, 3: 3}.items():
         settings = zero(stage, ranks, communication_bytes=2, all_reduce=False)
-        found = traffic(dga, settings, BATCH, passes=1)
+        found = traffic(dga, settings, BATCH, micro_steps=1)
         assert found.total - found.contrast == pytest.approx(factor * p * part)
 
 
 def test_what_deepspeed_does_differently(dga: PlannedModel) -> None:
     p = dga.parameters
-    found = traffic(dga, zero(2, 8), BATCH, passes=3)
+    found = traffic(dga, zero(2, 8), BATCH, micro_steps=3)
     assert found.gradients == pytest.approx(3 * 2 * 4 * p * 7 / 8)  # each pass, all-reduced, in fp32
     assert found.updated_weights == pytest.approx(2 * p * 7 / 8)
-    assert traffic(dga, zero(1, 8), BATCH, passes=3).gradients == pytest.approx(2 * 4 * p * 7 / 8)
+    assert traffic(dga, zero(1, 8), BATCH, micro_steps=3).gradients == pytest.approx(2 * 4 * p * 7 / 8)
     split = dataclasses.replace(BATCH, stacked=1)
-    gathered = traffic(dga, zero(3, 8), split, passes=3).gathered_weights
+    gathered = traffic(dga, zero(3, 8), split, micro_steps=3).gathered_weights
     assert gathered == pytest.approx(3 * (4 + 1) * 2 * p * 7 / 8)  # a forward pass for each view
 
 
 def test_keys_of_the_contrast(dga: PlannedModel) -> None:
     """Received from the other ranks, two sides in fp32, and their gradients sent back, in each pass."""
     for ranks in (2, 1024):
-        found = traffic(dga, zero(2, ranks), BATCH, passes=2).contrast
+        found = traffic(dga, zero(2, ranks), BATCH, micro_steps=2).contrast
         assert found == pytest.approx(2 * 2 * (ranks - 1) * 2 * 8 * 768 * 4)
-    assert traffic(dga, zero(2, 1), BATCH, passes=2).contrast == gather_bytes(dga, BATCH, 1) == 0
+    assert traffic(dga, zero(2, 1), BATCH, micro_steps=2).contrast == gather_bytes(dga, BATCH, 1) == 0
 
 
 def test_a_contrast_over_all_passes_is_read_twice_and_gathered_once(dga: PlannedModel) -> None:
     """As many bytes in one gather; one more forward pass of what is contrasted, the LM reading apart."""
     whole = plan_of("roberta-base", "--method", "dga", "--contrast_scope", "global_batch")
     settings, split = zero(3, 8), dataclasses.replace(BATCH, stacked=1)
-    plain, spanning = (traffic(model, settings, BATCH, passes=4) for model in (dga, whole))
+    plain, spanning = (traffic(model, settings, BATCH, micro_steps=4) for model in (dga, whole))
     assert spanning.contrast == plain.contrast > 0
     assert spanning.gathers - plain.gathers == 2 * 4 * len(dga.sizes)
     assert plain.contrasts - spanning.contrasts == 2 * 3
     assert spanning.gathered_weights == pytest.approx(2 * plain.gathered_weights)  # 3 + 1 passes, not 1 + 1
-    one, other = (traffic(model, settings, split, passes=4).gathered_weights for model in (dga, whole))
+    one, other = (traffic(model, settings, split, micro_steps=4).gathered_weights for model in (dga, whole))
     assert other == pytest.approx(one * (4 + 3 + 1) / (4 + 1))
     shared = plan_of(
         "roberta-base", "--method=dga", "--contrast_scope=global_batch", "--contrast_views=shared"
     )
-    assert [trunk_passes(model, BATCH, 4) for model in (dga, whole)] == [1, 3]
-    assert trunk_passes(shared, dataclasses.replace(BATCH, views=3, stacked=3), 4) == 2
+    assert [trunk_forwards(model, BATCH, 4) for model in (dga, whole)] == [1, 3]
+    assert trunk_forwards(shared, dataclasses.replace(BATCH, views=3, stacked=3), 4) == 2
     flops = {"ranks": 8, "checkpointing": False}
     (counted, computed), (same, more) = (
-        forward_backward_flops(model, BATCH, passes=4, **flops) for model in (dga, whole)
+        forward_backward_flops(model, BATCH, micro_steps=4, **flops) for model in (dga, whole)
     )
     assert counted == same == computed
     assert more - computed == dga.anatomy.forward_flops(3 * 8 * 4 * 8 * 128, 128, 0)
     assert cached_states(whole, BATCH, 4) == 2 * 3 * 8 * 4 * 768 * 4
     # Nothing to cache in a single pass.
-    assert traffic(whole, settings, BATCH, passes=1) == traffic(dga, settings, BATCH, passes=1)
-    assert forward_backward_flops(whole, BATCH, passes=1, **flops)[0] == pytest.approx(counted / 4)
+    assert traffic(whole, settings, BATCH, micro_steps=1) == traffic(dga, settings, BATCH, micro_steps=1)
+    assert forward_backward_flops(whole, BATCH, micro_steps=1, **flops)[0] == pytest.approx(counted / 4)
     assert cached_states(whole, BATCH, 1) == 0
 
 
@@ -114,19 +114,19 @@ def test_time_by_hand(dga: PlannedModel) -> None:
     """Nothing hidden: products, the other kernels' bytes, 50 bytes an entry of AdamW's, those on the bus."""
     gpu = dataclasses.replace(GPUS["h100"], product_efficiency=0.5, memory_efficiency=1.0, overlap=0.0)
     settings = zero(2, 16, overlap=True, reduce_bucket=10**9)
-    found = time(dga, settings, BATCH, gpu, passes=2, ranks_per_node=8, checkpointing=False)
-    flops, _ = forward_backward_flops(dga, BATCH, passes=2, ranks=16, checkpointing=False)
-    sent = traffic(dga, settings, BATCH, passes=2)
+    found = time(dga, settings, BATCH, gpu, micro_steps=2, ranks_per_node=8, checkpointing=False)
+    flops, _ = forward_backward_flops(dga, BATCH, micro_steps=2, ranks=16, checkpointing=False)
+    sent = traffic(dga, settings, BATCH, micro_steps=2)
     products = flops / 16 / (989e12 * 0.5)
-    moved = moved_bytes(dga, settings, BATCH, passes=2, computed=1.0)
-    assert found.passes == pytest.approx(products + moved / 3350e9)
+    moved = moved_bytes(dga, settings, BATCH, micro_steps=2, computed=1.0)
+    assert found.compute == pytest.approx(products + moved / 3350e9)
     assert found.optimizer == pytest.approx(share(dga, settings) * 50 / 3350e9)
     assert found.exposed == pytest.approx(sent.total / (0.8 * 400e9), rel=0.1)  # and hops
-    assert found.step == pytest.approx(found.passes + found.optimizer + found.exposed)
+    assert found.step == pytest.approx(found.compute + found.optimizer + found.exposed)
     assert 0 < found.communication_share < 1
     measured = dataclasses.replace(gpu, mfu=0.25)
-    given = time(dga, settings, BATCH, measured, passes=2, ranks_per_node=8, checkpointing=False)
-    assert given.passes == pytest.approx(2 * products)
+    given = time(dga, settings, BATCH, measured, micro_steps=2, ranks_per_node=8, checkpointing=False)
+    assert given.compute == pytest.approx(2 * products)
 
 
 def test_bytes_of_the_other_kernels_by_hand(dga: PlannedModel) -> None:
@@ -134,9 +134,9 @@ def test_bytes_of_the_other_kernels_by_hand(dga: PlannedModel) -> None:
     h, tokens, p = 768, 8 * 128, dga.parameters
     block = 2 * (5 * 4 * h + 22 * h + 12 * h) + 16 * h + 4 * h
     head = 160 * 50265 * 44  # 8 rows with 19 labels, filled up
-    plain = moved_bytes(dga, zero(0, 1), BATCH, passes=1, computed=1.0)
+    plain = moved_bytes(dga, zero(0, 1), BATCH, micro_steps=1, computed=1.0)
     assert plain == 4 * tokens * 12 * block + head + 2 * p
-    twice = moved_bytes(dga, zero(2, 8), BATCH, passes=3, computed=2.0)
+    twice = moved_bytes(dga, zero(2, 8), BATCH, micro_steps=3, computed=2.0)
     assert twice == 3 * (2 * (plain - 2 * p) + (2 + 4 + 12) * p)  # into the bucket, to fp32 and back
 
 
@@ -144,9 +144,9 @@ def test_overlap_hides_no_more_than_there_is(dga: PlannedModel) -> None:
     def of(**changes: float) -> float:
         gpu = dataclasses.replace(GPUS["h100"], **changes)
         settings = zero(2, 64, overlap=True, reduce_bucket=10**9)
-        return time(dga, settings, BATCH, gpu, passes=1, ranks_per_node=8, checkpointing=False).exposed
+        return time(dga, settings, BATCH, gpu, micro_steps=1, ranks_per_node=8, checkpointing=False).exposed
 
-    after = traffic(dga, zero(2, 64), BATCH, passes=1)
+    after = traffic(dga, zero(2, 64), BATCH, micro_steps=1)
     links = (GPUS["h100"], 64, 8)
     cannot_hide = collective(after.updated_weights, 1, *links) + collective(after.contrast, 2, *links)
     assert of(overlap=1.0, mfu=1e-4) == pytest.approx(cannot_hide)  # slow passes hide all
@@ -162,13 +162,13 @@ def test_flops_are_those_that_pytorch_counts(views: int, tmp_path: Path) -> None
     anatomy, rows, length, labels = anatomy_of(bert), 3, 16, 5
     ids = torch.randint(5, 120, (rows * views, length))
     batch = Batch(rows=rows, length=length, labels=labels, views=views, stacked=views)
-    counted, computed = forward_backward_flops(model, batch, passes=2, ranks=4, checkpointing=False)
+    counted, computed = forward_backward_flops(model, batch, micro_steps=2, ranks=4, checkpointing=False)
     assert counted == computed
     # The counter does not know the fused kernel of CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         hidden = bert.bert(input_ids=ids).last_hidden_state
         anatomy.lm_logits(bert, hidden[:rows].flatten(0, 1)[:32]).sum().backward()
     assert counted == pytest.approx(8 * counter.get_total_flops(), rel=1e-9)
-    _, recomputed = forward_backward_flops(model, batch, passes=2, ranks=4, checkpointing=True)
+    _, recomputed = forward_backward_flops(model, batch, micro_steps=2, ranks=4, checkpointing=True)
     trunk = anatomy.forward_flops(rows * views * length, length, 0)
     assert recomputed == pytest.approx(counted + 8 * trunk)

@@ -169,7 +169,7 @@ def test_gates_of_heads_keep_both_sides_of_their_product(method: str, split: boo
     assert added == pytest.approx(one_more, rel=0.05)
 
 
-def test_reducing_the_embeddings_is_the_fullest_moment_of_a_large_vocabulary() -> None:
+def test_reducing_the_embeddings_is_the_peak_with_a_large_vocabulary() -> None:
     """ZeRO-3: weights, gradient, and the gradient twice in what it travels in, of the largest parameter.
 
     Or, if it travels as it is, before that: the gradients of the LM head and of the lookup, and their sum.

@@ -79,7 +79,7 @@ def test_a_measured_mfu_takes_the_place_of_the_roofline(capsys: pytest.CaptureFi
         planned(capsys, *arguments("roberta-base", 1, "--mfu", share))[1]["planned"]
         for share in ("0.4", "0.2")
     ]
-    assert found[1]["seconds"]["passes"] == pytest.approx(2 * found[0]["seconds"]["passes"])
+    assert found[1]["seconds"]["compute"] == pytest.approx(2 * found[0]["seconds"]["compute"])
     assert found[0]["mfu"] == pytest.approx(0.4, rel=0.05)  # the optimizer's step besides
 
 
