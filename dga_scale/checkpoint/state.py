@@ -41,10 +41,10 @@ from dga_scale.storage.safetensors_stream import (
     write_safetensors,
 )
 from dga_scale.zero.engine import Engine
+from dga_scale.zero.optimizers import moments_of
 from dga_scale.zero.shards import equal_share, frozen_shares, local_shards, refresh_model_weights
 
 STATE, MODEL = "trainer_state.json", "model"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 T = TypeVar("T")
 
 
@@ -187,6 +187,7 @@ def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict
     entries: list[Entry] = []
     places: dict[str, tuple[int, tuple[int, ...]]] = {}
     optimizer_steps = set()
+    kept = moments_of(engine.basic_optimizer)
 
     def add(key: str, start: int, shape: tuple[int, ...], values: Tensor) -> None:
         places[key] = (start, shape)
@@ -195,7 +196,7 @@ def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict
     for shard in local_shards(engine):
         moments = engine.basic_optimizer.state.get(shard.stepped, {})
         if moments:
-            optimizer_steps.add(float(moments["step"]))
+            optimizer_steps.add(float(moments.get("step", 0)))
         for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
             length = fragment.values.numel()
             # In ZeRO-0 every rank holds everything: each writes an equal share.
@@ -204,7 +205,7 @@ def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict
                 continue
             place = (fragment.start + first, fragment.shape)
             add(f"weight:{fragment.name}", *place, fragment.values[first:last])
-            for kind in MOMENTS if moments else ():
+            for kind in kept if moments else ():
                 add(f"{kind}:{fragment.name}", *place, moments[kind].view(-1)[offset + first : offset + last])
     for name, start, shape, values in frozen_shares(engine):
         add(f"weight:{name}", start, shape, values)
@@ -248,8 +249,9 @@ def _load_shard(engine: Engine, checkpoint: Checkpoint) -> None:
             if f"weight:{name}" in reader.stored:
                 reader.read(f"weight:{name}", 0, buffer.view(-1))
         steps = {metadata["optimizer_step"] for metadata in reader.metadata} - {""}
+        kept = moments_of(engine.basic_optimizer)
         for shard in local_shards(engine):
-            moments = {kind: torch.zeros_like(shard.stepped.data) for kind in MOMENTS if steps}
+            moments = {kind: torch.zeros_like(shard.stepped.data) for kind in kept if steps}
             for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
                 stored = reader.stored.get(f"weight:{fragment.name}")
                 if stored is None or stored.shape != fragment.shape:

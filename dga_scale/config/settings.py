@@ -171,6 +171,7 @@ class OptimizationSettings:
     )
     decay_ratio: float = setting(0.2, "Share of the steps in which warmup_stable_decay decays.", rule=SHARE)
     min_lr_ratio: float = setting(0.0, "Learning rate at the end over the peak.", rule=SHARE)
+    optimizer: str = setting("adamw", "Optimizer: a name in the table of dga_scale/zero/optimizers.py.")
     weight_decay: float = setting(0.0, "AdamW's weight decay.", rule=AT_LEAST_0, source="DGA's released code")
     adam_beta1: float = setting(0.9, "AdamW's beta1.", rule=BELOW_1)
     adam_beta2: float = setting(0.999, "AdamW's beta2.", rule=BELOW_1)

@@ -17,6 +17,7 @@ from dga_scale.corpus.loading.shapes import rounded_up
 from dga_scale.planning.models import PlannedModel
 from dga_scale.unit_kinds import unit_kind
 from dga_scale.zero.ds_config import ResolvedConfig
+from dga_scale.zero.optimizers import optimizer_kind
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Zero:
     live: int
     persistence: int
     sub_group: int
+    moments: int = 2
+    """fp32 numbers that the optimizer keeps for each entry: Adam's two."""
 
     @classmethod
     def of(cls, resolved: ResolvedConfig, ranks: int) -> "Zero":
@@ -92,6 +95,7 @@ class Zero:
             live=int(zero.get("stage3_max_live_parameters", 1e9)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             sub_group=int(zero.get("sub_group_size", 1e9)),
+            moments=len(optimizer_kind(resolved.config.optimization.optimizer).moments),
         )
 
 
@@ -103,7 +107,7 @@ class States:
         weights: The model's weights, in 16 bits or fp32; under ZeRO-3 this rank's shares.
         persistent: The small parameters that ZeRO-3 keeps whole on each rank.
         masters: The optimizer's fp32 weights, where they are not the model's weights themselves.
-        moments: The two moments of Adam, fp32.
+        moments: What the optimizer keeps of each entry, fp32: Adam has two moments.
         gradients: The gradients that are kept between micro-batches.
     """
 
@@ -161,7 +165,7 @@ def states(model: PlannedModel, zero: Zero, groups: bool = True) -> States:
         gradients = own * zero.ranks * 4  # BF16_Optimizer: an fp32 gradient of the whole model
     else:
         gradients = trained * width
-    return States(weights, persistent, masters, 8 * own, gradients)
+    return States(weights, persistent, masters, 4 * zero.moments * own, gradients)
 
 
 def extras(model: PlannedModel, zero: Zero, soft_mask: str) -> dict[str, int]:

@@ -49,7 +49,7 @@ class StartingModel:
 def starting_model(
     inputs: Inputs, cluster: Cluster, log: RunLog, method: Method[Any], resuming: bool
 ) -> StartingModel:
-    """Load the model with its starting weights, the same whether a run begins or goes on.
+    """Load the model with its starting weights, the same whether a run begins or resumes.
 
     Raises:
         UserError: on every rank, for a model that can't be loaded or that the method can't work with.

@@ -70,7 +70,7 @@ class Inputs:
 
     @property
     def content_hash(self) -> str:
-        """Of all text that the run learns from; a checkpoint of other text is not gone on with."""
+        """Of all text that the run learns from; a checkpoint of other text is not resumed."""
         hashes = [self.mixture.content_hash, *([self.general.content_hash] if self.general else [])]
         return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
 

@@ -288,7 +288,7 @@ def _figures(trainer: Trainer) -> dict[str, Hashable]:
         "--seed": trainer.config.run.seed,
         "the number of steps done": engine.global_steps,
         "the number of refused steps": engine.skipped_steps,
-        "Adam's number of steps": tuple(sorted({float(state["step"]) for state in states})),
+        "the optimizer's number of steps": tuple(sorted({float(s.get("step", 0)) for s in states})),
         "the learning rate": tuple(group["lr"] for group in engine.basic_optimizer.param_groups),
         "the loss scale": getattr(getattr(engine.optimizer, "loss_scaler", None), "cur_scale", 1),
     }

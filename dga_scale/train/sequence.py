@@ -2,7 +2,7 @@
 
 The folder of a sequence holds a whole run for each domain, ``1-restaurant/``, ``2-acl/``, ...: its own
 optimizer, schedule, checkpoints, model and importances. What is complete is not done again, and a run that
-was stopped goes on where it was.
+was stopped resumes where it was.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ def _checked(config: TrainConfig) -> list[str]:
         )
     if config.run.resume not in ("auto", "never"):
         raise UserError(
-            f"--resume {config.run.resume}: a sequence goes on from what its folder holds; leave it out"
+            f"--resume {config.run.resume}: a sequence resumes from what its folder holds; leave it out"
         )
     load_model_config(config.model.model)
     tokenizer = load_tokenizer(config.model.model)

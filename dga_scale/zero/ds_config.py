@@ -13,6 +13,7 @@ import torch
 
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
+from dga_scale.zero.optimizers import optimizer_kind
 
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _SCHEDULE_FLAGS = {
@@ -84,6 +85,8 @@ def resolve_ds_config(
             ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     # DeepSpeed's own throughput timer, which nothing here reads, waits for the GPU twice in each pass.
     ds.setdefault("timers", {"throughput": {"enabled": False}})
+    # DeepSpeed knows some optimizers by their class; ours are those of the table, whatever it knows.
+    ds["zero_allow_untested_optimizer"] = True
     if offload["optimizer"]:
         # torch's fused AdamW runs on the CPU too, without a compiler on the machine.
         ds["zero_force_ds_cpu_optimizer"] = False
@@ -255,9 +258,13 @@ class _Resolver:
 
     def optimizer(self) -> None:
         """Take AdamW's numbers out of the JSON; the program builds the optimizer from the settings."""
+        optimizer_kind(self.flags["optimizer"])
         section = self.ds.pop("optimizer", None)
         if section is None:
             return
+        if self.flags["optimizer"] != "adamw":
+            what = f"its numbers are AdamW's, --optimizer is {self.flags['optimizer']}"
+            self.refuse("optimizer", what, "leave the section out")
         self.ds["optimizer"] = section  # for the look-ups
         kind = self.get("optimizer.type") or "AdamW"
         if (

@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from dga_scale.launch.world import COLLECTIVE_TIMEOUT
 from dga_scale.zero.ds_config import ResolvedConfig
 from dga_scale.zero.optimizer_hooks import local_fragments
+from dga_scale.zero.optimizers import optimizer_kind
 from dga_scale.zero.patches import import_muon_uncompiled, no_shared_memory_reduce, patch_engine
 from dga_scale.zero.shards import LANGUAGE_MODEL_PREFIX, keep_frozen_weights, shape_of
 
@@ -57,19 +58,15 @@ def build_engine(
 ) -> DeepSpeedEngine:
     """Hand a model with fp32 weights on the CPU (or partitioned by ``zero.Init``) over to DeepSpeed.
 
-    Hooks on parameters (the gradient mask) have to be registered before. AdamW decays matrices only, as
-    transformers' Trainer does: no biases, no norms. Its learning rate is 0 until ``set_learning_rate``, which
-    multiplies it with ``lr_scales``, by name in the Hugging Face model; 1 for parameters not in there.
+    Hooks on parameters (the gradient mask) have to be registered before. Weight decay is on matrices only,
+    as in transformers' Trainer: no biases, no norms. The optimizer's learning rate is 0 until
+    ``set_learning_rate``, which multiplies it with ``lr_scales``, by name in the Hugging Face model; 1 for
+    parameters not in there.
     """
     settings = resolved.config.optimization
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        _groups(model, settings.weight_decay, lr_scales or {}),
-        lr=0.0,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        fused=True,
-    )
+    groups = _groups(model, settings.weight_decay, lr_scales or {})
+    optimizer = optimizer_kind(settings.optimizer).build(groups, settings)
     connect_deepspeed()
     import_muon_uncompiled()
     # References, not copies: DeepSpeed's cast to 16 bits would otherwise be the last of these numbers.
@@ -90,7 +87,7 @@ def build_engine(
 
 
 def _groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: one for each learning rate and weight decay that there is."""
+    """The optimizer's parameter groups: one for each learning rate and weight decay that there is."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

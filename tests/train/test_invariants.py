@@ -109,7 +109,7 @@ EVERYWHERE: dict[Fault, str] = {
     a_protection: "protection of heads is not the same on all ranks: entry 1 is ",
     a_soft_mask: f"soft-mask of {QUERY} along axis 0 is not the same on all ranks: entry 2 is ",
     a_learning_rate: "a learning rate on rank 1 is 0.5, planned was 0.001",
-    a_step_count: "Adam's number of steps is (3.0,) on rank 1, (2.0,) on rank 0",
+    a_step_count: "the optimizer's number of steps is (3.0,) on rank 1, (2.0,) on rank 0",
     a_seed: "the seed of dropout is 17 on rank 1, planned was ",
 }
 COPIES = {a_weight: f"weight lm.{WORD} is not the same on all ranks: entry 0 is "}
