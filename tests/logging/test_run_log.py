@@ -165,6 +165,23 @@ def test_importance_and_protection_become_pictures(tmp_path: Path) -> None:
     assert record["applied_over_proposed"] == 0.4
 
 
+def test_a_kind_with_thousands_of_units_a_layer_is_logged_by_figures(tmp_path: Path) -> None:
+    importance = torch.rand(2, 3072)
+    with RunLog(tmp_path, 0, 2) as log:
+        log.importance({"ffn_intermediate": importance}, {"ffn_intermediate": importance})
+        log.protection(
+            "ffn_intermediate", step=2, one_minus_a=importance, movement=importance, target_protection=0.75
+        )
+    assert not list(tmp_path.glob("*.png"))
+    board = scalars(tmp_path)
+    assert board.Tags()["images"] == []
+    assert set(board.Tags()["histograms"]) == {"importance/ffn_intermediate", "soft_mask/ffn_intermediate"}
+    (figure,) = board.Scalars("protection/ffn_intermediate/target_protection")
+    assert (figure.step, figure.value) == (2, 0.75)
+    (record,) = read_log(tmp_path / "log.jsonl")
+    assert record == {"event": "protection", "step": 2, "kind": "ffn_intermediate", "target_protection": 0.75}
+
+
 def test_settings_are_text_in_tensorboard(tmp_path: Path) -> None:
     with open_log(tmp_path, 0, 2) as log:
         log.settings({"learning_rate": 1e-4})
