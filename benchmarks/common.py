@@ -1,4 +1,4 @@
-"""What benchmarks share: models and corpora made of DATA, commands, figures and where they are kept."""
+"""Shared by the benchmarks: models and corpora made from DATA, commands, tables, and the file of results."""
 
 import argparse
 import importlib
@@ -17,20 +17,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "benchmarks"
-"""Models, corpora and runs are made here."""
+"""The folder for models, corpora and runs."""
 SECTIONS = WORK / "sections.md"
-"""What was measured, newest last, until it takes its place in RESULTS.md."""
+"""The file of new results, newest last, from which they are moved to RESULTS.md by hand."""
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets")
 SEQUENCE_LENGTH = 128
 SHAPES = ("minilm", "roberta-base")
 TEXTS = {"packed": ("acl", "chunk"), "reviews": ("restaurant", "document")}
-"""Corpus and packing. A review is a row of its own, most of them far shorter than 128 tokens."""
+"""The corpus and packing of each text. A review is a row of its own, mostly far shorter than 128 tokens."""
 WARM_UP = 3
-"""Steps that are not counted: kernels are chosen, buffers allocated."""
+"""The number of steps that are not counted, in which kernels are chosen and buffers allocated."""
 
 
 def parser_of(description: str | None, data: bool = True) -> argparse.ArgumentParser:
-    """A parser that shows the module's docstring; with ``data``, of a benchmark that reads DATA."""
+    """Build a parser that shows the module's docstring, with an argument DATA if ``data`` is true."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def parser_of(description: str | None, data: bool = True) -> argparse.ArgumentPa
 
 
 def model_of(data: Path, shape: str) -> Path:
-    """The folder of the pretrained MiniLM, or of a random model of RoBERTa-base's shape."""
+    """Return the folder of the pretrained MiniLM, or of a random model of RoBERTa-base's shape."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig
 
     small = data.resolve() / "models" / "minilm-l6-mlm"
@@ -63,7 +63,7 @@ def model_of(data: Path, shape: str) -> Path:
 
 
 def corpus_of(data: Path, name: str = "acl", packing: str = "chunk", validation_share: float = 0.02) -> Path:
-    """The folder of a corpus of rows of at most 128 tokens; it is made where it is not there yet."""
+    """Return the folder of a corpus of rows of at most 128 tokens, which is made if it does not exist."""
     corpus = WORK / f"{name}-{packing}"
     run("tools/shard_corpus.py", data.resolve() / "corpora" / f"{name}.jsonl.gz", "--tokenizer",
         model_of(data, "minilm"), "--output", corpus, "--sequence_length", SEQUENCE_LENGTH,
@@ -72,7 +72,7 @@ def corpus_of(data: Path, name: str = "acl", packing: str = "chunk", validation_
 
 
 def run(*command: Any, codes: Sequence[int] = (0,)) -> str:
-    """Run Python on ``command`` in the repository, one thread a process; what it printed."""
+    """Run Python on ``command`` in the repository, one thread a process, and return its output."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -87,7 +87,7 @@ def run(*command: Any, codes: Sequence[int] = (0,)) -> str:
 
 
 def launch(ranks: int, program: str, *arguments: Any) -> str:
-    """Run a script, or a module by its dotted name, on ``ranks`` ranks; what it printed."""
+    """Run a script, or a module by its dotted name, on ``ranks`` ranks, and return its output."""
     module = () if program.endswith(".py") else ("--module", "--no_local_rank")
     # Other runs may use the launcher's usual port.
     return run("-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", free_port(), *module,
@@ -101,14 +101,14 @@ def train(ranks: int, output: Path, steps: int, *flags: Any) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call a function of the benchmark on each of some new gloo ranks of this machine's CPUs; its results.
+    """Call a function of the benchmark on new gloo ranks on this machine's CPUs, and return its results.
 
     Arguments and results are pickled: a class of the module that was started must not be among the first.
     """
@@ -123,24 +123,24 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:
-    """Median, and the range where there are several."""
+    """Format the median of values, with their range where there are several."""
     values = list(values)
     median, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
     return f"{median} ({low} to {high})" if len(values) > 1 else median
 
 
 def ratios(values: Iterable[float], others: Iterable[float]) -> list[float]:
-    """Of each value to the other of its round."""
+    """Return the ratio of each value to the other value of its round."""
     return [a / b for a, b in zip(values, others, strict=True)]
 
 
-def verdict(met: bool) -> str:
-    """Whether a target is met."""
+def met_or_missed(met: bool) -> str:
+    """Return the word for a target that is met or missed."""
     return "met" if met else "missed"
 
 
 def table(rows: Iterable[Iterable[Any]]) -> str:
-    """A table in Markdown; the first row is its head."""
+    """Format a table in Markdown; the first row is its header."""
     head, *rest = [list(map(str, row)) for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in (head, *rest)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
@@ -158,7 +158,7 @@ def keep_section(title: str, body: str, path: Path = SECTIONS) -> None:
 
 
 def _started() -> str:
-    """The name of the module that was started with ``python -m``."""
+    """Return the name of the module that was started with ``python -m``."""
     spec = sys.modules["__main__"].__spec__
     assert spec is not None, "start benchmarks with python -m benchmarks.NAME"
     return spec.name.removesuffix(".__main__")

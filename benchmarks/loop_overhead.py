@@ -24,11 +24,11 @@ from benchmarks.common import (
     corpus_of,
     keep_section,
     launch,
+    met_or_missed,
     model_of,
     parser_of,
     spread,
     table,
-    verdict,
 )
 from dga_scale.logging.json_lines import read_log
 
@@ -61,7 +61,7 @@ def main() -> None:
     seconds = spread(each.pop("seconds") for each in rounds)
     lines = [["", "of the engine's time"]]
     lines += [[name, f"{spread(100 * each[name] for each in rounds)}%"] for name in rounds[0]]
-    met = verdict(statistics.median(each["ours"] for each in rounds) < TARGET)
+    met = met_or_missed(statistics.median(each["ours"] for each in rounds) < TARGET)
     body = (
         f"{options.ranks} ranks x {options.batch_size} rows, {options.method}; the engine's forward, "
         f"backward and step take {seconds} s.\n\n{table(lines)}\n\n"

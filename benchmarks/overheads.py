@@ -1,4 +1,4 @@
-"""What DGA's parts cost beside a step: masks, importance, the contrast's gather, GradCache, shared views.
+"""Measure the cost of DGA's parts beside a step: masks, importance, gather, GradCache, shared views.
 
     python -m benchmarks.overheads DATA [--shape minilm|roberta-base] [--rounds 10] [--ranks 1 2 4]
 
@@ -26,12 +26,12 @@ from benchmarks.common import (
     SHAPES,
     corpus_of,
     keep_section,
+    met_or_missed,
     model_of,
     on_ranks,
     parser_of,
     ratios,
     table,
-    verdict,
 )
 from dga_scale.config.parsing import read_config
 from dga_scale.corpus.loading.batches import StepBatches
@@ -276,7 +276,7 @@ def masks_table(found: dict[str, tuple[Figures, Figures]]) -> str:
         plain = statistics.median(steps["none"])
         for name, target in (("gradient", GRADIENT), ("update", UPDATE)):
             shares = [seconds / plain for seconds in clock[name]]
-            met = verdict(statistics.median(shares) < target)
+            met = met_or_missed(statistics.median(shares) < target)
             whole = within(ratios(steps[name], steps["none"]), ".3f")
             rows.append([f"{method} {name}", within(shares, ".2%"), f"{target:.0%}: {met}", whole])
     return table(rows)
@@ -292,7 +292,7 @@ def importance_table(found: Figures, rows_of_a_rank: int) -> str:
     rows = [["global batch", f"importance of {IMPORTANCE_ROWS:,} rows, of {STEPS:,} steps", "target"]]
     for size in GLOBAL_BATCHES:
         share = IMPORTANCE_ROWS * importance / rows_of_a_rank / (STEPS * (a_row * size + optimizer))
-        rows.append([str(size), f"{share:.2%}", f"{IMPORTANCE:.0%}: {verdict(share < IMPORTANCE)}"])
+        rows.append([str(size), f"{share:.2%}", f"{IMPORTANCE:.0%}: {met_or_missed(share < IMPORTANCE)}"])
     return (
         f"Importance takes {importance / rows_of_a_rank * 1e3:.1f} ms a row, forward and backward pass of a "
         f"step {a_row * 1e3:.1f} ms, the optimizer {optimizer * 1e3:.0f} ms a step.\n\n{table(rows)}"

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, RobertaConfig
 
-from benchmarks.common import ROOT, keep_section, on_ranks, parser_of, table, verdict
+from benchmarks.common import ROOT, keep_section, met_or_missed, on_ranks, parser_of, table
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.loading import set_dropout
 from dga_scale.config.methods.shared import soft_mask_of
@@ -190,7 +190,7 @@ def main() -> None:
                     worst[name] = max(worst.get(name, 0.0), error, key=abs)
                     accuracy[-1] += [f"{real / MIB:.1f}", f"{number / MIB:.1f}", f"{error:+.1%}"]
                 print(" | ".join(accuracy[-1]), flush=True)
-    met = verdict(all(abs(error) <= TARGET for error in worst.values()))
+    met = met_or_missed(all(abs(error) <= TARGET for error in worst.values()))
     errors = ", ".join(f"{name} {error:+.1%}" for name, error in worst.items())
     said = (
         f"{options.rows} rows of {options.sequence_length} tokens a rank, {options.layers} layers.\n"

@@ -36,12 +36,12 @@ from benchmarks.common import (
     SEQUENCE_LENGTH,
     WORK,
     keep_section,
+    met_or_missed,
     model_of,
     parser_of,
     ratios,
     spread,
     table,
-    verdict,
 )
 from dga_scale.corpus.sharding.pipeline import shard_corpus
 from dga_scale.corpus.sharding.staging import ShardSettings
@@ -183,9 +183,9 @@ def speed_table(options: argparse.Namespace, model: Path, corpora: Sequence[Path
     said = (
         f"{megabytes:.1f} MB of text in {PARTS} files; median of {options.rounds} rounds (range). Targets: a "
         f"worker at 0.9 or more of the raw tokenizer's rate: {per_worker[0]:.2f} of encode_batch's, "
-        f"{verdict(per_worker[0] >= 0.9)}; {per_worker[1]:.2f} of encode_batch_fast's, "
-        f"{verdict(per_worker[1] >= 0.9)}. From 1 to 2 workers 1.8 or more: {scaling:.2f}, "
-        f"{verdict(scaling >= 1.8)}; two processes of the raw tokenizer reach {limit:.2f}."
+        f"{met_or_missed(per_worker[0] >= 0.9)}; {per_worker[1]:.2f} of encode_batch_fast's, "
+        f"{met_or_missed(per_worker[1] >= 0.9)}. From 1 to 2 workers 1.8 or more: {scaling:.2f}, "
+        f"{met_or_missed(scaling >= 1.8)}; two processes of the raw tokenizer reach {limit:.2f}."
     )
     return f"{table(rows)}\n\n{said}"
 
@@ -219,7 +219,7 @@ def memory_table(sizes: Sequence[float], model: Path, corpora: Sequence[Path]) -
         counts = [f"{megabytes:g}", f"{manifest.documents_read:,}", f"{manifest.rows:,}"]
         lines.append([*counts, f"{peaks[-1]:.0f}", f"{megabytes / seconds:.2f}"])
     growth = max(peaks) / min(peaks) - 1
-    return f"{table(lines)}\n\nTarget: peaks within 10%: {growth:.0%} ({verdict(growth <= 0.1)})."
+    return f"{table(lines)}\n\nTarget: peaks within 10%: {growth:.0%} ({met_or_missed(growth <= 0.1)})."
 
 
 def repeat(corpora: Sequence[Path], path: Path, megabytes: float) -> None:

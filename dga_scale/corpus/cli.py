@@ -17,7 +17,7 @@ from dga_scale.errors import run_main
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every option with its default."""
+    """Build the parser of the command's options."""
     parser = Parser(
         description="Tokenise raw text into a corpus folder: Arrow shards and a manifest. A run that was "
         "interrupted goes on when the same command is given again; the result is the same, byte for byte, "
@@ -113,7 +113,7 @@ def _array_task(text: str) -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse ``arguments`` (None: the command line), shard, print a summary."""
+    """Shard text as given in ``arguments`` (None: the command line), and print a summary."""
     options = vars(build_parser().parse_args(arguments))
     inputs, output = options.pop("inputs"), options.pop("output")
     options["exclude"] = tuple(options.get("exclude", ()))
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summary(output: Path, report: ShardReport) -> str:
-    """What the corpus holds, for people."""
+    """Describe the content of the corpus for people."""
     train, held_out = report.train, report.validation
     dropped = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in train.dropped.items())
     lines = [

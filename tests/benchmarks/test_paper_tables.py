@@ -16,7 +16,7 @@ from scipy import stats
 
 from benchmarks.experiments.paper_tables.__main__ import main
 from benchmarks.experiments.paper_tables.cost import trainings
-from benchmarks.experiments.paper_tables.pieces import Piece, Work
+from benchmarks.experiments.paper_tables.jobs import Job, Work
 from benchmarks.experiments.paper_tables.runner import Ledger, Runner, environment
 from benchmarks.experiments.paper_tables.settings import load_settings
 from benchmarks.experiments.paper_tables.tables import load_published, write_tables
@@ -68,16 +68,16 @@ def test_a_comparison_is_stopped_and_gone_on_with(data: Path, capsys: pytest.Cap
     stopping.start()
     assert main(words) == EXIT_STOPPED
     stopping.join()
-    assert "stopped in train acl mlm 42; the same command goes on" in capsys.readouterr().out
-    before = json.loads((data / "out" / "pieces.json").read_text())
+    assert "stopped in train acl mlm 42; the same command resumes" in capsys.readouterr().out
+    before = json.loads((data / "out" / "jobs.json").read_text())
     assert list(before) == ["shard acl", "shard general"]
     assert "| mlm | missing | missing |" in (data / "out" / "tables.md").read_text()
 
     assert main(words) == 0
-    after = json.loads((data / "out" / "pieces.json").read_text())
+    after = json.loads((data / "out" / "jobs.json").read_text())
     assert list(after) == [*before, "train acl mlm 42", "merge acl half of mlm 42", "evaluate acl 42, domain"]
     assert {name: after[name] for name in before} == before
-    assert capsys.readouterr().out.startswith("3 of 5: train acl mlm 42; left: 0 min and 3 pieces of unknown")
+    assert capsys.readouterr().out.startswith("3 of 5: train acl mlm 42; left: 0 min and 3 jobs of unknown")
     results = json.loads((data / "out" / "evaluation" / "domain" / "acl" / "results.json").read_text())[
         "models"
     ]
@@ -150,25 +150,25 @@ def test_seeds_and_sequences_become_pieces(data: Path):
         data, {"domains": domains, "general": {"text": "{data}/g"}, "seeds": [1, 2], "sequence": sequence}
     )
     work = Work(load_settings(Path(path), str(data)), data / "out")
-    pieces = {piece.name: piece.command for piece in work.pieces()}
-    assert [name for name in pieces if "evaluate" in name] == [
+    jobs = {job.name: job.command for job in work.jobs()}
+    assert [name for name in jobs if "evaluate" in name] == [
         f"evaluate {d} {s}, domain" for s in (1, 2) for d in domains
     ]
-    labelled = [word for word in pieces["evaluate acl 2, domain"] if word.startswith("mlm=")]
+    labelled = [word for word in jobs["evaluate acl 2, domain"] if word.startswith("mlm=")]
     assert labelled == [f"mlm={data}/out/runs/acl/mlm-{seed}/model" for seed in (1, 2)]
-    command = list(pieces["train sequence das 2"])
+    command = list(jobs["train sequence das 2"])
     assert command[command.index("--corpus") + 1 :][:2] == [
         str(data / "out" / "corpora" / d) for d in ("ai", "acl")
     ]
     assert f"{data}/out/corpora/general:0.1" in command
-    assert f"ai={data}/words" in pieces["forgetting das 2"]
+    assert f"ai={data}/words" in jobs["forgetting das 2"]
 
 
 def test_two_at_work_in_one_folder_are_refused(tmp_path: Path):
-    with Runner(tmp_path), pytest.raises(UserError, match="a command that one left behind, is at work there"):
+    with Runner(tmp_path), pytest.raises(UserError, match="uses this folder"):
         Runner(tmp_path).__enter__()
     with Runner(tmp_path) as runner:
-        assert runner.run(Piece("sleep", "sleep", ("true",)), environment())
+        assert runner.run(Job("sleep", "sleep", ("true",)), environment())
 
 
 def test_a_signal_while_a_piece_starts_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -179,17 +179,17 @@ def test_a_signal_while_a_piece_starts_ends_it(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
     with Runner(tmp_path) as runner:
-        piece = Piece("sleep", "sleep", ("sh", "-c", f"sleep 5; touch {tmp_path / 'slept'}"))
-        assert not runner.run(piece, environment())
+        job = Job("sleep", "sleep", ("sh", "-c", f"sleep 5; touch {tmp_path / 'slept'}"))
+        assert not runner.run(job, environment())
     assert not (tmp_path / "slept").exists()
 
 
 def test_what_is_left_is_said_by_what_was_finished(tmp_path: Path):
-    ledger = Ledger(tmp_path / "pieces.json")
-    ledger.add(Piece("train acl mlm 1", "train mlm", ("a",)), 10)
-    ledger.add(Piece("train acl dga 1", "train dga", ("a",)), 30)
-    left = [Piece("x", "train mlm", ()), Piece("y", "train kd", ()), Piece("z", "evaluate", ())]
-    assert Ledger(tmp_path / "pieces.json").seconds_left(left) == (10 + 20, 1)
+    ledger = Ledger(tmp_path / "jobs.json")
+    ledger.add(Job("train acl mlm 1", "train mlm", ("a",)), 10)
+    ledger.add(Job("train acl dga 1", "train dga", ("a",)), 30)
+    left = [Job("x", "train mlm", ()), Job("y", "train kd", ()), Job("z", "evaluate", ())]
+    assert Ledger(tmp_path / "jobs.json").seconds_left(left) == (10 + 20, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
-"""DGA's comparison of methods over domains, and DAS's sequence of them, at the scale that a YAML says.
+"""Run DGA's comparison of methods over domains, and DAS's sequence of domains, at the scale of a YAML file.
 
     python -m benchmarks.experiments.paper_tables CONFIG.yaml --data DIR --output_dir DIR
 
-Runs this project's own commands one after the other; what is finished is kept, so the same command goes on
-after a stop at any moment, over as many sittings as it takes. DIR/tables.md is the comparison so far.
+It runs this project's own commands one after the other and records the finished ones, so the same command
+resumes after a stop at any moment. DIR/tables.md is the comparison so far.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.experiments.paper_tables.pieces import Work
+from benchmarks.experiments.paper_tables.jobs import Work
 from benchmarks.experiments.paper_tables.runner import Runner, environment
 from benchmarks.experiments.paper_tables.settings import load_settings
 from benchmarks.experiments.paper_tables.tables import write_tables
@@ -20,7 +20,7 @@ from dga_scale.launch.preemption import EXIT_STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is left, and write the tables."""
+    """Run the jobs that are not finished, and write the tables."""
     parser = Parser(
         prog="python -m benchmarks.experiments.paper_tables",
         description=__doc__.split("\n")[0],
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG.yaml", help="see benchmarks/experiments/paper_tables/*.yaml")
-    add("--data", default=".", metavar="DIR", help="takes the place of {data} in the YAML; default: here")
+    add("--data", default=".", metavar="DIR", help="replaces {data} in the YAML; default: current folder")
     add("--output_dir", type=Path, metavar="DIR", help="corpora, runs, scores and tables.md go here")
     add("--tables", action="store_true", help="only write the tables of what is finished")
     add("--plan", action="store_true", help="only print what it all costs, on the YAML's plan: machines")
@@ -48,19 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(work: Work) -> int:
-    """All pieces that are not finished; 75 if stopped."""
-    pieces = list(work.pieces())
+    """Run all jobs that are not finished, and return the exit code: 75 if stopped."""
+    jobs = list(work.jobs())
     with Runner(work.output) as runner:
-        left = [piece for piece in pieces if not runner.ledger.finished(piece)]
+        left = [job for job in jobs if not runner.ledger.finished(job)]
         while left:
-            piece = left[0]
+            job = left[0]
             seconds, unknown = runner.ledger.seconds_left(left)
-            more = f" and {unknown} pieces of unknown length" if unknown else ""
-            number = f"{len(pieces) - len(left) + 1} of {len(pieces)}"
-            print(f"{number}: {piece.name}; left: {seconds / 60:.0f} min{more}", flush=True)
-            piece.prepare()
-            if not runner.run(piece, environment()):
-                print(f"stopped in {piece.name}; the same command goes on")
+            more = f" and {unknown} jobs of unknown length" if unknown else ""
+            number = f"{len(jobs) - len(left) + 1} of {len(jobs)}"
+            print(f"{number}: {job.name}; left: {seconds / 60:.0f} min{more}", flush=True)
+            job.prepare()
+            if not runner.run(job, environment()):
+                print(f"stopped in {job.name}; the same command resumes")
                 return EXIT_STOPPED
             left.pop(0)
             write_tables(work)

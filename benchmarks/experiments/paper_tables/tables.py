@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.experiments.paper_tables.pieces import Work
+from benchmarks.experiments.paper_tables.jobs import Work
 from benchmarks.experiments.paper_tables.settings import label
 from dga_scale.corpus.shards import MANIFEST, Corpus
 from dga_scale.endtasks.evaluate import BASE

@@ -34,18 +34,18 @@ and no shard of their own; reading, finding duplicates and packing are Python, a
 
 @dataclass(frozen=True)
 class Stage:
-    """Items that can be done in any order, all of which must be done before the next stage."""
+    """A stage of the work: its items may be done in any order, all of them before the next stage."""
 
     name: str
     calls: Sequence[Callable[[], None]]
-    """Do an item each; can be sent to another process."""
+    """The functions that do an item each; they can be sent to another process."""
     markers: Sequence[Path]
-    """For each item the file that is there once it is done."""
+    """The file of each item that exists once the item is done."""
     finished: Path
     """The file that is there once all work is done, when the markers are removed."""
 
     def missing(self) -> list[int]:
-        """Items not done yet."""
+        """Return the items that are not done yet."""
         missing = [number for number, marker in enumerate(self.markers) if not marker.exists()]
         return [] if missing and self.finished.exists() else missing
 
@@ -88,7 +88,7 @@ class Executor(AbstractContextManager["Executor"]):
             self._pool.shutdown(cancel_futures=True)
 
     def threads(self, items: int) -> int:
-        """Threads for each of ``items`` items that make use of several."""
+        """Return the number of threads for each of ``items`` items that use several."""
         return self._num_workers // min(self._processes, items)
 
     def on_first(self, action: Callable[[], Any]) -> None:
@@ -96,7 +96,7 @@ class Executor(AbstractContextManager["Executor"]):
         action()
 
     def run(self, stage: Stage) -> None:
-        """Do the stage; returns when every item of it is done, by whomever."""
+        """Run the stage, and return when every item is done, by this process or another."""
         self._do(stage, stage.missing())
 
     def _do(self, stage: Stage, items: Sequence[int]) -> None:
@@ -176,11 +176,11 @@ class MpiExecutor(Executor):
         super().__init__(num_workers, output, show_progress=self.index == 0)
 
     def on_first(self, action: Callable[[], Any]) -> None:
-        """Rank 0 runs ``action``; its error ends every rank."""
+        """Run ``action`` on rank 0; its error ends every rank."""
         self._together(action if self.index == 0 else lambda: None)
 
     def run(self, stage: Stage) -> None:
-        """Each rank does its share; an error on one ends all."""
+        """Run each rank's share of the stage; an error on one rank ends all."""
         # One list for all: a rank that looked later would see other ranks' items done, and shift the shares.
         missing = self._comm.bcast(stage.missing() if self.index == 0 else None)
         self._together(lambda: self._do(stage, missing[self.index :: self.size]))
@@ -216,7 +216,7 @@ class ArrayTaskExecutor(Executor):
         self._scratch = scratch
 
     def run(self, stage: Stage) -> None:
-        """Do this task's share, wait for the others', do what nobody does."""
+        """Run this task's share, wait for the others, and run the items that no task works on."""
         self._do(stage, [number for number in stage.missing() if number % self.size == self.index])
         last_change = time.monotonic()
         state = None
@@ -239,7 +239,7 @@ class ArrayTaskExecutor(Executor):
 
 
 def _sizes(folder: Path) -> set[tuple[str, int]]:
-    """Unfinished files and their sizes: they change as long as anyone works."""
+    """Return the unfinished files and their sizes, which change as long as any task works."""
     sizes = set()
     for path in folder.glob("*"):
         with suppress(FileNotFoundError):  # finished since it was listed
@@ -253,5 +253,5 @@ def under_mpi() -> bool:
 
 
 def _started_by_mpi() -> int:
-    """How many processes an MPI launcher says that it started; 0 where there is none."""
+    """Return how many processes an MPI launcher started; 0 where there is no MPI launcher."""
     return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 0)

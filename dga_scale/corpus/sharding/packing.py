@@ -1,4 +1,4 @@
-"""Second half of sharding: documents tokenised, packed into rows and written as one Arrow shard."""
+"""Second half of sharding: tokenise documents, pack them into rows and write them as one Arrow shard."""
 
 import json
 from collections import deque
@@ -25,21 +25,21 @@ PACKINGS = ("chunk", "document")
 
 _ROWS_PER_WRITE = 4096
 _ROWS_PER_BATCH = 1000
-"""Rows in a record batch of a shard, at most: what ``datasets`` writes."""
+"""The largest number of rows in a record batch of a shard, as in ``datasets``."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a row is built."""
+    """The layout of a row."""
 
     packing: str
     sequence_length: int
     prefix: tuple[int, ...]
-    """Special tokens before a row's content: CLS, or none for a causal tokenizer."""
+    """The special tokens before a row's content: CLS, or none for a causal tokenizer."""
     suffix: tuple[int, ...]
-    """Special tokens after it: SEP, or none."""
+    """The special tokens after a row's content: SEP, or none."""
     separator: int
-    """Between documents in a chunk: SEP, or EOS for a causal tokenizer. Also ends a causal document's row."""
+    """The token between documents in a chunk: SEP, or EOS, which also ends a causal document's row."""
     causal: bool
     special_ids: tuple[int, ...]
     vocab_size: int
@@ -74,12 +74,12 @@ class Layout:
 
     @property
     def content_length(self) -> int:
-        """Ids of a full row without its special tokens."""
+        """The number of ids in a full row without its special tokens."""
         return self.sequence_length - len(self.prefix) - len(self.suffix)
 
 
 class Packer:
-    """Documents' ids in, rows' contents out (without CLS and SEP).
+    """Packs the ids of documents into contents of rows (without CLS and SEP).
 
     "chunk": documents with a separator between them, cut every ``content_length`` ids; what is left at the
     end of the shard is a last, shorter row. "document": each document cut by itself, its last window shorter.
@@ -93,7 +93,7 @@ class Packer:
         self._started = False
 
     def add(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Contents of the rows that ``documents`` complete, each at most ``content_length`` long."""
+        """Return the contents of the rows that ``documents`` complete, each up to ``content_length`` ids."""
         if self._layout.packing == "document":
             rows = []
             for ids in documents:
@@ -130,15 +130,15 @@ class ShardTask:
     split: str
     number: int
     document_batches: tuple[int, int]
-    """First document batch and the one after the last."""
+    """The first document batch, and the one after the last."""
     threshold: int
-    """Documents whose hash (second half) is below are held out."""
+    """The bound on the second half of a document's hash below which the document is held out."""
     partitions: int
-    """Parts that the duplicates are listed in; 0: duplicates are kept."""
+    """The number of partitions that list the duplicates; 0: duplicates are kept."""
 
 
 def write_tokenizer_file(work: Work, encoder: str, layout: Layout, special_ids: dict[str, int]) -> None:
-    """What every process needs to tokenise and pack, beside the plan."""
+    """The settings that every process needs to tokenise and pack, beside the plan."""
     content = {"encoder": encoder, "layout": asdict(layout), "special_ids": special_ids}
     write_json(work.tokenizer_file, content, work.scratch)
 
@@ -200,7 +200,7 @@ def _texts(work: Work, task: ShardTask) -> Iterator[list[str]]:
 
 
 def _tokenised(batches: Iterator[list[str]], encoder: Encoder, threads: int) -> Iterator[list[np.ndarray]]:
-    """Ids of each batch, in order. Tokenizers let go of Python's lock: while they run, the caller reads on,
+    """Yield the ids of each batch, in order. Tokenizers release Python's lock: meanwhile the caller reads on,
     packs and writes.
     """
     with ThreadPoolExecutor(threads) as pool:
@@ -218,13 +218,13 @@ def _tokenised(batches: Iterator[list[str]], encoder: Encoder, threads: int) -> 
 
 
 def features(vocab_size: int) -> dict[str, Any]:
-    """Columns of a shard, as ``datasets`` describes them; ids in the smallest type that holds them."""
+    """Describe the columns of a shard for ``datasets``; ids have the smallest type that holds them."""
     ids, number = ({"dtype": str(dtype), "_type": "Value"} for dtype in (_id_type(vocab_size), "int32"))
     return {"input_ids": {"feature": ids, "_type": "List"}, "length": number, "maskable": number}
 
 
 def schema(vocab_size: int) -> pa.Schema:
-    """Columns of a shard, with the note by which ``datasets`` knows them."""
+    """Return the schema of a shard, with the metadata by which ``datasets`` knows its columns."""
     ids = pa.list_(pa.from_numpy_dtype(_id_type(vocab_size)))
     columns = [("input_ids", ids), ("length", pa.int32()), ("maskable", pa.int32())]
     return pa.schema(columns, {"huggingface": json.dumps({"info": {"features": features(vocab_size)}})})
@@ -235,7 +235,7 @@ def _id_type(vocab_size: int) -> np.dtype:
 
 
 class _RowWriter:
-    """Frames contents with CLS and SEP and writes them in record batches of one size."""
+    """Adds CLS and SEP to the contents of rows, and writes them in record batches of one size."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout

@@ -50,18 +50,18 @@ DOCUMENT_MODES = ("line", "file")
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a call of ``shard_corpus`` left."""
+    """The result of a call of ``shard_corpus``."""
 
     train: Manifest
     validation: Manifest | None
-    """None where ``validation_share`` is 0."""
+    """The manifest of the held-out split; None where ``validation_share`` is 0."""
     text_bytes: int
-    """Cleaned text that was sharded; 0 where the corpus was complete already."""
+    """The bytes of cleaned text that were sharded; 0 where the corpus was complete already."""
     seconds: float
     resumed: bool
     """Whether another call had done part of the work, or is doing it."""
     index: int
-    """Rank or array task that this call was."""
+    """The rank or array task of this call."""
 
 
 def shard_corpus(
@@ -163,7 +163,7 @@ def _executor(
 
 
 def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: Path) -> None:
-    """Decide the work and write it down, or check that it is the work that was begun here."""
+    """Make the plan and write it, or check that it is the plan of the work that was begun here."""
     tokenizer = load_tokenizer(settings.tokenizer)
     settings = replace(settings, tokenizer_hash=tokenizer_hash(tokenizer))
     if settings.exclude:
@@ -230,7 +230,7 @@ def _check_same(output: Path, state: str, plan: Plan, settings: dict, sources: S
 
 
 def _complete(work: Work, executor: Executor, finished: Path) -> int:
-    """Everything after the plan; returns the bytes of cleaned text."""
+    """Do all work of the plan, and return the bytes of cleaned text."""
     plan = load_plan(work.plan_file)
     numbers = range(len(plan.input_splits))
     calls = [partial(read_input_split, work.folder, number) for number in numbers]

@@ -33,7 +33,7 @@ BATCH_DOCUMENTS = 1 << 18
 """A document batch ends after so many documents even where they are short: its hashes are held in memory."""
 
 PARTITION_HASHES = 1 << 17
-"""Hashes compared at once when duplicates are looked for, which takes about 15 MB of memory."""
+"""The number of hashes compared at once in the search for duplicates, which takes about 15 MB of memory."""
 
 _RECORD_BATCH_BYTES = 1 << 18
 """Bytes of text in a record batch, which is tokenised at once: a tokenizer needs many times that memory."""
@@ -43,7 +43,7 @@ _SCHEMA = pa.schema([("text", pa.large_string()), ("low", pa.uint64())])
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What decides the bytes of a corpus, besides its inputs."""
+    """The settings that determine the bytes of a corpus, besides its inputs."""
 
     tokenizer: str
     sequence_length: int = 164
@@ -53,18 +53,18 @@ class ShardSettings:
     validation_share: float = 0.005
     keep_duplicates: bool = False
     shard_size: float = 16.0
-    """Megabytes of text in a shard."""
+    """The megabytes of text in a shard."""
     seed: int = 0
     tokenizer_hash: str = ""
     """Filled in by ``shard_corpus``."""
     exclude: tuple[str, ...] = ()
-    """Files of end-task examples: documents that share eight words in a row with one are dropped."""
+    """The files of end-task examples: documents that share an 8-gram of words with one are dropped."""
     exclude_hash: str = ""
     """Filled in by ``shard_corpus``."""
 
     @property
     def shard_bytes(self) -> int:
-        """``shard_size`` in bytes."""
+        """The value of ``shard_size`` in bytes."""
         return int(self.shard_size * 1e6)
 
     @property
@@ -98,7 +98,7 @@ class Plan:
         return cls(settings, tuple(sources), tuple(input_splits))
 
     def to_json(self) -> dict:
-        """Plain data, the content of plan.json."""
+        """Return plain data, the content of plan.json."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
@@ -117,7 +117,7 @@ class Plan:
 
 
 class Work:
-    """Paths of the unfinished work: all in one folder inside the corpus folder, removed at the end."""
+    """The paths of the unfinished work: all in one folder inside the corpus folder, removed at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -129,23 +129,23 @@ class Work:
         self.report_file = folder / "report.json"
 
     def input_split(self, number: int) -> Path:
-        """Written when an input split has been read."""
+        """Return the path of the report that is written when an input split has been read."""
         return self.folder / f"input-{number:05d}.json"
 
     def document_batch(self, name: str) -> Path:
-        """Documents of a document batch."""
+        """Return the path of the documents of a document batch."""
         return self.folder / f"documents-{name}.arrow"
 
     def hashes(self, name: str) -> Path:
-        """Hashes of a document batch."""
+        """Return the path of the hashes of a document batch."""
         return self.folder / f"documents-{name}.npy"
 
     def duplicates(self, number: int) -> Path:
-        """Duplicates found in a partition of the hashes."""
+        """Return the path of the duplicates in a partition of the hashes."""
         return self.folder / f"duplicates-{number:05d}.npy"
 
     def shard(self, split: str, number: int) -> Path:
-        """What is known of a finished shard."""
+        """Return the path of the record of a finished shard."""
         return self.folder / f"{split}-{number:05d}.json"
 
     def shard_data(self, split: str, number: int) -> Path:
@@ -162,18 +162,18 @@ def load_plan(path: Path) -> Plan:
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Documents of one staging file, in the order of the input."""
+    """The documents of one staging file, in the order of the input."""
 
     name: str
     documents: int
     bytes: int
     lowest: int
-    """Smallest second half of the documents' hashes."""
+    """The smallest second half of the documents' hashes."""
 
 
 @lru_cache(maxsize=1)
 def load_document_batches(path: Path) -> tuple[DocumentBatch, ...]:
-    """All document batches in the order of the input, read once a process."""
+    """Read all document batches in the order of the input, once in a process."""
     return tuple(
         DocumentBatch(**document_batch) for document_batch in json.loads(path.read_text(encoding="utf-8"))
     )
@@ -187,7 +187,7 @@ class InputSplitReport:
     empty: int = 0
     control_only: int = 0
     duplicates: int = 0
-    """Within a document batch; the others are found when all document batches are there."""
+    """The duplicates within a document batch; others are found when all document batches exist."""
     excluded: int = 0
 
 
@@ -218,7 +218,7 @@ def read_input_split(folder: Path, number: int) -> None:
 
 
 def _documents(plan: Plan, number: int, report: InputSplitReport, found: set[int]) -> Iterator[str]:
-    """Cleaned documents of an input split; those without content or to be excluded are counted and left out.
+    """Yield the cleaned documents of an input split; empty and excluded ones are counted and left out.
 
     Numbers of the excluded examples that stand in the documents are added to ``found``.
     """
@@ -241,7 +241,7 @@ def _documents(plan: Plan, number: int, report: InputSplitReport, found: set[int
 def _write_document_batch(
     work: Work, name: str, documents: Iterator[str], settings: ShardSettings, report: InputSplitReport
 ) -> DocumentBatch:
-    """Take documents until the document batch is full; repeats are counted and left out."""
+    """Take documents until the document batch is full; duplicates are counted and left out."""
     hashes: list[bytes] = []
     seen: set[bytes] = set()
     size = 0
@@ -279,7 +279,7 @@ def _write_document_batch(
 
 
 def _pairs(hashes: list[bytes]) -> np.ndarray:
-    """Both halves of each hash: (2, documents) uint64."""
+    """Return both halves of each hash: (2, documents) uint64."""
     return np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2).T.astype(np.uint64)
 
 
@@ -298,7 +298,7 @@ def read_document_batch(work: Work, name: str) -> Iterator[tuple[pa.Array, np.nd
 
 
 def number_of_partitions(document_batches: Sequence[DocumentBatch]) -> int:
-    """Parts that the hashes are compared in."""
+    """Return the number of partitions in which the hashes are compared."""
     return max(
         1, -(-sum(document_batch.documents for document_batch in document_batches) // PARTITION_HASHES)
     )

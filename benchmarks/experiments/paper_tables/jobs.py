@@ -1,4 +1,4 @@
-"""The work as a list of commands of the project, in the order in which a usable table comes early."""
+"""List a comparison's work as commands of the project, in an order that gives a usable table early."""
 
 import json
 import shutil
@@ -19,24 +19,24 @@ PYTHON = sys.executable
 
 
 @dataclass(frozen=True)
-class Piece:
+class Job:
     """One command that is run once."""
 
     name: str
     kind: str
-    """Pieces of one kind take about as long as each other."""
+    """The kind of the job; jobs of one kind take about the same time."""
     command: tuple[str, ...]
     inputs: str = ""
-    """What else its result depends on."""
+    """The other content that its result depends on."""
     extends: bool = False
-    """Whether it goes on from its own results where command or inputs have changed."""
+    """Whether the command resumes from its own results where command or inputs have changed."""
     prepare: Callable[[], None] = lambda: None
-    """What is done before the command."""
+    """The function that is called before the command."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Folders and pieces of a comparison."""
+    """The folders and jobs of a comparison."""
 
     settings: Settings
     output: Path
@@ -51,11 +51,11 @@ class Work:
         return self.output / "sequence" / f"{label(method)}-{seed}"
 
     def evaluation(self, kind: str, domain: str) -> Path:
-        """Scores of a domain's models; ``kind`` is "domain" (its end task, losses) or "general" (tasks)."""
+        """Return the folder of a domain's scores of a kind: "domain" (end task, losses) or "general"."""
         return self.output / "evaluation" / kind / domain
 
-    def pieces(self) -> Iterator[Piece]:
-        """Text; by seed each domain's models, losses and end task, then general tasks; then the sequences."""
+    def jobs(self) -> Iterator[Job]:
+        """Yield all jobs: sharding; by seed each domain's training and evaluation; then the sequences."""
         settings = self.settings
         yield from self._sharding()
         for number, seed in enumerate(settings.seeds, 1):
@@ -72,14 +72,14 @@ class Work:
                     yield from self._sequence(settings.sequence, method, seed)
 
     def _share_base_scores(self, domain: str) -> None:
-        """The base's scores on general tasks are the same in every domain's evaluation: take another's."""
+        """Copy the base's scores on general tasks from another domain's evaluation: they are the same."""
         for other in self.settings.domains:
             theirs = self.evaluation("general", other) / BASE
             if theirs.is_dir() and other != domain:
                 shutil.copytree(theirs, self.evaluation("general", domain) / BASE, dirs_exist_ok=True)
                 return
 
-    def _sharding(self) -> Iterator[Piece]:
+    def _sharding(self) -> Iterator[Job]:
         settings = self.settings
         tasks = [d.task for d in settings.domains.values()] + list(settings.general.tasks)
         files = [str(Path(task) / f"{load_task(task).scored_on}.jsonl") for task in tasks]
@@ -92,18 +92,18 @@ class Work:
         for name, text in texts.items():
             command = [PYTHON, "tools/shard_corpus.py", *text, "--tokenizer", settings.model]
             command += ["--output", str(self.corpus(name)), "--exclude", *files, *as_flags(flags[name])]
-            yield Piece(f"shard {name}", "shard", tuple(command))
+            yield Job(f"shard {name}", "shard", tuple(command))
 
-    def _model(self, domain: str, method: str, seed: int) -> Piece:
+    def _model(self, domain: str, method: str, seed: int) -> Job:
         flags = dict(self.settings.methods[method])
         run = self.run(domain, method, seed)
         if "merge" in flags:
             source = self.run(domain, flags.pop("merge"), seed) / "model"
             command = [PYTHON, "tools/merge_models.py", "--base", self.settings.model, "--model", str(source)]
             command += ["--output", str(run / "model"), *as_flags(flags)]
-            return Piece(f"merge {domain} {method} {seed}", "merge", tuple(command))
+            return Job(f"merge {domain} {method} {seed}", "merge", tuple(command))
         command = self._training(flags, seed, run, [domain])
-        return Piece(f"train {domain} {method} {seed}", f"train {method}", tuple(command))
+        return Job(f"train {domain} {method} {seed}", f"train {method}", tuple(command))
 
     def _training(self, flags: Flags, seed: int, output: Path, domains: Sequence[str]) -> list[str]:
         settings = self.settings
@@ -114,7 +114,7 @@ class Work:
         command += ["--model", settings.model, "--corpus", *(str(self.corpus(d)) for d in domains)]
         return [*command, "--output_dir", str(output), "--seed", str(seed), *as_flags(json.loads(text))]
 
-    def _evaluation(self, kind: str, domain: str, seeds: tuple[int, ...]) -> Piece:
+    def _evaluation(self, kind: str, domain: str, seeds: tuple[int, ...]) -> Job:
         suite, text = self.output / "suites" / f"{kind}-{domain}.yaml", self._suite(kind, domain)
 
         def prepare() -> None:
@@ -131,10 +131,10 @@ class Work:
         command = [PYTHON, "tools/evaluate.py", "--base", self.settings.model, "--model", *models]
         command += ["--suite", str(suite), "--output_dir", str(self.evaluation(kind, domain))]
         name = f"evaluate {domain} {seeds[-1]}, {kind}"
-        return Piece(name, f"evaluate {kind}", tuple(command), text, extends=True, prepare=prepare)
+        return Job(name, f"evaluate {kind}", tuple(command), text, extends=True, prepare=prepare)
 
     def _suite(self, kind: str, domain: str) -> str:
-        """What tools/evaluate.py scores the models of a domain on."""
+        """Return the suite on which tools/evaluate.py scores the models of a domain."""
         settings, evaluation = self.settings, self.settings.evaluation
         general = "general_held_out" if settings.general.held_out else "general"
         tasks = [settings.domains[domain].task] if kind == "domain" else list(settings.general.tasks)
@@ -146,12 +146,12 @@ class Work:
         content["task_recipes"] = {n: each for n, each in evaluation.task_recipes.items() if n in names}
         return yaml.safe_dump(content, sort_keys=False)
 
-    def _sequence(self, sequence: DomainSequence, method: str, seed: int) -> Iterator[Piece]:
+    def _sequence(self, sequence: DomainSequence, method: str, seed: int) -> Iterator[Job]:
         settings, domains, run = self.settings, sequence.domains, self.sequence_run(method, seed)
         command = self._training(sequence.methods[method], seed, run, domains)
-        yield Piece(f"train sequence {method} {seed}", f"train sequence {method}", tuple(command))
+        yield Job(f"train sequence {method} {seed}", f"train sequence {method}", tuple(command))
         command = [PYTHON, "tools/forgetting.py", str(run), "--task"]
         command += [f"{domain}={settings.domains[domain].task}" for domain in domains]
         evaluation = settings.evaluation
         command += as_flags({"seeds": evaluation.seeds, "jobs": evaluation.jobs, **evaluation.recipe})
-        yield Piece(f"forgetting {method} {seed}", "forgetting", tuple(command), extends=True)
+        yield Job(f"forgetting {method} {seed}", "forgetting", tuple(command), extends=True)
