@@ -167,7 +167,7 @@ def test_importance_and_protection_become_pictures(tmp_path: Path) -> None:
 
 def test_a_kind_with_thousands_of_units_a_layer_is_logged_by_figures(tmp_path: Path) -> None:
     importance = torch.rand(2, 3072)
-    with RunLog(tmp_path, 0, 2) as log:
+    with open_log(tmp_path, 0, 2) as log:
         log.importance({"ffn_intermediate": importance}, {"ffn_intermediate": importance})
         log.protection(
             "ffn_intermediate", step=2, one_minus_a=importance, movement=importance, target_protection=0.75
