@@ -167,13 +167,9 @@ def test_every_path_that_the_pages_name_is_there() -> None:
     tour = re.search(r"## A tour of the code\n\n(.*?)\n\n", README, flags=re.DOTALL)
     assert tour
     for line in tour.group(1).splitlines():
-        rooms = line.strip().split("    ")[0].split()
-        names |= {
-            room
-            if room.startswith(("launchers", "tools", "benchmarks", "dga_scale"))
-            else f"dga_scale/{room}"
-            for room in rooms
-        }
+        for room in re.findall(r"^ {4}((?:[\w/]+/ )+)", line.replace("/    ", "/ ")):
+            own = ("launchers", "tools", "benchmarks", "dga_scale")
+            names |= {each if each.startswith(own) else f"dga_scale/{each}" for each in room.split()}
     assert len(names) > 10
     for name in names:
         assert (REPOSITORY / name).exists(), name
