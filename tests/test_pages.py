@@ -18,7 +18,7 @@ from tests.helpers.ranks import REPOSITORY, free_port
 from tests.helpers.small import DOMAIN, GENERAL, make_model, make_tokenizer, write_text
 from tests.helpers.tiny_tasks import write_task
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PAGES = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def test_the_walk_on_ones_own_data(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"}
     result = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1100
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "dry run: nothing was written" in result.stdout
