@@ -21,7 +21,7 @@ def test_interval_of_a_mean():
     assert found.count == 5
     # Two values: t(0.975, 1) = tan(0.475 pi), standard error |a - b| / 2.
     two = interval([1.0, 3.0])
-    assert two.high == pytest.approx(2 + math.tan(0.475 * math.pi), rel=1e-12)
+    assert two.high == pytest.approx(2 + math.tan(0.475 * math.pi), rel=1e-9)  # scipy 1.14: to 2e-11
 
 
 def test_paired_tests_against_scipy():
