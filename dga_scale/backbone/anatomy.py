@@ -1,4 +1,4 @@
-"""Where the units of a language model live: heads, FFN units and the LM head, found from its module names."""
+"""The anatomy of a language model: its heads, FFN units and LM head, found from its module names."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ class Projection:
     bias: bool
 
     def channels(self, side: Side) -> Channels:
-        """Return those of one side."""
+        """Return the channels of one side."""
         return self.inputs if side == "input" else self.outputs
 
     def axis(self, side: Side) -> int:
@@ -40,7 +40,7 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class ParameterSlice:
-    """Which entries of one parameter belong to which units of a layer.
+    """The entries of one parameter that belong to the units of a layer.
 
     Index ``i`` along ``dim`` of ``parameter`` belongs to the units ``unit_index[i]``; -1 stands for none. An
     index of keys or values that query heads share belongs to several. ``unit_index`` is a CPU long tensor
@@ -58,7 +58,7 @@ class ParameterSlice:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """Sizes and places of a model's units. Plain data: holds no reference to the model it was read from."""
+    """The sizes and the modules of a model's units. Plain data: it holds no reference to the model."""
 
     architecture: str
     """The config's ``model_type``."""
@@ -89,23 +89,23 @@ class Anatomy:
 
     @property
     def attention_outputs(self) -> tuple[str, ...]:
-        """Per layer: module name of attention's output projection; its input is (..., heads * head_dim)."""
+        """For each layer, the name of attention's output projection; its input is (..., heads * head_dim)."""
         return self._modules("output")
 
     @property
     def ffn_outputs(self) -> tuple[str, ...]:
-        """Per layer: module name of the down projection, (..., intermediate_size) to (..., hidden_size)."""
+        """For each layer, the name of the down projection, (..., intermediate_size) to (..., hidden_size)."""
         return self._modules("down")
 
     def _modules(self, role: Role) -> tuple[str, ...]:
         return tuple(projection.module for projection in self.projections if projection.role == role)
 
     def width(self, role: Role, side: Side = "output") -> int:
-        """Channels of a role's projection, on one side: ``width("key")`` is that of a layer's keys."""
+        """Return the number of channels of a role's projection: ``width("key")`` counts a layer's keys."""
         return next(p.channels(side).count for p in self.projections if p.role == role)
 
     def unit_shape(self, kind: str) -> tuple[int, int]:
-        """(layers, units of a layer) of a kind of unit: the shape of its importance, protection and gates.
+        """Return (layers, units of a layer) of a kind: the shape of its importance, protection and gates.
 
         Raises:
             UserError: there is no such kind.
@@ -131,11 +131,11 @@ class Anatomy:
                 if side.role != projection.role:
                     continue
                 units = side.units(projection.channels(side.side))
-                place = projection.role, kind, projection.layer
+                slice_of = projection.role, kind, projection.layer
                 dim = projection.axis(side.side)
-                yield ParameterSlice(f"{projection.module}.weight", *place, dim, units)
+                yield ParameterSlice(f"{projection.module}.weight", *slice_of, dim, units)
                 if side.side == "output" and projection.bias:
-                    yield ParameterSlice(f"{projection.module}.bias", *place, 0, units)
+                    yield ParameterSlice(f"{projection.module}.bias", *slice_of, 0, units)
 
     def trunk(self, model: PreTrainedModel) -> nn.Module:
         """Return the model without its LM head.
@@ -158,7 +158,7 @@ class Anatomy:
         return last(hidden)
 
     def forward_flops(self, tokens: int, sequence_length: int, head_tokens: int) -> float:
-        """Floating-point operations of matrix products in one forward pass.
+        """Count the floating-point operations of matrix products in one forward pass.
 
         A multiply-add is two operations. Attention counts the full square of scores, for causal and windowed
         attention too (as PaLM does, arXiv 2204.02311, appendix B). A backward pass costs twice as much.
@@ -204,7 +204,7 @@ def register(model_type: str, describe_model: Callable[[PreTrainedModel], Anatom
 
 
 def is_known(model_type: str) -> bool:
-    """Whether ``anatomy_of`` knows the architecture."""
+    """Return whether ``anatomy_of`` knows the architecture."""
     return model_type in _registered or model_type in LAYOUTS
 
 

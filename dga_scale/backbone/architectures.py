@@ -1,4 +1,4 @@
-"""Where each architecture keeps its projections: module names only, read by ``anatomy.describe``."""
+"""The module names of each architecture's projections, read by ``anatomy.describe``."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Names of the modules of one architecture.
+    """The names of one architecture's modules.
 
     ``block``, ``head`` are names in the whole model; the projections are names inside a block. Give either
     ``query``, ``key`` and ``value`` or one fused ``qkv``.

@@ -1,4 +1,4 @@
-"""Dropout and attention that cost little on a CPU, in place of torch's.
+"""Dropout and attention that cost little on a CPU, instead of torch's.
 
 There, torch draws a double for each entry that may be dropped, which is a fifth of a masked LM's step, and
 ``scaled_dot_product_attention`` has two ways, both slow in training: with dropout it computes in float32
@@ -107,14 +107,14 @@ def attention(
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores where the mask is bool; a query that sees nothing sees all, and no NaN."""
+    """Return the scores' bias where the mask is bool; a query that sees nothing sees all, and no NaN."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _kept(shape: torch.Size, probability: float) -> tuple[Tensor, float]:
-    """Which entries are kept (1, or 0 with ``probability``; int8), and 1 over the chance of that.
+    """Draw the entries that are kept (1, or 0 with ``probability``; int8), and 1 over the chance of that.
 
     Torch's generator seeds the draws, so they repeat where its state does.
     """

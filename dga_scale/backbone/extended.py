@@ -1,4 +1,4 @@
-"""Models that are no plain Hugging Face classes: any base architecture and what an extension adds to it.
+"""Models that are no plain Hugging Face classes: any base architecture with an extension.
 
 One wrapper serves all extensions (experts, adapters, soft prompts) and all architectures. It holds the base
 model as ``base``, unchanged in its class and its parameter names, and forwards everything to it; an extension
@@ -132,7 +132,7 @@ class ExtendedPreTrainedModel(PreTrainedModel):
 
     Args:
         config: its configuration.
-        base: the base model, when its weights are at hand; built from the configuration otherwise.
+        base: The base model, when its weights are at hand; built from the configuration otherwise.
 
     Raises:
         UserError: an unknown extension or base architecture; building one under ZeRO-3's partitioned loading,
@@ -156,7 +156,7 @@ class ExtendedPreTrainedModel(PreTrainedModel):
         if base is None and is_deepspeed_zero3_enabled():
             raise UserError(
                 f"a model with the extension {config.extension!r} can't be loaded spread over the ranks of "
-                "ZeRO-3: load it before transformers is told of ZeRO-3 (no HfDeepSpeedConfig), or use ZeRO-2"
+                "ZeRO-3: load it before an HfDeepSpeedConfig exists, or use ZeRO-2"
             )
         self.base = base if base is not None else self._build(config)
         config.base = self.base.config
@@ -214,7 +214,7 @@ class ExtendedForCausalLM(ExtendedPreTrainedModel):
     _auto = AutoModelForCausalLM
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the base model, whose passes go through the extension.
+        """Generate with the base model, whose forward passes go through the extension.
 
         Raises:
             UserError: a cache, for an extension that can have none; see ``keep_no_cache``.
@@ -294,10 +294,10 @@ def extend(base: PreTrainedModel, extension: str, settings: Settings) -> Extende
 
 
 def keep_no_cache(base: PreTrainedModel, extension: str) -> None:
-    """Have a model read its whole text in every pass, also in ``generate``, and refuse a cache.
+    """Have a model process its whole text in every forward pass, also in ``generate``, and refuse a cache.
 
     Args:
-        base: changed in place.
+        base: The base model, which is changed.
         extension: what to call its extension in the UserError that a pass with a cache raises.
 
     """
@@ -310,10 +310,10 @@ def keep_no_cache(base: PreTrainedModel, extension: str) -> None:
 
 def _refuse_cache(extension: str, trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = dict(zip(inspect.signature(trunk.forward).parameters, args, strict=False)) | kwargs
-    wanted = given.get("use_cache")
-    wanted = trunk.config.use_cache if wanted is None else wanted
-    # A cache is told by its class: the argument's name depends on the version of transformers.
-    if wanted or any(isinstance(value, Cache) for value in given.values()):
+    use_cache = given.get("use_cache")
+    use_cache = trunk.config.use_cache if use_cache is None else use_cache
+    # A cache is known by its class: the argument's name depends on the version of transformers.
+    if use_cache or any(isinstance(value, Cache) for value in given.values()):
         raise UserError(
             f"a model with {extension} keeps no keys and values from pass to pass: generate from token ids, "
             "with use_cache=False"
@@ -353,7 +353,7 @@ def _anatomy_of_base(base: PreTrainedModel) -> Anatomy:
 
 
 def is_masked(config: PretrainedConfig) -> bool:
-    """Whether a model of this configuration is trained as a masked LM; otherwise as a causal LM."""
+    """Return whether a model of this configuration is trained as a masked LM; otherwise as a causal LM."""
     base = config.base if isinstance(config, ExtendedConfig) else config
     return type(base) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(base, "is_decoder", False)
 

@@ -20,7 +20,7 @@ Args = tuple[Any, ...]
 
 
 class Gates:
-    """Multiplies the outputs of units by gates, a row of gates for each example.
+    """Gates that multiply the outputs of units, a row of gates for each example.
 
     Where a kind's gates sit is said in the table (``unit_kinds``): a head's multiplies its part of the
     attention output projection's input; an FFN intermediate unit's, the down projection's input; an FFN
@@ -29,12 +29,12 @@ class Gates:
     one forward pass can hold gated and ungated views.
 
     Args:
-        model: the model to put hooks on.
-        anatomy: its anatomy.
-        kinds: which kinds of unit can be gated.
+        model: The model to put hooks on.
+        anatomy: The model's anatomy.
+        kinds: The kinds of unit that can be gated.
 
     Raises:
-        UserError: a kind that has no gate, here or in any model.
+        UserError: A kind has no gate, here or in any model.
 
     """
 
@@ -58,23 +58,23 @@ class Gates:
                 units = _UnitOfChannel(
                     gate.units(projection.channels(gate.side)), anatomy.unit_shape(kind)[1]
                 )
-                place = kind, projection.layer, units
+                gated_units = kind, projection.layer, units
                 if gate.side == "input":
-                    hook = module.register_forward_pre_hook(partial(self._gate_input, *place))
+                    hook = module.register_forward_pre_hook(partial(self._gate_input, *gated_units))
                 else:
-                    hook = module.register_forward_hook(partial(self._gate_output, *place))
+                    hook = module.register_forward_hook(partial(self._gate_output, *gated_units))
                 self._hooks.append(hook)
 
     def set(self, rows: Rows | None) -> None:
         """Gate the forward passes from here on.
 
         Args:
-            rows: for each kind to be gated, gates (batch, layers, units) on the model's device, fp32 whatever
-                the activations are; gradients flow to them. None, and a kind left out: no gating, the
-                activations pass untouched. Gates of one change no bit either.
+            rows: The gates of each kind to be gated, (batch, layers, units) on the model's device, fp32
+                whatever the activations are; gradients flow to them. None, and a kind left out: no gating,
+                the activations pass untouched. Gates of one change no bit either.
 
         Raises:
-            ValueError: a kind this object has no hooks for, or gates of another number of layers or units.
+            ValueError: There are no hooks for a kind, or gates have another number of layers or units.
 
         """
         for kind, gates in (rows or {}).items():
@@ -88,7 +88,7 @@ class Gates:
         self._rows = dict(rows or {})
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Give ``torch.utils.checkpoint`` contexts in which a recomputation sees its own forward's gates.
+        """Return ``torch.utils.checkpoint`` contexts in which a recomputation sees its own forward's gates.
 
         Activation checkpointing runs each block a second time during backward, when the gates may long be
         those of a later forward pass. Pass this as ``context_fn``, with ``use_reentrant=False``.
@@ -128,7 +128,7 @@ class Gates:
 
 
 class _UnitOfChannel:
-    """Which unit's gate multiplies each channel of activations.
+    """The unit whose gate multiplies each channel of activations.
 
     Args:
         index: (width, 1), the unit of each channel, -1 for none.
@@ -143,7 +143,7 @@ class _UnitOfChannel:
         self._in_order = torch.equal(self._index, evenly)
 
     def multiply(self, activations: Tensor, gates: Tensor) -> Tensor:
-        """Activations (batch, tokens, width) times gates (batch, units) of the same dtype."""
+        """Multiply activations (batch, tokens, channels) by gates (batch, units) of the same dtype."""
         if self._in_order:  # equal shares, one after the other: nothing is gathered
             by_unit = activations.unflatten(-1, (gates.shape[1], -1))  # (batch, tokens, units, share)
             return (by_unit * gates[:, None, :, None]).flatten(-2)
@@ -153,7 +153,7 @@ class _UnitOfChannel:
 
 
 class _Bound:
-    """Sets the gates inside, and back on leaving; can be entered again, as two backward passes do."""
+    """A context that sets the gates inside and back on leaving; it can be entered again."""
 
     def __init__(self, gates: Gates, rows: Rows) -> None:
         self._gates = gates

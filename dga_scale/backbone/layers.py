@@ -1,4 +1,4 @@
-"""Parameters by depth: what layer-wise learning rates and freezing the lowest layers need."""
+"""Parameters by depth, for layer-wise learning rates and for freezing the lowest layers."""
 
 from collections.abc import Iterator
 from itertools import takewhile
@@ -14,7 +14,7 @@ EMBEDDINGS = 0
 
 
 def parameter_layers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, int]:
-    """Depth of each of ``model.named_parameters()``.
+    """Return the depth of each of ``model.named_parameters()``.
 
     0 is the embeddings with all that makes them (positions, norm, projection, and a decoder that is tied to
     them), 1 to L the blocks, L + 1 the final norm and the LM head. Reads names and order of modules only, so
@@ -27,7 +27,7 @@ def parameter_layers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, int]
 
 
 def learning_rate_scales(model: PreTrainedModel, anatomy: Anatomy, decay: float) -> dict[str, float]:
-    """What each parameter's learning rate is multiplied with: decay ** (L + 1 - depth).
+    """Return the factor of each parameter's learning rate: decay ** (L + 1 - depth).
 
     The LM head learns at the full rate, each layer below at ``decay`` times that of the one above. Source:
     ELECTRA (arXiv 2003.10555), BEiT (arXiv 2106.08254).
@@ -63,7 +63,7 @@ def freeze(model: PreTrainedModel, anatomy: Anatomy, layers: int, embeddings: bo
 
 
 def _trunk_depths(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[nn.Parameter, int]]:
-    """Depth of each parameter of the trunk, which registers its modules in the order that it runs them."""
+    """Return the depth of each of the trunk's parameters: modules are registered in the order they run."""
     trunk = anatomy.trunk(model)
     block_of = {
         id(parameter): number
@@ -84,7 +84,7 @@ def _trunk_depths(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[nn
 
 
 def _blocks(anatomy: Anatomy) -> list[str]:
-    """Module names of the blocks: what a block's attention and its FFN have in common."""
+    """Return the module names of the blocks: the common prefix of a block's attention and its FFN."""
     names = []
     for attention, ffn in zip(anatomy.attention_outputs, anatomy.ffn_outputs, strict=True):
         parts = zip(attention.split("."), ffn.split("."), strict=False)

@@ -31,7 +31,7 @@ _END_TASK_DROPOUT = ("classifier", "summary", "qa_", "seq_classif", "pooler", "c
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What can be known of a model before its weights are read."""
+    """A model's configuration, known before its weights are read."""
 
     name_or_path: str
     config: PretrainedConfig
@@ -40,12 +40,12 @@ class ModelConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states."""
+        """The size of the hidden states."""
         return self.config.hidden_size
 
     @property
     def extended(self) -> bool:
-        """Whether it is a model of ours with an extension, which has to be loaded whole on each rank."""
+        """Whether the model is one of ours with an extension, which has to be loaded whole on each rank."""
         return isinstance(self.config, ExtendedConfig)
 
 
@@ -106,7 +106,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a masked or causal LM with its tokenizer; safetensors only, no code from the model's repository.
 
-    The weights land on the CPU, or partitioned over the ranks where ``transformers`` was told of ZeRO-3.
+    The weights land on the CPU, or partitioned over the ranks where ``transformers`` knows of ZeRO-3
+    (``HfDeepSpeedConfig``).
 
     Args:
         name_or_path: folder, or name on the Hugging Face hub.
@@ -155,7 +156,7 @@ def load_model(
 
 
 def has_dropout(config: PretrainedConfig) -> bool:
-    """Whether two passes of the model in train mode differ."""
+    """Return whether two forward passes of the model in train mode differ."""
     config = _of_base(config)
     return any(getattr(config, name) > 0 for name in _dropout_settings(config))
 
@@ -243,10 +244,10 @@ def _load_weights(
             f"attn_implementation {attn_implementation!r} can't be used with {name!r}: {reason}"
         ) from error
     if info["mismatched_keys"]:
-        parameter, stored, wanted = min(info["mismatched_keys"])
+        parameter, stored, expected = min(info["mismatched_keys"])
         raise UserError(
             f"{parameter} of {name!r} is stored as {tuple(stored)} where config.json asks for "
-            f"{tuple(wanted)}; the weights and config.json belong to different models"
+            f"{tuple(expected)}; the weights and config.json belong to different models"
         )
     return model, set(info["missing_keys"])
 
@@ -266,7 +267,7 @@ def _pickled(name: str, auto: str) -> UserError:
 
 
 def _deberta_v3_hint(found: ModelConfig) -> str:
-    """DeBERTa-v3's own MLM head has another layout, which transformers reads only when told to."""
+    """Explain how to load DeBERTa-v3's own MLM head, whose layout transformers reads on request only."""
     if found.config.model_type == "deberta-v2" and found.config.legacy:
         return ', or, for a DeBERTa-v3 with its own MLM head, set "legacy": false in its config.json'
     return ""
@@ -274,7 +275,7 @@ def _deberta_v3_hint(found: ModelConfig) -> str:
 
 @contextmanager
 def _without_loading_report() -> Iterator[None]:
-    """Silence transformers' table of missing weights and its progress bar: the same is told better above."""
+    """Silence transformers' table of missing weights and its progress bar: our message says it better."""
     verbosity = logging.get_verbosity()
     progress = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -28,7 +28,7 @@ def warm_up_head(
     autocast: torch.dtype | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> None:
-    """Train the LM head's own parameters on the predicted positions; the model is changed in place.
+    """Train the LM head's own parameters on the predicted positions.
 
     AdamW (weight decay 0), learning rate falling linearly to 0 after the last step, dropout off. A decoder
     tied to the embeddings stays tied and, like them, as it was.
@@ -82,14 +82,14 @@ def warm_up_head(
 
 
 def save_head(model: PreTrainedModel, anatomy: Anatomy, path: Path) -> None:
-    """Keep the LM head's own parameters, or nothing: a resumed run starts from the same model."""
+    """Save the LM head's own parameters, or nothing: a resumed run starts from the same model."""
     own = set(anatomy.lm_head_parameters)
     save_tensors({n: p for n, p in model.named_parameters() if n in own}, path, {"format": "pt"})
 
 
 @torch.no_grad()
 def load_head(model: PreTrainedModel, anatomy: Anatomy, path: Path) -> None:
-    """Read what ``save_head`` wrote into the model.
+    """Load the parameters that ``save_head`` wrote into the model.
 
     Raises:
         UserError: a file that can't be read, is damaged, or is of another model.

@@ -1,4 +1,4 @@
-"""What a model's weights are, whatever it is called: a hash of their files' content."""
+"""The identity of a model's weights, whatever its name: a hash of their files' content."""
 
 import hashlib
 import json

@@ -28,18 +28,18 @@ class Saved(NamedTuple):
     path: Path
     step: int
     seconds: float
-    """For which training stood still."""
+    """The seconds for which training stood still."""
     written_seconds: float
-    """From its beginning to its commit."""
+    """The seconds from the save's beginning to its commit."""
 
 
 class Saves:
-    """What a rank is saving. A save is finished before the next one begins.
+    """The saves of a rank; one is finished before the next one begins.
 
     Args:
-        background: write in a thread. Costs host memory of the shard's size (12 bytes an entry that the
-            rank's optimizer steps; torch rounds each pinned tensor up to a power of two), which is kept from
-            one save to the next.
+        background: Whether a thread writes. This costs host memory of the shard's size (12 bytes an entry
+            that the rank's optimizer steps; torch rounds each pinned tensor up to a power of two), which is
+            kept from one save to the next.
 
     """
 
@@ -53,11 +53,11 @@ class Saves:
 
     @property
     def written(self) -> int:
-        """Saves that this rank has written or failed to; as ``begun``, if none is being written."""
+        """The number of saves that this rank has written or failed to; ``begun`` if none is being written."""
         return self.begun - (self._thread is not None and self._thread.is_alive())
 
     def begin(self, save: Save, started: float) -> None:
-        """Write ``save``, or have it written from here on; ``started``: when it was asked for."""
+        """Write ``save``, or start its thread; ``started`` is the time at which it was asked for."""
         assert self._save is None, "a save is under way"
         self._save, self._started = save, started
         self.begun += 1
@@ -73,10 +73,10 @@ class Saves:
         """Wait for the save that is under way and commit it; every rank has to call it.
 
         Returns:
-            what was committed, or None if no save was under way.
+            The committed checkpoint, or None if no save was under way.
 
         Raises:
-            UserError: on all ranks, if any could not write; nothing is under way then.
+            UserError: Any rank could not write; raised on all, and nothing is under way then.
         """
         if self._save is None:
             return None

@@ -1,4 +1,4 @@
-"""What goes with a checkpoint: files that its run made once, on the weights that it started from.
+"""The companions of a checkpoint: files that its run made once, on the weights that it started from.
 
 Importance, the warmed-up head, the experts' structure and the Fisher lie in the run's folder, beside
 ``checkpoints/``. What was measured on the base model can't be measured on an adapted one, so a checkpoint's
@@ -27,20 +27,20 @@ def companion_names(folder: RunFolder) -> list[str]:
 
 
 def record_companions(folder: RunFolder) -> dict[str, FileRecord]:
-    """Hash what goes with the checkpoints of a run, as it lies in its folder now."""
+    """Hash the companions of a run's checkpoints as they lie in its folder now."""
     names = companion_names(folder)
     return {name: record_of(folder.path / name) for name in names if (folder.path / name).is_file()}
 
 
 def bring_companions(checkpoint: Checkpoint, folder: RunFolder) -> None:
-    """See that a run has what goes with the checkpoint that it resumes from; one process does.
+    """Bring the companions of the checkpoint that a run resumes from into its folder; one process does.
 
     Files of another run are copied, each appears whole or not at all.
 
     Raises:
-        UserError: a file is missing, or is not the one that the checkpoint was written beside; or the run has
+        UserError: A file is missing, or is not the one that the checkpoint was written beside; or the run has
             another one.
-        OSError: the disk is full.
+        OSError: The disk is full.
 
     """
     own = checkpoint.lies_in(folder.path)
@@ -84,7 +84,7 @@ def _copy(source: Path, target: Path, record: FileRecord, checkpoint: Checkpoint
 
 
 def _check(path: Path, record: FileRecord, checkpoint: Checkpoint, origin: Path | None = None) -> None:
-    """Compare a file with what the checkpoint was written beside; ``origin``: what it is a copy of."""
+    """Compare a file with the checkpoint's record of it; ``origin`` is the file that it is a copy of."""
     origin = origin or path
     if not path.is_file():
         raise UserError(f"{origin} is missing, and {checkpoint.path} was trained with it: {_FIX}")

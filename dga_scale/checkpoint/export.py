@@ -1,4 +1,4 @@
-"""A run's checkpoint as a Hugging Face model folder, put together tensor by tensor."""
+"""Export a run's checkpoint as a Hugging Face model folder, tensor by tensor."""
 
 import json
 import shutil
@@ -27,12 +27,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def consolidate(run_dir: Path, step: int | None, output: Path, dtype: str = "float32") -> Path:
     """Write safetensors, configuration, tokenizer and a model card that ``from_pretrained`` loads.
 
-    The weights are those that the optimizer steps (fp32 whatever the precision of the passes), saved as
-    ``dtype``: "float32" or "bfloat16". ``step``: None takes the newest complete checkpoint. Memory: the
-    largest tensor, twice. ``output`` appears whole or not at all.
+    The weights are those that the optimizer steps, in fp32 whatever the precision of the forward passes.
+    Exporting takes the memory of the largest tensor, twice.
+
+    Args:
+        run_dir: The run's folder.
+        step: The checkpoint's step; None takes the newest complete one.
+        output: The folder to be written, which appears whole or not at all.
+        dtype: "float32" or "bfloat16".
 
     Raises:
-        UserError: no such checkpoint, a damaged one (naming the file), ``output`` exists, the disk is full.
+        UserError: There is no such checkpoint, it is damaged (the message names the file), ``output`` exists,
+            or the disk is full.
+
     """
     checkpoint = _chosen(run_dir, step)
     with new_folder(output) as folder, SegmentReader(checkpoint.shards) as reader:
@@ -56,7 +63,7 @@ def _chosen(run_dir: Path, step: int | None) -> Checkpoint:
 
 
 def _write_weights(folder: Path, reader: SegmentReader, dtype: str) -> None:
-    """Write the weights as ``dtype``, and say so in the config."""
+    """Write the weights as ``dtype``, and name it in the config."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
     write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
@@ -81,7 +88,7 @@ def _write_weights(folder: Path, reader: SegmentReader, dtype: str) -> None:
 
 
 def _tensors(folder: Path, stored: Collection[str]) -> list[tuple[str, bool]]:
-    """List the model's tensors in its order, and whether each is a parameter; tied weights come once."""
+    """List the model's tensors in their order, and whether each is a parameter; tied weights come once."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = model_class(config.architectures[0])(config)

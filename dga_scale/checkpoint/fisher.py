@@ -1,7 +1,7 @@
-"""The Fisher of a run on disk: written by the ranks that measured it, read by any number of them.
+"""The Fisher of a run on disk: written by the ranks that measured it, loaded by any number of them.
 
-A folder ``fisher`` of files as a checkpoint's: ``rank-00000.safetensors``, ... hold pieces of parameters and
-say where each belongs. It is there whole or not at all.
+The folder ``fisher`` has files as a checkpoint's: ``rank-00000.safetensors``, ... hold fragments of
+parameters and say where each belongs. It is there whole or not at all.
 """
 
 import json
@@ -31,14 +31,14 @@ def save_fisher(
     """Write F of all fragments; every rank has to call it.
 
     Args:
-        folder: to be made; on a file system that all ranks share.
-        values: (n,) fp32 of this rank's fragments.
-        fragments: what they belong to.
-        cluster: the ranks.
-        copies: ranks that hold each entry (ZeRO-0: all of them; else 1).
+        folder: The folder to be made, on a file system that all ranks share.
+        values: F of this rank's fragments, (n,) fp32 each.
+        fragments: This rank's fragments.
+        cluster: The ranks.
+        copies: The number of ranks that hold each entry (ZeRO-0: all of them; else 1).
 
     Raises:
-        UserError: on all ranks, if any could not write.
+        UserError: Any rank could not write; raised on all.
 
     """
     temporary = folder.with_name(folder.name + ".tmp")
@@ -77,12 +77,12 @@ def _entry(name: str, values: Tensor) -> Entry:
 
 
 def load_fisher(folder: Path, fragments: Sequence[Fragment], cluster: Cluster) -> dict[FragmentKey, Tensor]:
-    """Read F of these fragments, whatever ranks and ZeRO stage wrote it: (n,) fp32, on their devices.
+    """Load F of these fragments, whatever ranks and ZeRO stage wrote it: (n,) fp32, on their devices.
 
     Every rank has to call it.
 
     Raises:
-        UserError: on all ranks, if it is damaged or does not hold them all.
+        UserError: F is damaged or does not hold them all; raised on all ranks.
 
     """
     found, problem = verified(folder, cluster)

@@ -1,4 +1,4 @@
-"""The README.md of a consolidated model: what it was made from, how, and what it measured."""
+"""The model card (README.md) of an exported model: its base, its settings and its held-out figures."""
 
 import json
 import re
@@ -71,7 +71,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 
 
 def _shown(value: Any, refers: Refers | None) -> Any:
-    """A setting's value for strangers: where something lay on that machine is nobody's business."""
+    """Return a setting's value as the card shows it: without the folders of this machine."""
     if refers is None or value is None:
         return value
     found = []

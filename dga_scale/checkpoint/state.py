@@ -3,9 +3,9 @@
 ``RUN/checkpoints/step-000500`` holds, besides its manifest (see ``checkpoint_folder``):
 
 - ``rank-00000.safetensors``, ...: of each parameter the fp32 entries that this rank's optimizer steps, with
-  their moments, and where in the full parameter they belong. No pickle, and nothing depends on how many ranks
+  their moments, and their positions in the full parameter. No pickle, and nothing depends on how many ranks
   there were: a run resumed with others reads the ranges it needs, and nothing has to be converted.
-- ``model/``: configuration and tokenizer, for ``consolidate``.
+- ``model/``: configuration and tokenizer, for the export.
 - ``trainer_state.json``: plain data.
 """
 
@@ -50,17 +50,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a run knows besides weights and moments. Plain data.
+    """The state of a run besides weights and moments. Plain data.
 
     Attributes:
-        step: optimizer steps done, refused ones included: where the data and the schedule go on.
-        corpus_hash: content hash of the training corpus; resuming on another one is refused.
-        refused_steps: how many of the steps were refused.
-        loss_scale: the state of fp16's dynamic loss scale; empty otherwise.
-        base_model: hash of the weights that training started from; resuming with others is refused.
-        prior_importance: hashes of the files of ``--prior_importance``, in their order.
-        schedule: of the learning rate, by which these steps were done.
-        before: the evaluation of the base model: figures, and which text they are of.
+        step: The number of optimizer steps done, refused ones included, from which data and schedule resume.
+        corpus_hash: The content hash of the training corpus; resuming on another one is refused.
+        refused_steps: The number of refused steps among them.
+        loss_scale: The state of fp16's dynamic loss scale; empty otherwise.
+        base_model: The hash of the weights that training started from; resuming with others is refused.
+        prior_importance: The hashes of the files of ``--prior_importance``, in their order.
+        schedule: The learning rate schedule by which these steps were done.
+        before: The evaluation of the base model: its figures and its text.
 
     """
 
@@ -75,15 +75,15 @@ class TrainerState:
 
 
 class Save:
-    """A checkpoint on its way to the disk: described here, written by ``write``, committed by ``commit``.
+    """A save of a checkpoint: described by the constructor, written by ``write``, committed by ``commit``.
 
-    Making one and ``commit`` communicate, so every rank's main thread does both; ``write`` does not, and may
-    run in another thread. What is described are views of the weights: they are written as they are then.
+    The constructor and ``commit`` communicate, so every rank's main thread does both; ``write`` does not, and
+    may run in another thread. The entries are views of the weights, which are written as they are then.
     ``config`` is saved in place of the model's own, where the run changed that for itself (dropout, caching);
     ``companions`` are files of the run's folder that go with the checkpoint, on rank 0.
 
     Raises:
-        UserError: on all ranks, if the folder can't be made.
+        UserError: The folder can't be made; raised on all ranks.
     """
 
     def __init__(
@@ -127,10 +127,10 @@ class Save:
             self._error = error
 
     def commit(self) -> Path:
-        """Make it a checkpoint, after ``write`` on every rank; remove the oldest beyond the limit (0: none).
+        """Commit the checkpoint, after ``write`` on every rank; remove the oldest beyond the limit (0: none).
 
         Raises:
-            UserError: on all ranks, if any could not write. The older checkpoints are as they were, and
+            UserError: Any rank could not write; raised on all. The older checkpoints are as they were, and
                 nothing is left of the new one.
         """
         cluster, final = self._cluster, self.path
@@ -155,7 +155,7 @@ class Save:
         return final
 
     def _write_plain_files(self) -> dict[str, FileRecord]:
-        """Write what is small and the same on all ranks; rank 0 does."""
+        """Write the small files, which are the same on all ranks; rank 0 does."""
         folder, lm = self._temporary, self._lm
         self._config.architectures = [type(lm).__name__]
         self._config.save_pretrained(folder / MODEL)
@@ -178,19 +178,19 @@ def _as_user_error(work: Callable[[], T], final: Path) -> T:
         raise UserError(
             f"checkpoint {final} could not be written: {error.strerror or error}. "
             f"{f'The last complete one is {older.path}' if older else 'There is no complete one yet'}. "
-            "Free disk space, then start the same command again: it goes on from there."
+            "Free disk space, then start the same command again: it resumes from there."
         ) from None
 
 
 def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict[str, str]]:
     """Describe this rank's part: fragments of the trained parameters, their moments, shares of the rest."""
     entries: list[Entry] = []
-    places: dict[str, tuple[int, tuple[int, ...]]] = {}
+    positions: dict[str, tuple[int, tuple[int, ...]]] = {}
     optimizer_steps = set()
     kept = moments_of(engine.basic_optimizer)
 
     def add(key: str, start: int, shape: tuple[int, ...], values: Tensor) -> None:
-        places[key] = (start, shape)
+        positions[key] = (start, shape)
         entries.append(Entry(key, values.dtype, tuple(values.shape), lambda: values))
 
     for shard in local_shards(engine):
@@ -203,10 +203,14 @@ def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict
             first, last = equal_share(length) if engine.zero_optimization_stage() == 0 else (0, length)
             if first == last:
                 continue
-            place = (fragment.start + first, fragment.shape)
-            add(f"weight:{fragment.name}", *place, fragment.values[first:last])
+            position = (fragment.start + first, fragment.shape)
+            add(f"weight:{fragment.name}", *position, fragment.values[first:last])
             for kind in kept if moments else ():
-                add(f"{kind}:{fragment.name}", *place, moments[kind].view(-1)[offset + first : offset + last])
+                add(
+                    f"{kind}:{fragment.name}",
+                    *position,
+                    moments[kind].view(-1)[offset + first : offset + last],
+                )
     for name, start, shape, values in frozen_shares(engine):
         add(f"weight:{name}", start, shape, values)
     lm = engine.module.lm
@@ -217,11 +221,11 @@ def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict
                 add(f"weight:{name}", 0, tuple(buffer.shape), buffer.reshape(-1))
     assert len(optimizer_steps) <= 1, f"parameters have made different numbers of steps: {optimizer_steps}"
     step = str(optimizer_steps.pop()) if optimizer_steps else ""
-    return entries, {"segments": json.dumps(places), "optimizer_step": step}
+    return entries, {"segments": json.dumps(positions), "optimizer_step": step}
 
 
 def read_state(checkpoint: Checkpoint) -> TrainerState:
-    """Read what a checkpoint knows besides weights and moments."""
+    """Read a checkpoint's state besides weights and moments."""
     return TrainerState(**json.loads((checkpoint.path / STATE).read_text(encoding="utf-8")))
 
 
@@ -230,7 +234,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, cluster: Cluster) ->
     """Load weights, buffers, moments and counters into a fresh engine; every rank has to call it.
 
     Raises:
-        UserError: the checkpoint is of another model.
+        UserError: The checkpoint is of another model.
     """
     cluster.run_on_all(lambda: _load_shard(engine, checkpoint))
     refresh_model_weights(engine)
@@ -271,7 +275,7 @@ def _load_shard(engine: Engine, checkpoint: Checkpoint) -> None:
 
 
 def _loss_scalers(optimizer: Any) -> list[Any]:
-    """The object that holds fp16's dynamic loss scale, under ZeRO 1 to 3."""
+    """Return the object that holds fp16's dynamic loss scale, under ZeRO 1 to 3."""
     scaler = getattr(optimizer, "loss_scaler", None)
     return [scaler] if getattr(scaler, "dynamic", False) else []
 

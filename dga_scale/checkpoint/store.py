@@ -25,8 +25,8 @@ from dga_scale.storage.safetensors_stream import FileRecord, record_of
 
 FORMAT = 2
 MANIFEST, LATEST = "manifest.json", "latest"
-MOST_FILES_AT_ONCE = 4
-"""That a rank verifies, where it has as many cores: more take memory, and the disk is the limit."""
+MAX_VERIFY_THREADS = 4
+"""The most files that a rank verifies at once: more take memory, and the disk is the limit."""
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -35,12 +35,12 @@ class Checkpoint:
     """A complete checkpoint.
 
     Attributes:
-        path: its folder.
-        step: optimizer steps done.
-        world_size: ranks that wrote it.
-        files: every file in it besides the manifest.
-        companions: files of the run's folder that go with it, by their names there (see ``companions``).
-        skipped: one line for each newer checkpoint that can't be used, and why.
+        path: The checkpoint's folder.
+        step: The number of optimizer steps done.
+        world_size: The number of ranks that wrote it.
+        files: The record of every file in it besides the manifest.
+        companions: The files of the run's folder that go with it, by their names there (see ``companions``).
+        skipped: One line for each newer checkpoint that can't be used, and why.
 
     """
 
@@ -53,11 +53,11 @@ class Checkpoint:
 
     @property
     def run_dir(self) -> Path:
-        """The folder of the run that wrote it."""
+        """The folder of the run that wrote the checkpoint."""
         return self.path.resolve().parent.parent
 
     def lies_in(self, run_dir: Path) -> bool:
-        """Whether it is one of this run's own."""
+        """Return whether the checkpoint is one of this run's own."""
         return self.path.resolve().parent == run_dir.resolve() / "checkpoints"
 
     @property
@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Name the folder of a step's checkpoint."""
+    """Return the folder of a step's checkpoint."""
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
@@ -81,8 +81,8 @@ def commit(
     """Turn a written folder into the checkpoint ``final``, which ``companions`` go with; one process does.
 
     Raises:
-        UserError: a file that another rank wrote is not there.
-        OSError: the disk is full, or the folder can't be written.
+        UserError: A file that another rank wrote is not there.
+        OSError: The disk is full, or the folder can't be written.
     """
     for name, record in files.items():
         path = temporary / name
@@ -92,7 +92,7 @@ def commit(
                 "rank wrote. --output_dir has to lie on a file system that all nodes share."
             )
     write_manifest(temporary, files, step, world_size, companions)
-    if final.exists():  # a damaged one that this run passed over, or the same step written again
+    if final.exists():  # a damaged one that this run skipped, or the same step written again
         replaced = final.with_name(final.name + ".old")
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -111,7 +111,7 @@ def write_manifest(
     world_size: int,
     companions: Mapping[str, FileRecord] | None = None,
 ) -> None:
-    """Write last what lies in a folder, for ``verified``, and what goes with it; wait for the disk."""
+    """Write the manifest of a folder's files and their companions, as the last file; wait for the disk."""
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -130,19 +130,19 @@ def _plain(records: Mapping[str, FileRecord]) -> dict[str, dict[str, int | str]]
 def prune(run_dir: Path, limit: int, step: int) -> None:
     """Remove the oldest checkpoints beyond ``limit``; 0 keeps all.
 
-    ``step``: that of the newest good one. Later ones, which were passed over, are not counted: they would
-    leave no room for it.
+    ``step`` is that of the newest good one. Later ones, which were skipped, are not counted: they would leave
+    no room for it.
     """
     if limit > 0:
         good = [path for path in _folders(run_dir / "checkpoints") if _step(path) <= step]
         for path in good[limit:]:
-            condemned = path.with_name(path.name + ".tmp")
-            path.rename(condemned)  # a half-removed folder is no checkpoint
-            shutil.rmtree(condemned)
+            removed = path.with_name(path.name + ".tmp")
+            path.rename(removed)  # a half-removed folder is no checkpoint
+            shutil.rmtree(removed)
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove the temporary files and folders of a run that was killed; one process does, before it goes on.
+    """Remove the temporary files and folders of a run that was killed; one process does, before it resumes.
 
     A checkpoint that was being replaced, and is not yet, is put back.
     """
@@ -160,18 +160,18 @@ def remove_leftovers(run_dir: Path) -> None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Committed checkpoints, the newest first."""
+    """List the committed checkpoints, the newest first."""
     return sorted((path for path in folder.glob("step-*") if _step(path) >= 0), key=_step, reverse=True)
 
 
 def _step(path: Path) -> int:
-    """Steps by a folder's name; -1: it is no checkpoint's."""
+    """Return the step that a folder's name gives; -1 where it is no checkpoint's."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def newest_complete(run_dir: Path) -> Checkpoint | None:
-    """Find the newest checkpoint whose files are all there in their full size; hashes are not looked at."""
+    """Find the newest checkpoint whose files are all there in their full size; hashes are not compared."""
     for path in _folders(run_dir / "checkpoints"):
         found, _ = inspect(path)
         if found is not None:
@@ -180,7 +180,7 @@ def newest_complete(run_dir: Path) -> Checkpoint | None:
 
 
 def inspect(path: Path) -> tuple[Checkpoint | None, str]:
-    """Look at a checkpoint without reading its content: it, or what is wrong with it."""
+    """Check a checkpoint without reading its content: return it, or the problem with it."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -205,14 +205,14 @@ def inspect(path: Path) -> tuple[Checkpoint | None, str]:
 
 
 def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoint | None:
-    """Choose the checkpoint to go on from; every rank has to call it and gets the same one.
+    """Choose the checkpoint to resume from; every rank has to call it and gets the same one.
 
     All content is verified against its hashes, each file by one rank. ``resume``: "auto" takes the newest
     complete one (``skipped`` says which newer ones are damaged), "never" refuses a run that has any, else
     it is the folder of a checkpoint.
 
     Raises:
-        UserError: the checkpoint asked for is incomplete (naming the file), or no checkpoint of the run is.
+        UserError: The chosen checkpoint is incomplete (the message names the file), or all of the run's are.
     """
     if resume not in ("auto", "never"):
         found, problem = verified(Path(resume), cluster)
@@ -224,7 +224,7 @@ def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoin
     folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
     if folders:
         raise UserError(
-            f"{run_dir} already holds {folders[0].name}. Give a new --output_dir, or --resume auto to go on."
+            f"{run_dir} already holds {folders[0].name}. Give a new --output_dir, or --resume auto to resume."
         )
     return None
 
@@ -233,7 +233,7 @@ def newest_verified(run_dir: Path, cluster: Cluster) -> Checkpoint | None:
     """Find the newest checkpoint whose whole content is as it was written; every rank has to call it.
 
     Raises:
-        UserError: there are checkpoints, but none is complete.
+        UserError: There are checkpoints, but none is complete.
     """
     folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
     skipped: list[str] = []
@@ -251,7 +251,7 @@ def newest_verified(run_dir: Path, cluster: Cluster) -> Checkpoint | None:
 
 
 def verified(path: Path, cluster: Cluster) -> tuple[Checkpoint | None, str]:
-    """Read all of a checkpoint and compare hashes, the files spread over the ranks: it, or what is wrong."""
+    """Compare all hashes of a checkpoint, its files spread over the ranks: return it, or the problem."""
     found, problem = cluster.broadcast_object(inspect(path) if cluster.rank == 0 else (None, ""))
     if found is None:
         return None, problem
@@ -260,7 +260,7 @@ def verified(path: Path, cluster: Cluster) -> tuple[Checkpoint | None, str]:
 
 
 def _damaged(checkpoint: Checkpoint, cluster: Cluster) -> list[str]:
-    """What is wrong with this rank's share of the files: of the large ones, each rank has as many."""
+    """List the problems of this rank's share of the files: of the large ones, each rank has as many."""
     ordered = sorted(checkpoint.files, key=lambda name: (-checkpoint.files[name].bytes, name))
 
     def problem(name: str) -> str | None:
@@ -273,6 +273,6 @@ def _damaged(checkpoint: Checkpoint, cluster: Cluster) -> list[str]:
             return f"{file}: {error.strerror}"
 
     cores = torch.get_num_threads()  # this rank's share of its machine's (``threads.share_cores``)
-    with ThreadPoolExecutor(min(cores, MOST_FILES_AT_ONCE)) as threads:
+    with ThreadPoolExecutor(min(cores, MAX_VERIFY_THREADS)) as threads:
         found = threads.map(problem, ordered[cluster.rank :: cluster.world_size])
     return [each for each in found if each is not None]

@@ -9,13 +9,13 @@ from dga_scale.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as ours: one line, without the usage before it."""
+    """An argument parser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}{'' if message.endswith('?') else '.'} See --help")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean X?`` where a known name is near, else an empty string."""
+    """Return `` Did you mean X?`` where a known name is near, else an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {match[0]}?" if match else ""

@@ -1,4 +1,4 @@
-"""Which settings of two runs differ in what they mean, read from a folder's config.yaml and a command line.
+"""The comparison of two runs' settings by what they mean: a folder's config.yaml and a command line.
 
 A setting that an older file does not name has its default there, as it was when there was no other value. A
 path is compared by what it points to: ``corpora/acl``, ``corpora/acl/``, ``runs/../corpora/acl``, the
@@ -14,7 +14,7 @@ from dga_scale.config.methods import known_settings
 from dga_scale.config.settings import TrainConfig
 
 ContentHash = Callable[[str], str | None]
-"""Content hash of the corpus in a folder; None where none lies there."""
+"""A function that returns the content hash of a folder's corpus; None where there is none."""
 
 
 class Difference(NamedTuple):
@@ -24,10 +24,10 @@ class Difference(NamedTuple):
     former: Any
     now: Any
     known: bool = True
-    """False for a name that no setting has."""
+    """Whether a setting has the name."""
 
     def __str__(self) -> str:
-        """As in a message: ``max_steps was 100, is 200``."""
+        """Format the difference for a message: ``max_steps was 100, is 200``."""
         if not self.known:
             return f"{self.name} was {self.former!r}, which is no setting of this version"
         return f"{self.name} was {self.former!r}, is {self.now!r}"
@@ -39,16 +39,17 @@ def differences(
     former_hash: ContentHash,
     current_hash: ContentHash,
 ) -> list[Difference]:
-    """List the settings that decide the numbers and are not what they were.
+    """List the settings that decide the numbers and differ from the former run's.
 
     Args:
-        former: flat settings of the run, as ``TrainConfig.as_dict`` gave them to its config.yaml.
-        config: the settings asked for now.
-        former_hash: of a corpus that ``former`` names.
-        current_hash: of a corpus that ``config`` names.
+        former: The run's flat settings, as ``TrainConfig.as_dict`` gave them to its config.yaml.
+        config: The settings asked for now.
+        former_hash: The content hash of a corpus that ``former`` names.
+        current_hash: The content hash of a corpus that ``config`` names.
 
     Returns:
-        in the order of the settings. A name that no setting has now differs too: its value may have mattered.
+        The differences, in the order of the settings. A name that no setting has now differs too: its value
+        may have mattered.
 
     """
     flat = config.as_dict()
@@ -66,8 +67,8 @@ def differences(
 def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Reduce a run's flat settings to those that make it another experiment than one without them.
 
-    Left out are the seed, what a run may have otherwise without other numbers, and what has its default,
-    which an older file may not name. Paths are absolute.
+    Left out are the seed, the settings that change no numbers, and those at their default, which an older
+    file may not name. Paths are absolute.
     """
     known = known_settings()
     found = {}
@@ -86,12 +87,12 @@ def _absolute(value: Any, refers: Refers) -> list[str]:
 
 
 def corpora_of(config: TrainConfig) -> list[str]:
-    """All corpus folders that the settings name, in their order."""
+    """List the corpus folders that the settings name, in their order."""
     return [path for _, path in corpus_flags(config)]
 
 
 def corpus_flags(config: TrainConfig) -> list[tuple[str, str]]:
-    """Each corpus folder that the settings name, with its flag: ``("--corpus", "corpora/acl")``."""
+    """List the corpus folders that the settings name with their flags: ``("--corpus", "corpora/acl")``."""
     flat = config.as_dict()
     return [
         (f"--{each.name}", split_reference(text, each.refers)[1])
@@ -102,7 +103,7 @@ def corpus_flags(config: TrainConfig) -> list[tuple[str, str]]:
 
 
 def split_reference(text: str, refers: Refers) -> tuple[str, str, str]:
-    """Cut the path or name out of a setting's text: what stands before it, it, and what stands behind.
+    """Split a setting's text into the path or name that it refers to, and the text before and behind it.
 
     ``corpora/general:0.05`` with ``corpus:share`` -> ``("", "corpora/general", ":0.05")``.
     """

@@ -1,4 +1,4 @@
-"""How a setting is declared: once, at its field, with all that is known of it.
+"""The declaration of a setting: once, at its field, with all that is known of it.
 
 ``--help``, the check of values, the comparison with a run that is resumed, the report's groups, the model
 card and docs/settings.md read the declaration; none of them keeps a list of names of its own.
@@ -22,18 +22,19 @@ speed
     Time and memory. The numbers are equal up to rounding: a run may resume with another value, and such runs
     are the same experiment.
 place
-    Where things lie, and what a run says, saves and watches on its way. As for speed; a model card, which
-    tells strangers what was done, leaves it out.
+    Where things lie, and what a run says, saves and watches on its way. As for speed; a model card
+    leaves it out.
 
 Whatever it affects, a setting is equal on all ranks of a run.
 """
 
 Refers = Literal["model", "corpus", "corpus:share", "name=corpus", "file"]
-"""What a setting's text refers to; texts that refer to the same are equal (``comparison``)."""
+"""The kind of thing that a setting's text refers to; texts that refer to the same are equal (``comparison``).
+"""
 
 
 class Rule(NamedTuple):
-    """What a number must be: a test, and the words for it."""
+    """A rule that a number must keep: a test, and the words for it."""
 
     holds: Callable[[float], bool]
     words: str
@@ -50,8 +51,8 @@ ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _KEY = "setting"
 
 
-class _Said(NamedTuple):
-    """What ``setting`` keeps in a field's metadata."""
+class _Metadata(NamedTuple):
+    """The metadata that ``setting`` keeps in a field."""
 
     default: Any
     help: str
@@ -94,15 +95,15 @@ def setting(
         lora_rank: int = setting(8, "Rank of the change of a projection.", rule=AT_LEAST_1, source="LoRA")
 
     """
-    said = _Said(default, help, choices, rule, affects, source, refers, repeats)
+    metadata = _Metadata(default, help, choices, rule, affects, source, refers, repeats)
     if isinstance(default, list):  # each settings object has its own
-        return field(default_factory=lambda: list(default), metadata={_KEY: said})
-    return field(default=default, metadata={_KEY: said})
+        return field(default_factory=lambda: list(default), metadata={_KEY: metadata})
+    return field(default=default, metadata={_KEY: metadata})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A declaration as it is read back: the arguments of ``setting``, and what the field says.
+    """A setting's declaration: the arguments of ``setting``, and the field's name, type and default.
 
     Attributes:
         name: of the field and the flag.
@@ -125,7 +126,7 @@ class Setting:
 
     @property
     def same_experiment(self) -> bool:
-        """Whether runs with different values are the same experiment."""
+        """Whether runs with different values of the setting are the same experiment."""
         return self.repeats or self.affects in ("speed", "place")
 
 
@@ -133,13 +134,13 @@ def declared(settings: type[Any]) -> Iterator[Setting]:
     """Read the declarations of a settings class, inherited ones first."""
     types = get_type_hints(settings)
     for each in fields(settings):
-        said: _Said = each.metadata[_KEY]
+        declaration: _Metadata = each.metadata[_KEY]
         is_list, kind = _kind(types[each.name])
-        yield Setting(each.name, kind, is_list, *said)
+        yield Setting(each.name, kind, is_list, *declaration)
 
 
 def _kind(annotation: Any) -> tuple[bool, type]:
-    """``list[str] | None`` -> (True, str); ``float`` -> (False, float)."""
+    """Return whether a type is a list, and its scalar: ``list[str] | None`` -> (True, str)."""
     options = [option for option in get_args(annotation) if option is not NoneType]
     if get_origin(annotation) is list:
         return True, options[0]

@@ -1,4 +1,4 @@
-"""What the settings of transformers' TrainingArguments and example scripts are called here."""
+"""Hints for the settings of transformers' TrainingArguments and example scripts: their names here."""
 
 _STEPS = "a run's length is --max_steps: epochs * rows of the corpus / --global_batch_size"
 _ROWS = "the length of rows is chosen where text is sharded: tools/shard_corpus.py --sequence_length"

@@ -1,4 +1,4 @@
-"""Settings of a training run from its flags and its YAML file; unknown names are refused. Flags win.
+"""Parse a training run's settings from its flags and its YAML file; unknown names are refused. Flags win.
 
 Neither torch nor transformers is imported: help and a refused flag take no seconds.
 """
@@ -35,11 +35,11 @@ def _own_settings(method: str) -> list[str]:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """The list of methods as it stands."""
+    """A help formatter that keeps the list of methods as it is written."""
 
 
 def build_parser(method: str, prog: str = "dga-train") -> Parser:
-    """The parser of all settings of a run with one method, with a section in ``--help`` for each group."""
+    """Build the parser of a method's settings, with a section in ``--help`` for each group."""
     parser = Parser(
         prog=prog,
         usage=f"{prog} --ds_config FILE.json --model MODEL --corpus FOLDER [--method NAME] [settings]",
@@ -76,7 +76,7 @@ def _add_group(parser: Parser, title: str, group: type[Any]) -> None:
 
 
 def _argument(each: Setting) -> dict[str, Any]:
-    """What argparse wants to know of a setting."""
+    """Return argparse's arguments for a setting."""
     about = [each.help]
     if each.source:
         about.append(f"Source: {each.source}.")
@@ -112,7 +112,7 @@ def _truth(text: str) -> bool:
 
 
 def _other_methods(chosen: str) -> str:
-    """What ``--help`` says below the settings: each method, and its own settings under its name."""
+    """Format the list below the settings in ``--help``: each method, its own settings under its name."""
     parts = []
     for name, settings in METHOD_SETTINGS.items():
         section = Parser(usage=argparse.SUPPRESS, add_help=False)
@@ -127,7 +127,7 @@ def _other_methods(chosen: str) -> str:
 
 
 def read_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """Settings from command-line arguments (None: this process's) and the YAML file they name.
+    """Read the settings from command-line arguments (None: this process's) and the YAML file they name.
 
     Raises:
         UserError: unknown name (with the nearest right one), a setting of another method, a value of the
@@ -181,12 +181,12 @@ def _refuse_settings_of_others(method: str, explicit: Iterable[str]) -> None:
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    """What another trainer's setting is called here, or the nearest name."""
+    """Return the hint for another trainer's setting, or the nearest name."""
     return f" Here {HINTS[name]}." if name in HINTS else nearest(name, known)
 
 
 def _without_launchers(arguments: list[str]) -> list[str]:
-    """Leave out ``--local_rank N``, in one word or two."""
+    """Remove ``--local_rank N``, in one word or two."""
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -199,12 +199,12 @@ def _without_launchers(arguments: list[str]) -> list[str]:
 
 
 def _name(argument: str) -> str:
-    """``--max-steps=3`` -> ``max_steps``: dashes and underscores mean the same."""
+    """Return a flag's name, ``--max-steps=3`` -> ``max_steps``: dashes and underscores mean the same."""
     return argument.split("=", 1)[0].removeprefix("--").replace("-", "_")
 
 
 def _normal(argument: str) -> str:
-    """``--max-steps=3`` -> ``--max_steps=3``; what is no flag stays as it is."""
+    """Normalise a flag, ``--max-steps=3`` -> ``--max_steps=3``; what is no flag stays as it is."""
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")
@@ -223,7 +223,7 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
 
 
 def _yaml_arguments(path: str | None, takes_list: Mapping[str, bool]) -> list[str]:
-    """The YAML file's settings as command-line arguments, so that one parser converts and checks both."""
+    """Turn the YAML file's settings into command-line arguments: one parser converts and checks both."""
     if path is None:
         return []
     try:
@@ -251,7 +251,7 @@ def _yaml_arguments(path: str | None, takes_list: Mapping[str, bool]) -> list[st
 
 
 def _check_values(config: TrainConfig) -> None:
-    """Ranges, before any long work starts."""
+    """Check the values' ranges, before any long work starts."""
     flat = config.as_dict()
 
     def refuse(name: str, words: str) -> NoReturn:

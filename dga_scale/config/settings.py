@@ -1,7 +1,7 @@
 """The settings of a training run that every method has; a method's own are declared in ``config.methods``.
 
 ``TrainConfig.explicit`` holds the names that the user set, so that a number in the DeepSpeed JSON is refused
-only where it contradicts something the user said, never a default.
+only where it contradicts something the user gave, never a default.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class ModelSettings:
     )
     split_views: bool = setting(
         False,
-        "One trunk pass for each reading of a batch that the method needs, instead of one for all: less "
+        "One forward pass for each view of a batch that the method needs, instead of one for all: less "
         "memory, the same numbers without dropout.",
         affects="speed",
     )
@@ -125,12 +125,12 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What is learnt and what is protected; ``config.methods`` has a subclass for each method."""
+    """A method's own settings; ``config.methods`` has a subclass for each method."""
 
     name: ClassVar[str]
-    """What ``--method`` takes."""
+    """The name that ``--method`` takes."""
     summary: ClassVar[str]
-    """One line for ``--help``."""
+    """The method's line in ``--help``."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,13 @@ class OptimizationSettings:
     )
     per_device_train_batch_size: int | None = setting(
         None,
-        "Rows in one forward pass of one rank. Default: the global batch over ranks and accumulation.",
+        "Rows of one micro-batch of one rank. Default: the global batch over ranks and accumulation.",
         rule=AT_LEAST_1,
         affects="speed",
     )
     gradient_accumulation_steps: int | None = setting(
         None,
-        "Forward passes in one optimizer step. Default: what the two batch sizes give, 1 without the second.",
+        "Micro-batches of a rank in one step. Default: what the two batch sizes give, 1 without the second.",
         rule=AT_LEAST_1,
         affects="speed",
     )
@@ -188,7 +188,7 @@ class OptimizationSettings:
         1.0, "Gradient norm above which gradients are scaled down; 0: off.", rule=AT_LEAST_0
     )
     bf16: bool = setting(
-        True, "bfloat16 weights in the passes, float32 in the optimizer. False: all float32."
+        True, "bfloat16 weights in forward passes, float32 in the optimizer. False: all float32."
     )
     fp16: bool = setting(False, "float16 with loss scaling instead of bf16 (ZeRO 1 to 3, on a GPU).")
     max_bad_steps: int = setting(
@@ -201,7 +201,7 @@ class OptimizationSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where a run lies, what it says and when it saves."""
+    """The run's folder, its log and its saves."""
 
     ds_config: str | None = setting(
         None,
@@ -212,8 +212,8 @@ class RunSettings:
     output_dir: str | None = setting(None, "The run's folder. Default: runs/METHOD-CORPUS.", affects="place")
     resume: str = setting(
         "auto",
-        "auto: go on from the newest complete checkpoint of output_dir; never: refuse a folder with one; "
-        "or the path of a checkpoint, of another run for a new folder, which then uses what goes with it.",
+        "auto: resume from the newest complete checkpoint of output_dir; never: refuse a folder with one; "
+        "or the path of a checkpoint, of another run for a new folder, which then uses its companions.",
         affects="place",
     )
     seed: int = setting(42, "Seed of the order, the masks and dropout.", repeats=True)
@@ -228,7 +228,7 @@ class RunSettings:
     )
     protection_steps: int = setting(
         50,
-        "Steps between records of effective protection: how far each protected unit moved against 1 - a.",
+        "Steps between records of effective protection: protected units' movement beside the target 1 - a.",
         rule=AT_LEAST_1,
         affects="place",
     )
@@ -253,15 +253,15 @@ class RunSettings:
     check_invariants: int = setting(
         0,
         "Steps between checks that all ranks hold the same weights, masks, gates and experts' centres and "
-        "have read the rows that were planned; also before the first step. A violation stops the run. "
+        "have used the rows that were planned; also before the first step. A violation stops the run. "
         "0: off.",
         rule=AT_LEAST_0,
         affects="place",
     )
     heartbeat_timeout: float = setting(
         120.0,
-        "Seconds without a word from a rank after which the others take it for lost and end, naming it. One "
-        "whose process ends is missed at once. 0: no watchdog.",
+        "Seconds without a heartbeat from a rank after which the others take it for lost and end, naming it. "
+        "A process that ends is noticed at once. 0: no watchdog.",
         rule=AT_LEAST_0,
         affects="place",
     )
@@ -281,8 +281,8 @@ class TrainConfig:
     """All settings of a run.
 
     Attributes:
-        method: the method's own settings, of a subclass of ``MethodSettings``, which says which method it is.
-        explicit: the names that came from a flag or the YAML file.
+        method: The method's own settings, of a subclass of ``MethodSettings``, which names the method.
+        explicit: The names that came from a flag or the YAML file.
 
     """
 
@@ -295,16 +295,16 @@ class TrainConfig:
 
     @property
     def method_name(self) -> str:
-        """What ``--method`` says."""
+        """The method's name, as ``--method`` takes it."""
         return self.method.name
 
     def settings(self) -> Iterator[Setting]:
-        """The declarations of all settings of this run but ``--method``."""
+        """Return the declarations of all settings of this run but ``--method``."""
         for group in GROUPS:
             yield from declared(type(getattr(self, group)))
 
     def as_dict(self) -> dict[str, Any]:
-        """One flat dictionary, as in the YAML file."""
+        """Return the settings as one flat dictionary, as in the YAML file."""
         flat: dict[str, Any] = {}
         for name in GROUPS:
             if name == "method":
@@ -313,7 +313,7 @@ class TrainConfig:
         return flat
 
     def replace(self, **values: Any) -> "TrainConfig":
-        """A copy with settings changed by their flat names."""
+        """Return a copy with settings changed by their flat names."""
         groups: dict[str, Any] = {}
         for group_name in GROUPS:
             group = getattr(self, group_name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dga_scale.backbone.gates import Gates
-from dga_scale.backbone.packed_rows import read_rows
+from dga_scale.backbone.packed_rows import forward_views
 from dga_scale.corpus.loading.batches import Batch
 
 
@@ -66,7 +66,7 @@ def run_views(
     rows = len(inputs.input_ids if inputs.packed_positions is None else inputs.packed_positions)
     for group in [[view] for view in views] if split else [list(views)]:
         gates.set(_gate_rows(group, rows, protection))
-        last, first = read_rows(
+        last, first = forward_views(
             trunk,
             gates.anatomy,
             [inputs.masked_ids if view.masked else inputs.input_ids for view in group],

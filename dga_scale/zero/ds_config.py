@@ -26,17 +26,18 @@ _SCHEDULE_FLAGS = {
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """What a run does, decided: DeepSpeed's configuration without any ``"auto"``, and the figures behind it.
+    """The resolved configuration of a run: DeepSpeed's without any ``"auto"``, and the figures behind it.
 
     Attributes:
-        ds_config: goes to ``deepspeed.initialize`` as it is.
-        config: the settings, with what the JSON decided filled in (batch sizes, learning rate, ...).
-        zero_stage: 0 to 3.
+        ds_config: The configuration that ``deepspeed.initialize`` gets.
+        config: The settings, with what the JSON decided filled in (batch sizes, learning rate, ...).
+        zero_stage: The ZeRO stage, 0 to 3.
         precision: "fp32", "bf16" or "fp16".
-        offload_optimizer, offload_parameters: whether they live in CPU memory.
-        micro_batch_size: rows in one forward pass of one rank.
-        accumulation_steps: forward passes in one optimizer step.
-        global_batch_size: rows in one optimizer step over all ranks: the product of the two and the ranks.
+        offload_optimizer, offload_parameters: Whether they live in CPU memory.
+        micro_batch_size: The number of rows of one micro-batch of one rank.
+        accumulation_steps: The number of micro-batches of one rank in one optimizer step.
+        global_batch_size: The number of rows in one optimizer step over all ranks: the product of the two and
+            the ranks.
 
     """
 
@@ -57,7 +58,7 @@ def resolve_ds_config(
     """Resolve a JSON that ``load_ds_config`` has read.
 
     Raises:
-        UserError: the JSON contradicts a flag or itself, batch sizes do not divide, or the device or the
+        UserError: The JSON contradicts a flag or itself, batch sizes do not divide, or the device or the
             ZeRO stage can't do what is asked for.
 
     """
@@ -78,12 +79,13 @@ def resolve_ds_config(
         for kind in ("optimizer", "param")
     }
     if precision != "fp32":
-        # Many small gradients summed in 16 bits, over ranks or passes, lose what is below 1/256 of the sum.
-        # "communication_data_type": "bf16" in the JSON halves the traffic where the network is the limit.
+        # Many small gradients summed in 16 bits, over ranks or micro-batches, lose what is below 1/256 of the
+        # sum. "communication_data_type": "bf16" in the JSON halves the traffic where the network is the
+        # limit.
         ds.setdefault("communication_data_type", "fp32")
         if stage > 0 and accumulation > 1:
             ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    # DeepSpeed's own throughput timer, which nothing here reads, waits for the GPU twice in each pass.
+    # DeepSpeed's own throughput timer, which nothing here reads, waits for the GPU twice in each micro-step.
     ds.setdefault("timers", {"throughput": {"enabled": False}})
     # DeepSpeed knows some optimizers by their class; ours are those of the table, whatever it knows.
     ds["zero_allow_untested_optimizer"] = True
@@ -207,10 +209,10 @@ class _Resolver:
         return "fp32"
 
     def batch(self, world_size: int) -> tuple[int, int, int]:
-        """Decide on rows a pass, passes a step and rows a step; each follows from the others if it can."""
+        """Decide on the micro-batch size, accumulation steps and global batch size, each from the others."""
         names = {
             "micro": ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
-            "passes": ("gradient_accumulation_steps", "gradient_accumulation_steps"),
+            "accumulation": ("gradient_accumulation_steps", "gradient_accumulation_steps"),
             "total": ("train_batch_size", "global_batch_size"),
         }
         given: dict[str, int | None] = {}
@@ -220,28 +222,31 @@ class _Resolver:
                 self.refuse(key, f"{value} is below 1", 'write a number from 1 on or "auto"')
             said = value is not None or flag in self.explicit
             given[name] = self.decide(key, value, flag) if said else None
-        micro, passes, total = given["micro"], given["passes"], given["total"]
+        micro, accumulation, total = given["micro"], given["accumulation"], given["total"]
         if total is None:
-            total = micro * passes * world_size if micro and passes else self.flags["global_batch_size"]
+            both = micro and accumulation
+            total = micro * accumulation * world_size if both else self.flags["global_batch_size"]
         if micro is None:
-            passes = passes or 1
-            micro = self._share(total, passes, world_size, f"{passes} passes")
-        elif passes is None:
-            passes = self._share(total, micro, world_size, f"passes of {micro} rows")
-        if micro * passes * world_size != total:
+            accumulation = accumulation or 1
+            into = f"{accumulation} gradient accumulation steps"
+            micro = self._share(total, accumulation, world_size, into)
+        elif accumulation is None:
+            accumulation = self._share(total, micro, world_size, f"micro-batches of {micro} rows")
+        if micro * accumulation * world_size != total:
             raise UserError(
-                f"the batch sizes contradict each other: {micro} rows a pass x {passes} passes x "
-                f"{world_size} ranks = {micro * passes * world_size} rows a step, not {total}. Leave out one "
+                f"the batch sizes contradict each other: {micro} rows a micro-batch x {accumulation} "
+                f"gradient accumulation steps x {world_size} ranks = {micro * accumulation * world_size} rows, "
+                f"not {total}. Leave out one "
                 f"of --per_device_train_batch_size, --gradient_accumulation_steps and --global_batch_size "
                 f'(in {self.path}: write "auto").'
             )
-        for name, value in {"micro": micro, "passes": passes, "total": total}.items():
+        for name, value in {"micro": micro, "accumulation": accumulation, "total": total}.items():
             key, flag = names[name]
             self.ds[key] = self.decided[flag] = value
-        return micro, passes, total
+        return micro, accumulation, total
 
     def _share(self, total: int, unit: int, world_size: int, into: str) -> int:
-        """``total`` over ``unit`` on each rank."""
+        """Divide ``total`` by ``unit`` on each rank."""
         by = unit * world_size
         if total % by:
             below = total - total % by
@@ -252,7 +257,7 @@ class _Resolver:
             raise UserError(
                 f"a global batch of {total} rows does not divide into {into} on each of {world_size} ranks. "
                 f"Set --global_batch_size to {choice}, or change the other batch settings"
-                + (f"; or, where a run that has begun goes on, start {ranks} ranks." if ranks else ".")
+                + (f"; or, to resume a run, start {ranks} ranks." if ranks else ".")
             )
         return total // by
 

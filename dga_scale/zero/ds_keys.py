@@ -1,7 +1,7 @@
 """DeepSpeed's JSON, read strictly: every key known and meaningful here, or refused with the nearest.
 
 DeepSpeed itself lets a typo at the top level pass in silence, keeps ``"auto"`` as a string in some places and
-drops it in others, and accepts features that this program can't keep its promises with.
+drops it in others, and accepts features that this program does not work with.
 """
 
 import json
@@ -13,7 +13,7 @@ from dga_scale.config.arguments import nearest
 from dga_scale.errors import UserError
 
 Keys = Mapping[str, Any]
-"""Known keys of a section; the value is the section's own ``Keys``, or None where anything may stand."""
+"""The known keys of a section; the value is the section's own ``Keys``, or None where anything may stand."""
 
 _FREE = (
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
@@ -62,7 +62,7 @@ _ONLY_VALUE = {
     "zero_optimization.zero_quantized_nontrainable_weights": (False, "not tested with the masks"),
     "zero_optimization.zero_quantized_weights": (False, "not tested with the masks"),
 }
-"""Keys whose other values break what this program promises: the value allowed, and why the others are not."""
+"""Keys that may have one value only: that value, and why no other works here."""
 
 
 def known_keys() -> Keys:
@@ -118,8 +118,9 @@ def load_ds_config(path: str) -> dict[str, Any]:
     """Read DeepSpeed's JSON as it stands (``"auto"`` unresolved), after checking every key at every level.
 
     Raises:
-        UserError: no such file, no JSON (with the line), a key that is unknown (with the line and the nearest
-            right name), twice in a section, or asks for what does not work here (with the reason).
+        UserError: There is no such file, no JSON (with the line), a key that is unknown (with the line and
+            the nearest right name), twice in a section, or asks for what does not work here (with the
+            reason).
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -172,7 +173,7 @@ def load_ds_config(path: str) -> dict[str, Any]:
 def _walk(
     section: Mapping[str, Any], known: Keys | None, where: str
 ) -> Iterator[tuple[str, str, Any, Keys | None]]:
-    """Visit every key as (path of its section, key, value, known keys of the section)."""
+    """Yield every key as (path of its section, key, value, known keys of the section)."""
     for key, value in section.items():
         yield where, key, value, known
         inner = (known or {}).get(key)
@@ -181,5 +182,5 @@ def _walk(
 
 
 def _line(text: str, key: str) -> int:
-    """Find the line on which a key first stands."""
+    """Return the number of the line on which a key first stands."""
     return next((n for n, line in enumerate(text.splitlines(), 1) if f'"{key}"' in line), 1)

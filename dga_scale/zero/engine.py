@@ -19,7 +19,7 @@ from dga_scale.zero.patches import import_muon_uncompiled, no_shared_memory_redu
 from dga_scale.zero.shards import LANGUAGE_MODEL_PREFIX, keep_frozen_weights, shape_of
 
 Engine = DeepSpeedEngine
-"""The engine's type, by which other rooms call it."""
+"""The engine's type, by which other packages call it."""
 
 
 def connect_deepspeed() -> None:
@@ -56,7 +56,7 @@ def partitioned_loading(resolved: ResolvedConfig) -> Iterator[None]:
 def build_engine(
     model: nn.Module, resolved: ResolvedConfig, lr_scales: Mapping[str, float] | None = None
 ) -> DeepSpeedEngine:
-    """Hand a model with fp32 weights on the CPU (or partitioned by ``zero.Init``) over to DeepSpeed.
+    """Build the engine of a model with fp32 weights on the CPU, or partitioned by ``zero.Init``.
 
     Hooks on parameters (the gradient mask) have to be registered before. Weight decay is on matrices only,
     as in transformers' Trainer: no biases, no norms. The optimizer's learning rate is 0 until
@@ -87,7 +87,7 @@ def build_engine(
 
 
 def _groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups: one for each learning rate and weight decay that there is."""
+    """Return the optimizer's parameter groups: one for each learning rate and weight decay that there is."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -117,9 +117,9 @@ def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
 
 
 def global_grad_norm(engine: DeepSpeedEngine) -> float | Tensor:
-    """Give the last step's gradient norm over all parameters and ranks, before clipping; inf if refused.
+    """Return the last step's gradient norm over all parameters and ranks, before clipping; inf if refused.
 
-    A scalar on the device where it still lies there: reading it would wait for the device.
+    It is a scalar on the device where it still lies there: reading it would wait for the device.
     """
     norm: Any = engine.get_global_grad_norm()
     return norm.reshape(()) if isinstance(norm, Tensor) else float(norm)

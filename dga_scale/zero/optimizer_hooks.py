@@ -1,4 +1,4 @@
-"""What happens around the optimizer's step: masks on the shards it steps, and steps that are refused."""
+"""Hooks around the optimizer's step: masks on the shards it steps, and steps that are refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from dga_scale.zero.shards import local_shards
 
 
 def local_fragments(engine: DeepSpeedEngine) -> list[Fragment]:
-    """List all pieces of parameters that this rank's optimizer steps, as views into its fp32 weights.
+    """List the fragments of parameters that this rank's optimizer steps, as views into its fp32 weights.
 
     Names are those of the Hugging Face model. Over all ranks every entry of every trained parameter occurs
     once; in ZeRO-0 once on each rank.
@@ -43,11 +43,11 @@ class EngineWeights:
         self._engine = engine
 
     def fragments(self) -> list[Fragment]:
-        """As ``local_fragments``."""
+        """Return ``local_fragments`` of the engine."""
         return local_fragments(self._engine)
 
     def around_steps(self, before: Hook, after: Hook) -> None:
-        """As ``wrap_optimizer_step``."""
+        """Call ``wrap_optimizer_step`` on the engine."""
         wrap_optimizer_step(self._engine, before, after)
 
 
@@ -56,7 +56,7 @@ def add_to_gradients(engine: DeepSpeedEngine, add: Callable[[Fragment, Tensor], 
 
     The gradient is a view (n,) of what the optimizer will read: fp32, reduced over ranks, unscaled and
     clipped. In every class of optimizer it is the ``grad`` of the tensor stepped; a parameter of ZeRO-0 that
-    no loss has reached has none, makes no step, and is passed over. A refused step calls nothing.
+    no loss has reached has none, makes no step, and is skipped. A refused step calls nothing.
     """
     shards = {id(shard.stepped): shard for shard in local_shards(engine)}
 
@@ -82,7 +82,7 @@ def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
 
 
 def step_was_refused(engine: DeepSpeedEngine) -> bool:
-    """Tell whether the last ``engine.step()`` at an accumulation boundary left the weights as they were.
+    """Return whether the last ``engine.step()`` at an accumulation boundary left the weights as they were.
 
     All ranks give the same answer. ``engine.skipped_steps`` counts them.
     """

@@ -1,6 +1,6 @@
 """All that this program changes inside DeepSpeed: each change with its reason, and none on another version.
 
-A patch reaches into code that its authors may rewrite at any time, so each one first looks at the version: on
+A patch reaches into code that its authors may rewrite at any time, so each one first checks the version: on
 one that it was not tested with it ends the run instead of changing something else. For each,
 ``tests/zero/test_patches.py`` shows that DeepSpeed, left alone, still does what the patch is there for; once
 that test fails, the patch can go.
@@ -21,14 +21,14 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from dga_scale.errors import UserError
 
 TESTED = ("0.19.8",)
-"""Versions of DeepSpeed whose inside the patches were tested with."""
+"""The versions of DeepSpeed that the patches were tested with."""
 
 
 def check_version() -> None:
     """Refuse a DeepSpeed that the patches were not tested with.
 
     Raises:
-        UserError: it names the version that is installed and those that will do.
+        UserError: Another version is installed; the message names it and those that work.
 
     """
     if deepspeed.__version__ not in TESTED:
@@ -70,9 +70,9 @@ def import_muon_uncompiled() -> None:
 
 
 def patch_engine(engine: DeepSpeedEngine) -> None:
-    """Change what a new engine's optimizer does: Adam's first step, and steps on a NaN or infinity.
+    """Patch a new engine's optimizer: Adam's first step, and steps on a NaN or infinity.
 
-    DeepSpeed looks at the global gradient norm before each step and leaves the step out on all ranks where it
+    DeepSpeed checks the global gradient norm before each step and leaves the step out on all ranks where it
     is not finite: no weight, no moment and no step count changes. Two gaps in that are closed here: ZeRO-0 in
     fp32, where it calls the torch optimizer as it is, and ZeRO-1 and 2 with optimizer offload, where a
     refused step's gradients stay in the accumulator and poison all later ones.
@@ -109,7 +109,7 @@ def forget_refused_gradients(optimizer: Any) -> None:
 
 
 def guard_stage_zero(engine: DeepSpeedEngine) -> None:
-    """Give ZeRO-0 in fp32 what the other stages have: a gradient norm, and no step where it is not finite.
+    """Give ZeRO-0 in fp32 a gradient norm, and no step where it is not finite, as the other stages have.
 
     DeepSpeed reads ``overflow`` and ``_global_grad_norm`` off the optimizer, where it has them.
     """
@@ -128,4 +128,4 @@ def guard_stage_zero(engine: DeepSpeedEngine) -> None:
             unguarded()
 
     optimizer.step = step
-    engine.clip_fp32_gradients = lambda: None  # done in the step, after the norm was looked at
+    engine.clip_fp32_gradients = lambda: None  # done in the step, after the norm was checked

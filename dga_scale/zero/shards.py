@@ -1,4 +1,4 @@
-"""Where each parameter's entries lie on this rank, for every ZeRO stage and precision.
+"""The shards of each parameter on this rank, for every ZeRO stage and precision.
 
 The one place that knows DeepSpeed's optimizers from inside. What they keep, per class (DeepSpeed 0.19.8):
 
@@ -28,20 +28,20 @@ from torch import Tensor
 from dga_scale.preservation.fragments import Fragment
 
 Names = dict[Tensor, tuple[str, tuple[int, ...]]]
-"""By parameter: its name and full shape."""
+"""The name and full shape of each parameter."""
 
 LANGUAGE_MODEL_PREFIX = "lm."
-"""Of the Hugging Face model's parameters inside ``TrainingModel``; fragments carry the names without it."""
+"""The prefix of the Hugging Face model's parameters in ``TrainingModel``; fragments are named without it."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tensor that the base optimizer steps on this rank, and the pieces of parameters in it.
+    """A tensor that the base optimizer steps on this rank, and the fragments of parameters in it.
 
     Attributes:
-        stepped: what stands in the optimizer's ``param_groups`` and keys its state.
-        fragments: the pieces, in their order in ``stepped``; padding belongs to none.
-        offsets: where each piece starts in the flattened ``stepped``.
+        stepped: The tensor in the optimizer's ``param_groups``, which keys its state.
+        fragments: The fragments, in their order in ``stepped``; padding belongs to none.
+        offsets: The offset at which each fragment starts in the flattened ``stepped``.
 
     """
 
@@ -51,7 +51,7 @@ class Shard:
 
 
 def local_shards(engine: DeepSpeedEngine) -> list[Shard]:
-    """Find all that this rank's optimizer steps, as views: writing to a fragment changes the weights."""
+    """List the shards that this rank's optimizer steps, as views: writing to a fragment sets the weights."""
     names: Names = {
         parameter: (name.removeprefix(LANGUAGE_MODEL_PREFIX), shape_of(parameter))
         for name, parameter in engine.module.named_parameters()
@@ -76,7 +76,7 @@ def local_shards(engine: DeepSpeedEngine) -> list[Shard]:
 
 
 def shape_of(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """Read the full shape of a parameter, also where ZeRO-3 has taken its content away."""
+    """Return the full shape of a parameter, also where ZeRO-3 has partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -87,16 +87,16 @@ def _whole(parameter: Tensor, stepped: Tensor, name: str, shape: tuple[int, ...]
 def _mapped(flats: list[Tensor], groups: list[list[Any]], names: Names) -> list[Shard]:
     shards = []
     for flat, parameters in zip(flats, groups, strict=True):
-        pieces: list[tuple[int, Fragment]] = []
+        located: list[tuple[int, Fragment]] = []
         for parameter in parameters:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
                 values = flat.data.narrow(0, offset, mapping.hp_fragment_address.numel)
                 name, shape = names[parameter]
-                pieces.append((offset, Fragment(name, start, shape, values)))
-        pieces.sort(key=lambda piece: piece[0])
-        shards.append(Shard(flat, tuple(f for _, f in pieces), tuple(o for o, _ in pieces)))
+                located.append((offset, Fragment(name, start, shape, values)))
+        located.sort(key=lambda each: each[0])
+        shards.append(Shard(flat, tuple(f for _, f in located), tuple(o for o, _ in located)))
     return shards
 
 
@@ -115,17 +115,20 @@ def _partitioned(flat: Tensor, parameters: list[Any], names: Names) -> Shard:
 
 
 def equal_share(length: int) -> tuple[int, int]:
-    """Start and end of this rank's part where each of the ranks takes as much of ``length`` entries."""
+    """Return the start and the end of this rank's equal share of ``length`` entries."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return length * rank // ranks, length * (rank + 1) // ranks
 
 
 @torch.no_grad()
 def keep_frozen_weights(engine: DeepSpeedEngine, originals: dict[str, Tensor]) -> None:
-    """Remember this rank's share of the language model's frozen weights before their rounding to 16 bits.
+    """Keep this rank's share of the language model's frozen weights as they were before rounding to 16 bits.
 
-    ``originals``: fp32 tensors by their names in the engine's module; empty where they were partitioned when
-    they were read (ZeRO-3), which rounds them.
+    Args:
+        engine: The engine.
+        originals: The fp32 tensors by their names in the engine's module; empty where they were partitioned
+            as they were loaded (ZeRO-3), which rounds them.
+
     """
     engine.frozen_originals = {}
     for name, parameter in engine.module.named_parameters():
@@ -136,18 +139,18 @@ def keep_frozen_weights(engine: DeepSpeedEngine, originals: dict[str, Tensor]) -
 
 
 def frozen_shares(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, tuple[int, ...], Tensor]]:
-    """Find this rank's share of each weight of the language model that no optimizer steps.
+    """Yield this rank's share of each weight of the language model that no optimizer steps.
 
     Yields:
-        its name in the Hugging Face model, where in the flattened weight the share starts, the full shape,
-        and the share (n,), n >= 1.
+        The weight's name in the Hugging Face model, where in the flattened weight the share starts, the full
+        shape, and the share (n,), n >= 1.
 
     """
     originals = getattr(engine, "frozen_originals", {})
     parameter: Any
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad or not name.startswith(LANGUAGE_MODEL_PREFIX):
-            continue  # a teacher is not saved: it is read from where the run starts
+            continue  # a teacher is not saved: it is loaded from the starting model
         if name in originals:
             start, _ = equal_share(torch.Size(shape_of(parameter)).numel())
             values = originals[name]
@@ -164,7 +167,7 @@ def frozen_shares(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, tuple[int
 
 @torch.no_grad()
 def refresh_model_weights(engine: DeepSpeedEngine) -> None:
-    """Bring the weights of the passes in line with the fragments, after something wrote into those."""
+    """Copy the fragments into the weights of the forward passes, after something wrote into them."""
     optimizer = engine.optimizer
     if optimizer is engine.basic_optimizer:
         return  # they are the same tensors

@@ -36,7 +36,7 @@ class Adapter(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., H) to hidden states (..., H)."""
+        """Map hidden states (..., H) to hidden states (..., H)."""
         return hidden + self.up(self.activation(self.down(hidden)))
 
 
@@ -46,7 +46,7 @@ def apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> None:
     They stand before the dropout and the residual connection of their sublayer.
 
     Args:
-        base: changed in place.
+        base: The base model, which is changed.
         anatomy: of ``base``.
         settings: ``size`` of the bottleneck, ``activation``.
 
@@ -59,7 +59,7 @@ def apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> None:
 
 
 def _adapted(projection: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Read the adapter off the projection, so that a copy of the model calls its own."""
+    """Take the adapter from the projection, so that a copy of the model calls its own."""
     return projection.get_submodule(ADAPTER)(output)
 
 

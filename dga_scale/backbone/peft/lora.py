@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., arXiv 2106.09685) through ``peft``: put into a model, described beside it, and merged.
+"""LoRA (Hu et al., arXiv 2106.09685) through ``peft``: injected, described beside the model, and merged.
 
 ``peft`` is imported where it is used: it takes seconds, and most runs don't need it.
 """
@@ -31,7 +31,7 @@ def inject_lora(
     dropout: float,
     base_name: str | None = None,
 ) -> None:
-    """Add low-rank matrices to projections of a model, in place, and freeze all else.
+    """Add low-rank matrices to projections of a model, and freeze all else.
 
     ``W x`` becomes ``W x + (alpha / rank) B A dropout(x)``, A random and B zero: the output is the model's
     own until B is trained.
@@ -61,14 +61,14 @@ def inject_lora(
 
 
 def save_lora_config(lm: PreTrainedModel, folder: Path) -> None:
-    """Write what ``LoraWeights`` has to know into a model's folder; nothing for a model without LoRA."""
+    """Write the description for ``LoraWeights`` into a model's folder; nothing for a model without LoRA."""
     if config := getattr(lm, "peft_config", {}).get(_NAME):
         config.save_pretrained(folder / FOLDER)
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """Weights of a model with LoRA as those of the plain model, and as ``peft``'s adapter.
+    """The weights of a model with LoRA, as those of the plain model and as ``peft``'s adapter.
 
     Attributes:
         scaling: alpha / rank.

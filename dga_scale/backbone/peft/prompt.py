@@ -37,19 +37,19 @@ class SoftPrompt(nn.Module):
         nn.init.normal_(self.weight, std=std)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Put the soft tokens before embeddings (B, T, width): (B, P + T, width)."""
+        """Put the soft tokens before embeddings (B, T, H): (B, P + T, H)."""
         rows = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat([rows, embeddings], dim=1)
 
 
 def apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anatomy:
-    """Put soft tokens before every text that the trunk of ``base`` reads.
+    """Put soft tokens before every text that the trunk of ``base`` gets.
 
     They take the first positions and are attended to by all tokens. The trunk's output has the states of the
     text alone, so heads, losses and poolings are none the wiser; a pooler reads the text's first token.
 
     Args:
-        base: changed in place.
+        base: The base model, which is changed.
         anatomy: of ``base``.
         settings: ``tokens``, their number P.
 
@@ -94,14 +94,14 @@ def _put_before(
         types = given["token_type_ids"]
         given["token_type_ids"] = torch.cat([types.new_zeros(len(types), tokens), types], dim=1)
     if given.get("position_ids") is not None:
-        places = given["position_ids"]
-        first = torch.arange(tokens, device=places.device).expand(len(places), -1)
-        given["position_ids"] = torch.cat([first, places + tokens], dim=1)
+        positions = given["position_ids"]
+        first = torch.arange(tokens, device=positions.device).expand(len(positions), -1)
+        given["position_ids"] = torch.cat([first, positions + tokens], dim=1)
     return (), given
 
 
 def _prompt_length(trunk: nn.Module) -> int:
-    """Number of soft tokens, also where ZeRO-3 has spread them over the ranks."""
+    """Return the number of soft tokens, also where ZeRO-3 has partitioned them."""
     weight: Any = trunk.get_submodule(PROMPT).weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 

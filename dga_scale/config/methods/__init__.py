@@ -1,4 +1,4 @@
-"""What each method is called and which settings it has: one file a method, found here without torch.
+"""The registry of methods' names and settings: one file a method, found without torch.
 
 ``objectives.methods`` holds the method itself in a file of the same name, which is imported when it is asked
 for: printing help and refusing a flag need the declarations alone.
@@ -46,7 +46,7 @@ METHOD_SETTINGS: dict[str, type[MethodSettings]] = _found()
 
 
 def known_settings() -> dict[str, Setting]:
-    """Every setting there is, of all methods, by its name; but for ``--method`` itself."""
+    """Return the settings of all methods by name, but for ``--method`` itself."""
     common = (ModelSettings, DataSettings, OptimizationSettings, RunSettings)
     groups = (*common, *METHOD_SETTINGS.values())
     return {each.name: each for group in groups for each in declared(group)}

@@ -9,7 +9,7 @@ from dga_scale.config.settings import MethodSettings
 
 @dataclass(frozen=True)
 class CSESettings(MethodSettings):
-    """Which sublayers get experts, and how their clusters are found."""
+    """The sublayers that get experts, and the clustering of the text."""
 
     name: ClassVar = "cse"
     summary: ClassVar = "MLM with experts for clusters of sequences in the last layers (Dong et al., 2024)"
@@ -28,7 +28,7 @@ class CSESettings(MethodSettings):
         0.99, "Share of a centre that one sequence leaves in sublayer.", rule=INSIDE_0_1
     )
     cse_projection: int = setting(
-        64, "Width of the Gaussian projection in which sequences are compared.", rule=AT_LEAST_1
+        64, "Size of the Gaussian projection in which sequences are compared.", rule=AT_LEAST_1
     )
     cse_eps: float | None = setting(
         None,

@@ -11,7 +11,7 @@ from dga_scale.unit_kinds import UNIT_KINDS
 
 @dataclass(frozen=True)
 class DASSettings(DGASettings):
-    """DGA's, with the FFN's units protected too, and what was important before this domain."""
+    """DGA's settings, with the FFN's units protected too, and the importances of earlier domains."""
 
     name: ClassVar = "das"
     summary: ClassVar = (

@@ -22,8 +22,8 @@ class DGASettings(ContrastSettings, ProtectionSettings):
     temperature: float = setting(0.05, "Temperature of the contrastive loss.", rule=ABOVE_0, source="DGA")
     contrast_views: str = setting(
         "paper",
-        "Readings of a batch. paper: the LM loss's, of masked text, and of clean text two full ones and a "
-        "general one; shared: the LM loss's is one of the full ones too, three readings instead of four. "
-        "That departs from the paper, whose contrast reads clean text only (a causal LM masks nothing).",
+        "Views of a batch. paper: the LM loss's, of masked text, and of clean text two full ones and a "
+        "general one; shared: the LM loss's is one of the full ones too, three views instead of four. "
+        "That departs from the paper, which contrasts clean text only (a causal LM masks nothing).",
         ("paper", "shared"),
     )

@@ -9,10 +9,12 @@ from dga_scale.config.methods.shared import GeneralTextSettings
 
 @dataclass(frozen=True)
 class EWCSettings(GeneralTextSettings):
-    """The pull, and what it is measured on."""
+    """The penalty, and the Fisher that weighs it."""
 
     name: ClassVar = "ewc"
-    summary: ClassVar = "MLM + elastic weight consolidation: a pull by the Fisher of general text"
+    summary: ClassVar = (
+        "MLM + elastic weight consolidation: weights regularised by the Fisher of general text"
+    )
 
     ewc_weight: float = setting(
         0.1,

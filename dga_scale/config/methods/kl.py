@@ -9,7 +9,7 @@ from dga_scale.config.settings import MethodSettings
 
 @dataclass(frozen=True)
 class KLSettings(MethodSettings):
-    """How firmly, and on what."""
+    """The weights and the temperature of the divergence."""
 
     name: ClassVar = "kl"
     summary: ClassVar = "MLM + KL to the starting model's predictions on general text (--mix)"

@@ -9,14 +9,16 @@ from dga_scale.config.settings import MethodSettings
 
 @dataclass(frozen=True)
 class L2Settings(MethodSettings):
-    """The pull."""
+    """The penalty."""
 
     name: ClassVar = "l2"
-    summary: ClassVar = "MLM + an L2 pull of all weights to the starting model (Rongali et al., 2020)"
+    summary: ClassVar = (
+        "MLM + L2 regularisation of all weights towards the starting model (Rongali et al., 2020)"
+    )
 
     l2_weight: float = setting(
         0.1,
-        "lambda of the penalty (lambda / 2) * sum of squared distances from the starting weights. Its pull "
-        "on a weight that moved by d is lambda * d; gradients of a pretrained model are about 1e-4.",
+        "lambda of the penalty (lambda / 2) * sum of squared distances from the starting weights. For a "
+        "weight at distance d its gradient is lambda * d; gradients of a pretrained model are about 1e-4.",
         rule=AT_LEAST_0,
     )

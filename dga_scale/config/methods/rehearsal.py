@@ -9,7 +9,7 @@ from dga_scale.config.settings import MethodSettings
 
 @dataclass(frozen=True)
 class RehearsalSettings(MethodSettings):
-    """How much the general text counts."""
+    """The weight of the general text."""
 
     name: ClassVar = "rehearsal"
     summary: ClassVar = (

@@ -9,13 +9,13 @@ from dga_scale.unit_kinds import UNIT_KINDS
 
 @dataclass(frozen=True)
 class ContrastSettings(MethodSettings):
-    """What a contrast of examples takes its negatives from."""
+    """The settings of a contrast of examples."""
 
     contrast_scope: str = setting(
         "micro_batch",
         "Where an example's negatives come from. micro_batch: one forward pass on all ranks; global_batch: "
-        "all passes of the optimizer step too, at the memory of one, for another forward pass of what is "
-        "contrasted (GradCache, arXiv 2101.06983). Without gradient accumulation the two are the same.",
+        "all micro-batches of the optimizer step too, at the memory of one, for another forward pass of the "
+        "contrasted views (GradCache, arXiv 2101.06983). Without gradient accumulation the two are the same.",
         ("micro_batch", "global_batch"),
     )
 
@@ -66,7 +66,7 @@ class ProtectionSettings(MethodSettings):
 
 @dataclass(frozen=True)
 class GeneralTextSettings(MethodSettings):
-    """A corpus of general text that a method reads beside the text it trains on."""
+    """A corpus of general text that a method uses beside the text it trains on."""
 
     general_corpus: str | None = setting(
         None, "Folder of general text, on which the Fisher is measured. Needed.", refers="corpus"
@@ -74,5 +74,5 @@ class GeneralTextSettings(MethodSettings):
 
 
 def soft_mask_of(settings: MethodSettings) -> str:
-    """Where a method masks: ``"gradient"``, ``"update"``, or ``"none"`` for one that protects no units."""
+    """Return where a method masks: ``"gradient"``, ``"update"``, or ``"none"`` where it protects no units."""
     return settings.soft_mask if isinstance(settings, ProtectionSettings) else "none"

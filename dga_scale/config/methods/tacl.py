@@ -13,7 +13,7 @@ class TaCLSettings(MethodSettings):
 
     name: ClassVar = "tacl"
     summary: ClassVar = (
-        "MLM + contrast of masked tokens with the starting model's reading of them (Su et al., 2022)"
+        "MLM + contrast of masked tokens with the starting model's states of them (Su et al., 2022)"
     )
 
     tacl_weight: float = setting(1.0, "Weight of the contrast of tokens.", rule=AT_LEAST_0, source="TaCL")

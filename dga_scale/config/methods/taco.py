@@ -26,5 +26,5 @@ class TaCoSettings(MethodSettings):
         5, "Farthest token that the positive is drawn from.", rule=AT_LEAST_1, source="TACO"
     )
     taco_negatives: int = setting(
-        50, "Tokens of other sequences that a token is told from.", rule=AT_LEAST_1, source="TACO"
+        50, "Tokens of other sequences that a token is contrasted with.", rule=AT_LEAST_1, source="TACO"
     )
