@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and whether it may be gone on with."""
+"""The folder of a run: the names of its files, and whether a run may resume in it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ FIRST_FILES = ("config.yaml.tmp", "corpora.json", "corpora.json.tmp", ".shared")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run (DESIGN.md, 'A run folder')."""
+    """The paths of a run's files (DESIGN.md, 'A run folder')."""
 
     path: Path
 
@@ -33,7 +33,7 @@ class RunFolder:
 
     @property
     def corpora(self) -> Path:
-        """Content hashes of the corpora that config.yaml names: a copy of one elsewhere is known by it."""
+        """The file with the hashes of config.yaml's corpora, by which a copy elsewhere is recognised."""
         return self.path / "corpora.json"
 
     @property
@@ -75,14 +75,15 @@ class RunFolder:
     def check(
         self, config: TrainConfig, allowed: Callable[[Difference], bool] = lambda difference: False
     ) -> None:
-        """Refuse a folder that this run can't have or go on in; writes nothing.
+        """Refuse a folder that this run can't have or resume in; nothing is written.
 
         Args:
-            config: the settings asked for.
-            allowed: whether a run may go on in spite of a setting that decides its numbers.
+            config: The settings asked for.
+            allowed: A function that returns whether a run may resume in spite of a setting that decides its
+                numbers.
 
         Raises:
-            UserError: the path is a file, can't be written, is not empty and holds no run, or holds a run
+            UserError: The path is a file, can't be written, is not empty and holds no run, or holds a run
                 with other settings (each is named with both values).
         """
         if self.path.exists() and not self.path.is_dir():
@@ -91,10 +92,10 @@ class RunFolder:
             raise UserError(f"--output_dir {self.path} can't be written. Give a folder you own.")
         if not self.config.exists():
             names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
-            strangers = [name for name in names if name not in FIRST_FILES]
-            if strangers:
+            others = [name for name in names if name not in FIRST_FILES]
+            if others:
                 raise UserError(
-                    f"--output_dir {self.path} holds other files ({strangers[0]}, ...) and no run. "
+                    f"--output_dir {self.path} holds other files ({others[0]}, ...) and no run. "
                     "Give a new folder."
                 )
             return
@@ -102,7 +103,7 @@ class RunFolder:
         if changed:
             raise UserError(
                 f"--output_dir {self.path} holds another run: {'; '.join(changed)}. "
-                "Give another --output_dir, or the same settings to go on."
+                "Give another --output_dir, or the same settings to resume."
             )
 
     def write_config(self, config: TrainConfig) -> None:
@@ -151,7 +152,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    """What a YAML or JSON file of a run folder says by name."""
+    """Read a YAML or JSON file of a run folder that maps names to values."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -162,7 +163,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _content_hash(corpus: str) -> str | None:
-    """Content hash of a corpus folder; None where none can be read."""
+    """Return the content hash of a corpus folder; None where none can be read."""
     try:
         return read_manifest(Path(corpus)).content_hash
     except UserError:

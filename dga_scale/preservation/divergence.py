@@ -1,4 +1,4 @@
-"""How far apart two distributions are."""
+"""The divergence of two distributions."""
 
 from torch import Tensor
 

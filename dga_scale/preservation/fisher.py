@@ -1,4 +1,4 @@
-"""The diagonal empirical Fisher of the LM loss: which weights general text needs, for EWC."""
+"""The diagonal empirical Fisher of the LM loss, which weighs EWC's penalty."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ _LOWEST, _HIGHEST, _BINS_A_DECADE = -40, 20, 20
 
 
 class LanguageModel(Protocol):
-    """What the Fisher needs of ``objectives.training_model.TrainingModel``; see ``importance.GatedModel``."""
+    """The interface that the Fisher needs of ``objectives.training_model.TrainingModel``."""
 
     lm: PreTrainedModel
     anatomy: Anatomy
@@ -37,7 +37,7 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Fisher:
-    """Diagonal empirical Fisher of the LM loss.
+    """The diagonal empirical Fisher of the LM loss.
 
     Attributes:
         values: (n,) fp32, by fragment of this rank, on its device.
@@ -118,7 +118,7 @@ def _device(fragments: Mapping[str, Fragment]) -> torch.device:
 def _example_gradients(
     model: LanguageModel, batch: Batch, row: int, parameters: list[nn.Parameter]
 ) -> tuple[Sequence[Tensor | None], int]:
-    """Gradients of the loss of one row, times LOSS_SCALE, and whether it counts (1) or has no label (0)."""
+    """Return one row's gradients, times LOSS_SCALE, and whether it counts (1) or has no label (0)."""
     labels = batch.labels.masked_fill(batch.label_rows != row, IGNORED)  # (N,)
     counts = bool((labels != IGNORED).any())
     loss = model(batch, compute=lambda inputs: _example_loss(model, inputs, row, labels))
@@ -153,7 +153,7 @@ def _squares(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:
 def _described(
     values: dict[FragmentKey, Tensor], examples: int, reduce: Reduce, normalize: bool, device: torch.device
 ) -> Fisher:
-    """Scale F to mean 1 if asked, and say what it looks like. Sums over ranks count copies alike."""
+    """Scale F to mean 1 if asked, and describe it. Sums over ranks count copies alike."""
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of F, of its entries, of zeros
     bins = torch.zeros((_HIGHEST - _LOWEST) * _BINS_A_DECADE, dtype=torch.float64, device=device)
     for squares in values.values():
@@ -161,8 +161,8 @@ def _described(
         sums += torch.stack(
             [squares.sum(dtype=torch.float64), torch.full_like(sums[0], len(squares)), zeros.sum().double()]
         ).to(device)
-        places = (squares[~zeros].log10() - _LOWEST) * _BINS_A_DECADE
-        bins += torch.bincount(places.long().clamp(0, len(bins) - 1), minlength=len(bins)).to(device)
+        bin_indices = (squares[~zeros].log10() - _LOWEST) * _BINS_A_DECADE
+        bins += torch.bincount(bin_indices.long().clamp(0, len(bins) - 1), minlength=len(bins)).to(device)
     total, entries, zero = reduce(sums).tolist()
     mean = total / entries
     if not (0 < mean < math.inf):
@@ -180,5 +180,5 @@ def _described(
 def _quantiles(bins: Tensor, shift: float) -> Iterator[tuple[float, float]]:
     shares = bins.cumsum(0) / bins.sum()
     for quantile in QUANTILES:
-        place = int((shares >= quantile).nonzero()[0])
-        yield quantile, _LOWEST + (place + 0.5) / _BINS_A_DECADE + shift
+        bin_index = int((shares >= quantile).nonzero()[0])
+        yield quantile, _LOWEST + (bin_index + 0.5) / _BINS_A_DECADE + shift

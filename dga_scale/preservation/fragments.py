@@ -1,4 +1,4 @@
-"""A rank's shard of the weights, seen through the units it belongs to.
+"""The fragments of a rank's shard of the weights, and the units that they belong to.
 
 ZeRO cuts parameters anywhere: a rank may own the end of one row and the start of another. A ``Fragment`` is
 such a cut; ``blocks_of`` finds in it the rows (or columns) of a parameter that someone asks for, as matrix
@@ -37,7 +37,7 @@ class Fragment:
 
     @property
     def key(self) -> tuple[str, int, int, torch.device]:
-        """What of a fragment stays the same from step to step."""
+        """The part of a fragment that stays the same from step to step."""
         return self.name, self.start, self.values.numel(), self.values.device
 
 
@@ -65,7 +65,7 @@ class Block:
 
     @property
     def count(self) -> int:
-        """Number of lines."""
+        """The number of lines."""
         return (self.rows, self.columns)[self.dim] if self.lines is None else len(self.lines)
 
     def span(self, dim: int) -> slice:
@@ -107,17 +107,17 @@ def rectangles_of(fragment: Fragment) -> Iterator[Block]:
         position += rows * columns
 
 
-def blocks_of(fragment: Fragment, dim: int, wanted: Tensor) -> Iterator[Block]:
-    """Find the lines of a fragment that are wanted.
+def blocks_of(fragment: Fragment, dim: int, selected: Tensor) -> Iterator[Block]:
+    """Find the selected lines of a fragment.
 
     Args:
         fragment: on any device; the index tensors are made there.
         dim: axis of the parameter along which the lines are counted.
-        wanted: (size of that axis,) bool, on the CPU.
+        selected: (size of that axis,) bool, on the CPU.
 
     """
     for block in rectangles_of(fragment):
-        lines = wanted[block.span(dim)].nonzero().flatten()
+        lines = selected[block.span(dim)].nonzero().flatten()
         if len(lines) > 0:
             yield Block(
                 block.offset,
@@ -132,7 +132,7 @@ def blocks_of(fragment: Fragment, dim: int, wanted: Tensor) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class UnitRows:
-    """Which unit each line of a parameter, or of a part of it, belongs to.
+    """The unit that each line of a parameter, or of a part of it, belongs to.
 
     Attributes:
         kind: of unit.
@@ -176,7 +176,7 @@ class UnitSums:
     def add(self, kind: str, units: Tensor, values: Tensor) -> None:
         """Add ``values`` (n,) to the units (n,) numbered layer * units + unit; -1 is dropped."""
         layers, size = self._shapes[kind]
-        # One place more than there are units: index -1 lands there.
+        # One entry more than there are units: index -1 lands there.
         sums = self._sums.get((kind, values.device))
         if sums is None:
             sums = self._sums[kind, values.device] = values.new_zeros(layers * size + 1, dtype=torch.float32)

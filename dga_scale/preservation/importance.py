@@ -1,4 +1,4 @@
-"""Which units hold general knowledge: the gradient of a loss with respect to virtual gates, per example.
+"""The importance of units: the gradient of a loss with respect to virtual gates, per example.
 
 DGA (arXiv 2301.08986) measures it once, before training, by proxy KL: how much the output of the model
 differs between two dropout draws, and how each unit's gate changes that. DAS (arXiv 2302.03241) measures a
@@ -43,7 +43,7 @@ NO_SPREAD = 1e-6
 
 
 class GatedModel(Protocol):
-    """What importance needs of ``objectives.training_model.TrainingModel``.
+    """The interface that importance needs of ``objectives.training_model.TrainingModel``.
 
     Calling it with a batch and ``compute`` returns ``compute(batch)``, run inside the module's call: that is
     where ZeRO-3 has the parameters at hand.
@@ -59,7 +59,7 @@ class GatedModel(Protocol):
 
 @dataclass(frozen=True)
 class Importance:
-    """Importance of a model's units.
+    """The importance of a model's units.
 
     Attributes:
         values: mean over examples of |d loss / d gate|, (layers, units) fp32 on the CPU, by kind of unit.
@@ -94,7 +94,7 @@ class Importance:
             if bool((flat := deviation <= NO_SPREAD * mean).any()):
                 raise UserError(
                     f"importance of {kind} in layer {_layers(flat)} has no spread (every unit has "
-                    f"{mean[flat][0].item():.3g}): there is nothing to tell important units by; measure "
+                    f"{mean[flat][0].item():.3g}): nothing distinguishes important units; measure "
                     "it on more text (--importance_samples), and check that the model is pretrained"
                 )
             a = torch.tanh((values - mean) / deviation)
@@ -129,7 +129,7 @@ class Importance:
 
     @staticmethod
     def load(path: str | os.PathLike[str], kinds: Sequence[str] | None = None) -> "Importance":
-        """Read what ``save`` wrote: the importance of some kinds of unit, or of all in the file.
+        """Load the importance that ``save`` wrote: that of some kinds of unit, or of all in the file.
 
         Raises:
             UserError: no such file, a damaged one, not a file of importances, or one without such a kind.
@@ -156,7 +156,7 @@ class Importance:
 def combined_protection(
     importances: Sequence[Importance], anatomy: Anatomy, squash: str = "clip"
 ) -> tuple[Importance, dict[str, Tensor]]:
-    """Protect each unit as the importance that needs it most does (DAS, arXiv 2302.03241).
+    """Return the largest protection that any importance gives each unit (DAS, arXiv 2302.03241).
 
     Each importance is squashed on its own, and the largest protection of a unit counts.
 
@@ -263,7 +263,7 @@ def measure_importance(
 def _losses(
     model: GatedModel, batch: Batch, gates: dict[str, Tensor], loss: str, distribution: str
 ) -> tuple[Tensor, Tensor]:
-    """L_impt of each example (B,); the largest relative difference of its two draws (B,), detached."""
+    """Return L_impt of each example (B,), and its two draws' largest relative difference (B,), detached."""
 
     def compute(inputs: Batch) -> tuple[Tensor, Tensor]:
         if loss == "mlm":
@@ -277,7 +277,7 @@ def _losses(
 def _proxy_kl(
     model: GatedModel, inputs: Batch, gates: dict[str, Tensor], distribution: str
 ) -> tuple[Tensor, Tensor]:
-    """KL(f1 || f2) per example: both draws in one forward pass of the doubled batch, under the same gates."""
+    """Compute KL(f1 || f2) per example, both draws in one forward pass under the same gates."""
     doubled = {kind: rows.repeat(2, 1, 1) for kind, rows in gates.items()}
     tokens = inputs.attention_mask  # (B, T)
     hidden = _hidden(model, inputs.input_ids.repeat(2, 1), tokens.repeat(2, 1), doubled)  # (2B, T, H)
@@ -299,21 +299,21 @@ def _proxy_kl(
 
 
 def _masked_lm_losses(model: GatedModel, inputs: Batch, gates: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of each example's masked positions (B,)."""
+    """Compute the mean cross-entropy of each example's masked positions (B,)."""
     hidden = _hidden(model, inputs.masked_ids, inputs.attention_mask, gates)
     logits = _logits_at(model, hidden, inputs.positions)  # (N, V)
     return _row_means(inputs, F.cross_entropy(logits, inputs.labels, reduction="none"))
 
 
 def _row_means(inputs: Batch, values: Tensor) -> Tensor:
-    """Mean of values (N,) over the labels of each row: (B,), 0 where it has none."""
+    """Return the mean of values (N,) over the labels of each row: (B,), 0 where it has none."""
     counted = values.masked_fill(inputs.labels == IGNORED, 0)
     sums = values.new_zeros(len(inputs.input_ids)).index_add(0, inputs.label_rows, counted)
     return sums / _labels_by_row(inputs).clamp(min=1)
 
 
 def _labels_by_row(inputs: Batch) -> Tensor:
-    """Labels of each row: (B,) long."""
+    """Count the labels of each row: (B,) long."""
     counts = inputs.labels.new_zeros(len(inputs.input_ids))
     return counts.index_add(0, inputs.label_rows, (inputs.labels != IGNORED).long())
 
@@ -326,7 +326,7 @@ def _hidden(model: GatedModel, ids: Tensor, attention_mask: Tensor, gates: dict[
 
 
 def _logits_at(model: GatedModel, hidden: Tensor, positions: Tensor) -> Tensor:
-    """Logits (N, V) in fp32 at positions (N,) of the flattened (B, T): only those go through the LM head."""
+    """Return the logits (N, V) in fp32 at positions (N,): only those go through the LM head."""
     return model.anatomy.lm_logits(model.lm, hidden.flatten(0, 1).index_select(0, positions)).float()
 
 
@@ -348,7 +348,7 @@ def _check_dropout(differences: Tensor, examples: Tensor, reduce: Reduce) -> Non
     difference = float(reduce(differences)) / max(1, int(reduce(examples)))  # mean over examples
     if difference < SAME_OUTPUT:
         raise UserError(
-            f"the model has no dropout: two passes over the same text differ by a share of "
+            f"the model has no dropout: two forward passes over the same text differ by a share of "
             f"{difference:.1g}, so proxy KL and the contrast have nothing to compare; pass --dropout 0.1"
         )
 

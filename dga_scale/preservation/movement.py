@@ -1,6 +1,6 @@
-"""Effective protection: how far each unit moved since the start, against what 1 - a asks for.
+"""Effective protection: each unit's movement since the start, beside its target 1 - a.
 
-The one figure that shows whether a soft-mask does anything: Adam undoes a mask on the gradient (METHODS 1).
+This figure shows whether a soft-mask does anything: Adam undoes a mask on the gradient (METHODS 1).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,19 +21,19 @@ from dga_scale.preservation.fragments import (
 )
 
 PROTECTED_ABOVE = 0.5
-"""Protection ``a`` above which a unit counts as protected in what is said of a run."""
+"""The protection ``a`` above which a unit counts as protected in a run's figures."""
 
 
 @dataclass(frozen=True)
 class EffectiveProtection:
-    """What became of the protection of one kind of unit. All (layers, units), on the CPU.
+    """The effective protection of one kind of unit. All (layers, units), on the CPU.
 
     Attributes:
-        target: 1 - a, what the mask lets through.
-        movement: root mean square distance of the entries of the unit's own rows from where they started.
-        relative: movement over the mean movement of the unprotected units of its layer (the least protected
-            where all are protected); 0 as long as those have not moved. A mask that works has it near
-            ``target``.
+        target: The factor 1 - a of the mask.
+        movement: The root mean square distance of the entries of the unit's own rows from their start.
+        relative: The movement over the mean movement of the unprotected units of its layer (the least
+            protected where all are protected); 0 as long as those have not moved. A mask that works has it
+            near ``target``.
 
     """
 
@@ -42,9 +42,9 @@ class EffectiveProtection:
     relative: Tensor
 
     def figures(self) -> dict[str, float]:
-        """Give the protected units' mean protection: asked for, ``a``, and measured, 1 - ``relative``.
+        """Return the protected units' number, mean target (``a``) and measured protection (1 - ``relative``).
 
-        And how many units those are: the ones protected by more than ``PROTECTED_ABOVE``. Empty without any.
+        Protected are the units with more than ``PROTECTED_ABOVE``; without any the figures are empty.
         """
         protected = 1 - self.target > PROTECTED_ABOVE
         if not bool(protected.any()):
@@ -57,7 +57,7 @@ class EffectiveProtection:
 
 
 class MovementTracker:
-    """Remembers where the units' own rows (heads: their query rows) started, on the rank that owns them.
+    """A tracker of the units' own rows (heads: their query rows) since the start, on the rank that owns them.
 
     Args:
         anatomy: the model's units.
@@ -83,7 +83,7 @@ class MovementTracker:
 
     @torch.no_grad()
     def movement(self, fragments: Sequence[Fragment], reduce: Reduce) -> dict[str, Tensor]:
-        """Root mean square distance of each unit's own rows from the start, (layers, units) by kind.
+        """Return the root mean square distance of units' own rows from the start, (layers, units) by kind.
 
         Over the entries of all ranks, each of which has to call it, with fragments that lie as at the start.
         A mean, so that it is the same where ranks hold disjoint shards and where each holds all (ZeRO-0).
@@ -100,7 +100,7 @@ class MovementTracker:
     def effective_protection(
         self, fragments: Sequence[Fragment], protection: Mapping[str, Tensor], reduce: Reduce
     ) -> dict[str, EffectiveProtection]:
-        """Movement of each unit beside its protection ``a`` (layers, units), by kind."""
+        """Return each unit's movement beside its protection ``a`` (layers, units), by kind."""
         return {
             kind: compare(moved, protection[kind].float().cpu())
             for kind, moved in self.movement(fragments, reduce).items()

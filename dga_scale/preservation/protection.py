@@ -34,7 +34,7 @@ of it, or nothing."""
 
 
 class Protection:
-    """Measures which units of a model matter, and protects them while an optimizer steps.
+    """The protection of a model's units: their importance, their soft-masks and their movement.
 
     Example::
 
@@ -97,10 +97,10 @@ class Protection:
             self._gradient_mask = GradientMask(model.named_parameters(), self.anatomy, self.kinds)
 
     def attach(self, optimizer: Optimizer | SteppedWeights) -> None:
-        """Watch the weights that an optimizer steps: their movement counts from here.
+        """Attach to the weights that an optimizer steps: their movement counts from here.
 
         Call it once, when the model is on the device it trains on. It keeps a copy of the rows that units
-        have to themselves, to tell how far they move (attention heads: a quarter of the attention's weights).
+        have to themselves, to measure their movement (attention heads: a quarter of the attention's weights).
 
         Args:
             optimizer: a torch optimizer of the model's parameters, or where another keeps its weights.
@@ -149,7 +149,7 @@ class Protection:
             return measure_importance(gated, batches, **options)
 
     def protect(self, *importances: Importance, squash: str = "clip") -> Importance:
-        """Protect each unit as the importance that needs it most says.
+        """Protect each unit by the largest protection that any importance gives it.
 
         Args:
             importances: one or several, of general knowledge and of what was learnt since (DAS).
@@ -205,12 +205,12 @@ class Protection:
 
     @property
     def factors(self) -> Factors:
-        """What the soft-mask multiplies, by parameter; empty without one."""
+        """The soft-mask's factors by parameter; empty without one."""
         mask = self._gradient_mask or self._update_mask
         return mask.factors if mask else {}
 
     def effective(self) -> dict[str, EffectiveProtection]:
-        """Compare how far each unit has moved since ``attach`` with its protection, by kind.
+        """Compare each unit's movement since ``attach`` with its protection, by kind.
 
         Every rank has to call it. Empty where no optimizer is attached or nothing is protected yet.
         """
@@ -248,7 +248,7 @@ def _gated(model: PreTrainedModel, anatomy: Anatomy, kinds: Sequence[str]) -> It
 
 
 class _Gated(nn.Module):
-    """What importance needs of a model, around a plain one: see ``GatedModel``."""
+    """A plain model with the interface that importance needs: see ``GatedModel``."""
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, kinds: Sequence[str]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The soft-mask: 1 - a on what a unit learns, either on its gradient or on the step the optimizer makes.
+"""The soft-mask: the factor 1 - a on a unit's gradient or on the step that the optimizer makes.
 
 ``GradientMask`` is the papers' formula, grad' = (1 - a) grad (DGA, eq. of the soft-mask). Adam divides a
 constant factor out again, so it protects little. ``UpdateMask`` scales the movement of the weights instead.
@@ -26,32 +26,32 @@ from dga_scale.preservation.fragments import (
 
 @dataclass(frozen=True)
 class Factor:
-    """1 - a along one axis of a parameter. ``scale`` (size of the axis,) fp32 on the CPU."""
+    """The factor 1 - a along one axis of a parameter: ``scale`` (size of the axis,) fp32 on the CPU."""
 
     dim: int
     scale: Tensor
 
 
 _CPU_ENTRIES, _GPU_ENTRIES = 1 << 18, 1 << 24
-"""Of the lines that one operation of ``UpdateMask`` scales, where it has the choice."""
+"""The most entries of lines that one operation of ``UpdateMask`` scales, where it has the choice."""
 
 Factors = dict[str, tuple[Factor, ...]]
-"""By parameter name; a parameter masked along two axes has two, one that nothing protects is absent."""
+"""Factors by parameter name; a parameter masked along two axes has two, an unprotected one none."""
 
 
 def mask_factors(anatomy: Anatomy, protection: Mapping[str, Tensor], kv_protection: str = "min") -> Factors:
-    """Lay 1 - a out along the parameters that belong to the protected units.
+    """Compute 1 - a along the axes of the parameters that belong to the protected units.
 
     A line that belongs to units of several kinds is masked by each: their factors are multiplied.
 
     Args:
-        anatomy: where the units of the model live.
+        anatomy: The model's anatomy.
         protection: ``a`` (layers, units) in [0, 1] by kind of unit; other kinds stay unmasked.
         kv_protection: "min", "max" or "mean": the protection of a row that several units share, as the
             key/value heads of a grouped-query model are.
 
     Raises:
-        ValueError: protection of the wrong shape or outside [0, 1], or an unknown ``kv_protection``.
+        ValueError: A protection has the wrong shape or leaves [0, 1], or ``kv_protection`` is unknown.
 
     """
     for kind, a in protection.items():
@@ -83,7 +83,7 @@ def mask_factors(anatomy: Anatomy, protection: Mapping[str, Tensor], kv_protecti
 
 
 def _combined(a: Tensor, exists: Tensor, rule: str) -> Tensor:
-    """Protection (size,) of lines whose units have ``a`` (size, k); 0 where a line belongs to none."""
+    """Combine ``a`` (size, k) of the units that share a line: (size,); 0 where a line belongs to none."""
     if rule == "min":
         combined = a.masked_fill(~exists, 1.0).amin(dim=1)
     elif rule == "max":
@@ -96,7 +96,7 @@ def _combined(a: Tensor, exists: Tensor, rule: str) -> Tensor:
 
 
 class GradientMask:
-    """Multiplies the gradient of each protected parameter by 1 - a, in hooks on the parameters.
+    """A mask that multiplies the gradient of each protected parameter by 1 - a, in hooks on the parameters.
 
     A constant factor commutes with loss scaling, accumulation, averaging and reduction, so each
     micro-step's gradient is masked where it arises, and whatever comes later (norm, clipping, overflow
@@ -104,9 +104,9 @@ class GradientMask:
     importance is known: until ``set`` they pass the gradient on untouched.
 
     Args:
-        named_parameters: of the Hugging Face model.
-        anatomy: its units.
-        kinds: the kinds of unit that ``set`` may protect.
+        named_parameters: The parameters of the Hugging Face model.
+        anatomy: The model's anatomy.
+        kinds: The kinds of unit that ``set`` may protect.
 
     """
 
@@ -127,7 +127,7 @@ class GradientMask:
 
     @property
     def factors(self) -> Factors:
-        """What gradients are multiplied by."""
+        """The factors that gradients are multiplied by."""
         return self._factors
 
     def set(self, factors: Factors) -> None:
@@ -149,15 +149,15 @@ class GradientMask:
 
 @dataclass(frozen=True)
 class _MaskedLines:
-    """Lines of fragments whose step is scaled in one go, with everything that needs on their device.
+    """Lines of fragments whose step one operation scales, with the tensors that it needs on their device.
 
     Attributes:
-        parts: number of the fragment and block in it, one or several; several have rows of equal length for
-            lines, one below the other.
-        scale: 1 - a, broadcastable to the lines.
-        frozen: where 1 - a is 0, broadcastable, or None if nowhere: there the old bits are kept.
-        free: where 1 - a is 1 inside the lines, or None if nowhere: there the new bits are kept.
-        counted: for each kind of unit that has its own rows here, the unit of each line: steps are summed up.
+        parts: The number of the fragment and the block in it, one or several; several have rows of equal
+            length for lines, one below the other.
+        scale: The factors 1 - a, broadcastable to the lines.
+        frozen: Whether 1 - a is 0, broadcastable, or None if nowhere: there the old bits are kept.
+        free: Whether 1 - a is 1 inside the lines, or None if nowhere: there the new bits are kept.
+        counted: The unit of each line, for each kind of unit that has its own rows here: steps are summed up.
 
     """
 
@@ -188,10 +188,10 @@ class _MaskedLines:
 
 
 def _stacked(found: Iterable[_MaskedLines]) -> list[_MaskedLines]:
-    """Put lines together that one operation can scale: a large model has hundreds of blocks.
+    """Join lines that one operation can scale: a large model has hundreds of blocks.
 
-    So that an operation is worth its launch, but on a CPU stays within the cache, and never takes much memory
-    beside what is kept aside.
+    An operation shall be worth its launch, but on a CPU stay within the cache, and never take much memory
+    beside the copies.
     """
     groups: dict[object, list[list[_MaskedLines]]] = {}
     sizes: dict[object, int] = {}
@@ -231,12 +231,12 @@ def _masked_lines(
 
 
 class UpdateMask:
-    """Scales the step of the optimizer by 1 - a, weight decay included, on the shard that a rank owns.
+    """A mask that scales the optimizer's step by 1 - a, weight decay included, on a rank's shard.
 
     ``before_step`` copies the masked lines aside, ``after_step`` puts ``before + (1 - a)(after - before)`` in
-    their place: exactly the old bits where a = 1, untouched where a = 0. Copied is only what is masked, into
-    transient memory of its size. What was proposed and what applied to
-    each unit's own rows is summed up on the device.
+    their stead: exactly the old bits where a = 1, untouched where a = 0. Only masked lines are copied, into
+    transient memory of their size. The proposed and the applied updates of each unit's own rows are summed up
+    on the device.
     """
 
     def __init__(self, anatomy: Anatomy, factors: Factors, kinds: Sequence[str] = ("heads",)) -> None:
@@ -254,12 +254,12 @@ class UpdateMask:
 
     @torch.no_grad()
     def before_step(self, fragments: Sequence[Fragment]) -> None:
-        """Remember the masked lines of all local fragments, right before the optimizer's step."""
+        """Copy the masked lines of all local fragments, right before the optimizer's step."""
         self._before = [lines.take(fragments) for lines in self._plan(fragments)]
 
     @torch.no_grad()
     def after_step(self, fragments: Sequence[Fragment]) -> None:
-        """Scale what the optimizer did since ``before_step``; the same fragments in the same order."""
+        """Scale the optimizer's update since ``before_step``; the same fragments in the same order."""
         for lines, before in zip(self._plan(fragments), self._before, strict=True):
             after = lines.take(fragments)
             step = after - before
@@ -275,7 +275,7 @@ class UpdateMask:
         self._before = []
 
     def applied_over_proposed(self, reduce: Reduce) -> dict[str, Tensor]:
-        """Length of the steps applied over those the optimizer proposed, since the last call.
+        """Return the length of the applied over the proposed updates, since the last call.
 
         Returns:
             (layers, units) by kind, on the CPU: root of the ratio of the sums of squares over steps and
@@ -297,14 +297,14 @@ class UpdateMask:
             sums.add(rows.kind, rows.units, norms.square())
 
     def _plan(self, fragments: Sequence[Fragment]) -> list[_MaskedLines]:
-        """Say what to do with fragments: found once, as long as the shards stay where they are.
+        """Plan the masking of fragments, once for as long as the shards stay where they are.
 
         A step may come in several calls, one for each of the optimizer's groups.
         """
         keys = tuple(fragment.key for fragment in fragments)
         plan = self._plans.get(keys)
         if plan is None:
-            blocks = (each for place in enumerate(fragments) for each in self._masked_blocks(*place))
+            blocks = (each for numbered in enumerate(fragments) for each in self._masked_blocks(*numbered))
             plan = self._plans[keys] = _stacked(blocks)
         return plan
 

@@ -1,4 +1,4 @@
-"""Where the weights that an optimizer steps lie, and hooks right before and after each of its steps."""
+"""The weights that an optimizer steps, and hooks right before and after each of its steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -20,11 +20,11 @@ class SteppedWeights(Protocol):
     """
 
     def fragments(self) -> list[Fragment]:
-        """List all that the optimizer steps, named as in the Hugging Face model."""
+        """List the fragments that the optimizer steps, named as in the Hugging Face model."""
         ...
 
     def around_steps(self, before: Hook, after: Hook) -> None:
-        """Call ``before`` and ``after`` right around each step from here on, with what is stepped."""
+        """Call ``before`` and ``after`` right around each step from here on, with the stepped fragments."""
         ...
 
 
@@ -43,7 +43,7 @@ class TorchWeights:
         self._optimizer = optimizer
 
     def fragments(self) -> list[Fragment]:
-        """As ``SteppedWeights.fragments``: each parameter is one, whole."""
+        """List the parameters, each as one whole fragment."""
         return [
             Fragment(self._names[parameter], 0, tuple(parameter.shape), parameter.data.view(-1))
             for group in self._optimizer.param_groups
@@ -52,6 +52,6 @@ class TorchWeights:
         ]
 
     def around_steps(self, before: Hook, after: Hook) -> None:
-        """As ``SteppedWeights.around_steps``."""
+        """Call ``before`` and ``after`` right around each step of the optimizer."""
         self._optimizer.register_step_pre_hook(lambda *_: before(self.fragments()))
         self._optimizer.register_step_post_hook(lambda *_: after(self.fragments()))

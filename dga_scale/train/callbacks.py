@@ -1,4 +1,4 @@
-"""What happens between the steps of a run: evaluations, protection, checks and checkpoints.
+"""Callbacks between the steps of a run: evaluations, protection, checks and checkpoints.
 
 The loop calls each ``Callback`` of one list, in its order, on every rank alike::
 
@@ -34,11 +34,11 @@ from dga_scale.zero.optimizer_hooks import step_was_refused
 
 @dataclass
 class RunState:
-    """A run as its callbacks see it; the loop alone changes it.
+    """The state of a run that its callbacks get; the loop alone changes it.
 
     Attributes:
         trainer: the model and its engine.
-        log: where everything is said.
+        log: The run's log.
         step: finished optimizer steps.
         batches: of the step that was just made; None before the first.
         stopping: whether this step is the last for now, as a signal asked for.
@@ -53,7 +53,7 @@ class RunState:
 
     @property
     def inputs(self) -> Inputs:
-        """What the run works on."""
+        """The run's inputs."""
         return self.trainer.inputs
 
     @property
@@ -72,12 +72,12 @@ class RunState:
         return self.step == self.config.optimization.max_steps
 
     def due(self, every: int) -> bool:
-        """Whether something is due that happens every so many steps and after the last."""
+        """Return whether an action is due that comes every so many steps and after the last."""
         return self.last or self.step % every == 0
 
 
 class Callback:
-    """Something that happens beside the steps of a run; each method does nothing unless it is overridden."""
+    """A callback beside the steps of a run; each method does nothing unless it is overridden."""
 
     def on_start(self, run: RunState) -> None:
         """Act before the first step."""
@@ -90,7 +90,7 @@ class Callback:
 
 
 class Evaluate(Callback):
-    """Scores the model on held-out text: before a run's first step, every ``--eval_steps`` and at the end."""
+    """A callback that scores the model on held-out text: at first, every ``--eval_steps`` and at the end."""
 
     def __init__(self, inputs: Inputs, cluster: Cluster) -> None:
         self._figures: dict[str, float] = {}
@@ -119,7 +119,7 @@ class Evaluate(Callback):
         run.log.outcome(run.config.as_dict(), self._figures)
 
     def _evaluate(self, run: RunState) -> dict[str, Any]:
-        """Score the model; what was logged of it."""
+        """Score the model and return what was logged."""
         figures = self._figures = self._evaluator.evaluate(run.trainer.engine.module)
         if not figures:
             return {}
@@ -131,7 +131,7 @@ class Evaluate(Callback):
 
 
 class ProtectUnits(Callback):
-    """Protects units by their importance, and logs every ``--protection_steps`` what became of it."""
+    """A callback that protects units, and logs their movement every ``--protection_steps``."""
 
     def on_start(self, run: RunState) -> None:
         protect(run.trainer)
@@ -156,7 +156,7 @@ class ProtectUnits(Callback):
 
 
 class CheckInvariants(Callback):
-    """Compares what ranks must have in common: at the start, every ``--check_invariants`` and at the end."""
+    """A callback that checks the invariants: at the start, every ``--check_invariants`` and at the end."""
 
     def on_start(self, run: RunState) -> None:
         self._invariants = Invariants(run.trainer, run.config.run.check_invariants)
@@ -168,7 +168,7 @@ class CheckInvariants(Callback):
 
 
 class SaveCheckpoints(Callback):
-    """Saves every ``--save_steps``, after the last step, and where a run is asked to stop.
+    """A callback that saves every ``--save_steps``, after the last step, and where a run is asked to stop.
 
     A save that fails on all ranks ends the run only where nothing older is complete, or nothing comes after.
     """
@@ -179,12 +179,12 @@ class SaveCheckpoints(Callback):
 
     @property
     def begun(self) -> int:
-        """Saves that the run has begun."""
+        """The number of saves that the run has begun."""
         return self._saves.begun
 
     @property
     def written(self) -> int:
-        """Of those, how many this rank has written or failed to."""
+        """The number of those saves that this rank has written or failed to."""
         return self._saves.written
 
     def after_step(self, run: RunState) -> None:
@@ -232,7 +232,7 @@ class SaveCheckpoints(Callback):
 
 
 class RefusedSteps(Callback):
-    """Counts steps refused for a NaN or infinity, and stops a run that has left the numbers for good.
+    """A callback that counts steps refused for a NaN or infinity, and stops a run that does not recover.
 
     Args:
         saver: has the newest checkpoint, which is named when the run stops.

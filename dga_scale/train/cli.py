@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def train_command() -> NoReturn:
-    """``dga-train``: one rank of a training run, under any launcher."""
+    """Run ``dga-train``: one rank of a training run, under any launcher."""
     run_main(_train)
 
 
 def consolidate_command() -> NoReturn:
-    """``dga-consolidate``: a checkpoint of a run as a Hugging Face model folder."""
+    """Run ``dga-consolidate``: export a checkpoint of a run as a Hugging Face model folder."""
     run_main(_consolidate)
 
 
@@ -53,7 +53,7 @@ def _train() -> int:
 
 
 def _outcome(read: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
-    """What reading the settings gave: them, or the error that it raised, each time it is asked for."""
+    """Return a function that gives the settings, or raises the error of reading them, at each call."""
     try:
         config = read()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""A run's needs before it is paid for: one step of the real shapes, its memory and its time, and no files."""
+"""The dry run: one step of the real shapes, its memory and its time, and no files."""
 
 import time
 
@@ -45,7 +45,7 @@ def _print(
     )
     batch = (
         f"{resolved.global_batch_size} rows = {resolved.micro_batch_size} x {resolved.accumulation_steps} "
-        f"passes x {cluster.world_size} ranks, {tokens:,} tokens"
+        f"micro-batches x {cluster.world_size} ranks, {tokens:,} tokens"
     )
     table = Table(title="dry run: nothing was written", show_header=False)
     for name, value in (

@@ -1,4 +1,4 @@
-"""What a finished run exports: the model as a Hugging Face folder, a summary, the report."""
+"""The end of a run: the exported model, a summary, the report."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from dga_scale.train.inputs import Inputs
 
 
 def finish(inputs: Inputs, cluster: Cluster) -> None:
-    """Write ``model/``, ``summary.json`` and ``report.html``, and print what was gained and kept."""
+    """Write ``model/``, ``summary.json`` and ``report.html``, and print the change of the losses."""
     cluster.run_on_first(lambda: _write(inputs, cluster))
 
 
@@ -32,7 +32,7 @@ def _write(inputs: Inputs, cluster: Cluster) -> None:
         shutil.rmtree(folder.model, ignore_errors=True)  # of fewer steps: the run was extended
         new.rename(folder.model)
     summary = summarize(inputs, cluster)
-    write_text(folder.summary, json.dumps(summary, indent=2) + "\n")  # after the model that it tells of
+    write_text(folder.summary, json.dumps(summary, indent=2) + "\n")  # after the model that it describes
     unfinished = folder.report.with_name(folder.report.name + ".tmp")
     write_report([folder.path], unfinished)
     os.replace(unfinished, folder.report)
@@ -49,7 +49,7 @@ def finished_steps(folder: RunFolder) -> int | None:
 
 
 def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
-    """The run's figures: settings that matter, held-out losses before and after, time.
+    """Return the run's figures: settings that matter, held-out losses before and after, time.
 
     "before" is null where the base model was not measured on the text that the trained one was.
     """
@@ -76,7 +76,7 @@ def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
-    """The table that a run ends with, and where everything lies."""
+    """Print the table that a run ends with, and where everything lies."""
     console = Console(highlight=False)
     table = Table(title=f"{summary['method']} on {summary['corpus']}, {summary['steps']} steps")
     for column in ("held-out text", "loss before", "loss after", "change"):

@@ -77,7 +77,7 @@ def starting_model(
 
 
 def _published(changed: PretrainedConfig, before: PretrainedConfig) -> PretrainedConfig:
-    """What is saved with a model that its method changed: of the base, what was published."""
+    """Return the configuration that is saved with a model: of the base, what was published."""
     config = copy.deepcopy(changed)
     config.base = before.base if isinstance(before, ExtendedConfig) else before
     return config
@@ -133,7 +133,7 @@ def _context(
 
 
 def _give_head(loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLog, resuming: bool) -> None:
-    """Give a checkpoint without an LM head one, on the run's corpus, before anything is measured."""
+    """Warm up an LM head for a checkpoint without one, on the run's corpus, before anything is measured."""
     path = inputs.folder.head
     if resuming:
         cluster.run_on_all(lambda: load_head(loaded.model, loaded.anatomy, path))

@@ -1,4 +1,4 @@
-"""What a run starts from, checked before any long work: text, tokenizer, DeepSpeed's JSON, run folder."""
+"""The inputs of a run, checked before any long work: text, tokenizer, DeepSpeed's JSON, run folder."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -29,7 +29,7 @@ from dga_scale.zero.ds_keys import load_ds_config
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run needs besides the model's weights."""
+    """The inputs of a run besides the model's weights."""
 
     config: TrainConfig
     folder: RunFolder
@@ -47,7 +47,7 @@ class Inputs:
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """Names of the mixture's corpora, as their losses are logged: "domain", then those of the folders."""
+        """The names that the mixture's losses are logged under: "domain", then those of the folders."""
         names = ["domain"]
         for number, corpus in enumerate(self.mixture.corpora[1:], 1):
             name = corpus.path.name
@@ -55,13 +55,13 @@ class Inputs:
         return tuple(names)
 
     def corpora(self) -> list[Corpus]:
-        """All text that is read, to learn from or to be evaluated on."""
+        """The corpora that are used, for training or for evaluation."""
         general = [self.general] if self.general else []
         return [*self.mixture.corpora, *general, *self.evaluations.values()]
 
     @property
     def evaluated_texts(self) -> Texts:
-        """What an evaluation scores of each held-out corpus."""
+        """The text that an evaluation scores, of each held-out corpus."""
         most = self.config.data.max_eval_samples
         return {
             name: {"content_hash": corpus.content_hash, "rows": min(most, len(corpus))}
@@ -70,7 +70,7 @@ class Inputs:
 
     @property
     def content_hash(self) -> str:
-        """Of all text that the run learns from; a checkpoint of other text is not resumed."""
+        """The hash of all training text; a run does not resume from a checkpoint of other text."""
         hashes = [self.mixture.content_hash, *([self.general.content_hash] if self.general else [])]
         return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
 
@@ -136,18 +136,18 @@ def verify_corpora(inputs: Inputs, cluster: Cluster) -> None:
 
 
 def default_output_dir(config: TrainConfig) -> str:
-    """``runs/METHOD-CORPUS``, with the names of all corpora of a sequence."""
+    """Return ``runs/METHOD-CORPUS``, with the names of all corpora of a sequence."""
     names = [Path(path).resolve().name for path in config.data.corpus or ()]
     return f"runs/{config.method_name}-{'-'.join(names)}"
 
 
 def makes_several_runs(config: TrainConfig) -> bool:
-    """Whether the output folder holds runs, of domain after domain or of a dense warm-up and what follows."""
+    """Return whether the output folder holds several runs: a sequence of domains, or a dense warm-up."""
     return len(config.data.corpus or []) > 1 or dense_warmup_steps(config) > 0
 
 
 def dense_warmup_steps(config: TrainConfig) -> int:
-    """Steps of the dense model's own run, before experts are made of it; 0: there is none."""
+    """Return the steps of the dense model's own run, before experts are made of it; 0: there is none."""
     return config.method.cse_warmup_steps if isinstance(config.method, CSESettings) else 0
 
 
@@ -188,7 +188,7 @@ def open_corpus(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def held_out_part(corpus: Path) -> str | None:
-    """The validation part that sharding left beside a corpus, if any."""
+    """Return the validation part that sharding left beside a corpus, if any."""
     path = corpus / VALIDATION
     return str(path) if path.is_dir() else None
 

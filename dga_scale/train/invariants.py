@@ -1,15 +1,15 @@
-"""Run-time invariants (``--check_invariants N``): what ranks must have in common is compared during a run.
+"""Run-time invariants (``--check_invariants N``): the state that ranks have in common is compared in a run.
 
 Before the first step and every N steps:
 
 - equal on all ranks: whatever they hold whole (weights and buffers, experts' centres among them; in ZeRO-0
   masters and moments too), protection, soft-mask factors, learning rates, counts of steps, loss scale;
 - complete over the ranks, nothing twice: the entries that optimizers step, and those of frozen weights;
-- on each rank: the weights of the passes are its masters, rounded; dropout has the seed that was planned;
-- the rows that all ranks read since the last look are those of ``SampleOrder``, each as often as planned: of
+- on each rank: the weights of the forward passes are its masters, rounded; dropout has the planned seed;
+- the rows that all ranks used since the last check are those of ``SampleOrder``, each as often as planned: of
   an epoch every row once, no row on two ranks.
 
-Tensors are compared by checksums of their bits; only these travel. What differs is found and named.
+Tensors are compared by checksums of their bits; only these travel. A difference is found and named.
 """
 
 from collections import Counter
@@ -33,50 +33,50 @@ from dga_scale.zero.shards import LANGUAGE_MODEL_PREFIX, frozen_shares, local_sh
 T = TypeVar("T", bound=Hashable)
 
 _CHUNK = 1 << 18
-"""Entries that make one checksum: a difference is sought in so many."""
+"""The number of entries of one checksum: a difference is sought among so many."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SOURCE = 48
-"""Bit from which on the number of a row's corpus stands, above the row."""
+"""The bit from which on a key holds the number of the row's corpus, above the row."""
 
 
-Piece = tuple[str, int, int]
-"""Of a parameter, what one rank alone keeps: name, start, length."""
+OwnedPart = tuple[str, int, int]
+"""The part of a parameter that one rank alone keeps: name, start, length."""
 
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells the others of itself."""
+    """A rank's report to the others."""
 
     checksums: dict[str, int]
     figures: dict[str, Hashable]
-    owned: list[Piece]
+    owned: list[OwnedPart]
     problem: str | None
     rows: dict[int, np.ndarray]
 
 
 class Invariants:
-    """What a rank keeps between two looks: the rows it has read.
+    """The checks of one rank, and the rows that it has used since the last one.
 
     Args:
-        trainer: what is looked at.
-        every: steps between two looks; 0: never.
+        trainer: The trainer that is checked.
+        every: The number of steps between two checks; 0: none.
 
     """
 
     def __init__(self, trainer: Trainer, every: int) -> None:
         self._trainer, self._every = trainer, every
         self._cluster = trainer.cluster
-        mixture = trainer.inputs.mixture  # whose place moves with the stream's thread: another of the same
+        mixture = trainer.inputs.mixture  # its state belongs to the stream's thread: another of the same
         self._plan = Mixture(mixture.corpora, mixture.shares[1:], trainer.config.run.seed)
         self._rows: dict[int, np.ndarray] = {}
 
     def after_step(self, batches: StepBatches) -> None:
-        """Look, if it is time, right after a training step; every rank has to call it after each.
+        """Check, if it is due, right after a training step; every rank has to call it after each.
 
         Raises:
-            UserError: as ``check``.
+            UserError: An invariant does not hold; see ``check``.
         """
         if self._every == 0:
             return
@@ -88,10 +88,10 @@ class Invariants:
             self.check(done)
 
     def check(self, done: int) -> None:
-        """Look now, after ``done`` steps; every rank has to call it.
+        """Check now, after ``done`` steps; every rank has to call it.
 
         Raises:
-            UserError: on all ranks, where an invariant does not hold: which, on which rank, both values.
+            UserError: An invariant does not hold: which, on which rank, both values; raised on all ranks.
         """
         if self._every == 0:
             return
@@ -114,13 +114,13 @@ class Invariants:
         )
         if problem:
             raise UserError(
-                f"--check_invariants, after step {done}: {problem}. No setting mends that: a rank's memory, "
+                f"--check_invariants, after step {done}: {problem}. No setting fixes that: a rank's memory, "
                 "processor or driver may be at fault, or the program. Start the same command again without "
                 "that rank's node: it resumes from the newest checkpoint."
             )
 
     def _own_problem(self, done: int) -> str | None:
-        """Compare what needs no other rank: seed, learning rate, masters and the weights of the passes."""
+        """Check what needs no other rank: seed, learning rate, masters and the forward passes' weights."""
         trainer, rank = self._trainer, self._cluster.rank
         if self._rows:  # a step was made: before the first there is nothing planned yet
             planned, found = seed_of(trainer.config.run.seed, 0, done - 1, rank), torch.initial_seed()
@@ -134,7 +134,7 @@ class Invariants:
         return _stale_weight(trainer.engine, rank)
 
     def _unequal_tensor(self, checksums: Sequence[dict[str, int]], tensors: dict[str, Tensor]) -> str | None:
-        """Find the first tensor that ranks hold otherwise, and in it the first entry."""
+        """Find the first tensor that differs between ranks, and its first differing entry."""
         for name in checksums[0]:
             pair = _odd_one([of_rank.get(name) for of_rank in checksums])
             if pair is not None:
@@ -154,14 +154,14 @@ class Invariants:
         a, b = parts[odd], parts[usual]
         assert a is not None
         assert b is not None
-        (place,) = (_bits(a) != _bits(b)).nonzero()[0].tolist()
+        (entry,) = (_bits(a) != _bits(b)).nonzero()[0].tolist()
         return (
-            f"{name} is not the same on all ranks: entry {chunk * _CHUNK + place} is {a[place].item()!r} on "
-            f"rank {odd}, {b[place].item()!r} on rank {usual}"
+            f"{name} is not the same on all ranks: entry {chunk * _CHUNK + entry} is {a[entry].item()!r} on "
+            f"rank {odd}, {b[entry].item()!r} on rank {usual}"
         )
 
     def _unplanned_rows(self, read: Sequence[dict[int, np.ndarray]]) -> str | None:
-        """Compare the rows that all ranks have read with the plan, step by step."""
+        """Compare the rows that all ranks have used with the plan, step by step."""
         rows_a_step = self._trainer.inputs.resolved.global_batch_size
         for step in sorted({step for of_rank in read for step in of_rank}):
             picks = self._plan.picks(step * rows_a_step, (step + 1) * rows_a_step)
@@ -181,7 +181,7 @@ class Invariants:
 
 
 def _replicated(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
-    """Everything that each rank holds whole, with a name for messages."""
+    """Yield everything that each rank holds whole, with a name for messages."""
     engine: Any = trainer.engine
     for name, parameter in engine.module.named_parameters():
         if not hasattr(parameter, "ds_id") or _kept_whole(parameter):
@@ -200,7 +200,7 @@ def _replicated(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
 
 
 def _of_protection(protection: Protection) -> Iterator[tuple[str, Tensor]]:
-    """Protection, which gates read, and the soft-mask's factors."""
+    """Yield the protection, which gates take, and the soft-mask's factors."""
     for kind, a in protection.a.items():
         yield f"protection of {kind}", a
     for name, factors in protection.factors.items():
@@ -209,12 +209,12 @@ def _of_protection(protection: Protection) -> Iterator[tuple[str, Tensor]]:
 
 
 def _kept_whole(parameter: Any) -> bool:
-    """Whether ZeRO-3 keeps a parameter on every rank, as it is small."""
+    """Return whether ZeRO-3 keeps a parameter on every rank, as it is small."""
     return bool(parameter.ds_persist) and parameter.ds_status.name == "AVAILABLE"
 
 
-def _owned(engine: Engine) -> Iterator[Piece]:
-    """What this rank alone keeps of each parameter."""
+def _owned(engine: Engine) -> Iterator[OwnedPart]:
+    """Yield the parts of parameters that this rank alone keeps."""
     if engine.zero_optimization_stage() > 0:
         for shard in local_shards(engine):
             for fragment in shard.fragments:
@@ -224,7 +224,7 @@ def _owned(engine: Engine) -> Iterator[Piece]:
 
 
 def _spread(engine: Engine) -> dict[str, int]:
-    """By name, the sizes of all parameters of which each rank keeps a part."""
+    """Return the sizes of all parameters of which each rank keeps a part, by name."""
     return {
         name.removeprefix(LANGUAGE_MODEL_PREFIX): torch.Size(shape_of(parameter)).numel()
         for name, parameter in engine.module.named_parameters()
@@ -237,7 +237,7 @@ def _spread(engine: Engine) -> dict[str, int]:
     }
 
 
-def _incomplete(owned: Sequence[Sequence[Piece]], sizes: Mapping[str, int]) -> str | None:
+def _incomplete(owned: Sequence[Sequence[OwnedPart]], sizes: Mapping[str, int]) -> str | None:
     """Find an entry that belongs to no rank, or to two."""
     pieces: dict[str, list[tuple[int, int, int]]] = {name: [] for name in sizes}
     for rank, of_rank in enumerate(owned):
@@ -256,7 +256,7 @@ def _incomplete(owned: Sequence[Sequence[Piece]], sizes: Mapping[str, int]) -> s
 
 
 def _stale_weight(engine: Engine, rank: int) -> str | None:
-    """Find a weight of the passes that is not its master, rounded."""
+    """Find a weight of the forward passes that is not its master, rounded."""
     parameters: dict[str, Any] = {
         name.removeprefix(LANGUAGE_MODEL_PREFIX): p for name, p in engine.module.named_parameters()
     }
@@ -273,15 +273,15 @@ def _stale_weight(engine: Engine, rank: int) -> str | None:
     if not unequal or not bool(torch.stack([each.cpu() for *_, each in unequal]).any()):
         return None
     fragment, used, rounded, _ = next(entry for entry in unequal if bool(entry[3]))
-    place = int((_bits(rounded) != _bits(used)).nonzero()[0])
+    entry = int((_bits(rounded) != _bits(used)).nonzero()[0])
     return (
-        f"entry {fragment.start + place} of {fragment.name} is {used[place].item()!r} in the passes of rank "
-        f"{rank}, its optimizer has {rounded[place].item()!r}"
+        f"entry {fragment.start + entry} of {fragment.name} is {used[entry].item()!r} in the model of rank "
+        f"{rank}, its optimizer has {rounded[entry].item()!r}"
     )
 
 
 def _figures(trainer: Trainer) -> dict[str, Hashable]:
-    """Numbers that are the same on all ranks."""
+    """Return the numbers that are the same on all ranks."""
     engine: Any = trainer.engine
     states = engine.basic_optimizer.state.values()
     return {
@@ -305,7 +305,7 @@ def _unequal_figure(figures: Sequence[dict[str, Hashable]]) -> str | None:
 
 
 def _odd_one(values: Sequence[T]) -> tuple[int, int] | None:
-    """A rank whose value is not that of most, and one of those; None if all have the same."""
+    """Find a rank whose value is not that of most, and one of those; None if all have the same."""
     ((usual, count),) = Counter(values).most_common(1)
     if count == len(values):
         return None
@@ -313,7 +313,7 @@ def _odd_one(values: Sequence[T]) -> tuple[int, int] | None:
 
 
 def _keys(sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """One number for each row of several corpora."""
+    """Return one number for each row of several corpora."""
     return (sources.astype(np.int64) << _SOURCE) + rows
 
 
@@ -322,7 +322,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _chunk_sums(tensor: Tensor) -> Tensor:
-    """Checksum of each chunk of a tensor's bits, int64: entries times odd numbers, so that order counts."""
+    """Compute a checksum of each chunk of a tensor's bits, int64: entries times odd numbers."""
     bits = _bits(tensor.detach().contiguous())
     dtype = torch.promote_types(bits.dtype, torch.int32)
     factors = torch.arange(1, 2 * min(_CHUNK, len(bits)) + 1, 2, dtype=dtype, device=bits.device)
@@ -331,7 +331,7 @@ def _chunk_sums(tensor: Tensor) -> Tensor:
 
 
 def _checksums(tensors: Sequence[Tensor]) -> list[int]:
-    """Checksum of the bits of each tensor; the device is waited for once all are on their way."""
+    """Compute a checksum of each tensor's bits; the device is waited for once, after all are queued."""
     sums = []
     for tensor in tensors:
         chunks = _chunk_sums(tensor)

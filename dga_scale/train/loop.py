@@ -148,7 +148,7 @@ def _open_folder(inputs: Inputs, cluster: Cluster) -> Start:
 
 
 def _peak_flops(inputs: Inputs, cluster: Cluster) -> float:
-    """FLOP/s of all devices at best, in the precision of the forward passes."""
+    """Return the peak FLOP/s of all devices, in the precision of the forward passes."""
     dtype = torch.float32 if inputs.resolved.precision == "fp32" else torch.bfloat16
     return device_peak(cluster.device, dtype).flops * cluster.world_size
 

@@ -84,7 +84,7 @@ def measure(trainer: Trainer, loss: str, path: Path) -> Importance:
 
 
 def measure_after(trainer: Trainer) -> None:
-    """Measure what the domain needs, after the last step, where the method says so and it was not yet."""
+    """Measure the domain's importance after the last step, where the method needs it and has none yet."""
     path = trainer.inputs.folder.importance_after
     if trainer.method.measures_after and not trainer.cluster.run_on_first(path.exists):
         measure(trainer, "mlm", path)

@@ -1,4 +1,4 @@
-"""What a run starts from: its model's weights, or a checkpoint with all that goes with it."""
+"""The start of a run: its model's weights, or a checkpoint with its companions."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from dga_scale.train.schedule import Schedule
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts, the same on all ranks.
+    """The start of a run, the same on all ranks.
 
     Attributes:
         checkpoint: what it resumes from; None: the base model's weights.
@@ -41,7 +41,7 @@ class Start:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """The number of optimizer steps done."""
         return self.checkpoint.step if self.checkpoint else 0
 
     def state(self, step: int, corpus_hash: str, before: dict[str, Any]) -> TrainerState:
@@ -57,7 +57,7 @@ class Start:
 
 
 def find_start(inputs: Inputs, cluster: Cluster) -> Start:
-    """Choose what to start from and check that it fits; every rank has to call it, and gets the same.
+    """Choose the start of a run and check that it fits; every rank has to call it, and gets the same.
 
     A checkpoint of another run is where a new folder starts; once that has checkpoints of its own, it resumes
     from those.
@@ -83,7 +83,7 @@ def find_start(inputs: Inputs, cluster: Cluster) -> Start:
 
 
 def bring(start: Start, inputs: Inputs, cluster: Cluster) -> None:
-    """Put what goes with the checkpoint into the run's folder, and take out what its next steps outdate.
+    """Bring the checkpoint's companions into the run's folder, and remove what its next steps outdate.
 
     Every rank has to call it, once the folder is there.
 
@@ -137,7 +137,7 @@ def _resumed(start: Start, checkpoint: Checkpoint, inputs: Inputs) -> Start:
 
 
 def _schedule(earlier: Schedule, checkpoint: Checkpoint, inputs: Inputs) -> tuple[Schedule, str]:
-    """Return the schedule of the steps to come, and what there is to say of it."""
+    """Return the schedule of the steps to come, and a line about it."""
     settings, done = inputs.config.optimization, checkpoint.step
     extended = earlier.extended(settings, done)
     if extended == earlier:

@@ -1,4 +1,4 @@
-"""Every rank means the same run: its settings, code, libraries, data and folder are rank 0's.
+"""Check that every rank has the same run: settings, code, libraries, data and folder are rank 0's.
 
 Rank 0's are broadcast and compared before any long work. A copy of the code that was not brought up to date
 on one node, a YAML file of yesterday or a corpus that was copied half would otherwise end in a hang or,
@@ -46,7 +46,7 @@ def check_same_program(config: TrainConfig, cluster: Cluster) -> None:
 
 
 def check_same_data(inputs: Inputs, cluster: Cluster) -> None:
-    """Compare what the settings' paths and names lead to: corpora, tokenizer, model configuration.
+    """Compare what the settings' paths and names refer to: corpora, tokenizer, model configuration.
 
     Raises:
         UserError: as above.
@@ -55,7 +55,7 @@ def check_same_data(inputs: Inputs, cluster: Cluster) -> None:
 
 
 def check_shared_folder(folder: Path, cluster: Cluster, patience: float = _PATIENCE) -> None:
-    """See that ``folder``, which rank 0 has made, is one and the same for all ranks.
+    """Check that ``folder``, which rank 0 has made, is one and the same for all ranks.
 
     Raises:
         UserError: on every rank, naming one that does not see what rank 0 wrote.
@@ -65,7 +65,7 @@ def check_shared_folder(folder: Path, cluster: Cluster, patience: float = _PATIE
     mark = folder / ".shared"
     host, token = cluster.broadcast_object((socket.gethostname(), secrets.token_hex(8)))
 
-    def look() -> None:
+    def check() -> None:
         deadline = time.monotonic() + patience
         while not (mark.is_file() and mark.read_text() == token):
             if time.monotonic() > deadline:
@@ -77,12 +77,12 @@ def check_shared_folder(folder: Path, cluster: Cluster, patience: float = _PATIE
 
     cluster.run_on_first(lambda: mark.write_text(token))
     try:
-        cluster.run_on_all(look)
+        cluster.run_on_all(check)
     finally:
         cluster.run_on_first(mark.unlink)
 
 
-def _compare(cluster: Cluster, facts: Callable[[], dict[str, Any]], mend: str) -> None:
+def _compare(cluster: Cluster, facts: Callable[[], dict[str, Any]], fix: str) -> None:
     if cluster.world_size == 1:
         return
     own = cluster.run_on_all(facts)
@@ -91,9 +91,9 @@ def _compare(cluster: Cluster, facts: Callable[[], dict[str, Any]], mend: str) -
     def compare() -> None:
         keys = [key for key in {**first, **own} if first.get(key) != own.get(key)]
         if keys:
-            told = [f"{key} is {_short(own.get(key))}, there {_short(first.get(key))}" for key in keys]
+            differing = [f"{key} is {_short(own.get(key))}, there {_short(first.get(key))}" for key in keys]
             more = f"; and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-            raise UserError(f"not the run of rank 0 on {host}: {'; '.join(told[:_SHOWN])}{more}: {mend}")
+            raise UserError(f"not the run of rank 0 on {host}: {'; '.join(differing[:_SHOWN])}{more}: {fix}")
 
     cluster.run_on_all(compare)
 

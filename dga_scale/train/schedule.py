@@ -9,7 +9,7 @@ from dga_scale.config.settings import OptimizationSettings
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates of the steps from ``first`` to below ``stop``. Plain data: a checkpoint keeps it.
+    """The learning rates of the steps from ``first`` to below ``stop``. Plain data: a checkpoint keeps it.
 
     Attributes:
         kind: how it decays after warm-up; ``--lr_scheduler_type``.
@@ -32,12 +32,12 @@ class Schedule:
 
     @classmethod
     def of(cls, settings: OptimizationSettings, first: int = 0, warmup: int | None = None) -> "Schedule":
-        """Make the one that settings ask for.
+        """Return the schedule that settings ask for.
 
         Args:
             settings: their shares of warm-up and decay are of the steps from ``first`` on.
             first: step that it begins with.
-            warmup: steps of warm-up in place of those that ``warmup_ratio`` gives.
+            warmup: The steps of warm-up, instead of those that ``warmup_ratio`` gives.
 
         """
         steps = settings.max_steps - first
@@ -52,7 +52,7 @@ class Schedule:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (0-based).
+        """Return the learning rate of optimizer step ``step`` (0-based).
 
         Rises linearly from ``peak / warmup`` to the peak, so that no step is spent at a learning rate of 0,
         then decays so that it would reach ``floor * peak`` at step ``stop``, one past the last: the last step
@@ -83,7 +83,7 @@ class Schedule:
     def extended(self, settings: OptimizationSettings, done: int) -> "Schedule | None":
         """Return the schedule of other settings, if the steps done have had its learning rates too.
 
-        A run that goes on with it is, step for step, one that had it from the beginning. Its warm-up is that
+        A run that resumes with it is, step for step, one that had it from the beginning. Its warm-up is that
         of this schedule, in steps. None for a decay that has begun: it was one to another last step.
 
         Args:
@@ -96,7 +96,7 @@ class Schedule:
         return other if alike else None
 
     def __str__(self) -> str:
-        """In words, for the log."""
+        """Describe the schedule for the log."""
         begins = f"from step {self.first} on, " if self.first else ""
         warmup = f"warm-up over {self.warmup} steps to {self.peak:g}, then " if self.warmup else ""
         end = f"{self.floor * self.peak:g} at step {self.stop}"
@@ -110,7 +110,7 @@ class Schedule:
 
 
 def may_extend(difference: Difference) -> bool:
-    """Whether a run may go on in its folder in spite of a setting that decides its numbers.
+    """Return whether a run may resume in its folder in spite of a setting that decides its numbers.
 
     ``--max_steps`` may be another one. Whether the steps done are those of such a run too depends on the
     schedule and on how many were done, which is known once the checkpoint is (``Schedule.extended``).

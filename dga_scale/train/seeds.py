@@ -1,4 +1,4 @@
-"""The seeds of what is drawn at random on the devices."""
+"""The seeds of random draws on the devices."""
 
 import numpy as np
 import torch
@@ -13,5 +13,5 @@ def seed_of(seed: int, stream: int, step: int, rank: int) -> int:
 
 
 def seed_everything(seed: int, stream: int, step: int, rank: int) -> None:
-    """Seed what is drawn from here on."""
+    """Seed all draws from here on."""
     torch.manual_seed(seed_of(seed, stream, step, rank))

@@ -66,12 +66,12 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
             if cluster.device.type == "cuda":
                 torch.cuda.empty_cache()
     if len(config.data.corpus or []) > 1:
-        cluster.run_on_first(lambda: _hand_over(config, stages))
+        cluster.run_on_first(lambda: _finish(config, stages))
     return 0
 
 
 def _stages(config: TrainConfig) -> list[TrainConfig]:
-    """Settings of the runs that a command asks for."""
+    """Return the settings of the runs that a command asks for."""
     if not makes_several_runs(config):
         return [config]
     root = Path(config.run.output_dir or default_output_dir(config))
@@ -99,7 +99,7 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
 
 
 def _checked(config: TrainConfig) -> list[str]:
-    """Names of the domains, after a look at everything that only later domains would need."""
+    """Return the names of the domains, after a check of everything that only later domains need."""
     assert config.model.model is not None
     paths = config.data.corpus or []
     names = [Path(path).resolve().name for path in paths]
@@ -114,9 +114,7 @@ def _checked(config: TrainConfig) -> list[str]:
             "each domain's own held-out part is used (tools/shard_corpus.py --validation_share)"
         )
     if config.run.resume not in ("auto", "never"):
-        raise UserError(
-            f"--resume {config.run.resume}: a sequence resumes from what its folder holds; leave it out"
-        )
+        raise UserError(f"--resume {config.run.resume}: a sequence resumes from its own folder; leave it out")
     load_model_config(config.model.model)
     tokenizer = load_tokenizer(config.model.model)
     for path in paths:
@@ -125,7 +123,7 @@ def _checked(config: TrainConfig) -> list[str]:
 
 
 def _domain(config: TrainConfig, folders: list[Path], number: int) -> TrainConfig:
-    """Settings of one domain's run: from the last model, protected by what was important so far."""
+    """Return the settings of one domain's run: from the last model, protected by all importances so far."""
     corpora, earlier = config.data.corpus or [], folders[:number]
     seen = [
         f"{Path(path).resolve().name}={held_out_part(Path(path))}"
@@ -147,7 +145,7 @@ def _domain(config: TrainConfig, folders: list[Path], number: int) -> TrainConfi
 
 
 def _complete(settings: TrainConfig, stages: Sequence[TrainConfig]) -> bool:
-    """Whether a run has ended; one with other settings is refused.
+    """Return whether a run has ended; one with other settings is refused.
 
     The last may be extended to more steps. Another is what the next one started from.
     """
@@ -159,8 +157,8 @@ def _complete(settings: TrainConfig, stages: Sequence[TrainConfig]) -> bool:
     return not last or finished_steps(folder) == settings.optimization.max_steps
 
 
-def _hand_over(config: TrainConfig, stages: list[TrainConfig]) -> None:
-    """Write ``sequence.json`` and one report of all runs, and print what each domain did to the others."""
+def _finish(config: TrainConfig, stages: list[TrainConfig]) -> None:
+    """Write ``sequence.json`` and one report of all runs, and print each domain's losses after every run."""
     folders = [RunFolder(Path(stage.run.output_dir or "")) for stage in stages]
     root, names = folders[0].path.parent, [Path(path).resolve().name for path in config.data.corpus or []]
     summaries = [json.loads(folder.summary.read_text(encoding="utf-8")) for folder in folders]

@@ -28,7 +28,7 @@ from dga_scale.zero.optimizer_hooks import EngineWeights, backward, local_fragme
 
 
 class Trainer:
-    """What a rank holds of the model that a run trains, and the step that trains it.
+    """The model that a run trains, as one rank holds it, and the step that trains it.
 
     Built in the order that DeepSpeed asks for: the model, a head where it has none, hooks on the gradients,
     the engine; then what reads the engine's shards, which hold the pretrained weights until a checkpoint is
@@ -101,7 +101,7 @@ class Trainer:
         return self.start.checkpoint is not None
 
     def stream(self, completed_steps: int) -> BatchStream:
-        """The batches of the steps that are left."""
+        """Return the batches of the steps that are left."""
         inputs, optimization = self.inputs, self.config.optimization
         return BatchStream(
             inputs.mixture,
@@ -129,7 +129,7 @@ class Trainer:
         set_learning_rate(self.engine, learning_rate)
         seed_everything(self.config.run.seed, 0, batches.step, self.cluster.rank)
         sums: dict[str, Tensor] = {}
-        for inputs, cached in self._passes(batches.micro_batches):
+        for inputs, cached in self._micro_batches(batches.micro_batches):
             loss, terms = self.engine(inputs, batches.counts, cached=cached)
             backward(self.engine, loss)
             self.engine.step()
@@ -161,20 +161,20 @@ class Trainer:
         )
 
     def _recorded_companions(self) -> dict[str, FileRecord]:
-        """What goes with the checkpoints, hashed once: nothing of it changes while the run trains."""
+        """Return the companions of the checkpoints, hashed once: they don't change while the run trains."""
         if self._companions is None:
             folder = self.inputs.folder
             self._companions = record_companions(folder) if self.cluster.rank == 0 else {}
         return self._companions
 
-    def _passes(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, CachedContrast | None]]:
-        """Each micro-batch on the device, and its part of a contrast over all of them where there is one."""
+    def _micro_batches(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, CachedContrast | None]]:
+        """Yield each micro-batch on the device, and its part of a contrast over all of them, if any."""
         model: TrainingModel = self.engine.module
-        moved = (batch.to(self.cluster.device) for batch in batches)
+        on_device = (batch.to(self.cluster.device) for batch in batches)
         if model.contrast is None or not model.contrast.spans(len(batches)):
-            yield from ((inputs, None) for inputs in moved)
+            yield from ((inputs, None) for inputs in on_device)
         else:
-            together = list(moved)
+            together = list(on_device)
             # Through the module's call, which gathers ZeRO-3's parameters, but past the engine's.
             cached = cache_contrast(
                 model.contrast, together, lambda inputs: model(inputs, compute=model.contrasted)
@@ -182,6 +182,6 @@ class Trainer:
             yield from zip(together, cached, strict=True)
 
     def _by_corpus(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The terms, with a mixture's sources called by their names."""
+        """Return the terms, with a mixture's sources called by their names."""
         names = {f"mlm/{k}": f"mlm/{name}" for k, name in enumerate(self.inputs.source_names)}
         return {names.get(name, name): value for name, value in terms.items()}

@@ -224,18 +224,18 @@ class _Resolver:
             given[name] = self.decide(key, value, flag) if said else None
         micro, accumulation, total = given["micro"], given["accumulation"], given["total"]
         if total is None:
-            both = micro and accumulation
-            total = micro * accumulation * world_size if both else self.flags["global_batch_size"]
+            total = self.flags["global_batch_size"]
+            if micro and accumulation:
+                total = micro * accumulation * world_size
         if micro is None:
             accumulation = accumulation or 1
-            into = f"{accumulation} gradient accumulation steps"
-            micro = self._share(total, accumulation, world_size, into)
+            micro = self._share(total, accumulation, world_size, f"{accumulation} micro-batches")
         elif accumulation is None:
             accumulation = self._share(total, micro, world_size, f"micro-batches of {micro} rows")
         if micro * accumulation * world_size != total:
             raise UserError(
                 f"the batch sizes contradict each other: {micro} rows a micro-batch x {accumulation} "
-                f"gradient accumulation steps x {world_size} ranks = {micro * accumulation * world_size} rows, "
+                f"gradient accumulation steps x {world_size} ranks = {micro * accumulation * world_size}, "
                 f"not {total}. Leave out one "
                 f"of --per_device_train_batch_size, --gradient_accumulation_steps and --global_batch_size "
                 f'(in {self.path}: write "auto").'

@@ -119,12 +119,12 @@ IN_STAGE: dict[int, dict[Fault, str]] = {
         a_weight: f"weight lm.{WORD} is not the same on all ranks: entry 0 is ",
     },
     1: COPIES
-    | {a_master: " in the passes of rank 1, its optimizer has ", a_lost_fragment: " belong to no rank"},
+    | {a_master: " in the model of rank 1, its optimizer has ", a_lost_fragment: " belong to no rank"},
     2: COPIES | {a_lost_fragment: " belong to no rank"},
     3: {
         a_small_weight_of_zero3: "weight lm.bert.encoder.layer.0.attention.self.query.bias is not the same "
         "on all ranks: entry 5 is ",
-        a_master: " in the passes of rank 1, its optimizer has ",
+        a_master: " in the model of rank 1, its optimizer has ",
     },
 }
 

@@ -201,18 +201,18 @@ def test_batch_sizes(raw: dict[str, Any], flags: str, ranks: int, expected: tupl
         (
             "--global_batch_size 100",
             3,
-            r"100 rows does not divide into 1 passes on each of 3 ranks.*to 99 or 102",
+            r"100 rows does not divide into 1 micro-batches on each of 3 ranks.*to 99 or 102",
         ),
         (
             "--global_batch_size 64 --per_device_train_batch_size 12",
             2,
-            r"64 rows does not divide into passes of 12 rows on each of 2 ranks.*to 48 or 72",
+            r"64 rows does not divide into micro-batches of 12 rows on each of 2 ranks.*to 48 or 72",
         ),
         ("--global_batch_size 2", 4, r"2 rows does not divide.*--global_batch_size to 4"),
         (
             "--global_batch_size 64 --per_device_train_batch_size 4 --gradient_accumulation_steps 4",
             2,
-            r"4 rows a pass x 4 passes x 2 ranks = 32 rows a step, not 64",
+            r"4 rows a micro-batch x 4 gradient accumulation steps x 2 ranks = 32, not 64",
         ),
     ],
 )
