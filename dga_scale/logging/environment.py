@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, devices, for whoever reads environment.json later."""
+"""The environment of a run: versions, commit, devices, for readers of environment.json."""
 
 import json
 import os
@@ -29,7 +29,7 @@ _VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_
 
 
 def describe_environment(*, launcher: str, devices: Sequence[str], hosts: Sequence[str]) -> dict[str, Any]:
-    """Everything about this run that its settings do not say, as plain data.
+    """Describe the environment of this run, which its settings do not name, as plain data.
 
     Args:
         launcher: what started the ranks.
@@ -54,12 +54,12 @@ def describe_environment(*, launcher: str, devices: Sequence[str], hosts: Sequen
 
 
 def write_environment(path: Path, environment: dict[str, Any]) -> None:
-    """Write what :func:`describe_environment` gave as JSON."""
+    """Write the result of ``describe_environment`` as JSON."""
     path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU, or of the processor for a CPU."""
+    """Return the model of a GPU, or of the processor for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if sys.platform == "linux":
@@ -70,7 +70,7 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the checkout with ``folder`` in it, ``-dirty`` if changed; None for an installed copy."""
+    """Return the commit of ``folder``'s checkout, ``-dirty`` if changed; None for an installed copy."""
     # A copy installed into an environment may lie inside a checkout of something else.
     if not _git(folder, "ls-files", "__init__.py"):
         return None

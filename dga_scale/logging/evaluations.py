@@ -1,4 +1,4 @@
-"""Evaluations in a run's log: which text was scored, and what became of it since the base model.
+"""Evaluations in a run's log: the text that was scored, and the change since the base model.
 
 An evaluation says of every held-out text what it is: the content hash of its corpus, and how many of its
 rows were scored (a fixed sample)::
@@ -19,21 +19,21 @@ from dga_scale.logging.run_log import RunLog
 EVALUATION, TEXTS = "evaluation", "texts"
 FIGURES = ("loss", "accuracy")
 NOT_MEASURED = "not measured"
-"""What stands for people in place of a figure that is None."""
+"""The words that tables show for a figure that is None."""
 
 Texts = dict[str, dict[str, Any]]
-"""``content_hash`` and ``rows`` of each held-out text, by its name. Plain JSON."""
+"""The ``content_hash`` and ``rows`` of each held-out text, by its name. Plain JSON."""
 
 
 class BeforeAfter(NamedTuple):
     """A figure of the base model and of the trained one, on the same text."""
 
     before: float | None
-    """None: the base was not measured on this text."""
+    """The base model's figure; None: it was not measured on this text."""
     after: float
 
     def cells(self, form: str) -> tuple[str, str, str]:
-        """Write it for a table: before, after and change, each number in the format ``form``."""
+        """Format the figure for a table: before, after and change, each number in the format ``form``."""
         if self.before is None:
             return NOT_MEASURED, format(self.after, form), ""
         return (
@@ -49,7 +49,7 @@ def evaluations(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def last_texts(records: Sequence[Mapping[str, Any]]) -> Texts:
-    """Return what the last evaluation scored; empty where there was none."""
+    """Return the texts that the last evaluation scored; empty where there was none."""
     found = evaluations(records)
     return found[-1].get(TEXTS, {}) if found else {}
 
@@ -76,8 +76,8 @@ def before_and_after(
     """Compare the last evaluation with the base model's, by figure: ``domain_loss``, ``domain_accuracy``, ...
 
     Args:
-        records: a run's log.
-        until: the step whose model is looked at; None: the last one's.
+        records: A run's log.
+        until: The step whose model is compared; None: the last one's.
 
     Returns:
         nothing where only the base was evaluated.

@@ -1,4 +1,4 @@
-"""``log.jsonl``: all that a run logs, one JSON object a line, and how it is read back.
+"""``log.jsonl``: all that a run logs, one JSON object a line, and its readers.
 
 ::
 
@@ -23,7 +23,7 @@ LOG_FILE = "log.jsonl"
 
 
 class JsonLines(Logger):
-    """Writes ``log.jsonl`` in the run's folder; every run has one, as reports and resumed runs read it.
+    """The logger that writes ``log.jsonl``; every run has one, as reports and resumed runs read it.
 
     Records after the checkpoint that a run resumes from are cut off, so that the file reads as that of a run
     that was never interrupted.
@@ -67,7 +67,7 @@ class JsonLines(Logger):
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a ``log.jsonl``. A torn last line, as a killed run leaves it, is left out.
+    """Read the records of a ``log.jsonl``. A torn last line, as a killed run leaves it, is left out.
 
     Raises:
         UserError: another line is no JSON object.
@@ -99,7 +99,7 @@ def truncate_log(path: Path, completed_steps: int) -> None:
 
 
 def _jsonable(value: Any) -> Any:
-    """``value`` with null for what JSON can't hold: NaN and infinity."""
+    """Return ``value`` with null for what JSON can't hold: NaN and infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

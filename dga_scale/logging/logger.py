@@ -30,7 +30,7 @@ class LoggedRun:
 
 
 class Logger:
-    """Writes what a run says to one place; rank 0 has one of each that the run asked for.
+    """A logger, which writes a run's figures to one destination; rank 0 has one of each that the run names.
 
     Each method does nothing unless it is overridden. To add a logger, derive from this class in a module of
     its own and name it in ``loggers.LOGGERS``.
@@ -48,10 +48,10 @@ class Logger:
         """Write the numbers of an optimizer step that is logged."""
 
     def progress(self, step: int) -> None:
-        """Note that an optimizer step is done, whether or not it is logged."""
+        """Count an optimizer step, whether or not it is logged."""
 
     def event(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        """Write what is no step, as an evaluation or a checkpoint; values are what JSON can hold."""
+        """Write an event that is no step, as an evaluation or a checkpoint; values are what JSON can hold."""
 
     def print(self, text: str) -> None:
         """Show a line to people."""
@@ -60,7 +60,7 @@ class Logger:
         """Write the settings of the run."""
 
     def outcome(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """Write what the run came to, beside its settings."""
+        """Write the outcome of the run, beside its settings."""
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """Write a picture."""
@@ -69,4 +69,4 @@ class Logger:
         """Write the distribution of values of any shape."""
 
     def close(self) -> None:
-        """Write what is left and let go of everything."""
+        """Write what is left and release everything."""

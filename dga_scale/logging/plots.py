@@ -23,7 +23,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a figure. ``series`` stay apart for the colour-blind (after Okabe and Ito)."""
+    """The colours of a figure. ``series`` stay apart for the colour-blind (after Okabe and Ito)."""
 
     text: str
     faint: str
@@ -40,18 +40,18 @@ _SMOOTH_ABOVE = 120
 
 
 MOST_UNITS = 512
-"""Units of a layer above which a heatmap, or a dot for each, shows nothing that can be told apart."""
+"""The number of a layer's units above which a heatmap, or a dot for each, can't be read."""
 
 
 def can_be_drawn(values: Tensor) -> bool:
-    """Whether values (layers, units) are few enough for a heatmap: heads are, thousands of FFN units not."""
+    """Return whether values (layers, units) fit a heatmap: heads do, thousands of FFN units don't."""
     return values.shape[1] <= MOST_UNITS
 
 
 def heatmap_figure(
     values: Tensor, title: str, unit: str, *, limits: tuple[float, float] | None = None, theme: Theme = LIGHT
 ) -> Figure:
-    """One heatmap.
+    """Draw one heatmap.
 
     Args:
         values: (layers, units).
@@ -65,7 +65,7 @@ def heatmap_figure(
 
 
 def importance_figure(importance: Tensor, protection: Tensor, kind: str) -> Figure:
-    """Importance and the protection made of it side by side, for one kind of unit; both (layers, units)."""
+    """Draw the importance of one kind of unit beside its protection; both (layers, units)."""
     figure = _figure(2 * _WIDTH, 1.3 + 0.24 * min(importance.shape[0], 24))
     left, right = figure.subplots(1, 2)
     _draw_heatmap(figure, left, importance, "importance", kind, None, LIGHT)
@@ -76,7 +76,7 @@ def importance_figure(importance: Tensor, protection: Tensor, kind: str) -> Figu
 def curves_figure(
     curves: Series, y_label: str, *, points: Series | None = None, theme: Theme = LIGHT
 ) -> Figure:
-    """Curves over the steps; ``points`` are drawn as dashed lines with a mark at each value."""
+    """Draw curves over the steps; ``points`` are drawn as dashed lines with a mark at each value."""
     figure = _figure(_WIDTH, 3.1)
     axes = figure.add_subplot()
     for color, (label, (x, y)) in zip(_cycle(theme, len(curves)), curves.items(), strict=True):
@@ -101,7 +101,7 @@ def curves_figure(
 def protection_figure(
     units: Mapping[str, tuple[Tensor, Tensor]], kind: str, *, theme: Theme = LIGHT
 ) -> Figure:
-    """How far each unit of a kind moved against its soft-mask 1 - a.
+    """Draw the movement of each unit of a kind beside its soft-mask 1 - a.
 
     Args:
         units: label -> (1 - a, movement relative to an unprotected unit), each (layers, units).
@@ -129,7 +129,7 @@ def protection_figure(
 def trade_off_figure(
     paths: Mapping[str, Sequence[tuple[str, float, float]]], *, theme: Theme = LIGHT
 ) -> Figure:
-    """General loss against domain loss: left is learnt, low is kept.
+    """Draw general loss against domain loss: left is learnt, low is kept.
 
     Args:
         paths: label -> points in order, each (what is written at it, domain loss, general loss).
@@ -156,7 +156,7 @@ def trade_off_figure(
 def comparison_figure(
     points: Sequence[tuple[str, Sequence[float], Sequence[float]]], *, theme: Theme = LIGHT
 ) -> Figure:
-    """Models by their domain and general loss, a point each; the first is the base, where dashed lines cross.
+    """Draw models by their domain and general loss, a point each; dashed lines cross at the base, the first.
 
     Args:
         points: label, domain losses and general losses: several of models trained with several seeds, whose
@@ -187,7 +187,7 @@ def comparison_figure(
 def forgetting_figure(
     domains: Sequence[str], scores: Sequence[Sequence[float]], *, theme: Theme = LIGHT
 ) -> Figure:
-    """End-task score on each domain after every stage of a sequence of domains.
+    """Draw the end-task score on each domain after every stage of a sequence of domains.
 
     Args:
         domains: in the order trained on.
@@ -210,7 +210,7 @@ def forgetting_figure(
 
 
 def consistency_figure(groups: Mapping[str, tuple[Tensor, float]], *, theme: Theme = LIGHT) -> Figure:
-    """Gradient consistency: a histogram of the sequences of each group, and a line at the group's own.
+    """Draw gradient consistency: a histogram of the sequences of each group, and a line at the group's own.
 
     Args:
         groups: label -> (values of the sequences (n,), value of the group).
@@ -231,7 +231,7 @@ def consistency_figure(groups: Mapping[str, tuple[Tensor, float]], *, theme: The
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG file with a transparent background, for a page of its theme's colours."""
+    """Return the figure as a PNG file with a transparent background, for a page of its theme's colours."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, facecolor="none")
     return buffer.getvalue()
@@ -243,7 +243,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """The figure as (height, width, 3) bytes, as TensorBoard takes an image."""
+    """Return the figure as (height, width, 3) bytes, as TensorBoard takes an image."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

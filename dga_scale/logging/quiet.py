@@ -1,4 +1,4 @@
-"""Library noise that a user can do nothing about, silenced in one place, each with the reason."""
+"""Filters for library noise that a user can do nothing about, each with the reason."""
 
 import logging
 import re
@@ -36,7 +36,7 @@ def quiet_libraries() -> None:
 
 
 class _Drop(logging.Filter):
-    """Lets everything through that begins with none of the patterns."""
+    """A filter that passes every record that begins with none of the patterns."""
 
     def __init__(self, patterns: list[re.Pattern[str]]) -> None:
         super().__init__()

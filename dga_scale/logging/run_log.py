@@ -1,4 +1,4 @@
-"""The log of a run: what is read of a step and when, passed on to the loggers.
+"""The log of a run: the numbers of its steps, read from the device when due and passed to the loggers.
 
 Rank 0 has loggers; a log without any, as the other ranks have it, says nothing and reads nothing.
 """
@@ -21,7 +21,7 @@ from dga_scale.logging.terminal import Terminal
 T = TypeVar("T")
 
 Value = float | int | Tensor | Sequence[float]
-"""One number, one number a rank, or a tensor of either: a scalar, or (ranks,)."""
+"""A logged value: one number, one number a rank, or a tensor of either: a scalar, or (ranks,)."""
 
 
 def open_log(
@@ -36,12 +36,12 @@ def open_log(
     """Open the log of a run on one rank.
 
     Args:
-        folder: of the run; ``log.jsonl`` and what loggers write lie in it.
-        rank: only rank 0 writes; the others' log is silent.
-        total_steps: optimizer steps of the whole run.
-        completed_steps: steps done by the checkpoint that the run resumes from; 0: a new log.
-        logging_steps: see ``RunLog``.
-        loggers: names in ``LOGGERS``, beside ``log.jsonl`` and the terminal; None: ``DEFAULT``.
+        folder: The run's folder, where ``log.jsonl`` and the loggers' files lie.
+        rank: The rank; only rank 0 writes, the others' log is silent.
+        total_steps: The number of optimizer steps of the whole run.
+        completed_steps: The number of steps of the checkpoint that the run resumes from; 0: a new log.
+        logging_steps: The interval of logged steps; see ``RunLog``.
+        loggers: The names in ``LOGGERS``, beside ``log.jsonl`` and the terminal; None: ``DEFAULT``.
 
     Raises:
         UserError: a name that is not there, or a damaged ``log.jsonl`` of the run that is resumed.
@@ -63,7 +63,7 @@ def open_log(
 
 
 def silent_log() -> "RunLog":
-    """Make a log that says nothing, for work that is no run."""
+    """Make a log that writes nothing, for work that is no run."""
     return RunLog((), LoggedRun(Path(), 0))
 
 
@@ -71,10 +71,10 @@ class RunLog:
     """The log of a run on one rank.
 
     Args:
-        loggers: what everything is passed on to, in this order; none: a silent log.
-        run: what is logged.
-        logging_steps: a step is read (which waits for the device) and logged when it is a multiple of this,
-            the first or the last.
+        loggers: The loggers that everything is passed to, in this order; none: a silent log.
+        run: The run that is logged.
+        logging_steps: The interval of logged steps: one is read (which waits for the device) and logged when
+            it is a multiple of this, the first or the last.
 
     """
 
@@ -85,7 +85,7 @@ class RunLog:
 
     @property
     def active(self) -> bool:
-        """Whether anything is written: on rank 0."""
+        """Whether the log writes anything: on rank 0."""
         return bool(self._loggers)
 
     @property
@@ -94,7 +94,7 @@ class RunLog:
         return self._run.folder
 
     def logs(self, step: int) -> bool:
-        """Whether ``step`` is one whose values are read and written (on every rank alike)."""
+        """Return whether the values of ``step`` are read and written (on every rank alike)."""
         ends = self._run.completed_steps + 1, self._run.total_steps
         return step % self._logging_steps == 0 or step in ends
 
@@ -105,7 +105,7 @@ class RunLog:
         waits for the device.
 
         Args:
-            values: ``"step"`` and what was measured, under the names used throughout: ``loss/total``,
+            values: ``"step"`` and the measured values, under the names used throughout: ``loss/total``,
                 ``loss/NAME``, ``grad_norm``, ``learning_rate``, ``tokens_per_second``, ``data_wait_seconds``,
                 ``step_seconds``, ``mfu``, ``memory_gib`` (one number a rank).
         """
@@ -121,7 +121,7 @@ class RunLog:
             logger.step(step, numbers)
 
     def event(self, name: str, *, step: int, **values: Any) -> None:
-        """Log something that is no step: an evaluation, a checkpoint, a refused step.
+        """Log an event that is no step: an evaluation, a checkpoint, a refused step.
 
         Values are what JSON can hold. Nothing is printed: say it with :meth:`print` in words.
         """
@@ -146,12 +146,12 @@ class RunLog:
             logger.settings(settings)
 
     def outcome(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """Log what the run came to, beside its settings."""
+        """Log the outcome of the run, beside its settings."""
         for logger in self._loggers:
             logger.outcome(settings, figures)
 
     def importance(self, importance: Mapping[str, Tensor], protection: Mapping[str, Tensor]) -> None:
-        """Importance and protection of each kind of unit, as heatmaps and as the histogram of the soft-mask.
+        """Log each kind's importance and protection, as heatmaps and as the histogram of the soft-mask.
 
         The heatmaps are written to ``importance-KIND.png`` in the run's folder too. A kind with too many
         units a layer for a heatmap has a histogram of its importance instead.
@@ -182,19 +182,19 @@ class RunLog:
     def protection(
         self, kind: str, *, step: int, one_minus_a: Tensor, movement: Tensor, **figures: float
     ) -> None:
-        """How far each unit of a kind moved since the start, against what its mask asks for.
+        """Log the movement of each unit of a kind since the start, beside the target of its mask.
 
         Written as the event ``protection`` of that ``kind``, with its figures; with the matrices and a
         picture where a layer has few enough units.
 
         Args:
-            kind: of unit.
-            step: finished optimizer steps.
+            kind: The kind of unit.
+            step: The number of finished optimizer steps.
             one_minus_a: (layers, units), the factor of the soft-mask.
             movement: (layers, units), movement of the unit's own rows since the start relative to that of
-                unprotected units: near ``one_minus_a`` where the mask does what it says, near 1 everywhere
+                unprotected units: near ``one_minus_a`` where the mask works, near 1 everywhere
                 where the optimizer undoes it.
-            figures: numbers about all of them.
+            figures: The numbers about all units of the kind.
         """
         if not self.active:
             return
@@ -221,7 +221,7 @@ class RunLog:
 
 
 def read_values(values: Mapping[str, Value]) -> dict[str, float | list[float]]:
-    """Plain numbers of ``values`` (without ``"step"``), tensors fetched from the device in one transfer."""
+    """Read the numbers of ``values`` (without ``"step"``), tensors in one transfer from the device."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor) and name != "step"}
     numbers: dict[str, float | list[float]] = {}
     if tensors:

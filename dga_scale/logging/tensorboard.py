@@ -12,7 +12,7 @@ from dga_scale.logging.logger import LoggedRun, Logger, Numbers
 
 
 class TensorBoard(Logger):
-    """Writes event files; where they can't be written, it says so once and draws no more.
+    """The logger that writes TensorBoard's event files; where it can't, it warns once and stops.
 
     Numbers of a step have their names, those of ranks ``NAME/rankN``; numbers of events are ``EVENT/NAME``,
     or ``EVENT/KIND/NAME`` where the event is of some kind.

@@ -28,7 +28,7 @@ _LINE_UNITS: dict[str, tuple[str, Callable[[Sequence[float]], float]]] = {
 
 
 class Terminal(Logger):
-    """Prints lines above a progress bar; every run has one, on rank 0."""
+    """The logger that prints lines above a progress bar; every run has one, on rank 0."""
 
     def __init__(self, run: LoggedRun) -> None:
         super().__init__(run, self.print)
@@ -57,7 +57,7 @@ class Terminal(Logger):
 
 
 def step_line(step: int, total_steps: int, numbers: Numbers) -> str:
-    """The one line of a step: step, losses, grad norm, learning rate, tokens/s, data wait, time, memory."""
+    """Format a step's line: step, losses, grad norm, learning rate, tokens/s, data wait, time, memory."""
     parts = [f"step {step}/{total_steps}"]
     losses = {name.removeprefix("loss/"): v for name, v in numbers.items() if name.startswith("loss/")}
     others = {name: v for name, v in numbers.items() if not name.startswith("loss/")}

@@ -1,4 +1,4 @@
-"""How fast a run is against what its devices can do, and how much memory it takes.
+"""The speed of a run against its devices' peak, and its memory.
 
 Model FLOPs utilisation (MFU) as PaLM defines it (arXiv 2204.02311, appendix B): the operations that the
 model's matrix products need for forward and backward, over what the devices could have done in that time.
@@ -53,14 +53,14 @@ _DENSE_BF16_PEAK = (
 
 @dataclass(frozen=True)
 class Peak:
-    """What a device can do at best: FLOP/s of matrix products, and how that is known."""
+    """The peak of a device: FLOP/s of matrix products, and the source of the figure."""
 
     flops: float
     source: str
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """Peak FLOP/s of one device for products in ``dtype``.
+    """Return the peak FLOP/s of one device for products in ``dtype``.
 
     From the maker's data sheet for a known GPU in bf16 or fp16, measured with a short matrix product
     otherwise (a CPU, an unknown GPU, float32), once a process. All ranks of a machine should call it at once,
@@ -78,7 +78,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 def measured_flops(
     device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3
 ) -> float:
-    """FLOP/s of the best of repeated ``size`` x ``size`` matrix products within about ``seconds``."""
+    """Measure the best FLOP/s of ``size`` x ``size`` matrix products within about ``seconds``."""
     size = size if device.type == "cpu" else 8 * size
     left = torch.randn(size, size, device=device, dtype=dtype)
     right = torch.randn(size, size, device=device, dtype=dtype)
@@ -97,11 +97,12 @@ def measured_flops(
 
 
 def step_flops(anatomy: Anatomy, *, views: int, rows_by_length: Mapping[int, int], head_tokens: int) -> float:
-    """Model FLOPs of one optimizer step, forward and backward, over all ranks.
+    """Count the model FLOPs of one optimizer step, forward and backward, over all ranks.
 
     Args:
         anatomy: counts one forward pass.
-        views: passes of each row through the trunk (1 for plain masked LM; DGA's contrast adds three).
+        views: The number of forward passes of each row through the trunk (1 for plain masked LM; DGA's
+            contrast adds three).
         rows_by_length: sequences of the global batch, by the tokens that they are padded to: what is left of
             padding counts as it is computed, what was cut off does not.
         head_tokens: positions that go through the LM head, over the global batch (one view has them).
@@ -113,7 +114,7 @@ def step_flops(anatomy: Anatomy, *, views: int, rows_by_length: Mapping[int, int
 
 
 def rates(*, tokens: int, seconds: float, flops: float, peak_flops: float) -> dict[str, float]:
-    """``tokens_per_second``, ``step_seconds`` and ``mfu`` of a step.
+    """Return ``tokens_per_second``, ``step_seconds`` and ``mfu`` of a step.
 
     Args:
         tokens: real tokens of the global batch, each row counted once whatever its views.
@@ -129,13 +130,13 @@ def rates(*, tokens: int, seconds: float, flops: float, peak_flops: float) -> di
 
 
 def memory_gib(device: torch.device) -> float:
-    """Memory of this rank in GiB: the most ever allocated on a GPU, what is resident now on a CPU."""
+    """Return this rank's memory in GiB: the peak of allocations on a GPU, the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
 
 
 def wait_for(device: torch.device) -> None:
-    """Return once a GPU has done all that it was asked for; on a CPU at once."""
+    """Wait until a GPU has done all queued work; on a CPU return at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

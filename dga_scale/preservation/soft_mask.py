@@ -233,8 +233,8 @@ def _masked_lines(
 class UpdateMask:
     """A mask that scales the optimizer's step by 1 - a, weight decay included, on a rank's shard.
 
-    ``before_step`` copies the masked lines aside, ``after_step`` puts ``before + (1 - a)(after - before)`` in
-    their stead: exactly the old bits where a = 1, untouched where a = 0. Only masked lines are copied, into
+    ``before_step`` copies the masked lines, ``after_step`` writes ``before + (1 - a)(after - before)`` back:
+    exactly the old bits where a = 1, untouched where a = 0. Only masked lines are copied, into
     transient memory of their size. The proposed and the applied updates of each unit's own rows are summed up
     on the device.
     """

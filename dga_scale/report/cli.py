@@ -8,7 +8,7 @@ from dga_scale.errors import run_main
 
 
 def report_command() -> NoReturn:
-    """``dga-report``: one HTML page about one run or several."""
+    """Run ``dga-report``: write one HTML page about one run or several."""
     run_main(_report)
 
 

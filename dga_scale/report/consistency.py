@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def consistency_command() -> NoReturn:
-    """Entry point of ``dga-consistency``."""
+    """Run ``dga-consistency``."""
     run_main(main)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every option with its default."""
+    """Build the parser of all options."""
     parser = Parser(
         prog="dga-consistency",
         description="How consistent the gradients of each corpus are with those of all together, for one "
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write and print, as ``arguments`` (None: the command line) say."""
+    """Measure, write and print, by ``arguments`` (None: the command line)."""
     quiet_libraries()
     options = build_parser().parse_args(arguments)
     if options.rows < 2:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Last parts of the paths; the whole ones where two would be the same."""
+    """Return the last parts of the paths; the whole ones where two would be the same."""
     short = [Path(path).resolve().name for path in paths]
     return short if len(set(short)) == len(short) else list(paths)
 
@@ -91,7 +91,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 def _gradients(
     loaded: "LoadedModel", corpus: "Corpus", layer: int, rows: int, probability: float
 ) -> "Tensor":
-    """Gradients (rows, parameters of the block) of the LM loss of a fixed sample of a corpus."""
+    """Compute the gradients (rows, parameters of the block) of the LM loss of a fixed sample of a corpus."""
     import torch.nn.functional as F
 
     from dga_scale.corpus.loading.batches import EvalBatches

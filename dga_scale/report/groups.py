@@ -1,4 +1,4 @@
-"""Runs that differ in their seed only, taken together: means, spreads, and what can be said of them."""
+"""Groups of runs that differ in their seed only: means, spreads, and their comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Figure:
         return cls(mean(values), stdev(values) if len(values) > 1 else None)
 
     def __str__(self) -> str:
-        """As in a table: ``3.921 ± 0.004``."""
+        """Format the figure for a table: ``3.921 ± 0.004``."""
         return f"{self.mean:.3f}" if self.deviation is None else f"{self.mean:.3f} ± {self.deviation:.3f}"
 
 
@@ -30,7 +30,7 @@ class Group:
     """Finished runs of one experiment with domain and general losses before and after.
 
     Attributes:
-        label: the method, and the settings that tell it from others of that method.
+        label: The method, and the settings in which it differs from others of that method.
         runs: one a seed.
 
     """
@@ -39,16 +39,16 @@ class Group:
     runs: tuple[RunData, ...]
 
     def changes(self) -> list[tuple[Change, Change]]:
-        """Domain and general losses of each run."""
+        """The domain and general losses of each run."""
         found = [(run.change("domain"), run.change("general")) for run in self.runs]
         return [(domain, general) for domain, general in found if domain and general]
 
     def after(self, text: str) -> Figure:
-        """Loss on held-out ``"domain"`` or ``"general"`` text at the end."""
+        """Return the loss on held-out ``"domain"`` or ``"general"`` text at the end."""
         return Figure.of([change.after for change in self._of(text)])
 
     def change(self, text: str) -> Figure:
-        """How that loss changed."""
+        """Return the change of that loss."""
         return Figure.of([change.difference for change in self._of(text)])
 
     def _of(self, text: str) -> list[Change]:
@@ -60,7 +60,7 @@ class Group:
 
     @property
     def plain(self) -> bool:
-        """Whether this is the baseline: the LM loss alone, on the domain alone."""
+        """Whether the group is the baseline: the LM loss alone, on the domain alone."""
         settings = self.runs[0].settings
         return settings.get("method") == "mlm" and not settings.get("mix")
 
@@ -75,7 +75,7 @@ def grouped(runs: Sequence[RunData]) -> list[Group]:
 
 
 def _label(run: RunData, all_runs: Sequence[RunData]) -> str:
-    """The method, and what of its settings differs from the other groups of that method."""
+    """Return the method, and the settings in which it differs from its other groups."""
     alike = [other for other in all_runs if other.label == run.label and other is not run]
     own, others = experiment(run.settings), [experiment(other.settings) for other in alike]
     differs = [name for name in run.settings if any(own.get(name) != other.get(name) for other in others)]
@@ -88,13 +88,13 @@ def _short(value: object) -> str:
 
 
 def on_same_text(groups: Sequence[Group]) -> bool:
-    """Whether all were evaluated on the same domain text and the same general text."""
+    """Return whether all runs were evaluated on the same domain text and the same general text."""
     scored = [[group.runs[0].texts[text] for text in ("domain", "general")] for group in groups]
     return all(texts == scored[0] for texts in scored)
 
 
 def comparison(groups: Sequence[Group]) -> str | None:
-    """The methods against plain MLM, in words; None where there is nothing to compare."""
+    """Compare the methods with plain MLM, in words; None where there is nothing to compare."""
     if len(groups) < 2:
         return None
     if not on_same_text(groups):

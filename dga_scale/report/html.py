@@ -1,4 +1,4 @@
-"""Pieces of a page: its style, sections, tables, and figures drawn for light and for dark."""
+"""The parts of a page: its style, sections, tables, and figures drawn for light and for dark."""
 
 import base64
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +24,9 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywh
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
 p { margin: .5rem 0; max-width: 44rem; overflow-wrap: anywhere; }
 .muted, td small { color: var(--muted); }
-.verdict { background: var(--card); border-left: 4px solid var(--accent); border-radius: 4px;
+.summary { background: var(--card); border-left: 4px solid var(--accent); border-radius: 4px;
   padding: .4rem 1rem; margin: .8rem 0; }
-.verdict p { max-width: none; }
+.summary p { max-width: none; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
 th, td { padding: .4rem .8rem .4rem 0; text-align: right; border-bottom: 1px solid var(--line);
@@ -48,17 +48,17 @@ code { font: .9em ui-monospace, SFMono-Regular, Menlo, monospace; }
 
 
 def section(title: str, body: str) -> str:
-    """A section under its heading; nothing where it has nothing to show."""
+    """Return a section under its heading; nothing where it has nothing to show."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}</section>\n" if body else ""
 
 
 def cells(values: Iterable[str]) -> str:
-    """The cells of a table row, escaped."""
+    """Return the cells of a table row, escaped."""
     return "".join(f"<td>{escape(value)}</td>" for value in values)
 
 
 def table(head: Sequence[str], rows: Sequence[str], kind: str = "figures-table") -> str:
-    """A table that scrolls sideways on a narrow page; ``rows`` are HTML. Nothing without rows."""
+    """Return a table that scrolls sideways on a narrow page; ``rows`` are HTML. Nothing without rows."""
     if not rows:
         return ""
     columns = "".join(f"<th>{escape(name)}</th>" for name in head)
@@ -70,7 +70,7 @@ def table(head: Sequence[str], rows: Sequence[str], kind: str = "figures-table")
 
 
 def figures(drawings: Sequence[tuple[str, Draw]]) -> str:
-    """Captioned images, each drawn for light and for dark pages."""
+    """Return captioned images, each drawn for light and for dark pages."""
     if not drawings:
         return ""
     drawn = []

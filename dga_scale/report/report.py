@@ -18,7 +18,7 @@ from dga_scale.logging.evaluations import NOT_MEASURED, BeforeAfter
 from dga_scale.report import html
 from dga_scale.report.groups import Group, comparison, grouped, on_same_text
 from dga_scale.report.html import Draw
-from dga_scale.report.run_data import Change, RunData, load_run, protection_verdict, verdict
+from dga_scale.report.run_data import Change, RunData, load_run, summarize_protection, summarize_run
 from dga_scale.report.scores import load_scores, scores_html
 
 _LIGHT_FIGURE = re.compile(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">')
@@ -56,7 +56,7 @@ def write_report(
 
 
 def render(runs: Sequence[RunData], scores: Mapping[str, Any] | None = None) -> str:
-    """The page as a string. All text from the runs is escaped; images are inlined."""
+    """Return the page as a string. All text from the runs is escaped; images are inlined."""
     title = ", ".join(run.name for run in runs)
     sections = [
         _outcome(runs),
@@ -92,24 +92,26 @@ def _one_line(run: RunData) -> str:
 
 def _outcome(runs: Sequence[RunData]) -> str:
     groups = grouped(runs)
-    said = [compared] if (compared := comparison(groups)) else []
-    said += [verdict(run) if len(runs) == 1 else f"{run.name}: {verdict(run)}" for run in runs]
+    sentences = [compared] if (compared := comparison(groups)) else []
+    sentences += [
+        summarize_run(run) if len(runs) == 1 else f"{run.name}: {summarize_run(run)}" for run in runs
+    ]
     if any(len(group.runs) == 1 for group in groups):
-        said.append("One seed a method: differences of a few hundredths can be chance.")
+        sentences.append("One seed a method: differences of a few hundredths can be chance.")
     rows = []
     for text in ("domain", "general"):
         measured = [(run, found) for run in runs if (found := run.before_and_after(text))]
         if len(runs) > 1 and measured:
             rows.append(f'<tr class="group"><td colspan="4">{text}</td></tr>')
         rows += [_change_row(run.name if len(runs) > 1 else text, found) for run, found in measured]
-    paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in said)
+    paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in sentences)
     head = ("held-out text", "before", "after", "change")
     compared = _methods(groups) if len(groups) > 1 else ""
-    return f'<div class="verdict">\n{paragraphs}</div>\n{compared}{html.table(head, rows)}'
+    return f'<div class="summary">\n{paragraphs}</div>\n{compared}{html.table(head, rows)}'
 
 
 def _methods(groups: Sequence[Group]) -> str:
-    """Each method once: what it learnt and what it kept, over its seeds."""
+    """Return the table of methods over their seeds: domain and general losses."""
     rows = []
     for group in groups:
         cells = [str(group.after(text)) for text in ("domain", "general")]
@@ -166,7 +168,7 @@ def _losses(runs: Sequence[RunData]) -> str:
 
 
 def _points(wanted: dict[str, tuple[RunData, str]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Held-out losses by label, where any were measured."""
+    """Return the held-out losses by label, where any were measured."""
     found = {}
     for label, (run, text) in wanted.items():
         if losses := run.losses(text):
@@ -206,11 +208,13 @@ def _effective_protection(runs: Sequence[RunData]) -> str:
     found = {run.name: run.effective_protection() for run in runs}
     figures = []
     for kind in dict.fromkeys(kind for by_kind in found.values() for kind in by_kind):
-        caption = f"each dot is one of the {kind}: how far its own rows moved, against what its mask asks"
+        caption = (
+            f"each dot is one of the {kind}: the movement of its own rows, beside the target of its mask"
+        )
         units = {name: by_kind[kind] for name, by_kind in found.items() if kind in by_kind}
         figures.append((caption, _protection_dots(units, kind)))
-    said = [text for run in runs if (text := protection_verdict(run))]
-    return "".join(f"<p>{escape(text)}</p>\n" for text in said) + html.figures(figures)
+    sentences = [text for run in runs if (text := summarize_protection(run))]
+    return "".join(f"<p>{escape(text)}</p>\n" for text in sentences) + html.figures(figures)
 
 
 def _protection_dots(units: dict[str, tuple[torch.Tensor, torch.Tensor]], kind: str) -> Draw:

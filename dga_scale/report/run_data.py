@@ -1,4 +1,4 @@
-"""What a run folder holds, read back, and what can honestly be said about it."""
+"""A run folder, read back, and the honest summary of it."""
 
 import json
 import math
@@ -36,7 +36,7 @@ class Change:
 
 @dataclass(frozen=True)
 class RunData:
-    """A run, finished or not, as its folder tells it."""
+    """A run, finished or not, as its folder describes it."""
 
     name: str
     settings: dict[str, Any]
@@ -54,14 +54,14 @@ class RunData:
 
     @property
     def label(self) -> str:
-        """Method and soft-mask: ``dga, update``."""
+        """The method and the soft-mask: ``dga, update``."""
         method = str(self.settings.get("method", "?"))
         mask = self.settings.get("soft_mask", "none")
         return method if mask == "none" else f"{method}, {mask}"
 
     @property
     def corpora(self) -> str:
-        """What it was trained on, as a reader would name it."""
+        """The text that the run was trained on, as a reader would name it."""
         value = self.settings.get("corpus")
         names = [str(each) for each in (value if isinstance(value, list) else [value])]
         mix = self.settings.get("mix") or []
@@ -72,48 +72,48 @@ class RunData:
         return max((r["step"] for r in self.steps), default=0)
 
     def named(self, event: str) -> list[dict[str, Any]]:
-        """The events of one name, in order."""
+        """Return the events of one name, in order."""
         return [r for r in self.events if r["event"] == event]
 
     def losses(self, text: str) -> list[tuple[int, float]]:
-        """Steps and losses on the held-out ``"domain"`` or ``"general"`` text of the last evaluation."""
+        """Return steps and losses on the ``"domain"`` or ``"general"`` text of the last evaluation."""
         return history(self.events, text)
 
     def before_and_after(self, text: str) -> BeforeAfter | None:
-        """Loss on that text of the base model, where it was measured on it, and of the trained one."""
+        """Return the loss on that text of the base model, where it was measured, and of the trained one."""
         return before_and_after(self.events).get(f"{text}_loss")
 
     def change(self, text: str) -> Change | None:
-        """Loss on that text before and after training; None where one of the two was not measured."""
+        """Return the loss on that text before and after training; None where one was not measured."""
         found = self.before_and_after(text)
         return None if found is None or found.before is None else Change(found.before, found.after)
 
     @property
     def texts(self) -> Texts:
-        """What the last evaluation scored."""
+        """The texts that the last evaluation scored."""
         return last_texts(self.events)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one logged number, NaN where it was none; empty where it was never logged."""
+        """Return steps and values of a logged number, NaN where it was none; empty if never logged."""
         found = [(r["step"], r[key]) for r in self.steps if key in r]
         return [s for s, _ in found], [math.nan if v is None else v for _, v in found]
 
     def typical(self, key: str) -> float | None:
-        """Median over the steps after the first tenth, which starts caches and compilers."""
+        """Return the median over the steps after the first tenth, which starts caches and compilers."""
         values = [v for v in self.series(key)[1][len(self.steps) // 10 :] if math.isfinite(v)]
         return median(values) if values else None
 
     def peak_memory(self) -> list[float]:
-        """GiB of each rank, the most of all steps; a run may have gone on on another number of ranks."""
+        """Return the peak GiB of each rank over all steps; a run may have resumed on other ranks."""
         rows = [r["memory_gib"] for r in self.steps if r.get("memory_gib")]
         return [max(of_rank) for of_rank in zip_longest(*rows, fillvalue=0.0)]
 
     def protection_records(self) -> dict[str, dict[str, Any]]:
-        """The last record of effective protection of each kind of unit."""
+        """Return the last record of effective protection of each kind of unit."""
         return {record["kind"]: record for record in self.named("protection")}
 
     def effective_protection(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """1 - a and relative movement at the last record, each (layers, units), of kinds with few units."""
+        """Return the last 1 - a and relative movement, each (layers, units), of kinds with few units."""
         return {
             kind: (torch.tensor(record["one_minus_a"]), torch.tensor(record["movement"]))
             for kind, record in self.protection_records().items()
@@ -175,8 +175,8 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def verdict(run: RunData) -> str:
-    """One run in plain words: what was gained in the domain and what it cost outside."""
+def summarize_run(run: RunData) -> str:
+    """Summarise a run in plain words: its gain in the domain and the cost outside."""
     domain, general = run.change("domain"), run.change("general")
     if domain is None and (found := run.before_and_after("domain")) is not None:
         return (
@@ -189,7 +189,7 @@ def verdict(run: RunData) -> str:
             "Nothing can be said about the domain: the run has no two evaluations on held-out domain text. "
             "Pass --eval_corpus, or shard with --validation_share."
         )
-    sentence = f"Loss on held-out domain text {_moved(domain)}."
+    sentence = f"Loss on held-out domain text {_describe_change(domain)}."
     if domain.difference >= 0:
         sentence += " The run did not make the model better in the domain."
     if general is None and run.before_and_after("general") is not None:
@@ -202,7 +202,7 @@ def verdict(run: RunData) -> str:
             f"{sentence} General loss was not measured, so nothing can be said about forgetting: pass "
             "--general_eval_corpus."
         )
-    sentence += f" Loss on general text {_moved(general)}"
+    sentence += f" Loss on general text {_describe_change(general)}"
     if general.difference <= 0:
         sentence += ": nothing measured outside the domain was lost."
     elif domain.difference < 0:
@@ -213,25 +213,25 @@ def verdict(run: RunData) -> str:
     return sentence
 
 
-def _moved(change: Change) -> str:
+def _describe_change(change: Change) -> str:
     word = "fell" if change.difference < 0 else "rose"
     size = f"{abs(change.difference):.3f} ({abs(change.relative):.1%})"
     return f"{word} by {size}, from {change.before:.3f} to {change.after:.3f}"
 
 
-def protection_verdict(run: RunData) -> str | None:
-    """Whether the soft-mask held its units; None where there was none, or no unit is protected."""
+def summarize_protection(run: RunData) -> str | None:
+    """Summarise whether the soft-mask held its units; None without one, or where no unit is protected."""
     sentences = []
     undone = False
     for kind, record in run.protection_records().items():
         if "protected_units" not in record:
             continue
-        asked, moved = 1 - record["target_protection"], 1 - record["measured_protection"]
+        target, measured = 1 - record["target_protection"], 1 - record["measured_protection"]
         sentences.append(
-            f"The {record['protected_units']} most protected {kind} moved {moved:.2f} of what unprotected "
-            f"ones moved; their soft-masks ask for {asked:.2f}."
+            f"The {record['protected_units']} most protected {kind} moved {measured:.2f} of what unprotected "
+            f"ones moved; the target of their soft-masks is {target:.2f}."
         )
-        undone |= moved > (1 + asked) / 2
+        undone |= measured > (1 + target) / 2
     if not sentences:
         return None
     if undone and run.settings.get("soft_mask") == "gradient":

@@ -17,7 +17,7 @@ COLUMNS = ("model", "value", "95% interval", "n", "difference", "95% interval", 
 
 @dataclass(frozen=True)
 class Row:
-    """A model on a corpus or task.
+    """The score of a model on a corpus or task.
 
     Attributes:
         cells: one text for each of ``COLUMNS``.
@@ -54,7 +54,7 @@ def load_scores(folder: Path) -> dict[str, Any]:
 
 
 def score_sections(models: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
-    """Each corpus and task with a row for each model, the base first."""
+    """Return each corpus and task with a row for each model, the base first."""
     base = next(iter(models.values()))
     for group, quantity in (("corpora", "loss"), ("tasks", "score")):
         for name, of_base in base[group].items():
@@ -88,7 +88,7 @@ def _p(value: float | None) -> str:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What has to be known when the scores are read: overlap with the training text, and other notes."""
+    """List the remarks that the scores need: overlap with the training text, and other notes."""
     overlap = [f"overlap: {name}: {_overlap(found)}" for name, found in result["overlap"].items()]
     return overlap + [f"note: {note}" for note in result["notes"]]
 
@@ -108,7 +108,7 @@ def _overlap(overlap: Mapping[str, Any]) -> str:
 
 
 def trade_off(result: Mapping[str, Any]) -> list[tuple[str, list[float], list[float]]]:
-    """Label, domain losses and general losses of each model that has both, for ``comparison_figure``."""
+    """Return label, domain and general losses of each model that has both, for ``comparison_figure``."""
     return [
         (label, model["domain_loss"]["values"], model["general_loss"]["values"])
         for label, model in result["models"].items()
@@ -117,13 +117,13 @@ def trade_off(result: Mapping[str, Any]) -> list[tuple[str, list[float], list[fl
 
 
 def scores_html(result: Mapping[str, Any]) -> str:
-    """The evaluation as a part of the page."""
+    """Return the evaluation as a part of the page."""
     rows = []
     for title, of_models in score_sections(result["models"]):
         rows.append(f'<tr class="group"><td colspan="{len(COLUMNS)}">{escape(title)}</td></tr>')
         rows += [f"<tr>{_cells(row)}</tr>" for row in of_models]
-    said = [f"Against {result['base']}; coloured where the interval of the difference leaves 0 out."]
-    paragraphs = "".join(f"<p>{escape(text)}</p>\n" for text in [*said, *remarks(result)])
+    sentences = [f"Against {result['base']}; coloured where the interval of the difference leaves 0 out."]
+    paragraphs = "".join(f"<p>{escape(text)}</p>\n" for text in [*sentences, *remarks(result)])
     picture = ""
     if points := trade_off(result):
         caption = "held-out domain loss against general loss of the evaluated models"

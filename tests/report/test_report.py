@@ -24,7 +24,7 @@ from dga_scale.preservation.importance import Importance
 from dga_scale.preservation.movement import compare
 from dga_scale.report.groups import comparison, grouped
 from dga_scale.report.report import write_report
-from dga_scale.report.run_data import load_run, protection_verdict, verdict
+from dga_scale.report.run_data import load_run, summarize_protection, summarize_run
 from tests.helpers.evaluations import evaluation
 
 VOID = {"meta", "source", "img", "br"}
@@ -292,18 +292,18 @@ def test_a_browser_shows_it(width: int, scheme: str, tmp_path: Path) -> None:
         ({}, "Nothing can be said about the domain"),
     ],
 )
-def test_verdict_is_honest(tmp_path: Path, losses: dict[str, tuple[float, float]], said: str) -> None:
+def test_the_summary_is_honest(tmp_path: Path, losses: dict[str, tuple[float, float]], said: str) -> None:
     run = load_run(make_run(tmp_path / "run", losses=losses))
-    assert said in verdict(run)
+    assert said in summarize_run(run)
 
 
 def test_effective_protection_in_words(tmp_path: Path) -> None:
     undone = load_run(make_run(tmp_path / "gradient", moved=0.95))
     kept = load_run(make_run(tmp_path / "update", soft_mask="update", moved=0.2))
-    assert "moved 0.95 of what" in (protection_verdict(undone) or "")
-    assert "--soft_mask update" in (protection_verdict(undone) or "")
-    assert "moved 0.20 of what" in (protection_verdict(kept) or "")
-    assert "Adam" not in (protection_verdict(kept) or "")
+    assert "moved 0.95 of what" in (summarize_protection(undone) or "")
+    assert "--soft_mask update" in (summarize_protection(undone) or "")
+    assert "moved 0.20 of what" in (summarize_protection(kept) or "")
+    assert "Adam" not in (summarize_protection(kept) or "")
 
 
 def test_unfinished_run_and_one_without_figures(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_general_text_that_only_the_trained_model_was_scored_on(tmp_path: Path
     run = load_run(make_run(tmp_path / "run", losses={"domain": (4.0, 3.0)}))
     last = run.named("evaluation")[-1]
     last |= {"general_loss": 3.3, "texts": evaluation(4, domain=3.0, general=3.3)["texts"]}
-    assert "Nothing can be said about forgetting: the base model was not measured" in verdict(run)
+    assert "Nothing can be said about forgetting: the base model was not measured" in summarize_run(run)
 
 
 def test_runs_that_were_evaluated_on_different_texts_are_not_compared(tmp_path: Path) -> None:

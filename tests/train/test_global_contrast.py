@@ -87,7 +87,7 @@ def test_stages_splits_and_ranks_change_nothing(views: str, world: SmallWorld, t
 
 
 def refused(runs: list[list[str]]) -> list[tuple[bool, bool, bool]]:
-    """Of each run, after a NaN in a first reading of the last rank: refused, unchanged, then goes on."""
+    """Of each run, after a NaN in a first forward pass of the last rank: refused, unchanged, then trained."""
     found = []
     for flags in runs:
         trainer = trainer_of(flags)

@@ -26,7 +26,7 @@ from tests.test_train import arguments, around_steps, losses, run_training
 WORD = "bert.embeddings.word_embeddings.weight"
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 Fault = Callable[[Trainer], Callable[[], Any]]
-"""Breaks something on the rank that calls it; returns what mends it."""
+"""Breaks something on the rank that calls it; returns what fixes it."""
 
 
 def changed(tensor: Tensor, place: int = 0) -> Callable[[], Any]:

@@ -140,7 +140,7 @@ def test_a_sequence_goes_on_inside_and_between_domains(world: SmallWorld, tmp_pa
     ("settings", "named"),
     [
         ({"eval_corpus": "x"}, "can't be that of 3 domains"),
-        ({"resume": "x"}, "a sequence resumes from what its folder holds"),
+        ({"resume": "x"}, "a sequence resumes from its own folder"),
     ],
 )
 def test_what_makes_no_sense_for_a_sequence_is_refused(

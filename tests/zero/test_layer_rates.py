@@ -46,7 +46,7 @@ def test_each_layers_rate_is_that_of_the_layer_above_times_the_decay(
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_frozen_weights_come_back_as_they_were(stage: int, world: SmallWorld, tmp_path: Path) -> None:
-    """In bf16 too: they are handed back in the fp32 that they were read in; and the run goes on from them."""
+    """In bf16 too: they are exported in the fp32 that they were loaded in; and the run resumes from them."""
     flags = arguments(
         world, tmp_path / "run", method="mlm", ds_config=REPOSITORY / "ds_configs" / f"zero{stage}.json",
         bf16="true", freeze_layers=1, freeze_embeddings="true", max_steps=2, general_eval_corpus=None,
