@@ -188,12 +188,14 @@ def test_activation_checkpointing_recomputes_with_the_gates_of_each_forward(name
     enable_checkpointing(model, contexts)
     again_loss, again_parameters, again_gate_gradients = three_forwards(model, gates, rows)
     assert checkpointed == 3 * 2  # every block of every forward was checkpointed
-    assert torch.equal(again_loss, loss)
+    # Where a block's tensors lie decides how some kernels round, so not to the last bit; other gates or draws
+    # would show in the first digits.
+    torch.testing.assert_close(again_loss, loss, rtol=1e-6, atol=0)
     assert set(again_parameters) == set(parameters)
-    for key, gradient in parameters.items():
-        torch.testing.assert_close(again_parameters[key], gradient, rtol=1e-6, atol=1e-8)
-    for kind, gradient in gate_gradients.items():
-        torch.testing.assert_close(again_gate_gradients[kind], gradient, rtol=1e-6, atol=1e-8)
+    for again, before in ((again_parameters, parameters), (again_gate_gradients, gate_gradients)):
+        for key, gradient in before.items():
+            rounding = 3e-6 * gradient.abs().max().item()
+            torch.testing.assert_close(again[key], gradient, rtol=1e-6, atol=rounding)
 
 
 def test_backward_twice_through_a_checkpointed_block_binds_the_gates_twice() -> None:
