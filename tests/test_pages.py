@@ -18,7 +18,7 @@ from tests.helpers.ranks import REPOSITORY, free_port
 from tests.helpers.small import DOMAIN, GENERAL, make_model, make_tokenizer, write_text
 from tests.helpers.tiny_tasks import write_task
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.slow
 
 PAGES = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
@@ -74,13 +74,15 @@ def test_the_walk_on_ones_own_data(tmp_path: Path) -> None:
     script = script.replace("--num_workers 8", "--num_workers 8 --validation_share 0.1")
     script = script.replace("deepspeed launchers", f"deepspeed --master_port {free_port()} launchers")
     script = script.replace("--global_batch_size 256\n", "--global_batch_size 256 --max_eval_samples 50\n")
+    for run in ("runs/mine", "runs/das"):
+        script = script.replace(f"--output_dir {run} ", f"--output_dir {run} --importance_samples 32 ")
     for large, small in SMALLER.items():
         assert large in script, f"the pages have no {large}"
         script = script.replace(large, small)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"}
     result = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1100
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "dry run: nothing was written" in result.stdout
@@ -163,7 +165,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_every_path_that_the_pages_name_is_there() -> None:
     named = re.compile(r"`((?:launchers|tools|tests|ds_configs|benchmarks|dga_scale|docs)/[\w./]*)`")
-    names = {name for text in PAGES.values() for name in named.findall(text)}
+    names = {name for text in PAGES.values() for name in named.findall(text) if "NAME" not in name}
     tour = re.search(r"## A tour of the code\n\n(.*?)\n\n", README, flags=re.DOTALL)
     assert tour
     for line in tour.group(1).splitlines():
