@@ -23,7 +23,7 @@ FIRST_FILES = ("config.yaml.tmp", "corpora.json", "corpora.json.tmp", ".shared")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of a run's files (DESIGN.md, 'A run folder')."""
+    """The paths of a run's files (docs/run_folder.md)."""
 
     path: Path
 
@@ -59,6 +59,14 @@ class RunFolder:
     @property
     def fisher(self) -> Path:
         return self.path / "fisher"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def model(self) -> Path:

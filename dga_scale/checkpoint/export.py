@@ -17,7 +17,7 @@ from dga_scale.checkpoint.state import MODEL
 from dga_scale.checkpoint.store import Checkpoint, checkpoint_path, newest_verified, verified
 from dga_scale.errors import UserError
 from dga_scale.launch.world import single_process
-from dga_scale.run_folder import new_folder, write_text
+from dga_scale.run_folder import RunFolder, new_folder, write_text
 from dga_scale.storage.safetensors_stream import Entry, SegmentReader, write_model_files, write_safetensors
 
 WEIGHT = "weight:"
@@ -57,7 +57,7 @@ def _chosen(run_dir: Path, step: int | None) -> Checkpoint:
         return found
     found, problem = verified(checkpoint_path(run_dir, step), single_process())
     if found is None:
-        there = ", ".join(path.name for path in sorted((run_dir / "checkpoints").glob("step-*[0-9]")))
+        there = ", ".join(path.name for path in sorted(RunFolder(run_dir).checkpoints.glob("step-*[0-9]")))
         raise UserError(f"--step {step}: {problem}. The run holds {there or 'no checkpoints'}.")
     return found
 

@@ -12,7 +12,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ from dga_scale.storage.safetensors_stream import (
     write_safetensors,
 )
 from dga_scale.zero.engine import Engine
-from dga_scale.zero.optimizers import moments_of
+from dga_scale.zero.optimizers import optimizer_kind
 from dga_scale.zero.shards import equal_share, frozen_shares, local_shards, refresh_model_weights
 
 STATE, MODEL = "trainer_state.json", "model"
@@ -61,6 +61,7 @@ class TrainerState:
         prior_importance: The hashes of the files of ``--prior_importance``, in their order.
         schedule: The learning rate schedule by which these steps were done.
         before: The evaluation of the base model: its figures and its text.
+        optimizer: The name of the optimizer whose moments the checkpoint holds (``--optimizer``).
 
     """
 
@@ -72,6 +73,7 @@ class TrainerState:
     prior_importance: list[str] = field(default_factory=list)
     schedule: dict[str, Any] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw"
 
 
 class Save:
@@ -101,7 +103,9 @@ class Save:
         self.state = dataclasses.replace(
             state, refused_steps=engine.skipped_steps, loss_scale=_loss_scale(engine.optimizer)
         )
-        self.entries, self._metadata = _describe_shard(engine, cluster)
+        self.entries, self._metadata = _describe_shard(
+            engine, cluster, optimizer_kind(state.optimizer).moments
+        )
         self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._run_dir, self._limit, self._cluster = run_dir, save_total_limit, cluster
         self._lm, self._tokenizer = engine.module.lm, tokenizer
@@ -182,15 +186,16 @@ def _as_user_error(work: Callable[[], T], final: Path) -> T:
         ) from None
 
 
-def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict[str, str]]:
+def _describe_shard(
+    engine: Engine, cluster: Cluster, moment_names: Sequence[str]
+) -> tuple[list[Entry], dict[str, str]]:
     """Describe this rank's part: fragments of the trained parameters, their moments, shares of the rest."""
     entries: list[Entry] = []
-    positions: dict[str, tuple[int, tuple[int, ...]]] = {}
+    segments: dict[str, tuple[int, tuple[int, ...]]] = {}
     optimizer_steps = set()
-    kept = moments_of(engine.basic_optimizer)
 
     def add(key: str, start: int, shape: tuple[int, ...], values: Tensor) -> None:
-        positions[key] = (start, shape)
+        segments[key] = (start, shape)
         entries.append(Entry(key, values.dtype, tuple(values.shape), lambda: values))
 
     for shard in local_shards(engine):
@@ -205,7 +210,7 @@ def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict
                 continue
             position = (fragment.start + first, fragment.shape)
             add(f"weight:{fragment.name}", *position, fragment.values[first:last])
-            for kind in kept if moments else ():
+            for kind in moment_names if moments else ():
                 add(
                     f"{kind}:{fragment.name}",
                     *position,
@@ -215,13 +220,13 @@ def _describe_shard(engine: Engine, cluster: Cluster) -> tuple[list[Entry], dict
         add(f"weight:{name}", start, shape, values)
     lm = engine.module.lm
     if cluster.rank == 0:
-        kept = lm.state_dict(keep_vars=True).keys()
+        persistent = lm.state_dict(keep_vars=True).keys()
         for name, buffer in lm.named_buffers():
-            if name in kept:
+            if name in persistent:
                 add(f"weight:{name}", 0, tuple(buffer.shape), buffer.reshape(-1))
     assert len(optimizer_steps) <= 1, f"parameters have made different numbers of steps: {optimizer_steps}"
     step = str(optimizer_steps.pop()) if optimizer_steps else ""
-    return entries, {"segments": json.dumps(positions), "optimizer_step": step}
+    return entries, {"segments": json.dumps(segments), "optimizer_step": step}
 
 
 def read_state(checkpoint: Checkpoint) -> TrainerState:
@@ -236,9 +241,10 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, cluster: Cluster) ->
     Raises:
         UserError: The checkpoint is of another model.
     """
-    cluster.run_on_all(lambda: _load_shard(engine, checkpoint))
-    refresh_model_weights(engine)
     state = read_state(checkpoint)
+    moment_names = optimizer_kind(state.optimizer).moments
+    cluster.run_on_all(lambda: _load_shard(engine, checkpoint, moment_names))
+    refresh_model_weights(engine)
     engine.global_steps = state.step
     engine.global_samples = state.step * engine.train_batch_size()
     engine.skipped_steps = state.refused_steps
@@ -247,15 +253,14 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, cluster: Cluster) ->
     return state
 
 
-def _load_shard(engine: Engine, checkpoint: Checkpoint) -> None:
+def _load_shard(engine: Engine, checkpoint: Checkpoint, moment_names: Sequence[str]) -> None:
     with SegmentReader(checkpoint.shards) as reader:
         for name, buffer in engine.module.lm.named_buffers():
             if f"weight:{name}" in reader.stored:
                 reader.read(f"weight:{name}", 0, buffer.view(-1))
         steps = {metadata["optimizer_step"] for metadata in reader.metadata} - {""}
-        kept = moments_of(engine.basic_optimizer)
         for shard in local_shards(engine):
-            moments = {kind: torch.zeros_like(shard.stepped.data) for kind in kept if steps}
+            moments = {kind: torch.zeros_like(shard.stepped.data) for kind in moment_names if steps}
             for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
                 stored = reader.stored.get(f"weight:{fragment.name}")
                 if stored is None or stored.shape != fragment.shape:

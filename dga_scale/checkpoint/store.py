@@ -18,7 +18,7 @@ import torch
 
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
-from dga_scale.run_folder import write_text
+from dga_scale.run_folder import RunFolder, write_text
 from dga_scale.storage.atomic import sync
 from dga_scale.storage.checked_json import checked, with_checksum
 from dga_scale.storage.safetensors_stream import FileRecord, record_of
@@ -58,7 +58,7 @@ class Checkpoint:
 
     def lies_in(self, run_dir: Path) -> bool:
         """Return whether the checkpoint is one of this run's own."""
-        return self.path.resolve().parent == run_dir.resolve() / "checkpoints"
+        return self.path.resolve().parent == RunFolder(run_dir.resolve()).checkpoints
 
     @property
     def shards(self) -> list[Path]:
@@ -67,7 +67,7 @@ class Checkpoint:
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
-    return run_dir / "checkpoints" / f"step-{step:06d}"
+    return RunFolder(run_dir).checkpoints / f"step-{step:06d}"
 
 
 def commit(
@@ -134,7 +134,7 @@ def prune(run_dir: Path, limit: int, step: int) -> None:
     no room for it.
     """
     if limit > 0:
-        good = [path for path in _folders(run_dir / "checkpoints") if _step(path) <= step]
+        good = [path for path in _folders(RunFolder(run_dir).checkpoints) if _step(path) <= step]
         for path in good[limit:]:
             removed = path.with_name(path.name + ".tmp")
             path.rename(removed)  # a half-removed folder is no checkpoint
@@ -146,7 +146,7 @@ def remove_leftovers(run_dir: Path) -> None:
 
     A checkpoint that was being replaced, and is not yet, is put back.
     """
-    checkpoints = run_dir / "checkpoints"
+    checkpoints = RunFolder(run_dir).checkpoints
     for replaced in checkpoints.glob("step-*.old"):
         if replaced.with_suffix("").exists():
             shutil.rmtree(replaced)
@@ -172,7 +172,7 @@ def _step(path: Path) -> int:
 
 def newest_complete(run_dir: Path) -> Checkpoint | None:
     """Find the newest checkpoint whose files are all there in their full size; hashes are not compared."""
-    for path in _folders(run_dir / "checkpoints"):
+    for path in _folders(RunFolder(run_dir).checkpoints):
         found, _ = inspect(path)
         if found is not None:
             return found
@@ -221,7 +221,7 @@ def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoin
         return found
     if resume == "auto":
         return newest_verified(run_dir, cluster)
-    folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
+    folders = cluster.broadcast_object(_folders(RunFolder(run_dir).checkpoints))
     if folders:
         raise UserError(
             f"{run_dir} already holds {folders[0].name}. Give a new --output_dir, or --resume auto to resume."
@@ -235,7 +235,7 @@ def newest_verified(run_dir: Path, cluster: Cluster) -> Checkpoint | None:
     Raises:
         UserError: There are checkpoints, but none is complete.
     """
-    folders = cluster.broadcast_object(_folders(run_dir / "checkpoints"))
+    folders = cluster.broadcast_object(_folders(RunFolder(run_dir).checkpoints))
     skipped: list[str] = []
     for path in folders:
         found, problem = verified(path, cluster)
@@ -244,7 +244,7 @@ def newest_verified(run_dir: Path, cluster: Cluster) -> Checkpoint | None:
         skipped.append(problem)
     if skipped:
         raise UserError(
-            f"no checkpoint in {run_dir / 'checkpoints'} is complete: {'; '.join(skipped)}. "
+            f"no checkpoint in {RunFolder(run_dir).checkpoints} is complete: {'; '.join(skipped)}. "
             "Restore a file, or remove the folder to start from the beginning."
         )
     return None

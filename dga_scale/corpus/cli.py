@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dga_scale.config.arguments import Parser
+from dga_scale.corpus.reading.sources import COMPRESSIONS, FORMATS
 from dga_scale.corpus.sharding.executor import under_mpi
 from dga_scale.corpus.sharding.packing import PACKINGS
 from dga_scale.corpus.sharding.pipeline import DOCUMENT_MODES, ShardReport, shard_corpus
@@ -20,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command's options."""
     parser = Parser(
         description="Tokenise raw text into a corpus folder: Arrow shards and a manifest. A run that was "
-        "interrupted goes on when the same command is given again; the result is the same, byte for byte, "
+        "interrupted resumes when the same command is given again; the result is the same, byte for byte, "
         "for any number of workers, mpirun ranks or array tasks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -31,8 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="files, folders or globs: txt, jsonl, csv and tsv (plain, .gz or .zst), parquet, arrow, folders "
-        "saved by `datasets`, or any other file that datasets.load_dataset reads",
+        help=f"files, folders or globs: {', '.join(FORMATS)} (text also as {' or '.join(COMPRESSIONS)}), "
+        "folders saved by `datasets`, or any other file that datasets.load_dataset reads",
     )
     add("--tokenizer", required=True, default=argparse.SUPPRESS, help="folder or name of the model to train")
     add("--output", required=True, default=argparse.SUPPRESS, type=Path, help="the corpus folder to write")

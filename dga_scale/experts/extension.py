@@ -19,7 +19,7 @@ from dga_scale.backbone.extended import (
 )
 from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters
-from dga_scale.experts.routing import Passes, Router, SparseSublayer, project
+from dga_scale.experts.routing import ForwardState, Router, SparseSublayer, project
 from dga_scale.experts.sublayers import SUBLAYERS, Sublayer, block_of, sublayer_modules
 
 EXPERTS = "experts"
@@ -178,7 +178,7 @@ def update_centres_every(model: ExtendedPreTrainedModel, forwards: int) -> None:
     The centres then depend on the step's sequences alone, not on how these are cut into micro-batches.
     """
     for sublayer in sparse_sublayers(model).values():
-        sublayer.passes.per_update = forwards
+        sublayer.state.per_update = forwards
 
 
 def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anatomy:
@@ -189,7 +189,7 @@ def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anato
             "before transformers' ZeRO-3 integration is active"
         )
     keep_no_cache(base, "experts")  # a route is chosen for a whole sequence, not for its next token
-    passes = Passes(base.base_model)
+    state = ForwardState(base.base_model)
     for entry in settings["sublayers"]:
         layer, sublayer = entry["layer"], entry["sublayer"]
         block = block_of(anatomy, layer)
@@ -198,8 +198,8 @@ def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anato
         router = Router(anatomy.hidden_size, settings["projection"], entry["experts"], settings["alpha"]).to(
             base.device
         )
-        sparse = SparseSublayer([name.removeprefix(block) for name in names], dense, router, passes)
-        passes.sublayers.append(sparse)
+        sparse = SparseSublayer([name.removeprefix(block) for name in names], dense, router, state)
+        state.sublayers.append(sparse)
         parent = base.get_submodule(block.removesuffix("."))
         if not hasattr(parent, CHILD):
             parent.add_module(CHILD, nn.ModuleDict())

@@ -122,11 +122,11 @@ class SparseSublayer(nn.Module):
         names: The names of the dense modules inside their block.
         dense: The modules, in the order they are called; the first one's input determines the route.
         router: The router, with one centre an expert.
-        passes: The state of the model's current forward pass.
+        state: The state of the model's current forward pass.
     """
 
     def __init__(
-        self, names: Sequence[str], dense: Sequence[nn.Module], router: Router, passes: "Passes"
+        self, names: Sequence[str], dense: Sequence[nn.Module], router: Router, state: "ForwardState"
     ) -> None:
         super().__init__()
         self.router = router
@@ -136,7 +136,7 @@ class SparseSublayer(nn.Module):
         )
         self._names = tuple(names)
         self._dense = tuple(dense)  # a tuple: they stay children of the block alone
-        self.passes = passes
+        self.state = state
         self._rows: list[tuple[int, Tensor]] = []
         self._order = torch.empty(0)
         self.last: tuple[Tensor, Tensor] | None = None  # v' and expert of each sequence of the last forward
@@ -176,8 +176,8 @@ class SparseSublayer(nn.Module):
 
     def _route(self, states: Tensor) -> None:
         """Set which rows each expert runs, and the index of each row's output among all experts' outputs."""
-        if self.passes.inside:
-            features = self.router.features(states, self.passes.attention_mask)
+        if self.state.inside:
+            features = self.router.features(states, self.state.attention_mask)
             self.last = features, self.router.choose(features)
         # Outside, a checkpointed block is recomputed in the backward pass: it has to take the same route.
         assert self.last is not None
@@ -205,7 +205,7 @@ class SparseSublayer(nn.Module):
         return training or partitioned
 
 
-class Passes:
+class ForwardState:
     """The state of a model's current forward pass for its experts, which hooks on the trunk maintain.
 
     After the last training forward pass of an optimizer step the centres are updated by the sequences of all

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from dga_scale.config.arguments import nearest
 from dga_scale.errors import UserError
 from dga_scale.logging.logger import LoggedRun, Logger
 from dga_scale.logging.tensorboard import TensorBoard
@@ -20,8 +21,11 @@ def check_loggers(names: Sequence[str]) -> None:
     """Refuse a name that is not in the table.
 
     Raises:
-        UserError: it is not, with those that are.
+        UserError: it is not, with those that are and the nearest.
     """
     for name in names:
         if name not in LOGGERS:
-            raise UserError(f"--loggers {name}: there is no such logger. Choose among {', '.join(LOGGERS)}.")
+            raise UserError(
+                f"--loggers {name}: there is no such logger. Choose among {', '.join(LOGGERS)}."
+                + nearest(name, LOGGERS)
+            )

@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dga_scale.logging import plots
 from dga_scale.logging.logger import LoggedRun, Logger, Numbers
+from dga_scale.run_folder import RunFolder
 
 
 class TensorBoard(Logger):
@@ -22,7 +23,7 @@ class TensorBoard(Logger):
         super().__init__(run, say)
         # TensorBoard drops what an interrupted run wrote at and after purge_step.
         purge = run.completed_steps + 1 if run.completed_steps else None
-        self._folder = run.folder / "tensorboard"
+        self._folder = RunFolder(run.folder).tensorboard
         self._writer: SummaryWriter | None = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=30)
 
     def step(self, step: int, numbers: Numbers) -> None:

@@ -252,12 +252,12 @@ def time(
 ) -> Time:
     """Estimate a step's seconds.
 
-    Passes are a roofline (see above), or run at ``gpu.mfu`` where that was measured. AdamW reads 16 and
-    writes 12 bytes an entry, and the weights of the passes; before it, gradients are brought to fp32, their
-    norm is taken, and they are scaled: 20 bytes more. The reduction of gradients, except a last bucket, hides
-    behind the backward pass with ``overlap_comm``; ZeRO-3's gathers behind both passes, as it prefetches; at
-    most ``overlap`` of a pass. What follows the step, and the contrast's keys, which the loss waits for, do
-    not hide.
+    Forward and backward passes are a roofline (see above), or run at ``gpu.mfu`` where that was measured.
+    AdamW reads 16 and writes 12 bytes an entry, and the weights of the passes; before it, gradients are
+    brought to fp32, their norm is taken, and they are scaled: 20 bytes more. The reduction of gradients,
+    except a last bucket, hides behind the backward pass with ``overlap_comm``; ZeRO-3's gathers behind both
+    passes, as it prefetches; at most ``overlap`` of a pass. What follows the step, and the contrast's keys,
+    which the loss waits for, do not hide.
     """
     counted, flops = forward_backward_flops(
         model, batch, micro_steps=micro_steps, ranks=zero.ranks, checkpointing=checkpointing

@@ -1,6 +1,6 @@
 """Effective protection: each unit's movement since the start, beside its target 1 - a.
 
-This figure shows whether a soft-mask does anything: Adam undoes a mask on the gradient (METHODS 1).
+This figure shows whether a soft-mask does anything: Adam undoes a mask on the gradient (docs/methods.md).
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dga_scale.logging.evaluations import BeforeAfter
+from dga_scale.logging.json_lines import LOG_FILE
 from dga_scale.quickstart.prepare import FOLDER, defaults, repository, run_command
+from dga_scale.run_folder import RunFolder
 
 MASTER_PORT = 29500
 """DeepSpeed's default port for the rendezvous."""
@@ -24,8 +26,8 @@ def demo(folder: Path = FOLDER) -> int:
     """Run the steps that are not complete yet, show the results, and return the exit code."""
     started = time.monotonic()
     settings = defaults(folder)
-    run = Path(settings["output_dir"])
-    complete = (run / "report.html").exists()
+    run = RunFolder(Path(settings["output_dir"]))
+    complete = run.report.exists()
     if not complete:
         _train(settings)
     show(folder, run)
@@ -63,9 +65,9 @@ def _port() -> int:
     raise AssertionError("the system always has a free port")
 
 
-def show(folder: Path, run: Path) -> None:
+def show(folder: Path, run: RunFolder) -> None:
     """Print the losses before and after training, and the paths of the results."""
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads(run.summary.read_text(encoding="utf-8"))
     console = Console(highlight=False)
     table = Table(
         title=f"The demo: DGA on {summary['tokens']:,} tokens of documentation of scientific Python"
@@ -80,10 +82,10 @@ def show(folder: Path, run: Path) -> None:
     console.print()
     console.print(table)
     paths = {
-        "adapted model": f"{run / 'model'} (AutoModelForMaskedLM.from_pretrained)",
-        "report": run / "report.html",
-        "TensorBoard": f"tensorboard --logdir {run / 'tensorboard'}",
-        "log": run / "log.jsonl",
+        "adapted model": f"{run.model} (AutoModelForMaskedLM.from_pretrained)",
+        "report": run.report,
+        **({"TensorBoard": f"tensorboard --logdir {run.tensorboard}"} if run.tensorboard.exists() else {}),
+        "log": run.path / LOG_FILE,
         "model before": folder / "base" / "model",
         "corpora": folder / "corpora",
     }

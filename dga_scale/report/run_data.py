@@ -16,6 +16,7 @@ from dga_scale.errors import UserError
 from dga_scale.logging.evaluations import BeforeAfter, Texts, before_and_after, history, last_texts
 from dga_scale.logging.json_lines import LOG_FILE, read_log
 from dga_scale.preservation.importance import Importance
+from dga_scale.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -137,26 +138,27 @@ def load_run(folder: Path) -> RunData:
     Raises:
         UserError: it is no run folder, or a file in it is damaged (named).
     """
-    for needed in ("config.yaml", LOG_FILE):
-        if not (folder / needed).is_file():
+    run, log = RunFolder(folder), folder / LOG_FILE
+    for needed in (run.config, log):
+        if not needed.is_file():
             raise UserError(
-                f"{folder} is no run folder: it holds no {needed}. Give the --output_dir of a run that has "
-                "made at least one step."
+                f"{folder} is no run folder: it holds no {needed.name}. Give the --output_dir of a run "
+                "that has made at least one step."
             )
-    settings = _settings(folder / "config.yaml")
-    records = read_log(folder / LOG_FILE)
+    settings = _settings(run.config)
+    records = read_log(log)
     importance: dict[str, Tensor] = {}
     protection: dict[str, Tensor] = {}
-    if (folder / "importance.safetensors").is_file():
-        measured = Importance.load(folder / "importance.safetensors")
+    if run.importance.is_file():
+        measured = Importance.load(run.importance)
         importance = measured.values
         protection = measured.protection(settings["importance_squash"])
-    after = folder / "importance-after.safetensors"
+    after = run.importance_after
     return RunData(
         name=folder.resolve().name,
         settings=settings,
-        environment=_json(folder / "environment.json"),
-        summary=_json(folder / "summary.json"),
+        environment=_json(run.environment),
+        summary=_json(run.summary),
         steps=[r for r in records if "event" not in r],
         events=[r for r in records if "event" in r],
         importance=importance,
@@ -235,8 +237,7 @@ def summarize_protection(run: RunData) -> str | None:
     if not sentences:
         return None
     if undone and run.settings.get("soft_mask") == "gradient":
-        sentences.append(
-            "The mask did little: Adam divides a constant factor on the gradient out again. "
-            "--soft_mask update applies it to the step instead."
-        )
+        adam = run.settings.get("optimizer", "adamw") == "adamw"
+        why = ": Adam divides a constant factor on the gradient out again" if adam else ""
+        sentences.append(f"The mask did little{why}. --soft_mask update applies it to the step instead.")
     return f"{run.name}: {' '.join(sentences)}"

@@ -86,10 +86,11 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         table.add_row(name, *found.cells(".4f"))
     if table.row_count:
         console.print(table)
+    board = folder.tensorboard
     for what, where in (
         ("model", folder.model),
         ("report", folder.report),
-        ("TensorBoard", f"tensorboard --logdir {folder.path / 'tensorboard'}"),
+        *([("TensorBoard", f"tensorboard --logdir {board}")] if board.exists() else []),
         ("log", folder.path / LOG_FILE),
     ):
         console.print(f"{what:>12}: {where}", soft_wrap=True)

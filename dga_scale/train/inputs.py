@@ -25,6 +25,7 @@ from dga_scale.run_folder import RunFolder
 from dga_scale.train.schedule import may_extend
 from dga_scale.zero.ds_config import ResolvedConfig, resolve_ds_config
 from dga_scale.zero.ds_keys import load_ds_config
+from dga_scale.zero.optimizers import optimizer_kind
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     """
     assert config.model.model is not None, "the entry point fills the demo's in"
     assert config.data.corpus is not None
+    optimizer_kind(config.optimization.optimizer)
+    check_loggers(config.run.loggers or ())
     (path,) = config.data.corpus  # of several, engine.sequence makes a run each
     model_config = load_model_config(config.model.model)
     tokenizer = load_tokenizer(config.model.model)
@@ -108,7 +111,6 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     config = resolved.config
     folder = RunFolder(Path(config.run.output_dir or default_output_dir(config)))
     folder.check(config, allowed=may_extend)
-    check_loggers(config.run.loggers or ())
     mixture = _mixture(config, corpus, tokenizer)
     mixture.check_one_batch(resolved.global_batch_size)
     general = config.method.general_corpus if isinstance(config.method, GeneralTextSettings) else None

@@ -239,11 +239,11 @@ def _spread(engine: Engine) -> dict[str, int]:
 
 def _incomplete(owned: Sequence[Sequence[OwnedPart]], sizes: Mapping[str, int]) -> str | None:
     """Find an entry that belongs to no rank, or to two."""
-    pieces: dict[str, list[tuple[int, int, int]]] = {name: [] for name in sizes}
+    fragments: dict[str, list[tuple[int, int, int]]] = {name: [] for name in sizes}
     for rank, of_rank in enumerate(owned):
         for name, start, length in of_rank:
-            pieces[name].append((start, length, rank))
-    for name, parts in pieces.items():
+            fragments[name].append((start, length, rank))
+    for name, parts in fragments.items():
         end, last = 0, -1
         for start, length, rank in [*sorted(parts), (sizes[name], 0, -1)]:
             if start > end:

@@ -37,7 +37,7 @@ def protect(trainer: Trainer) -> None:
         earlier = [known or measure(trainer, "proxy_kl", path)]
     importance = protection.protect(*earlier, squash=settings.importance_squash)
     trainer.log.importance(importance.values, protection.a)
-    if protection.soft_mask == "gradient":
+    if protection.soft_mask == "gradient" and trainer.config.optimization.optimizer == "adamw":
         trainer.log.print(ADAM_UNDOES_GRADIENT_MASKS)
 
 

@@ -25,6 +25,7 @@ class Start:
     Attributes:
         checkpoint: what it resumes from; None: the base model's weights.
         schedule: of its learning rate.
+        optimizer: the name of its optimizer.
         base_model: hash of the weights that the run, or the one it resumes from, started from.
         prior_importance: hashes of the files of ``--prior_importance``.
         before: the evaluation of the base model that the checkpoint knows; empty where there is none yet.
@@ -34,6 +35,7 @@ class Start:
 
     checkpoint: Checkpoint | None
     schedule: Schedule
+    optimizer: str
     base_model: str = ""
     prior_importance: tuple[str, ...] = ()
     before: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Start:
             prior_importance=list(self.prior_importance),
             schedule=dataclasses.asdict(self.schedule),
             before=before,
+            optimizer=self.optimizer,
         )
 
 
@@ -70,6 +73,7 @@ def find_start(inputs: Inputs, cluster: Cluster) -> Start:
     start = Start(
         None,
         Schedule.of(config.optimization),
+        config.optimization.optimizer,
         cluster.run_on_first(lambda: weights_hash(config.model.model or "", config.model.random_init)),
         cluster.run_on_first(lambda: _prior_importance(inputs)),
     )
@@ -123,6 +127,11 @@ def _resumed(start: Start, checkpoint: Checkpoint, inputs: Inputs) -> Start:
     if tuple(state.prior_importance) != start.prior_importance:
         raise UserError(
             f"{path} was trained with other files of --prior_importance than these: give those, {anew}"
+        )
+    if state.optimizer != start.optimizer:
+        raise UserError(
+            f"--optimizer {start.optimizer}: {path} was trained with {state.optimizer}, whose moments it "
+            f"holds: give --optimizer {state.optimizer}, {anew}"
         )
     if settings.max_steps < state.step:
         raise UserError(

@@ -58,7 +58,7 @@ class Trainer:
         self.inputs, self.cluster, self.log = inputs, cluster, log
         self.config = config = inputs.config
         self.method = build_method(config)
-        self.start = start or Start(None, Schedule.of(config.optimization))
+        self.start = start or Start(None, Schedule.of(config.optimization), config.optimization.optimizer)
         self.before = self.start.before
         self._companions: dict[str, FileRecord] | None = None
         initial = starting_model(inputs, cluster, log, self.method, resuming=self.resuming)

@@ -66,7 +66,8 @@ def build_engine(
     settings = resolved.config.optimization
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = _groups(model, settings.weight_decay, lr_scales or {})
-    optimizer = optimizer_kind(settings.optimizer).build(groups, settings)
+    kind = optimizer_kind(settings.optimizer)
+    optimizer = kind.build(groups, settings)
     connect_deepspeed()
     import_muon_uncompiled()
     # References, not copies: DeepSpeed's cast to 16 bits would otherwise be the last of these numbers.
@@ -83,6 +84,7 @@ def build_engine(
     if resolved.precision != "fp32":
         _restore_masters(engine, originals)
         keep_frozen_weights(engine, originals)
+    kind.attach(optimizer, engine)
     return engine
 
 

@@ -7,13 +7,17 @@ updates look at the weights before and after a step, and work with any.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
+from dga_scale.config.arguments import nearest
 from dga_scale.config.settings import OptimizationSettings
 from dga_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 Groups = list[dict[str, Any]]
 """Parameter groups with their ``weight_decay``, as torch optimizers take them."""
@@ -24,15 +28,16 @@ class OptimizerKind:
     """One optimizer.
 
     Attributes:
-        type: the class of what ``build`` makes.
         build: makes it of parameter groups and settings, with learning rate 0: the loop sets it each step.
         moments: what its state holds for each entry that it steps, in fp32, by name.
+        attach: called with that optimizer and its engine once the engine is built, so that an optimizer can
+            learn where its parameters lie; by default nothing.
 
     """
 
-    type: type[Optimizer]
     build: Callable[[Groups, OptimizationSettings], Optimizer]
     moments: tuple[str, ...]
+    attach: Callable[[Any, "DeepSpeedEngine"], None] = lambda *_: None
 
 
 def _adamw(groups: Groups, settings: OptimizationSettings) -> Optimizer:
@@ -40,22 +45,18 @@ def _adamw(groups: Groups, settings: OptimizationSettings) -> Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.adam_epsilon, fused=True)
 
 
-OPTIMIZERS = {"adamw": OptimizerKind(torch.optim.AdamW, _adamw, moments=("exp_avg", "exp_avg_sq"))}
+OPTIMIZERS = {"adamw": OptimizerKind(_adamw, moments=("exp_avg", "exp_avg_sq"))}
 
 
 def optimizer_kind(name: str) -> OptimizerKind:
     """Look an optimizer up.
 
     Raises:
-        UserError: there is none of that name, with those that there are.
+        UserError: there is none of that name, with those that there are and the nearest.
     """
     if name not in OPTIMIZERS:
         raise UserError(
             f"--optimizer {name}: there is no such optimizer. Choose among {', '.join(OPTIMIZERS)}."
+            + nearest(name, OPTIMIZERS)
         )
     return OPTIMIZERS[name]
-
-
-def moments_of(optimizer: Optimizer) -> tuple[str, ...]:
-    """Name what an optimizer of the table keeps for each entry."""
-    return next(kind.moments for kind in OPTIMIZERS.values() if type(optimizer) is kind.type)

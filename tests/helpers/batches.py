@@ -84,9 +84,9 @@ def joined(batches: Sequence[Batch]) -> Batch:
     """One batch of the rows of several, padded to the longest."""
     longest = max(batch.input_ids.shape[1] for batch in batches)
 
-    def all_rows(tensors: Sequence[Tensor], filler: int) -> Tensor:
+    def all_rows(tensors: Sequence[Tensor], padding: int) -> Tensor:
         return torch.cat(
-            [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=filler) for t in tensors]
+            [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=padding) for t in tensors]
         )
 
     return batch_of(

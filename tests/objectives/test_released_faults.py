@@ -1,4 +1,4 @@
-"""The faults of the released DGA and DAS code (METHODS 1, table), by number: each check fails on the fault.
+"""The faults of the released DGA and DAS code (docs/methods.md), by number: each check fails on the fault.
 
 Each test holds the property that the fault breaks and, beside it, the faulty computation, to show that the
 check tells the two apart. Fault 10, a schedule that ignores the step budget, is that of

@@ -129,7 +129,7 @@ IN_STAGE: dict[int, dict[Fault, str]] = {
 }
 
 
-def offences(flags: list[str], faults: list[Fault]) -> tuple[list[str], str]:
+def violations(flags: list[str], faults: list[Fault]) -> tuple[list[str], str]:
     """What is said of each fault on rank 1 after two sound steps, and of rank 1 reading rank 0's rows."""
     config, cluster = read_config(flags), join_cluster()
     inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
@@ -144,20 +144,20 @@ def offences(flags: list[str], faults: list[Fault]) -> tuple[list[str], str]:
             trainer.step(stream.step(step))
             invariants.after_step(stream.step(step))
         for fault in faults:
-            mend = fault(trainer) if cluster.rank == 1 else lambda: None
-            said.append(offence(invariants, stream, 1))
-            mend()
-        invariants.after_step(stream.step(1))  # all is mended
+            undo = fault(trainer) if cluster.rank == 1 else lambda: None
+            said.append(violation(invariants, stream, 1))
+            undo()
+        invariants.after_step(stream.step(1))  # all is undone
         wrong = BatchStream(
             inputs.mixture, inputs.masking, global_batch_size=16, micro_batch_size=8, rank=0, world_size=2,
             start_step=0, num_steps=2,
         )  # fmt: skip
-        rows = offence(invariants, wrong, 1)
+        rows = violation(invariants, wrong, 1)
         trainer.engine.destroy()
     return said, rows
 
 
-def offence(invariants: Invariants, stream: BatchStream, step: int) -> str:
+def violation(invariants: Invariants, stream: BatchStream, step: int) -> str:
     try:
         invariants.after_step(stream.step(step))
     except UserError as error:
@@ -173,7 +173,7 @@ def test_each_fault_of_one_rank_is_named(stage: int, bf16: str, world: SmallWorl
         world, tmp_path / "run", soft_mask="update", ds_config=config, bf16=bf16, warmup_ratio=0.0,
         lr_scheduler_type="constant", max_eval_samples=16,
     )  # fmt: skip
-    first, second = run_ranks(2, offences, flags, list(expected))
+    first, second = run_ranks(2, violations, flags, list(expected))
     assert first == second, "all ranks raise the same"
     said, rows = first
     for fault, text, words in zip(expected, said, expected.values(), strict=True):
@@ -189,7 +189,7 @@ def test_centres_of_experts_are_compared(world: SmallWorld, tmp_path: Path) -> N
         world, tmp_path / "run", method="cse", cse_samples=64, cse_projection=8, cse_layers=1,
         mix=f"{world.general_corpus}:0.3", general_eval_corpus=None,
     )  # fmt: skip
-    for said, rows in run_ranks(2, offences, flags, [centres]):
+    for said, rows in run_ranks(2, violations, flags, [centres]):
         assert "router.centres is not the same on all ranks: entry 4 is " in said[0]
         assert "of " + str(world.corpus) in rows or "of " + str(world.general_corpus) in rows
 

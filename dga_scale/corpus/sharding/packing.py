@@ -188,15 +188,15 @@ def _texts(work: Work, task: ShardTask) -> Iterator[list[str]]:
     document_batches = load_document_batches(work.document_batches_file)
     for index in range(*task.document_batches):
         repeats = duplicates_of(work, index, task.partitions)
-        place = 0
+        position = 0
         for texts, low in read_document_batch(work, document_batches[index].name):
-            wanted = low < np.uint64(task.threshold)
+            kept = low < np.uint64(task.threshold)
             if task.split != VALIDATION:
-                wanted = ~wanted
-            here = repeats[(repeats >= place) & (repeats < place + len(texts))] - np.uint64(place)
-            wanted[here.astype(np.int64)] = False
-            yield texts.filter(pa.array(wanted)).to_pylist()
-            place += len(texts)
+                kept = ~kept
+            here = repeats[(repeats >= position) & (repeats < position + len(texts))] - np.uint64(position)
+            kept[here.astype(np.int64)] = False
+            yield texts.filter(pa.array(kept)).to_pylist()
+            position += len(texts)
 
 
 def _tokenised(batches: Iterator[list[str]], encoder: Encoder, threads: int) -> Iterator[list[np.ndarray]]:

@@ -223,7 +223,7 @@ def test_all_world_sizes_see_the_same(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_documents_are_dealt_out_by_length(world_size: int, corpus: Corpus, masking: MaskingPolicy) -> None:
+def test_documents_are_distributed_by_length(world_size: int, corpus: Corpus, masking: MaskingPolicy) -> None:
     """Ranks alternate in the sorted rows; a batch is as long as its longest, in steps of 32."""
     micro = GLOBAL // world_size
     ranks = [
@@ -234,8 +234,8 @@ def test_documents_are_dealt_out_by_length(world_size: int, corpus: Corpus, mask
         batches = [step.micro_batches[0] for step in steps]
         read: dict[int, int] = {}
         lengths = [batch.attention_mask.sum(dim=1).tolist() for batch in batches]
-        dealt = [length for turn in zip(*lengths, strict=True) for length in turn]
-        assert dealt == sorted(dealt, reverse=True)
+        interleaved = [length for turn in zip(*lengths, strict=True) for length in turn]
+        assert interleaved == sorted(interleaved, reverse=True)
         for batch, own in zip(batches, lengths, strict=True):
             width = min(rounded_up(max(own)), LENGTH)
             assert batch.input_ids.shape == (micro, width)
