@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dga_scale.corpus.cli import build_parser, main
+from dga_scale.corpus.reading.sources import COMPRESSIONS, FORMATS
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
@@ -25,6 +26,11 @@ def test_help_documents_every_option_with_its_default() -> None:
             assert option is not None, field.name
             assert option[1] == str(field.default), field.name
     assert all(action.help for action in build_parser()._actions)
+
+
+def test_help_names_every_format_of_files() -> None:
+    words = set(re.findall(r"\.\w+", build_parser().format_help()))
+    assert {*FORMATS, *COMPRESSIONS} <= words
 
 
 def test_the_tool_and_its_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The report, opened as a browser would: well-formed, nothing from outside, every picture decodable."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -304,6 +305,9 @@ def test_effective_protection_in_words(tmp_path: Path) -> None:
     assert "--soft_mask update" in (summarize_protection(undone) or "")
     assert "moved 0.20 of what" in (summarize_protection(kept) or "")
     assert "Adam" not in (summarize_protection(kept) or "")
+    assert "Adam divides" in (summarize_protection(undone) or "")
+    other = dataclasses.replace(undone, settings=undone.settings | {"optimizer": "sgd"})
+    assert "The mask did little. --soft_mask update" in (summarize_protection(other) or "")
 
 
 def test_unfinished_run_and_one_without_figures(tmp_path: Path) -> None:
