@@ -19,7 +19,7 @@ def states(rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def loss_of_the_paper(u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """METHODS 1 (DGA, eq. of L_contrast), sums and exponentials as written; fp64."""
+    """The formula of docs/methods.md (DGA, eq. of L_contrast), sums and exponentials as written; fp64."""
 
     def s(a: Tensor, b: Tensor) -> Tensor:
         return torch.dot(a, b) / (a.norm() * b.norm())

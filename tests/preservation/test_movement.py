@@ -108,7 +108,7 @@ def test_relative_movement_is_against_the_least_protected_of_the_layer() -> None
 
 @pytest.mark.parametrize("soft_mask", ["gradient", "update"])
 def test_adam_undoes_a_gradient_mask_and_not_an_update_mask(soft_mask: str) -> None:
-    """The finding that METHODS 1 tabulates: 1 - a = 0.05 leaves most of the movement, or 5% of it."""
+    """The finding that docs/methods.md tabulates: 1 - a = 0.05 leaves most of the movement, or 5% of it."""
     model = toy_model("mlm")
     a = torch.zeros_like(toy_protection())
     a[:, 1] = 0.95

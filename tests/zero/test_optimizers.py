@@ -115,15 +115,7 @@ def test_a_name_that_no_table_has_is_refused_before_anything_is_read(
     flag: str, name: str, right: str, tmp_path: Path
 ) -> None:
     """The model and the corpus that are named here do not exist either: the name is said first."""
-    flags = [
-        "--model",
-        str(tmp_path / "none"),
-        "--corpus",
-        str(tmp_path / "none"),
-        "--ds_config",
-        "none.json",
-        f"--{flag}",
-        name,
-    ]
+    none = str(tmp_path / "none")
+    flags = ["--model", none, "--corpus", none, "--ds_config", none, f"--{flag}", name]
     with pytest.raises(UserError, match=rf"--{flag} {name}: .* Did you mean {right}\?"):
         check_inputs(read_config(flags), single_process())
