@@ -17,6 +17,7 @@ from dga_scale.corpus.shards import read_manifest
 from dga_scale.errors import UserError
 from dga_scale.storage.atomic import replace_file
 
+LOG_FILE = "log.jsonl"
 FIRST_FILES = ("config.yaml.tmp", "corpora.json", "corpora.json.tmp", ".shared")
 """What a run that was killed right at its start may have left."""
 
@@ -80,6 +81,21 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def log(self) -> Path:
+        return self.path / LOG_FILE
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was measured or trained here, which other settings would not have given.
+
+        A run that was refused after it had written its settings has not: it may start again with others.
+        """
+        if self.log.exists() and self.log.stat().st_size:
+            return True
+        results = self.importance, self.importance_after, self.head, self.experts, self.fisher
+        return any(path.exists() for path in (*results, self.checkpoints, self.model))
+
     def check(
         self, config: TrainConfig, allowed: Callable[[Difference], bool] = lambda difference: False
     ) -> None:
@@ -106,6 +122,8 @@ class RunFolder:
                     f"--output_dir {self.path} holds other files ({others[0]}, ...) and no run. "
                     "Give a new folder."
                 )
+            return
+        if not self.begun:
             return
         changed = [str(each) for each in self._differences(config) if not allowed(each)]
         if changed:

@@ -29,7 +29,10 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         """Format the difference for a message: ``max_steps was 100, is 200``."""
         if not self.known:
-            return f"{self.name} was {self.former!r}, which is no setting of this version"
+            return (
+                f"{self.name} was {self.former!r}, which is no setting of this version (take its line out of "
+                "the folder's config.yaml)"
+            )
         return f"{self.name} was {self.former!r}, is {self.now!r}"
 
 

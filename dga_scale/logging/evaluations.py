@@ -13,8 +13,9 @@ may be resumed with another, or with more rows of it.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dga_scale.logging.json_lines import LOG_FILE, read_log
+from dga_scale.logging.json_lines import read_log
 from dga_scale.logging.run_log import RunLog
+from dga_scale.run_folder import LOG_FILE
 
 EVALUATION, TEXTS = "evaluation", "texts"
 FIGURES = ("loss", "accuracy")

@@ -17,9 +17,8 @@ from typing import Any
 
 from dga_scale.errors import UserError
 from dga_scale.logging.logger import LoggedRun, Logger, Numbers
+from dga_scale.run_folder import LOG_FILE
 from dga_scale.storage.atomic import replace_file
-
-LOG_FILE = "log.jsonl"
 
 
 class JsonLines(Logger):

@@ -98,7 +98,7 @@ class MethodContext:
     print: Callable[[str], None]
 
 
-class Method(nn.Module, Generic[S]):
+class Method(Generic[S], nn.Module):
     """An objective: the LM loss, and the terms that it adds on the views it asks for.
 
     A method is a module of the training model: parameters of its own are trained, saved and resumed with the

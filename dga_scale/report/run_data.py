@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dga_scale.errors import UserError
 from dga_scale.logging.evaluations import BeforeAfter, Texts, before_and_after, history, last_texts
-from dga_scale.logging.json_lines import LOG_FILE, read_log
+from dga_scale.logging.json_lines import read_log
 from dga_scale.preservation.importance import Importance
-from dga_scale.run_folder import RunFolder
+from dga_scale.run_folder import LOG_FILE, RunFolder
 
 
 @dataclass(frozen=True)

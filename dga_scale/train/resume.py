@@ -133,10 +133,11 @@ def _resumed(start: Start, checkpoint: Checkpoint, inputs: Inputs) -> Start:
             f"--optimizer {start.optimizer}: {path} was trained with {state.optimizer}, whose moments it "
             f"holds: give --optimizer {state.optimizer}, {anew}"
         )
-    if settings.max_steps < state.step:
+    elsewhere = not checkpoint.lies_in(inputs.folder.path)
+    if settings.max_steps < state.step + elsewhere:  # in a folder of its own a finished run has an end to say
         raise UserError(
-            f"--max_steps {settings.max_steps}: {path} has done {state.step} steps already. Give as many or "
-            "more, or go back to an earlier one: --resume RUN/checkpoints/step-N --output_dir NEW"
+            f"--max_steps {settings.max_steps}: {path} has done {state.step} steps already. Give more, or go "
+            "back to an earlier one: --resume RUN/checkpoints/step-N --output_dir NEW"
         )
     schedule, line = _schedule(Schedule(**state.schedule), checkpoint, inputs)
     lines = (*checkpoint.skipped, f"resuming from {path}", *([line] if line else []))

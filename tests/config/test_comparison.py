@@ -32,6 +32,7 @@ def config_of(method: str = "dga", **settings: object) -> TrainConfig:
 def folder_of(path: Path, config: TrainConfig) -> RunFolder:
     folder = RunFolder(path)
     folder.write_config(config)
+    folder.log.write_text('{"event": "evaluation", "step": 0}\n')
     return folder
 
 
@@ -169,3 +170,13 @@ def test_every_default_satisfies_its_own_declaration() -> None:
         assert not each.choices or set(values) <= set(each.choices), each.name
         assert each.rule is None or each.rule.holds(each.default), each.name
         assert each.help.endswith("."), each.name
+
+
+def test_a_run_that_was_refused_before_it_began_may_start_with_other_settings(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(config_of())
+    folder.log.write_text("")
+    folder.check(config_of(learning_rate=0.5))
+    folder.log.write_text('{"event": "evaluation", "step": 0}\n')
+    with pytest.raises(UserError, match="holds another run: learning_rate was"):
+        folder.check(config_of(learning_rate=0.5))

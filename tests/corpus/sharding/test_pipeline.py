@@ -405,7 +405,7 @@ def test_full_disk(num_workers: int, wordpiece: Path, small_disk: Path, tmp_path
     chosen = settings(wordpiece, shard_size=0.02)
     output = small_disk / "corpus"
     with pytest.raises(
-        UserError, match=rf"the disk of {output} is full \(0\.\d MB free\).*Finished parts are kept"
+        UserError, match=rf"the disk of {output} is full \(0\.\d MB free\).*Finished work is kept"
     ):
         shard_corpus([str(path)], output, chosen, num_workers=num_workers)
     finished = list((output / WORK_FOLDER).glob("input-*.json"))
