@@ -87,6 +87,7 @@ class Runner:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise UserError(
                 f"{self.output}: another comparison, or a command that it left running, uses this folder. "
                 "Wait for it, or end it."
