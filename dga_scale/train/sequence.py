@@ -51,10 +51,11 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
     stages = cluster.run_on_all(lambda: _stages(config))
     if len(stages) == 1:
         return train(config, cluster)
-    if config.run.dry_run:
-        return train(
-            stages[-1].replace(model=config.model.model, random_init=config.model.random_init), cluster
-        )
+    if config.run.dry_run:  # from what is there: earlier domains would leave the model and importances
+        start: dict[str, Any] = {"model": config.model.model, "random_init": config.model.random_init}
+        if isinstance(config.method, DASSettings):
+            start["prior_importance"] = config.method.prior_importance
+        return train(stages[-1].replace(**start), cluster)
     with StopRequest():  # what is asked for in a run's last steps ends the next before it begins
         for settings in stages:
             if cluster.run_on_first(partial(_complete, settings, stages)):
