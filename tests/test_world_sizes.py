@@ -198,5 +198,7 @@ def test_a_run_changes_its_number_of_ranks(
 def test_ranks_that_do_not_divide_the_batch_are_told_which_do(world: SmallWorld, tmp_path: Path) -> None:
     config = read_config(arguments(world, tmp_path / "run", method="mlm", global_batch_size=16))
     three = dataclasses.replace(single_process(), world_size=3)
-    with pytest.raises(UserError, match=r"16 rows does not divide into .* on each of 3.* start 2 or 4 ranks"):
+    with pytest.raises(
+        UserError, match=r"16 rows does not divide into 1 micro-batches on each of 3.* start 2 or 4 ranks"
+    ):
         check_inputs(config, three)

@@ -236,7 +236,7 @@ def test_a_model_of_another_tokenizer_is_compared_by_its_scores_only(
     assert result["models"]["other"]["tasks"]["intent"]["difference"] is not None
     printed = capsys.readouterr().out
     assert "can't be compared" in printed
-    assert "other has another tokenizer than the base" in printed
+    assert "other has another tokenizer than the base: its tokens stand for other text" in printed
     with pytest.raises(UserError, match=r"losses and perplexities can't be compared\. Give the base that"):
         run(world, tmp_path / "out", [str(other)], **few, domain_tasks=[])
     with pytest.raises(UserError, match=r"domain_corpora: corpus and model do not match"):

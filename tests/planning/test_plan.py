@@ -145,7 +145,7 @@ def test_no_method_is_forgotten(method: str) -> None:
     ("given", "message"),
     [
         (arguments("roberta-base", 8, gpu="h10"), "Did you mean h100"),
-        (arguments("roberta-base", 24), "does not divide into .* on each of 24 ranks"),
+        (arguments("roberta-base", 24), "does not divide into 1 micro-batches on each of 24 ranks"),
         (arguments("roberta-base", 0), "--gpus 0: must be at least 1"),
         (arguments("roberta-base", 8, "--mfu", "40"), "--mfu 40.0: must be a share"),
         (arguments("roberta-base", 8, "--sequence_length", "513"), "takes 2 to 512 tokens"),

@@ -208,7 +208,7 @@ REFUSED = [
     ("train", ["--account", "my account"], "--account my account: letters"),
     ("train", ["--sbatch", "--constraint"], "expected one argument"),
     ("train", ["--array_tasks", "3"], "train does not take it .*Write it after `shard`"),
-    ("train", ["--nodes", "3"], "256 rows does not divide into .* on each of 3 ranks"),
+    ("train", ["--nodes", "3"], "256 rows does not divide into 1 micro-batches on each of 3 ranks"),
     ("train", ["--nodes", "2", "--gpus_per_node", "3"], "on each of 6 ranks"),
     ("train", ["--max_stpes", "3"], "unknown setting --max_stpes. Did you mean max_steps"),
     ("train", ["--max_steps", "0"], "--max_steps 0: must be at least 1"),
