@@ -6,6 +6,7 @@ card and docs/settings.md read the declaration; none of them keeps a list of nam
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
+from functools import partial
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -51,19 +52,6 @@ ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _KEY = "setting"
 
 
-class _Metadata(NamedTuple):
-    """The metadata that ``setting`` keeps in a field."""
-
-    default: Any
-    help: str
-    choices: Collection[str]
-    rule: Rule | None
-    affects: Affects
-    source: str
-    refers: Refers | None
-    repeats: bool
-
-
 def setting(
     default: Any,
     help: str,
@@ -95,10 +83,20 @@ def setting(
         lora_rank: int = setting(8, "Rank of the change of a projection.", rule=AT_LEAST_1, source="LoRA")
 
     """
-    metadata = _Metadata(default, help, choices, rule, affects, source, refers, repeats)
+    declaration = partial(
+        Setting,
+        default=default,
+        help=help,
+        choices=choices,
+        rule=rule,
+        affects=affects,
+        source=source,
+        refers=refers,
+        repeats=repeats,
+    )  # the field's name and type are not known yet
     if isinstance(default, list):  # each settings object has its own
-        return field(default_factory=lambda: list(default), metadata={_KEY: metadata})
-    return field(default=default, metadata={_KEY: metadata})
+        return field(default_factory=lambda: list(default), metadata={_KEY: declaration})
+    return field(default=default, metadata={_KEY: declaration})
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,9 @@ def declared(settings: type[Any]) -> Iterator[Setting]:
     """Read the declarations of a settings class, inherited ones first."""
     types = get_type_hints(settings)
     for each in fields(settings):
-        declaration: _Metadata = each.metadata[_KEY]
+        declaration: partial[Setting] = each.metadata[_KEY]
         is_list, kind = _kind(types[each.name])
-        yield Setting(each.name, kind, is_list, *declaration)
+        yield declaration(name=each.name, type=kind, is_list=is_list)
 
 
 def _kind(annotation: Any) -> tuple[bool, type]:
