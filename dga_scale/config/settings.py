@@ -132,6 +132,15 @@ class MethodSettings:
     summary: ClassVar[str]
     """The method's line in ``--help``."""
 
+    @property
+    def dense_warmup_steps(self) -> int:
+        """The steps of a run of the dense model (LM loss) that goes before the method's own; 0: none."""
+        return 0
+
+    def without_dense_warmup(self) -> "MethodSettings":
+        """Return the settings of the method's own run, which starts from the dense run's model."""
+        return self
+
 
 @dataclass(frozen=True)
 class OptimizationSettings:

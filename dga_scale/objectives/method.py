@@ -132,7 +132,8 @@ class Method(Generic[S], nn.Module):
     def kinds(self) -> tuple[str, ...]:
         """The kinds of unit whose importance is measured and protected; none: no gates and no masks.
 
-        A method with kinds has settings that derive from ``ProtectionSettings``.
+        A method with kinds has settings that derive from ``ProtectionSettings``; from
+        ``PriorImportanceSettings``, where importances of earlier domains protect it.
         """
         return ()
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dga_scale.backbone.loading import load_model_config
-from dga_scale.config.methods.cse import CSESettings
-from dga_scale.config.methods.das import DASSettings
-from dga_scale.config.methods.shared import GeneralTextSettings
+from dga_scale.config.methods.shared import GeneralTextSettings, prior_importance_of
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.loading.mixture import Mixture, parse_mix
@@ -96,9 +94,8 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
             "--mix FOLDER:SHARE, for example --mix corpora/general:0.05"
         )
     method.check(config, model_config.causal)
-    if isinstance(config.method, DASSettings):
-        for prior in config.method.prior_importance or ():
-            Importance.load(prior, method.kinds)
+    for prior in prior_importance_of(config.method):
+        Importance.load(prior, method.kinds)
     corpus = open_corpus(path, "--corpus", tokenizer)
     raw = load_ds_config(config.run.ds_config or "")
     resolved = resolve_ds_config(
@@ -145,12 +142,7 @@ def default_output_dir(config: TrainConfig) -> str:
 
 def makes_several_runs(config: TrainConfig) -> bool:
     """Return whether the output folder holds several runs: a sequence of domains, or a dense warm-up."""
-    return len(config.data.corpus or []) > 1 or dense_warmup_steps(config) > 0
-
-
-def dense_warmup_steps(config: TrainConfig) -> int:
-    """Return the steps of the dense model's own run, before experts are made of it; 0: there is none."""
-    return config.method.cse_warmup_steps if isinstance(config.method, CSESettings) else 0
+    return len(config.data.corpus or []) > 1 or config.method.dense_warmup_steps > 0
 
 
 def _mixture(config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Mixture:

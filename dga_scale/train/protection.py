@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dga_scale.config.methods.das import DASSettings
-from dga_scale.config.methods.shared import ProtectionSettings
+from dga_scale.config.methods.shared import ProtectionSettings, prior_importance_of
 from dga_scale.corpus.loading.batches import Batch, EvalBatches
 from dga_scale.errors import UserError
 from dga_scale.preservation.importance import Importance
@@ -28,7 +27,7 @@ def protect(trainer: Trainer) -> None:
     if not kinds:
         return
     settings, cluster, protection = _settings(trainer), trainer.cluster, trainer.protection
-    prior = settings.prior_importance if isinstance(settings, DASSettings) else None
+    prior = prior_importance_of(settings)
     if prior:
         earlier = cluster.run_on_all(lambda: [Importance.load(path, kinds) for path in prior])
     else:

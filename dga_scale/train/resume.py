@@ -9,7 +9,7 @@ from dga_scale.backbone.weights_hash import weights_hash
 from dga_scale.checkpoint.companions import bring_companions
 from dga_scale.checkpoint.state import TrainerState, read_state
 from dga_scale.checkpoint.store import Checkpoint, find_resume_point, newest_verified
-from dga_scale.config.methods.das import DASSettings
+from dga_scale.config.methods.shared import prior_importance_of
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.storage.atomic import storage_errors
@@ -107,9 +107,8 @@ def bring(start: Start, inputs: Inputs, cluster: Cluster) -> None:
 
 
 def _prior_importance(inputs: Inputs) -> tuple[str, ...]:
-    settings = inputs.config.method
-    paths = (settings.prior_importance or ()) if isinstance(settings, DASSettings) else ()
-    return tuple(record_of(Path(path)).sha256 for path in paths if Path(path).is_file())
+    paths = map(Path, prior_importance_of(inputs.config.method))
+    return tuple(record_of(path).sha256 for path in paths if path.is_file())
 
 
 def _resumed(start: Start, checkpoint: Checkpoint, inputs: Inputs) -> Start:

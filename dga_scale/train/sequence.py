@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dga_scale.backbone.loading import load_model_config
-from dga_scale.config.methods.das import DASSettings
 from dga_scale.config.methods.mlm import MLMSettings
+from dga_scale.config.methods.shared import PriorImportanceSettings
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
@@ -30,7 +30,6 @@ from dga_scale.run_folder import RunFolder, write_text
 from dga_scale.train.finish import finished_steps
 from dga_scale.train.inputs import (
     default_output_dir,
-    dense_warmup_steps,
     held_out_part,
     makes_several_runs,
     open_corpus,
@@ -53,7 +52,7 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
         return train(config, cluster)
     if config.run.dry_run:  # from what is there: earlier domains would leave the model and importances
         start: dict[str, Any] = {"model": config.model.model, "random_init": config.model.random_init}
-        if isinstance(config.method, DASSettings):
+        if isinstance(config.method, PriorImportanceSettings):
             start["prior_importance"] = config.method.prior_importance
         return train(stages[-1].replace(**start), cluster)
     with StopRequest():  # what is asked for in a run's last steps ends the next before it begins
@@ -76,12 +75,13 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
     if not makes_several_runs(config):
         return [config]
     root = Path(config.run.output_dir or default_output_dir(config))
-    warmup = dense_warmup_steps(config)
+    warmup = config.method.dense_warmup_steps
     if len(config.data.corpus or []) > 1:
         if warmup:
             raise UserError(
-                f"--cse_warmup_steps {warmup} trains a dense model on one corpus, this run has several: "
-                "train it on the first with --method mlm, and give that run's model/ as --model"
+                f"--method {config.method_name}: its {warmup} steps of warm-up train a dense model on one "
+                "corpus, this run has several: leave them out, train on the first with --method mlm, and "
+                "give that run's model/ as --model"
             )
         names = _checked(config)
         folders = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
@@ -89,14 +89,13 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
     dense = dataclasses.replace(config, method=MLMSettings()).replace(
         output_dir=str(root / "1-dense"), max_steps=warmup, lr_scheduler_type="constant"
     )
-    sparse = config.replace(
+    own = dataclasses.replace(config, method=config.method.without_dense_warmup()).replace(
         output_dir=str(root / "2-experts"),
         model=str(RunFolder(root / "1-dense").model),
         random_init=False,
         head_warmup_steps=0,
-        cse_warmup_steps=0,
     )
-    return [dense, sparse]
+    return [dense, own]
 
 
 def _checked(config: TrainConfig) -> list[str]:
@@ -138,7 +137,7 @@ def _domain(config: TrainConfig, folders: list[Path], number: int) -> TrainConfi
     }
     if earlier:
         values |= {"model": str(RunFolder(earlier[-1]).model), "random_init": False, "head_warmup_steps": 0}
-        if isinstance(config.method, DASSettings):
+        if isinstance(config.method, PriorImportanceSettings):
             first = RunFolder(earlier[0]).importance  # of general knowledge
             given = config.method.prior_importance or [str(first)]
             values["prior_importance"] = [*given, *(str(RunFolder(run).importance_after) for run in earlier)]

@@ -1,14 +1,18 @@
 """--protect through whole runs: FFN-only masks, what they log, and files of other kinds that are refused."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from dga_scale.config.methods.shared import PriorImportanceSettings
 from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError
+from dga_scale.objectives.method import Method
+from dga_scale.objectives.methods import METHODS
 from dga_scale.preservation.importance import Importance
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.small import SmallWorld
@@ -68,6 +72,41 @@ def test_importance_of_other_kinds_is_refused_before_the_model_is_read(
     # Those that it holds can be protected by it; a file of more kinds would do, too.
     fewer = [*flags_of(world, tmp_path / "fewer", method="das"), *prior, "--protect", "ffn_output"]
     assert run_ranks(1, run_training, fewer) == [0]
+
+
+@dataclass(frozen=True)
+class OutsideSettings(PriorImportanceSettings):
+    """Of a method that this test declares."""
+
+    name: ClassVar = "outside"
+    summary: ClassVar = "the LM loss, protected by what earlier domains need"
+
+
+class Outside(Method[OutsideSettings]):
+    """The LM loss alone, on masked FFN units."""
+
+    Settings = OutsideSettings
+    kinds = ("ffn_intermediate", "ffn_output")
+
+
+def run_outside(flags: list[str]) -> int:
+    METHODS.register(Outside)
+    return run_training(flags)
+
+
+def test_a_method_outside_of_the_package_is_protected_by_earlier_importances(
+    ffn_only: Path, world: SmallWorld, tmp_path: Path
+) -> None:
+    prior = ffn_only / "importance.safetensors"
+    flags = flags_of(world, tmp_path / "run", method="outside", prior_importance=prior)
+    assert run_ranks(1, run_outside, flags) == [0]
+    assert not (tmp_path / "run" / "importance.safetensors").exists()  # it measures none of its own
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    record = next(line for line in lines if line.get("event") == "protection")
+    a = Importance.load(prior).protection()[record["kind"]]
+    torch.testing.assert_close(torch.tensor(record["one_minus_a"]), 1 - a, rtol=0, atol=1e-4)
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/trainer_state.json")).read_text())
+    assert len(state["prior_importance"]) == 1
 
 
 def test_a_run_resumes_with_the_kinds_that_it_began_with(ffn_only: Path, world: SmallWorld) -> None:

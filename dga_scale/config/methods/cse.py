@@ -1,6 +1,6 @@
 """Settings of ``--method cse``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dga_scale.config.declaration import ABOVE_0, AT_LEAST_0, AT_LEAST_1, INSIDE_0_1, setting
@@ -46,3 +46,10 @@ class CSESettings(MethodSettings):
         rule=AT_LEAST_0,
         source="CSE, at most 1% of training",
     )
+
+    @property
+    def dense_warmup_steps(self) -> int:
+        return self.cse_warmup_steps
+
+    def without_dense_warmup(self) -> "CSESettings":
+        return replace(self, cse_warmup_steps=0)

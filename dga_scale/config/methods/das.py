@@ -5,12 +5,12 @@ from typing import ClassVar
 
 from dga_scale.config.declaration import setting
 from dga_scale.config.methods.dga import DGASettings
-from dga_scale.config.methods.shared import PROTECT
+from dga_scale.config.methods.shared import PROTECT, PriorImportanceSettings
 from dga_scale.unit_kinds import UNIT_KINDS
 
 
 @dataclass(frozen=True)
-class DASSettings(DGASettings):
+class DASSettings(PriorImportanceSettings, DGASettings):
     """DGA's settings, with the FFN's units protected too, and the importances of earlier domains."""
 
     name: ClassVar = "das"
@@ -20,11 +20,4 @@ class DASSettings(DGASettings):
 
     protect: list[str] = setting(
         ["heads", "ffn_intermediate", "ffn_output"], PROTECT, UNIT_KINDS, source="DAS"
-    )
-    prior_importance: list[str] | None = setting(
-        None,
-        "Files of importances measured before, of general knowledge and of the domains learnt: a unit is "
-        "protected by the largest. A run over several --corpus fills it in. Default: none, a first domain, "
-        "and general knowledge's importance is measured by proxy KL.",
-        refers="file",
     )

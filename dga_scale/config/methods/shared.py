@@ -65,12 +65,32 @@ class ProtectionSettings(MethodSettings):
 
 
 @dataclass(frozen=True)
+class PriorImportanceSettings(ProtectionSettings):
+    """The importances of earlier domains; of every method that what was learnt before protects."""
+
+    # In a run over several corpora each domain's run gets what the earlier ones left: the method itself sets
+    # ``measures_after``.
+    prior_importance: list[str] | None = setting(
+        None,
+        "Files of importances measured before, of general knowledge and of the domains learnt: a unit is "
+        "protected by the largest. A run over several --corpus fills it in. Default: none, a first domain, "
+        "and general knowledge's importance is measured by proxy KL.",
+        refers="file",
+    )
+
+
+@dataclass(frozen=True)
 class GeneralTextSettings(MethodSettings):
     """A corpus of general text that a method uses beside the text it trains on."""
 
     general_corpus: str | None = setting(
         None, "Folder of general text, on which the Fisher is measured. Needed.", refers="corpus"
     )
+
+
+def prior_importance_of(settings: MethodSettings) -> list[str]:
+    """Return the files of importances measured before; none where a method takes none."""
+    return (settings.prior_importance or []) if isinstance(settings, PriorImportanceSettings) else []
 
 
 def soft_mask_of(settings: MethodSettings) -> str:
