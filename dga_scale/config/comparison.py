@@ -71,7 +71,7 @@ def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Reduce a run's flat settings to those that make it another experiment than one without them.
 
     Left out are the seed, the settings that change no numbers, and those at their default, which an older
-    file may not name. Paths are absolute.
+    file may not name. Paths are absolute, and names of a table in one order.
     """
     known = known_settings()
     found = {}
@@ -79,9 +79,18 @@ def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
         each = known.get(name)
         if each is None:
             found[name] = value
-        elif not each.same_experiment and value != each.default:
-            found[name] = _absolute(value, each.refers) if each.refers else value
+        elif not each.same_experiment and not _equal(each, value, each.default):
+            found[name] = _absolute(value, each.refers) if each.refers else _ordered(each, value)
     return found
+
+
+def _ordered(each: Setting, value: Any) -> Any:
+    """Put a value that is a set of names into one order, whatever order they were given in."""
+    return sorted(set(value)) if each.is_set and value is not None else value
+
+
+def _equal(each: Setting, one: Any, other: Any) -> bool:
+    return bool(_ordered(each, one) == _ordered(each, other))
 
 
 def _absolute(value: Any, refers: Refers) -> list[str]:
@@ -121,7 +130,7 @@ def split_reference(text: str, refers: Refers) -> tuple[str, str, str]:
 
 def _same(each: Setting, was: Any, now: Any, former_hash: ContentHash, current_hash: ContentHash) -> bool:
     if each.refers is None or was is None or now is None:
-        return bool(was == now)
+        return _equal(each, was, now)
     ones, others = _texts(was), _texts(now)
     return len(ones) == len(others) and all(
         _same_reference(each.refers, one, other, former_hash, current_hash)

@@ -123,6 +123,11 @@ class Setting:
     repeats: bool
 
     @property
+    def is_set(self) -> bool:
+        """Whether the values are names of a table: each is there once, and their order changes nothing."""
+        return self.is_list and bool(self.choices)
+
+    @property
     def same_experiment(self) -> bool:
         """Whether runs with different values of the setting are the same experiment."""
         return self.repeats or self.affects in ("speed", "place")

@@ -261,6 +261,8 @@ def _check_values(config: TrainConfig) -> None:
         value = flat[each.name]
         if each.rule and value is not None and not each.rule.holds(value):
             refuse(each.name, each.rule.words)
+        if each.is_set and value is not None and (twice := [v for v in value if value.count(v) > 1]):
+            raise UserError(f"--{each.name} {' '.join(value)}: {twice[0]} is named twice; name it once.")
     if flat["mask_replace_prob"] + flat["random_replace_prob"] > 1:
         refuse("random_replace_prob", f"at most 1 - mask_replace_prob ({1 - flat['mask_replace_prob']:g})")
     if flat["warmup_ratio"] + flat["decay_ratio"] > 1 and flat["lr_scheduler_type"] == "warmup_stable_decay":

@@ -92,6 +92,25 @@ def test_what_a_setting_affects_decides_whether_it_may_change(method: str, tmp_p
     assert seen == {"numbers", "evaluation", "speed", "place"}
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "given", "reordered", "other"),
+    [
+        ("dga", "protect", ["heads", "ffn_output"], ["ffn_output", "heads"], ["ffn_output"]),
+        ("lora", "lora_targets", ["query", "up"], ["up", "query"], ["up", "down"]),
+    ],
+)
+def test_the_order_of_names_is_no_change(
+    method: str, name: str, given: list[str], reordered: list[str], other: list[str], tmp_path: Path
+) -> None:
+    config = config_of(method).replace(**{name: given})
+    folder = folder_of(tmp_path, config)
+    same, changed = config.replace(**{name: reordered}), config.replace(**{name: other})
+    folder.check(same)
+    with pytest.raises(UserError, match=f"{name} was"):
+        folder.check(changed)
+    assert experiment(same.as_dict()) == experiment(config.as_dict()) != experiment(changed.as_dict())
+
+
 def test_another_method_is_named_and_not_its_settings(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, config_of("dga"))
     with pytest.raises(UserError, match=r"another run: method was 'dga', is 'mlm'\. Give"):

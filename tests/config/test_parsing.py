@@ -94,6 +94,8 @@ def test_yaml_can_set_every_setting_and_reads_back(tmp_path: Path):
         ("--ds_config x stray", "stray"),
         ("--config /does/not/exist.yaml", "/does/not/exist.yaml"),
         ("--ds_config x --max_steps -3", "max_steps -3"),
+        ("--ds_config x --protect heads heads", "--protect heads heads: heads is named twice"),
+        ("--ds_config x --method lora --lora_targets up query up", "up is named twice"),
         ("--ds_config x --temperature 0", "temperature 0"),
         ("--ds_config x --temperature nan", "temperature nan"),
         ("--ds_config x --mlm_probability 1.5", "mlm_probability 1.5"),
