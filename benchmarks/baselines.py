@@ -32,9 +32,10 @@ from transformers import (
 from benchmarks.common import ROOT, parser_of
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.loading import load_model
-from dga_scale.corpus.loading.batches import Batch, BatchStream
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.loading.mixture import Mixture
+from dga_scale.corpus.loading.streams import BatchStream
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.objectives.contrast import contrastive_loss

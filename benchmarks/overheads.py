@@ -34,7 +34,7 @@ from benchmarks.common import (
     table,
 )
 from dga_scale.config.parsing import read_config
-from dga_scale.corpus.loading.batches import StepBatches
+from dga_scale.corpus.loading.streams import StepBatches
 from dga_scale.launch.world import join_cluster
 from dga_scale.logging.run_log import silent_log
 from dga_scale.objectives.contrast import contrastive_loss

@@ -36,8 +36,9 @@ from dga_scale.corpus.loading.batches import Counts
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.objectives.methods import build_method
 from dga_scale.objectives.training_model import TrainingModel
+from dga_scale.planning.activations import activations
 from dga_scale.planning.gpus import GPUS
-from dga_scale.planning.memory import activations, extras, states
+from dga_scale.planning.memory import extras, states
 from dga_scale.planning.plan import Cluster, Planner, make_planner
 from dga_scale.preservation.movement import MovementTracker
 from dga_scale.preservation.soft_mask import UpdateMask, mask_factors

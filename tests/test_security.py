@@ -30,7 +30,8 @@ from dga_scale.checkpoint.export import consolidate
 from dga_scale.checkpoint.fisher import load_fisher, save_fisher
 from dga_scale.config.parsing import read_config
 from dga_scale.corpus.cli import main as shard
-from dga_scale.corpus.reading.sources import ReadOptions, find_sources, read_segment, segments
+from dga_scale.corpus.reading.finding import find_sources
+from dga_scale.corpus.reading.sources import ReadOptions, read_segment, segments
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.endtasks.datasets_tasks import exported

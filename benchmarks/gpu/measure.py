@@ -28,7 +28,7 @@ import torch
 from benchmarks.common import ROOT
 from benchmarks.gpu.trace import record, waits
 from dga_scale.config.parsing import read_config
-from dga_scale.corpus.loading.batches import EvalBatches, StepBatches
+from dga_scale.corpus.loading.streams import EvalBatches, StepBatches
 from dga_scale.launch.preemption import StopConsensus
 from dga_scale.launch.world import Cluster, join_cluster
 from dga_scale.logging.environment import describe_environment, device_name

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dga_scale.corpus.loading.batches import Batch, EvalBatches
+from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import MaskingPolicy
+from dga_scale.corpus.loading.streams import EvalBatches
 from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches
 from dga_scale.errors import UserError
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows

@@ -23,8 +23,9 @@ import math
 from dataclasses import dataclass
 
 from dga_scale.logging.throughput import step_flops
+from dga_scale.planning.activations import Batch, gather_bytes
 from dga_scale.planning.gpus import Gpu
-from dga_scale.planning.memory import Batch, Zero, gather_bytes, share
+from dga_scale.planning.memory import Zero, share
 from dga_scale.planning.models import PlannedModel
 
 

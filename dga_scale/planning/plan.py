@@ -10,9 +10,10 @@ import torch
 from dga_scale.config.methods.shared import soft_mask_of
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
+from dga_scale.planning.activations import Batch
 from dga_scale.planning.cost import Time, Traffic, forward_backward_flops, time, traffic
 from dga_scale.planning.gpus import Gpu
-from dga_scale.planning.memory import Batch, Memory, Zero, memory
+from dga_scale.planning.memory import Memory, Zero, memory
 from dga_scale.planning.models import PlannedModel, build_model
 from dga_scale.zero.ds_config import ResolvedConfig, resolve_ds_config
 

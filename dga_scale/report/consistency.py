@@ -94,8 +94,8 @@ def _gradients(
     """Compute the gradients (rows, parameters of the block) of the LM loss of a fixed sample of a corpus."""
     import torch.nn.functional as F
 
-    from dga_scale.corpus.loading.batches import EvalBatches
     from dga_scale.corpus.loading.masking import IGNORED, MaskingPolicy
+    from dga_scale.corpus.loading.streams import EvalBatches
     from dga_scale.experts.consistency import block_parameters, sequence_gradients
 
     lm, anatomy, device = loaded.model, loaded.anatomy, loaded.model.device

@@ -75,7 +75,7 @@ def make_job(stage: str, options: JobOptions, arguments: Sequence[str], before: 
 
 def _shard(options: JobOptions, arguments: list[str], available: AvailableFolders) -> Job:
     from dga_scale.corpus.cli import build_parser
-    from dga_scale.corpus.reading.sources import find_sources
+    from dga_scale.corpus.reading.finding import find_sources
 
     found = build_parser().parse_args(arguments)
     if found.array_task is not None:

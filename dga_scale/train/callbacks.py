@@ -19,7 +19,7 @@ from typing import Any
 from dga_scale.checkpoint.async_save import Saves
 from dga_scale.checkpoint.store import newest_complete
 from dga_scale.config.settings import TrainConfig
-from dga_scale.corpus.loading.batches import StepBatches
+from dga_scale.corpus.loading.streams import StepBatches
 from dga_scale.errors import UserError
 from dga_scale.evaluation.held_out import Evaluator
 from dga_scale.launch.world import Cluster

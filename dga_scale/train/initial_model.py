@@ -17,8 +17,9 @@ from dga_scale.backbone.layers import freeze
 from dga_scale.backbone.loading import LoadedModel, load_model, load_model_config
 from dga_scale.backbone.packed_rows import can_pack
 from dga_scale.backbone.warmup import load_head, save_head, warm_up_head
-from dga_scale.corpus.loading.batches import Batch, BatchStream, mixed_batch
+from dga_scale.corpus.loading.batches import Batch, mixed_batch
 from dga_scale.corpus.loading.mixture import Mixture
+from dga_scale.corpus.loading.streams import BatchStream
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.run_log import RunLog

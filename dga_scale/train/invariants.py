@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dga_scale.corpus.loading.batches import StepBatches
 from dga_scale.corpus.loading.mixture import Mixture
+from dga_scale.corpus.loading.streams import StepBatches
 from dga_scale.errors import UserError
 from dga_scale.preservation.protection import Protection
 from dga_scale.train.seeds import seed_of

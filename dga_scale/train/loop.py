@@ -8,7 +8,7 @@ import torch
 
 from dga_scale.checkpoint.store import prune, remove_leftovers
 from dga_scale.config.settings import TrainConfig
-from dga_scale.corpus.loading.batches import StepBatches
+from dga_scale.corpus.loading.streams import StepBatches
 from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus, StopRequest
 from dga_scale.launch.watchdog import note_step
 from dga_scale.launch.world import Cluster

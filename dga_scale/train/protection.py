@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dga_scale.config.methods.shared import ProtectionSettings, prior_importance_of
-from dga_scale.corpus.loading.batches import Batch, EvalBatches
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.streams import EvalBatches
 from dga_scale.errors import UserError
 from dga_scale.preservation.importance import Importance
 from dga_scale.train.seeds import IMPORTANCE_STREAM, seed_everything

@@ -9,7 +9,8 @@ from dga_scale.backbone.packed_rows import can_pack
 from dga_scale.checkpoint.companions import record_companions
 from dga_scale.checkpoint.state import Save, load_checkpoint
 from dga_scale.config.methods.shared import ProtectionSettings, soft_mask_of
-from dga_scale.corpus.loading.batches import Batch, BatchStream, StepBatches
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.streams import BatchStream, StepBatches
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.run_log import RunLog
 from dga_scale.objectives.grad_cache import CachedContrast, cache_contrast

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dga_scale.checkpoint.fisher import load_fisher, save_fisher
-from dga_scale.corpus.loading.batches import Batch, EvalBatches
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.streams import EvalBatches
 from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.run_log import RunLog

@@ -13,8 +13,8 @@ from scipy import stats
 from transformers import AutoModelForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 
 from dga_scale.corpus.cli import main as shard
-from dga_scale.corpus.loading.batches import EvalBatches
 from dga_scale.corpus.loading.masking import MaskingPolicy
+from dga_scale.corpus.loading.streams import EvalBatches
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.endtasks import evaluate as module

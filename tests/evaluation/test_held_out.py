@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
 from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.corpus.loading.batches import EvalBatches
 from dga_scale.corpus.loading.masking import IGNORED, MaskingPolicy
+from dga_scale.corpus.loading.streams import EvalBatches
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError

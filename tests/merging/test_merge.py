@@ -216,8 +216,8 @@ def test_a_sweep_scores_without_writing_models(
 
 def masked_loss(folder: Path, corpus: Path) -> float:
     """The model's own loss, in fp32, over its full logits."""
-    from dga_scale.corpus.loading.batches import EvalBatches
     from dga_scale.corpus.loading.masking import MaskingPolicy
+    from dga_scale.corpus.loading.streams import EvalBatches
     from dga_scale.corpus.shards import Corpus
 
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.planning.activations import Batch, cached_states, gather_bytes
 from dga_scale.planning.cost import (
     bus_bandwidth,
     collective,
@@ -19,7 +20,7 @@ from dga_scale.planning.cost import (
     trunk_forwards,
 )
 from dga_scale.planning.gpus import GPUS
-from dga_scale.planning.memory import Batch, cached_states, gather_bytes, share
+from dga_scale.planning.memory import share
 from dga_scale.planning.models import PlannedModel
 from tests.helpers.training import tiny_bert
 from tests.planning.test_memory import plan_of, zero

@@ -18,19 +18,9 @@ from dga_scale.corpus.loading.batches import Counts
 from dga_scale.objectives.cross_entropy import cross_entropies
 from dga_scale.objectives.methods import build_method
 from dga_scale.objectives.training_model import TrainingModel
-from dga_scale.planning.memory import (
-    Batch,
-    Zero,
-    activations,
-    extras,
-    gather_bytes,
-    layer_activations,
-    memory,
-    share,
-    states,
-    working_memory,
-)
-from dga_scale.planning.memory import vocabulary as head_bytes
+from dga_scale.planning.activations import Batch, activations, gather_bytes, layer_activations, working_memory
+from dga_scale.planning.activations import vocabulary as head_bytes
+from dga_scale.planning.memory import Zero, extras, memory, share, states
 from dga_scale.planning.models import PlannedModel, build_model
 from tests.helpers.engines import held_bytes, saved_bytes
 from tests.helpers.ranks import run_ranks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dga_scale.config.parsing import read_config
-from dga_scale.corpus.loading.batches import BatchStream
+from dga_scale.corpus.loading.streams import BatchStream
 from dga_scale.errors import UserError
 from dga_scale.launch.world import join_cluster
 from dga_scale.logging.run_log import open_log

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from dga_scale.corpus.reading.cleaning import clean
-from dga_scale.corpus.reading.sources import ReadOptions, find_sources, read_segment, segments
+from dga_scale.corpus.reading.finding import find_sources
+from dga_scale.corpus.reading.sources import ReadOptions, read_segment, segments
 from dga_scale.corpus.shards import file_sha256
 from dga_scale.errors import UserError
 

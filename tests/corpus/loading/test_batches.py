@@ -10,11 +10,12 @@ import pytest
 import torch
 from scipy import stats
 
-from dga_scale.corpus.loading.batches import BatchStream, EvalBatches, StepBatches, build_batch
+from dga_scale.corpus.loading.batches import build_batch
 from dga_scale.corpus.loading.masking import IGNORED, MaskingPolicy, label_counts, masked_count
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.loading.order import SampleOrder
 from dga_scale.corpus.loading.shapes import num_packed_rows, pack_positions, pack_rows, rounded_up
+from dga_scale.corpus.loading.streams import BatchStream, EvalBatches, StepBatches
 from dga_scale.corpus.sharding.pipeline import shard_corpus
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dga_scale.corpus.loading.batches import BatchStream, build_batch
+from dga_scale.corpus.loading.batches import build_batch
 from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.loading.mixture import Mixture, parse_mix, source_seed
 from dga_scale.corpus.loading.order import SampleOrder
+from dga_scale.corpus.loading.streams import BatchStream
 from dga_scale.corpus.sharding.pipeline import shard_corpus
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dga_scale.corpus.reading.sources import ReadOptions, Segment, find_sources, read_segment, segments
+from dga_scale.corpus.reading.finding import find_sources
+from dga_scale.corpus.reading.sources import ReadOptions, Segment, read_segment, segments
 from dga_scale.errors import UserError
 from tests.helpers import tiny_corpora as tiny
 
