@@ -131,6 +131,8 @@ class MethodSettings:
     """The name that ``--method`` takes."""
     summary: ClassVar[str]
     """The method's line in ``--help``."""
+    dense_warmup_setting: ClassVar[str] = ""
+    """The setting that ``dense_warmup_steps`` is read from, as messages name it."""
 
     @property
     def dense_warmup_steps(self) -> int:

@@ -79,9 +79,9 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
     if len(config.data.corpus or []) > 1:
         if warmup:
             raise UserError(
-                f"--method {config.method_name}: its {warmup} steps of warm-up train a dense model on one "
-                "corpus, this run has several: leave them out, train on the first with --method mlm, and "
-                "give that run's model/ as --model"
+                f"--{config.method.dense_warmup_setting} {warmup} trains a dense model on one corpus, this "
+                "run has several: train it on the first with --method mlm, and give that run's model/ as "
+                "--model"
             )
         names = _checked(config)
         folders = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]

@@ -141,10 +141,14 @@ def test_a_sequence_goes_on_inside_and_between_domains(world: SmallWorld, tmp_pa
     [
         ({"eval_corpus": "x"}, "can't be that of 3 domains"),
         ({"resume": "x"}, "a sequence resumes from its own folder"),
+        (
+            {"method": "cse", "soft_mask": None, "cse_warmup_steps": 2},
+            "--cse_warmup_steps 2 trains a dense model on one corpus",
+        ),
     ],
 )
 def test_what_makes_no_sense_for_a_sequence_is_refused(
-    settings: dict[str, str], named: str, world: SmallWorld, tmp_path: Path
+    settings: dict[str, Any], named: str, world: SmallWorld, tmp_path: Path
 ) -> None:
     with pytest.raises(RankError, match=named):
         run_ranks(1, run_sequence, flags_of(world, tmp_path / "run", **settings))

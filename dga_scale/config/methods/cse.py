@@ -13,6 +13,7 @@ class CSESettings(MethodSettings):
 
     name: ClassVar = "cse"
     summary: ClassVar = "MLM with experts for clusters of sequences in the last layers (Dong et al., 2024)"
+    dense_warmup_setting: ClassVar = "cse_warmup_steps"
 
     cse_layers: int = setting(2, "Last layers whose sublayers get experts.", rule=AT_LEAST_1, source="CSE")
     cse_experts: str = setting(
