@@ -95,8 +95,8 @@ class Watchdog:
         note_step(0)
         cluster = self._cluster
         self._selector = selectors.DefaultSelector()
-        self._stop, stopped = socket.socketpair()
-        self._selector.register(stopped, selectors.EVENT_READ, "stop")
+        self._stop, self._stopped = socket.socketpair()
+        self._selector.register(self._stopped, selectors.EVENT_READ, "stop")
         endpoint = ("", 0, "")
         if cluster.rank == 0:
             endpoint = self._listen()
@@ -106,6 +106,8 @@ class Watchdog:
         problems = [p for p in cluster.all_gather_object(problem) if p]
         if problems:
             self._stop_watching()
+            for peer in self._peers:
+                peer.socket.close()
             if cluster.rank == 0:
                 print(f"the watchdog is off: {problems[0]}", flush=True)
         elif cluster.rank > 0:
@@ -177,13 +179,14 @@ class Watchdog:
         self._thread.start()
 
     def _stop_watching(self) -> None:
-        """End the thread; the connections stay open."""
+        """End the thread and close what it waited for, but the connections."""
         self._stop.send(b".")
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._listener is not None:
-            self._listener.close()
+        for end in (self._stop, self._stopped, self._selector, self._listener):
+            if end is not None:
+                end.close()
 
     def _watch(self) -> None:
         before = last_beat = time.monotonic()
