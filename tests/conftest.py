@@ -14,6 +14,7 @@ import torch
 
 from tests.helpers.ranks import REPOSITORY, close_pools
 from tests.helpers.small import SmallWorld, make_world
+from tests.helpers.strict import python_warnings
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other and for the ranks' pools
 
@@ -48,6 +49,9 @@ def _seeded() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _rank_pools() -> Iterator[None]:
+def _rank_pools(pytestconfig: pytest.Config) -> Iterator[None]:
+    # Not before: pytest-xdist's workers are not ours.
+    filters = [*pytestconfig.getini("filterwarnings"), *(pytestconfig.getoption("pythonwarnings") or [])]
+    os.environ["PYTHONWARNINGS"] = python_warnings(filters)
     yield
     close_pools()

@@ -13,6 +13,7 @@ from tests.helpers.hosts import HOSTS, Hosts, what_is_missing
 from tests.helpers.mpi import PROGRAMS, mpich, open_mpi
 from tests.helpers.ranks import REPOSITORY, free_port, run_ranks
 from tests.helpers.small import SmallWorld, make_world
+from tests.helpers.strict import LOST
 from tests.test_train import losses, run_training
 
 pytestmark = pytest.mark.slow
@@ -86,6 +87,7 @@ def launch(program: list[str], command: list[str], scratch: Path, **variables: o
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not compiled.exists(), "DeepSpeed compiled an extension"
+    assert LOST not in done.stderr, done.stderr
     return done.stdout
 
 
@@ -182,6 +184,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         **SETTINGS,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": os.environ["PYTHONWARNINGS"],
         "PATH": f"{PROGRAMS}:/usr/local/bin:/usr/bin:/bin",
     }
     with Hosts(tmp_path_factory.mktemp("hosts"), environment) as hosts:
@@ -195,6 +198,8 @@ def test_deepspeed_on_two_hosts(
     """Over pdsh and ssh; the address of rank 0 is what ``ssh alpha hostname -I`` says."""
     (tmp_path / "hosts").write_text("alpha slots=1\nbeta slots=1\n")
     command = ["deepspeed", f"--hostfile={tmp_path / 'hosts'}", *program(world, tmp_path / "run")]
+    # It would export the variable without quotes; each login has its own.
+    command = ["env", "--unset=PYTHONWARNINGS", *command]
     said = hosts.run("alpha", command, cwd=REPOSITORY, timeout=TIMEOUT)
     assert f"2 ranks on 2 nodes, started by deepspeed, rank 0 at {HOSTS['alpha']}:29500" in said
     assert losses(tmp_path / "run") == expected[2]

@@ -16,6 +16,7 @@ import yaml
 from dga_scale.config.parsing import read_config
 from tests.helpers.ranks import REPOSITORY, free_port
 from tests.helpers.small import DOMAIN, GENERAL, make_model, make_tokenizer, write_text
+from tests.helpers.strict import LOST
 from tests.helpers.tiny_tasks import write_task
 
 pytestmark = pytest.mark.slow
@@ -85,6 +86,7 @@ def test_the_walk_on_ones_own_data(tmp_path: Path) -> None:
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert LOST not in result.stderr, result.stderr[-3000:]
     assert "dry run: nothing was written" in result.stdout
     run = tmp_path / "runs" / "mine"
     promised = re.search(r"A run folder.*?:\n\n(.*?)\n\n", README, flags=re.DOTALL)
@@ -110,6 +112,7 @@ def test_python_examples_run(block: str, tmp_path: Path) -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert LOST not in result.stderr, result.stderr[-3000:]
 
 
 def test_commands_that_are_not_run_here_are_run_elsewhere() -> None:

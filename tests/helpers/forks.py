@@ -3,7 +3,8 @@
 ``launch(2, fn, *args)`` starts two processes that call ``fn(*args)`` as ranks 0 and 1, each with a launcher's
 variables in its environment. They are forked from a template that has torch, DeepSpeed and dga_scale imported
 and has started no thread; the process group is theirs to start. ``fn`` stands at the top level of an
-importable module, and what it returns (or passes to ``sys.exit``) is the exit code.
+importable module, and what it returns (or passes to ``sys.exit``) is the exit code. Warnings are errors; an
+error in a thread or in ``__del__``, which Python would only print, makes an exit code of 0 one of 1.
 """
 
 import atexit
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.ranks import REPOSITORY, TAIL, free_port
+from tests.helpers.strict import collect_lost_errors
 
 START_TIMEOUT = 240.0
 _IMPORTED = (
@@ -194,7 +196,7 @@ def _fork(
     pid = os.fork()
     if pid:
         return pid
-    code = 1
+    code, lost = 1, collect_lost_errors()
     try:
         connection.close()
         log = os.open(logs[rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -212,6 +214,9 @@ def _fork(
     except BaseException:
         traceback.print_exc()
     finally:
+        if lost:
+            print("\n".join(lost), file=sys.stderr)
+            code = code or 1
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

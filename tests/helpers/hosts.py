@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from tests.helpers.strict import LOST
+
 HOSTS = {"alpha": "10.199.71.1", "beta": "10.199.71.2"}
 """Name and address of each."""
 _PROGRAMS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "sshd", "pdsh")
@@ -116,8 +118,10 @@ class Hosts:
              f"--wd={cwd}", *command],
             env=os.environ | self._environment, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
-        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
+        printed = done.stdout + done.stderr
+        assert done.returncode == 0, f"exit code {done.returncode}\n{printed}"
+        assert LOST not in printed, printed
+        return printed
 
     def _boot(self, name: str) -> None:
         script = _BECOME_HOST.format(name=name, folder=self._folder, sshd=_find("sshd"))

@@ -5,9 +5,10 @@
 and kept; ``fn`` is pickled by reference, so it has to stand at the top level of an importable module
 (``tests/<room>/test_x.py`` is one), and arguments and results have to pickle.
 
-An exception on any rank comes back as ``RankError`` with each failing rank's traceback. A rank that does not
-answer in time is reported with the place it hangs in, its pool is killed and the next test gets a new one.
-What the ranks print goes to a file, whose end is shown when something fails.
+An exception on any rank comes back as ``RankError`` with each failing rank's traceback. Warnings are errors,
+and an error in a thread or in ``__del__`` (a file left open), which Python would only print, fails the call.
+A rank that does not answer in time is reported with the place it hangs in, its pool is killed and the next
+test gets a new one. What the ranks print goes to a file, whose end is shown when something fails.
 """
 
 import atexit
@@ -28,6 +29,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.strict import collect_lost_errors
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 GRACE = 5.0
 """Seconds the other ranks get to answer once one has failed; then they are taken to wait for it."""
@@ -42,6 +45,10 @@ class RankError(Exception):
     def __init__(self, report: str, errors: dict[int, tuple[str, str]]) -> None:
         super().__init__(report)
         self.errors = errors
+
+
+class LostError(Exception):
+    """Errors in threads or in ``__del__``, which nobody caught."""
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
@@ -188,6 +195,7 @@ atexit.register(close_pools)
 def _serve(fd: int) -> None:
     """Be a rank: join the group, then answer calls until the parent closes the pipe or dies."""
     faulthandler.register(signal.SIGUSR1, all_threads=False)
+    lost = collect_lost_errors()
     parent = os.getppid()
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     connection = Connection(fd)
@@ -206,31 +214,37 @@ def _serve(fd: int) -> None:
             payload = connection.recv_bytes()
         except (EOFError, ConnectionError):
             os._exit(0)  # no teardown: gloo's waits for peers that may be gone
-        answer(lambda payload=payload: _run(payload))
+        answer(lambda payload=payload: _run(payload, lost))
 
 
 def _join() -> None:
     import torch
 
     from dga_scale.launch.world import join_cluster
+    from dga_scale.logging.quiet import quiet_libraries
     from dga_scale.zero.engine import connect_deepspeed
 
+    quiet_libraries()  # as every program does
     torch.set_num_threads(1)
     join_cluster()
     connect_deepspeed()  # for tests that call DeepSpeed by themselves
 
 
-def _run(payload: bytes) -> Any:
+def _run(payload: bytes, lost: list[str]) -> Any:
     import torch
 
     fn, args = pickle.loads(payload)
+    lost.clear()  # of a call that failed, whose frames end after its answer
     torch.manual_seed(0)
     linear = torch.nn.functional.linear
     try:
-        return fn(*args)
+        result = fn(*args)
     finally:
         # A ZeRO-3 engine replaces it for the whole process, by one that rounds otherwise in bf16.
         torch.nn.functional.linear = linear
+    if lost:
+        raise LostError("\n".join(lost))
+    return result
 
 
 def _exit_with(parent: int) -> None:

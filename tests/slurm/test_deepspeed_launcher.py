@@ -16,5 +16,7 @@ def test_deepspeed_through_srun(slurm: SlurmCluster, tmp_path: Path) -> None:
     command = ["deepspeed", "--launcher=slurm", f"--hostfile={hosts}", f"--num_nodes={len(NODES)}",
                "--no_ssh_check", "--master_addr=localhost"]  # fmt: skip
     # What SLURM calls node1 is this machine: asking it by ssh, as DeepSpeed would, finds nobody.
-    said = launch(joining(tmp_path), command, tmp_path, MASTER_ADDR="localhost", SLURM_CONF=slurm.config)
+    # DeepSpeed passes PYTHONWARNINGS on by srun --export, which is parted at commas.
+    variables = {"MASTER_ADDR": "localhost", "SLURM_CONF": slurm.config, "PYTHONWARNINGS": "default"}
+    said = launch(joining(tmp_path), command, tmp_path, **variables)
     assert "2 ranks on 2 nodes, started by srun, rank 0 at localhost:" in said

@@ -15,6 +15,7 @@ from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.errors import EXIT_USER_ERROR, UserError
 from tests.helpers import tiny_corpora as tiny
 from tests.helpers.ranks import REPOSITORY
+from tests.helpers.strict import LOST
 
 
 def mpirun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +26,9 @@ def mpirun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
     command += [sys.executable, "tools/shard_corpus.py", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    assert LOST not in done.stderr, done.stderr
+    return done
 
 
 def contents(folder: Path) -> dict[str, bytes]:
