@@ -1,4 +1,4 @@
-"""Help, and a flag that is refused, come without the seconds that torch and transformers take to import."""
+"""Help, and a flag that is refused, come without the seconds that heavy packages take to import."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 
-HEAVY = ("torch", "transformers", "deepspeed")
+HEAVY = ("torch", "transformers", "deepspeed", "sklearn", "scipy", "datasets", "matplotlib")
 INSTALLED = metadata.entry_points(group="console_scripts")
 COMMANDS = {entry.name: entry.value for entry in INSTALLED if entry.name.startswith("dga-")}
 PROGRAM = """
