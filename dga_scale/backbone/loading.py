@@ -24,6 +24,7 @@ from dga_scale.backbone.anatomy import Anatomy, anatomy_of, check_known
 from dga_scale.backbone.extended import ExtendedConfig, is_masked
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
+from dga_scale.storage.hub import local_only
 
 _END_TASK_DROPOUT = ("classifier", "summary", "qa_", "seq_classif", "pooler", "cls_")
 """Beginnings of dropout settings that only heads of end tasks read; no LM has those."""
@@ -81,7 +82,9 @@ def load_model_config(name_or_path: str) -> ModelConfig:
             "or a model's name on the Hugging Face hub"
         )
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            name_or_path, trust_remote_code=False, local_files_only=local_only(name_or_path)
+        )
     except Exception as error:  # OSError, ValueError, KeyError, TypeError... by what is wrong with the file
         reason = str(error).strip().split("\n")[0]
         advice = (
@@ -223,6 +226,7 @@ def _load_weights(
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 trust_remote_code=False,
+                local_files_only=local_only(name),
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,

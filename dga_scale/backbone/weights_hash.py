@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from dga_scale.backbone.loading import load_model_config
+from dga_scale.storage.hub import local_only
 from dga_scale.storage.safetensors_stream import record_of
 
 _WEIGHTS = "model.safetensors"
@@ -53,7 +54,7 @@ def _found(name_or_path: str, file: str) -> Path | None:
         path = Path(name_or_path) / file
         return path if path.is_file() else None
     try:
-        found = cached_file(name_or_path, file)
+        found = cached_file(name_or_path, file, local_files_only=local_only(name_or_path))
     except OSError:
         return None
     return None if found is None else Path(found)

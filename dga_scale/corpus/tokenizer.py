@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dga_scale.errors import UserError
+from dga_scale.storage.hub import local_only
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing transformers costs 2 s and 200 MB, which a worker process need not pay
@@ -39,9 +40,11 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
             f"tokenizer {name!r}: no such folder. Pass a folder with tokenizer files or a model's name"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, local_files_only=local_only(name)
+        )
     except Exception as error:  # transformers raises OSError, ValueError, TypeError, KeyError... here
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
             f"the tokenizer of {name!r} can't be loaded: {reason}. Pass a folder that holds tokenizer.json "
             "(or tokenizer_config.json and its vocabulary), or the name of a model"

@@ -20,6 +20,7 @@ from dga_scale.endtasks.metrics import classification_scores, regression_scores
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.tasks import Example, Task
 from dga_scale.errors import UserError
+from dga_scale.storage.hub import local_only
 
 MAX_GRAD_NORM = 1.0
 
@@ -147,6 +148,7 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
             **labels,
             dtype=torch.float32,
             trust_remote_code=False,
+            local_files_only=local_only(model),
             use_safetensors=True,
             output_loading_info=True,
         )

@@ -1,6 +1,5 @@
 """Read a model's folder tensor by tensor: names, shapes and dtypes without the weights."""
 
-import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from dga_scale.backbone.loading import ModelConfig, load_model_config
 from dga_scale.backbone.tied import tied_names
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
+from dga_scale.storage.hub import local_only
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
           "BOOL": torch.bool}  # fmt: skip
@@ -56,9 +56,12 @@ class ModelFolder:
             UserError: there is no model, its architecture is unknown, or its weights are pickled.
         """
         settings = load_model_config(name)
-        path = Path(
-            name if os.path.isdir(name) else snapshot_download(name, allow_patterns=_NEEDED_OF_THE_HUB)
-        )
+        path = Path(name)
+        if not path.is_dir():
+            fetched = snapshot_download(
+                name, allow_patterns=_NEEDED_OF_THE_HUB, local_files_only=local_only(name)
+            )
+            path = Path(fetched)
         if not any(path.glob("model*.safetensors")):
             raise UserError(
                 f"model {name} has no safetensors (model.safetensors, or model-00001-of-...): pickled "
