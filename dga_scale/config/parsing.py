@@ -46,7 +46,6 @@ def build_parser(method: str, prog: str = "dga-train") -> Parser:
         description="Adapt a pretrained language model to a domain and keep what it knows.",
         epilog=_other_methods(method),
         formatter_class=_Help,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="Settings as YAML, by the names below. Flags win."
@@ -79,7 +78,7 @@ def _argument(each: Setting) -> dict[str, Any]:
     """Return argparse's arguments for a setting."""
     about = [each.help]
     if each.source:
-        about.append(f"Source: {each.source}.")
+        about.append(_sentence(f"Source: {each.source}"))
     if each.default is not None:
         default = " ".join(each.default) if isinstance(each.default, list) else each.default
         about.append(f"(default: {default})")
@@ -92,6 +91,11 @@ def _argument(each: Setting) -> dict[str, Any]:
         return argument | {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
     kind = partial(_choice, each.choices) if each.choices else each.type
     return argument | {"type": kind, "nargs": "+" if each.is_list else None}
+
+
+def _sentence(text: str) -> str:
+    """End a text with a full stop, which ``et al.`` brings along."""
+    return text if text.endswith(".") else f"{text}."
 
 
 def _choice(choices: Collection[str], text: str) -> str:
@@ -126,8 +130,12 @@ def _other_methods(chosen: str) -> str:
     return "methods:\n\n" + "\n\n".join(parts)
 
 
-def read_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+def read_config(arguments: Sequence[str] | None = None, also: Iterable[str] = ()) -> TrainConfig:
     """Read the settings from command-line arguments (None: this process's) and the YAML file they name.
+
+    Args:
+        arguments: flags and their values.
+        also: flags of a command that passes its other ones on; one of them may be the nearest name.
 
     Raises:
         UserError: unknown name (with the nearest right one), a setting of another method, a value of the
@@ -135,10 +143,11 @@ def read_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """
     arguments = _without_launchers(list(sys.argv[1:] if arguments is None else arguments))
     takes_list = {"method": False} | {name: each.is_list for name, each in known_settings().items()}
+    known = [*takes_list, *map(_name, also)]
     for argument in arguments:
         name = _name(argument)
         if argument.startswith("--") and name not in {*takes_list, "config", "help"}:
-            raise UserError(f"unknown setting --{name}.{_hint(name, takes_list)} See --help.")
+            raise UserError(f"unknown setting --{name}.{_hint(name, known)} See --help.")
     from_file = _yaml_arguments(_value_of("config", arguments), takes_list)
     given = [_normal(argument) for argument in (*from_file, *arguments)]
     method = _value_of("method", given) or DEFAULT

@@ -199,9 +199,9 @@ class OptimizationSettings:
         1.0, "Gradient norm above which gradients are scaled down; 0: off.", rule=AT_LEAST_0
     )
     bf16: bool = setting(
-        True, "bfloat16 weights in forward passes, float32 in the optimizer. False: all float32."
+        True, "Weights are bfloat16 in forward passes, float32 in the optimizer. False: all float32."
     )
-    fp16: bool = setting(False, "float16 with loss scaling instead of bf16 (ZeRO 1 to 3, on a GPU).")
+    fp16: bool = setting(False, "Weights are float16, with loss scaling, not bf16 (ZeRO 1 to 3, on a GPU).")
     max_bad_steps: int = setting(
         10,
         "Steps in a row refused for a NaN or infinity after which the run stops.",
@@ -223,8 +223,9 @@ class RunSettings:
     output_dir: str | None = setting(None, "The run's folder. Default: runs/METHOD-CORPUS.", affects="place")
     resume: str = setting(
         "auto",
-        "auto: resume from the newest complete checkpoint of output_dir; never: refuse a folder with one; "
-        "or the path of a checkpoint, of another run for a new folder, which then uses its companions.",
+        "What a run starts from. auto: the newest complete checkpoint of output_dir, if there is one; "
+        "never: the model, and a folder with a checkpoint is refused; or the path of a checkpoint, of "
+        "another run for a new folder, which then uses its companions.",
         affects="place",
     )
     seed: int = setting(42, "Seed of the order, the masks and dropout.", repeats=True)

@@ -17,14 +17,13 @@ from dga_scale.corpus.shards import VALIDATION
 from dga_scale.errors import run_main
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of the command's options."""
     parser = Parser(
         description="Tokenise raw text into a corpus folder: Arrow shards and a manifest. A run that was "
         "interrupted resumes when the same command is given again; the result is the same, byte for byte, "
         "for any number of workers, mpirun ranks or array tasks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     defaults = {field.name: field.default for field in fields(ShardSettings)}
     add = parser.add_argument

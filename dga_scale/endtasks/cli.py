@@ -30,7 +30,6 @@ def finetune(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="dga-finetune",
         description="Fine-tune a model on an end task with several seeds. A stopped command resumes.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="a run's model/ folder, or any pretrained model")
@@ -72,7 +71,6 @@ def forgetting(arguments: Sequence[str] | None = None) -> int:
         prog="dga-forgetting",
         description="What a sequence of domains (RUN/1-restaurant, RUN/2-acl, ...) forgot: after every "
         "stage, the end tasks of the domains seen so far. A stopped command resumes.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run over several domains")
     parser.add_argument(

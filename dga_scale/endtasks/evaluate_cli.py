@@ -22,7 +22,6 @@ def build_parser() -> Parser:
         description="What adaptation gained in the domain and cost outside it: held-out loss and end tasks "
         "of models against the base that they were adapted from, with intervals and paired tests. A stopped "
         "command resumes.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--base", required=True, metavar="DIR", help="the model that was adapted: folder or hub name")

@@ -17,13 +17,12 @@ def merge_command() -> NoReturn:
     run_main(main)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of the command's options."""
     parser = Parser(
         prog="dga-merge",
         description="Merge adapted models with the base that they were adapted from: often most of the "
         "domain's gain at a fraction of what it costs outside. --sweep shows which coefficient is worth it.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--base", required=True, metavar="DIR", help="the model that was adapted: folder or hub name")

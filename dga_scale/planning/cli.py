@@ -1,6 +1,5 @@
 """The command ``dga-plan``; tools/plan.py calls the same function."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ def plan_command() -> NoReturn:
     run_main(main)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The plan's own options; all others are those of training."""
     parser = Parser(
         prog="dga-plan",
@@ -27,7 +26,6 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Every setting of dga-train is understood, --config FILE.yaml too: --method, "
         "--global_batch_size, --max_steps, --bf16, --gradient_checkpointing, --split_views, ... --model is a "
         "name, a folder or a config.json. No --corpus is needed.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--gpus", type=int, required=True, help="GPUs of the run, one rank on each")
@@ -44,12 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plan as ``arguments`` (None: the command line) say; exit code 1 if it does not fit as configured."""
     quiet_libraries()
-    options, settings = build_parser().parse_known_args(arguments)
+    parser = build_parser()
+    options, settings = parser.parse_known_args(arguments)
     for name in ("gpus", "gpus_per_node"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
     # The corpus is not looked at, but training's parser wants one beside a model.
-    config = read_config(["--corpus", "any", *settings])
+    config = read_config(["--corpus", "any", *settings], also=parser.flags())
     from dga_scale.planning.gpus import find_gpu  # this import and those below take seconds
 
     gpu = find_gpu(options.gpu)

@@ -1,6 +1,5 @@
 """The command ``dga-consistency``: gradient consistency of corpora, as a figure and a JSON file."""
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,13 +22,12 @@ def consistency_command() -> NoReturn:
     run_main(main)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of all options."""
     parser = Parser(
         prog="dga-consistency",
         description="How consistent the gradients of each corpus are with those of all together, for one "
         "block: text near 0 or below is a long tail that the block does not learn along with the rest.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder or hub name of the model")

@@ -1,7 +1,9 @@
 """The command ``dga-submit``; tools/submit.py calls the same function."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NoReturn
 
 from dga_scale.config.arguments import Parser
@@ -31,7 +33,6 @@ def build_parser() -> Parser:
         epilog="dga-submit --account abc shard my_text/ --tokenizer MODEL --output corpora/domain "
         "--array_tasks 8 --then train --nodes 2 --gpus_per_node 8 --time 12:00:00 --ds_config "
         "ds_configs/zero2.json --model MODEL --corpus corpora/domain --output_dir runs/mine",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     _add_all(parser)
@@ -56,7 +57,10 @@ def parse_chain(arguments: Sequence[str] | None = None) -> tuple[list[Job], bool
     Raises:
         UserError: an option or argument of a job is wrong; the message names the job's stage.
     """
-    shared = vars(build_parser().parse_args(arguments))
+    everything = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    parser.refuse_unknown_flags(list(takewhile(lambda word: word not in STAGES, everything)))
+    shared = vars(parser.parse_known_args(everything)[0])  # a program's flags are left in ``rest``
     sections = [[shared.pop("stage")]]
     for word in shared.pop("rest"):
         if word == THEN:
@@ -68,8 +72,7 @@ def parse_chain(arguments: Sequence[str] | None = None) -> tuple[list[Job], bool
     for stage, *words in (section or [""] for section in sections):
         if stage not in STAGES:
             raise UserError(f"{THEN} {stage}: write one of {', '.join(STAGES)} after it")
-        parser = Parser(prog="dga-submit", allow_abbrev=False, add_help=False,
-                        argument_default=argparse.SUPPRESS)  # fmt: skip
+        parser = Parser(prog="dga-submit", add_help=False, argument_default=argparse.SUPPRESS)
         _add_all(parser)
         own, program = parser.parse_known_args(words)
         given = shared | vars(own)

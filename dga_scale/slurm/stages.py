@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dga_scale.config.comparison import corpus_flags
@@ -96,7 +96,8 @@ def _shard(options: JobOptions, arguments: list[str], available: AvailableFolder
 def _train(options: JobOptions, arguments: list[str], available: AvailableFolders) -> Job:
     from dga_scale.config.parsing import read_config
 
-    config = read_config(arguments)  # before torch is imported, which takes seconds
+    job_flags = [field.name for field in fields(JobOptions)]
+    config = read_config(arguments, job_flags)  # before torch is imported, which takes seconds
     import torch
 
     from dga_scale.run_folder import RunFolder

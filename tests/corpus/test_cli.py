@@ -89,7 +89,7 @@ def test_rows_longer_than_the_tokenizer_states_are_noted(
         (["--tokenizer", "t"], r"the following arguments are required: INPUT, --output\. See --help"),
         (
             ["x", "--tokenizer", "t", "--output", "o", "--packin", "chunk"],
-            r"unrecognized arguments: --packin",
+            r"unknown option --packin\. Did you mean --packing\? See --help",
         ),
         (
             ["x", "--tokenizer", "t", "--output", "o", "--packing", "bins"],

@@ -87,7 +87,7 @@ def test_results_of_other_settings_are_refused(model: Path, task: Path, tmp_path
         (["--learning_rate", "0"], "--learning_rate 0: must be above 0"),
         (["--metric", "pearson"], "--metric pearson: the task is a classification"),
         (["--max_length", "2"], "--max_length 2: must be at least 8"),
-        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+        (["--epoch", "3"], "unknown option --epoch. Did you mean --epochs"),
     ],
 )
 def test_mistakes_on_the_command_line(task: Path, tmp_path: Path, flags: list[str], message: str):

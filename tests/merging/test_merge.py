@@ -263,7 +263,7 @@ def test_a_sweep_with_output_writes_each_model(world: SmallWorld, adapted: Path,
         (["--sweep", "0,1.5", "--corpus", "c", "--general_corpus", "g"], "--weight 1.5 .* must be from 0"),
         (["--output", "."], "--output . exists already"),
         (["--output", "new", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
-        (["--outputs", "new"], "unrecognized arguments: --outputs"),
+        (["--outputs", "new"], "unknown option --outputs. Did you mean --output"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], message: str):

@@ -18,7 +18,7 @@ class EWCSettings(GeneralTextSettings):
 
     ewc_weight: float = setting(
         0.1,
-        "lambda of the penalty (lambda / 2) * sum of F * squared distance from the starting weights. It "
+        "Lambda of the penalty (lambda / 2) * sum of F * squared distance from the starting weights. It "
         "depends on the scale of F: see fisher_normalize.",
         rule=AT_LEAST_0,
     )

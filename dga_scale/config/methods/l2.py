@@ -18,7 +18,7 @@ class L2Settings(MethodSettings):
 
     l2_weight: float = setting(
         0.1,
-        "lambda of the penalty (lambda / 2) * sum of squared distances from the starting weights. For a "
+        "Lambda of the penalty (lambda / 2) * sum of squared distances from the starting weights. For a "
         "weight at distance d its gradient is lambda * d; gradients of a pretrained model are about 1e-4.",
         rule=AT_LEAST_0,
     )

@@ -18,7 +18,7 @@ class RehearsalSettings(MethodSettings):
 
     rehearsal_weight: float | None = setting(
         None,
-        "alpha of L_MLM(domain) + alpha * L_MLM(general), each a mean over its own masked tokens. Default: "
+        "Alpha of L_MLM(domain) + alpha * L_MLM(general), each a mean over its own masked tokens. Default: "
         "all masked tokens count alike, so the share of the mix decides.",
         rule=AT_LEAST_0,
     )
