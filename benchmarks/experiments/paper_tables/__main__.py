@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.experiments.paper_tables.jobs import Work
-from benchmarks.experiments.paper_tables.runner import Runner, environment
+from benchmarks.experiments.paper_tables.runner import Runner
 from benchmarks.experiments.paper_tables.settings import load_settings
 from benchmarks.experiments.paper_tables.tables import write_tables
 from dga_scale.config.arguments import Parser
@@ -51,18 +51,13 @@ def run(work: Work) -> int:
     """Run all jobs that are not finished, and return the exit code: 75 if stopped."""
     jobs = list(work.jobs())
     with Runner(work.output) as runner:
-        left = [job for job in jobs if not runner.ledger.finished(job)]
-        while left:
-            job = left[0]
-            seconds, unknown = runner.ledger.seconds_left(left)
-            more = f" and {unknown} jobs of unknown length" if unknown else ""
-            number = f"{len(jobs) - len(left) + 1} of {len(jobs)}"
-            print(f"{number}: {job.name}; left: {seconds / 60:.0f} min{more}", flush=True)
+        left = [job for job in jobs if not runner.finished(job)]
+        for number, job in enumerate(left, len(jobs) - len(left) + 1):
+            print(f"{number} of {len(jobs)}: {job.name}", flush=True)
             job.prepare()
-            if not runner.run(job, environment()):
+            if not runner.run(job):
                 print(f"stopped in {job.name}; the same command resumes")
                 return EXIT_STOPPED
-            left.pop(0)
             write_tables(work)
     print(f"tables: {write_tables(work)}")
     return 0

@@ -23,8 +23,6 @@ class Job:
     """One command that is run once."""
 
     name: str
-    kind: str
-    """The kind of the job; jobs of one kind take about the same time."""
     command: tuple[str, ...]
     inputs: str = ""
     """The other content that its result depends on."""
@@ -92,7 +90,7 @@ class Work:
         for name, text in texts.items():
             command = [PYTHON, "tools/shard_corpus.py", *text, "--tokenizer", settings.model]
             command += ["--output", str(self.corpus(name)), "--exclude", *files, *as_flags(flags[name])]
-            yield Job(f"shard {name}", "shard", tuple(command))
+            yield Job(f"shard {name}", tuple(command))
 
     def _model(self, domain: str, method: str, seed: int) -> Job:
         flags = dict(self.settings.methods[method])
@@ -101,13 +99,13 @@ class Work:
             source = self.run(domain, flags.pop("merge"), seed) / "model"
             command = [PYTHON, "tools/merge_models.py", "--base", self.settings.model, "--model", str(source)]
             command += ["--output", str(run / "model"), *as_flags(flags)]
-            return Job(f"merge {domain} {method} {seed}", "merge", tuple(command))
+            return Job(f"merge {domain} {method} {seed}", tuple(command))
         command = self._training(flags, seed, run, [domain])
-        return Job(f"train {domain} {method} {seed}", f"train {method}", tuple(command))
+        return Job(f"train {domain} {method} {seed}", tuple(command))
 
     def _training(self, flags: Flags, seed: int, output: Path, domains: Sequence[str]) -> list[str]:
         settings = self.settings
-        text = json.dumps(settings.train_flags(flags))
+        text = json.dumps({**settings.training, **flags})
         for name in ("general", "general_held_out"):
             text = text.replace(f"{{{name}}}", str(self.corpus(name)))
         command = [*settings.launcher, "launchers/dga_train.py", "--ds_config", settings.ds_config]
@@ -131,7 +129,7 @@ class Work:
         command = [PYTHON, "tools/evaluate.py", "--base", self.settings.model, "--model", *models]
         command += ["--suite", str(suite), "--output_dir", str(self.evaluation(kind, domain))]
         name = f"evaluate {domain} {seeds[-1]}, {kind}"
-        return Job(name, f"evaluate {kind}", tuple(command), text, extends=True, prepare=prepare)
+        return Job(name, tuple(command), text, extends=True, prepare=prepare)
 
     def _suite(self, kind: str, domain: str) -> str:
         """Return the suite on which tools/evaluate.py scores the models of a domain."""
@@ -149,9 +147,9 @@ class Work:
     def _sequence(self, sequence: DomainSequence, method: str, seed: int) -> Iterator[Job]:
         settings, domains, run = self.settings, sequence.domains, self.sequence_run(method, seed)
         command = self._training(sequence.methods[method], seed, run, domains)
-        yield Job(f"train sequence {method} {seed}", f"train sequence {method}", tuple(command))
+        yield Job(f"train sequence {method} {seed}", tuple(command))
         command = [PYTHON, "tools/forgetting.py", str(run), "--task"]
         command += [f"{domain}={settings.domains[domain].task}" for domain in domains]
         evaluation = settings.evaluation
         command += as_flags({"seeds": evaluation.seeds, "jobs": evaluation.jobs, **evaluation.recipe})
-        yield Job(f"forgetting {method} {seed}", "forgetting", tuple(command), extends=True)
+        yield Job(f"forgetting {method} {seed}", tuple(command), extends=True)

@@ -1,32 +1,35 @@
 """The comparison so far: scores, losses, what is larger than noise, and the papers' rows beside ours."""
 
 import json
-import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import yaml
 
+from benchmarks.common import table
 from benchmarks.experiments.paper_tables.jobs import Work
 from benchmarks.experiments.paper_tables.settings import label
 from dga_scale.corpus.shards import MANIFEST, Corpus
 from dga_scale.endtasks.evaluate import BASE
 from dga_scale.endtasks.significance import Difference, difference, ratio_difference
+from dga_scale.logging.json_lines import read_log
 from dga_scale.report.scores import RESULTS
-from dga_scale.run_folder import write_text
+from dga_scale.run_folder import LOG_FILE, write_text
 
 NONE = "none"
 """The base's name in the tables: no adaptation."""
 
 MISSING = "missing"
 
+KINDS = ("domain", "general")
+
 Rows = list[list[str]]
 
 
 def write_tables(work: Work) -> Path:
-    """Write ``tables.md``; gives its path."""
+    """Write ``tables.md``, and return its path."""
     found = Found(work)
     parts = [
         f"## {title}\n\n{text}\n\n{table(rows)}"
@@ -34,102 +37,89 @@ def write_tables(work: Work) -> Path:
         if len(rows) > 1
     ]
     parts += [*sequence(work), *excluded(work)]
-    parts += [published(found, name, content) for name, content in load_published().items()]
+    parts += [published(found, content) for content in load_published().values()]
     path = work.output / "tables.md"
     write_text(path, "\n\n".join(parts) + "\n")
     return path
 
 
 def load_published() -> dict[str, dict[str, Any]]:
-    """The papers' numbers by table: ``source``, ``size``, ``columns``, and ``rows`` of texts."""
-    content: dict[str, dict[str, Any]] = yaml.safe_load(
-        Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
-    )
+    """Return the papers' numbers by table: ``source``, ``size``, ``columns``, and ``rows`` of texts."""
+    text = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
+    content: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return content
 
 
 class Found:
-    """What tools/evaluate.py has written so far."""
+    """The results that tools/evaluate.py has written so far."""
 
     def __init__(self, work: Work) -> None:
-        self.work = work
-        self.evaluations: dict[str, dict[str, Any]] = {}
-        for domain in work.settings.domains:
-            own, general = (work.evaluation(kind, domain) / RESULTS for kind in ("domain", "general"))
-            if own.exists():
-                self.evaluations[domain] = json.loads(own.read_text(encoding="utf-8"))["models"]
-            if own.exists() and general.exists():
-                for name, model in json.loads(general.read_text(encoding="utf-8"))["models"].items():
-                    self.evaluations[domain][name]["tasks"] |= model["tasks"]
+        self.work, self.settings = work, work.settings
+        self.methods = [NONE, *self.settings.methods]
+        self.domains = list(self.settings.domains)
+        self.domain_task = {name: Path(each.task).name for name, each in self.settings.domains.items()}
+        self.general_tasks = [Path(task).name for task in self.settings.general.tasks]
+        self._models = {domain: self._read(domain) for domain in self.domains}
 
-    @property
-    def methods(self) -> list[str]:
-        return [NONE, *self.work.settings.methods]
+    def _read(self, domain: str) -> dict[str, dict[str, Any]]:
+        own, general = (self.work.evaluation(kind, domain) / RESULTS for kind in KINDS)
+        if not own.exists():
+            return {}
+        models: dict[str, dict[str, Any]] = json.loads(own.read_text(encoding="utf-8"))["models"]
+        if general.exists():
+            for name, model in json.loads(general.read_text(encoding="utf-8"))["models"].items():
+                models[name]["tasks"] |= model["tasks"]
+        return models
 
-    def tasks(self, domain: str) -> tuple[str, list[str]]:
-        """The domain's task, and the general ones."""
-        settings = self.work.settings
-        return Path(settings.domains[domain].task).name, [Path(task).name for task in settings.general.tasks]
+    def entries(self, domain: str, method: str, group: str) -> dict[str, Any]:
+        """Return a model's entries of results.json: its "tasks" or "corpora"; empty as long as unmeasured."""
+        return self._models[domain].get(_label(method), {group: {}})[group]
 
-    def entry(self, domain: str, method: str, group: str, name: str) -> dict[str, Any] | None:
-        """Of results.json; None where it is not there yet."""
-        model = self.evaluations.get(domain, {}).get(BASE if method == NONE else label(method), {})
-        return model.get(group, {}).get(name)
+    def values(self, domain: str, method: str, task: str) -> list[float]:
+        """Return a model's scores by seed."""
+        return self.entries(domain, method, "tasks").get(task, {"values": []})["values"]
 
-    def values(self, domain: str, method: str, task: str) -> list[float] | None:
-        """A model's scores by seed."""
-        entry = self.entry(domain, method, "tasks", task)
-        return None if entry is None else entry["values"]
-
-    def sums(self, domain: str, method: str) -> dict[str, dict[str, list[float]]] | None:
-        """Losses by batch of held-out text, of the first training seed."""
-        folder = self.work.evaluation("domain", domain) / (BASE if method == NONE else label(method))
-        file = folder / "held_out.json"
-        return json.loads(file.read_text(encoding="utf-8"))["sums"] if file.exists() else None
+    def sums(self, domain: str, method: str) -> dict[str, dict[str, list[float]]]:
+        """Return the losses by batch of held-out text, of the first training seed."""
+        file = self.work.evaluation("domain", domain) / _label(method) / "held_out.json"
+        return json.loads(file.read_text(encoding="utf-8"))["sums"] if file.exists() else {}
 
 
 def scores(found: Found) -> tuple[str, str, Rows]:
-    """Scores of end tasks."""
-    domains = list(found.work.settings.domains)
-    general = found.tasks(domains[0])[1]
-    metrics = {}
-    for domain in domains:
-        for task in (found.tasks(domain)[0], *general):
-            entry = found.entry(domain, NONE, "tasks", task)
-            metrics[task] = f"{task}, {entry['metric']}" if entry else task
-    rows = [["method", *(f"{d}: {metrics[found.tasks(d)[0]]}" for d in domains), "average"]]
-    rows[0] += [metrics[task] for task in general]
+    """Compare the scores of end tasks."""
+    first, heads = found.domains[0], {}
+    for domain in found.domains:
+        for task in (found.domain_task[domain], *found.general_tasks):
+            entry = found.entries(domain, NONE, "tasks").get(task)
+            heads[task] = f"{task}, {entry['metric']}" if entry else task
+    rows = [["method", *(f"{d}: {heads[found.domain_task[d]]}" for d in found.domains), "average"]]
+    rows[0] += [heads[task] for task in found.general_tasks]
     counts = set()
     for method in found.methods:
-        own = [found.values(domain, method, found.tasks(domain)[0]) for domain in domains]
+        own = [found.values(domain, method, found.domain_task[domain]) for domain in found.domains]
         counts |= {len(values) for values in own if values}
-        cells = [_points(values) for values in own]
-        complete = [statistics.fmean(values) for values in own if values]
-        cells.append(f"{100 * statistics.fmean(complete):.1f}" if len(complete) == len(own) else MISSING)
-        for task in general:
-            values = [v for domain in domains for v in found.values(domain, method, task) or []]
+        average = f"{100 * fmean(map(fmean, own)):.1f}" if all(own) else MISSING
+        rows.append([method, *map(_points, own), average])
+        for task in found.general_tasks:
             # The base is the same model in all domains.
-            cells.append(_points(found.values(domains[0], method, task) if method == NONE else values))
-        rows.append([method, *cells])
+            models = [first] if method == NONE else found.domains
+            rows[-1].append(_points([v for domain in models for v in found.values(domain, method, task)]))
     text = (
         f"Points, mean ± standard deviation over {' or '.join(map(str, sorted(counts)))} "
-        f"{'fine-tuning' if len(found.work.settings.seeds) == 1 else 'training'} seeds; general tasks over "
+        f"{'fine-tuning' if len(found.settings.seeds) == 1 else 'training'} seeds; general tasks over "
         "those of all domains' models."
     )
     return "End tasks", text, rows
 
 
 def losses(found: Found) -> tuple[str, str, Rows]:
-    """Held-out losses."""
-    domains = list(found.work.settings.domains)
-    rows = [["method", *(f"{domain}{what}" for domain in domains for what in (": domain", ": general"))]]
+    """Compare the held-out losses."""
+    rows = [["method", *(f"{domain}: {kind}" for domain in found.domains for kind in KINDS)]]
     for method in found.methods:
         cells = []
-        for domain in domains:
-            model = found.evaluations.get(domain, {}).get(BASE if method == NONE else label(method))
-            for kind in ("domain", "general"):
-                entries = [e for e in (model or {"corpora": {}})["corpora"].values() if e["kind"] == kind]
-                cells.append(_loss(entries[0]) if entries else MISSING)
+        for domain in found.domains:
+            entries = found.entries(domain, method, "corpora").values()
+            cells += [next((_loss(e) for e in entries if e["kind"] == kind), MISSING) for kind in KINDS]
         rows.append([method, *cells])
     text = (
         "Nats a predicted token; in brackets the difference to the base and half its 95% interval, over "
@@ -139,25 +129,14 @@ def losses(found: Found) -> tuple[str, str, Rows]:
 
 
 def differences(found: Found) -> tuple[str, str, Rows]:
-    """Paired differences to the method that all are compared with, and to the base, over all domains."""
-    settings = found.work.settings
-    other = settings.compare_with
+    """Test paired differences to the method that all are compared with, and to the base, over all domains."""
+    other = found.settings.compare_with
     references = [NONE, *([other] if other else [])]
-    rows = [["method", *(f"{kind} tasks: to {r}" for r in references for kind in ("domain", "general"))]]
-    if other:
-        rows[0] += [f"{kind} loss: to {other}" for kind in ("domain", "general")]
+    rows = [["method", *(f"{kind} tasks: to {r}" for r in references for kind in KINDS)]]
+    rows[0] += [f"{kind} loss: to {other}" for kind in KINDS if other]
     for method in found.methods[1:]:
-        cells = []
-        for reference in references:
-            for kind in ("domain", "general"):
-                pairs = _pairs(found, method, reference, kind) if method != reference else ([], [])
-                cells.append(_difference(difference(*pairs), 100, 1) if pairs[0] else "")
-        if other:
-            found_losses = _loss_differences(found, method, other) if method != other else []
-            cells += [
-                _difference(ratio_difference(*columns), 1, 3) if columns else "" for columns in found_losses
-            ] or ["", ""]
-        rows.append([method, *cells])
+        cells = [_tasks_cell(found, method, reference, kind) for reference in references for kind in KINDS]
+        rows.append([method, *cells, *(_losses_cell(found, method, other, kind) for kind in KINDS if other)])
     text = (
         "Mean difference, 95% interval, p of a paired t-test, number of pairs. Tasks, in points: a pair is "
         "one seed on one task of one domain, and shows the seeds' noise only, another training seed gives "
@@ -167,16 +146,13 @@ def differences(found: Found) -> tuple[str, str, Rows]:
 
 
 def movement(found: Found) -> tuple[str, str, Rows]:
-    """How far protected units moved, against what their masks ask for."""
-    settings = found.work.settings
-    rows = [["method", *settings.domains]]
-    for method, flags in settings.methods.items():
-        if "merge" in flags:
-            continue
+    """Set how far protected units moved beside what their masks ask for."""
+    rows = [["method", *found.domains]]
+    for method in found.settings.trained():
         cells = []
-        for domain in settings.domains:
-            events = [_protection(found.work.run(domain, method, seed)) for seed in settings.seeds]
-            cells.append("; ".join(f"{e[0]:.2f}, {e[1]:.2f}" for e in events if e))
+        for domain in found.domains:
+            runs = (found.work.run(domain, method, seed) for seed in found.settings.seeds)
+            cells.append("; ".join(filter(None, map(_protection, runs))))
         if any(cells):
             rows.append([method, *(cell or MISSING for cell in cells)])
     text = (
@@ -188,7 +164,7 @@ def movement(found: Found) -> tuple[str, str, Rows]:
 
 
 def sequence(work: Work) -> Iterator[str]:
-    """Losses and end-task scores after each domain of a sequence."""
+    """Yield the losses and end-task scores after each domain of a sequence."""
     settings = work.settings
     for method in settings.sequence.methods if settings.sequence else ():
         for seed in settings.seeds:
@@ -197,45 +173,45 @@ def sequence(work: Work) -> Iterator[str]:
             if all(file.exists() for file in files):
                 found, scored = (json.loads(file.read_text(encoding="utf-8")) for file in files)
                 rate = scored["forgetting_rate"]
-                points = f"{100 * rate['mean']:+.1f} points over {len(rate['by_seed'])} seeds"
-                yield "\n\n".join(
-                    [
-                        f"## In sequence: {method}, seed {seed}",
-                        table(_sequence_rows(found, scored)),
-                        f"Forgetting rate: {points}.",
-                    ]
+                yield (
+                    f"## In sequence: {method}, seed {seed}\n\n{table(_sequence_rows(found, scored))}\n\n"
+                    f"Forgetting rate: {100 * rate['mean']:+.1f} points over {len(rate['by_seed'])} seeds."
                 )
 
 
 def excluded(work: Work) -> Iterator[str]:
-    """How many end-task examples stood in the text before their documents were dropped."""
+    """Yield how many end-task examples stood in the text before their documents were dropped."""
     lines = []
     for name in [*work.settings.domains, "general"]:
         if (work.corpus(name) / MANIFEST).exists():
             files = Corpus.open(work.corpus(name)).manifest.excluded
-            found = ", ".join(
-                f"{f['found']} of {f['examples']} of {Path(f['path']).parent.name}" for f in files
-            )
-            lines.append(f"- {name}: {found}")
+            counts = (f"{f['found']} of {f['examples']} of {Path(f['path']).parent.name}" for f in files)
+            lines.append(f"- {name}: {', '.join(counts)}")
     if lines:
         yield "## End-task examples in the text\n\nTheir documents were left out.\n\n" + "\n".join(lines)
 
 
-def published(found: Found, name: str, content: Mapping[str, Any]) -> str:
-    """A paper's table; where it has our domains, ours beside it, with gains over no adaptation."""
-    rows = [["published", *content["columns"]]]
-    rows += [[row, *each["values"]] for row, each in content["rows"].items()]
+def published(found: Found, content: Mapping[str, Any]) -> str:
+    """Return a paper's table; where it has our domains, ours beside it, with gains over no adaptation."""
+    columns = content["columns"]
+    rows = [["published", *columns]]
+    for name, each in content["rows"].items():
+        rows.append([name, *each["values"], *[""] * (len(columns) - len(each["values"]))])
     parts = [f"## Published: {content['source']}", content["size"], table(rows)]
-    domains = [domain for domain in content["columns"] if domain in found.evaluations]
+    domains = [
+        domain for domain in columns if domain in found.domains and found.entries(domain, NONE, "tasks")
+    ]
     if domains:
-        parts += [_size(found.work), table(_beside(found, content, domains))]
+        flags, work = found.settings.training, found.settings
+        parts.append(
+            f"Beside ours, with the gain over no adaptation. Ours: {Path(work.model).name}, "
+            f"{flags['max_steps'] * flags['global_batch_size']:,} sequences of "
+            f"{work.sharding.get('sequence_length', 512)} tokens a domain, {len(work.seeds)} training and "
+            f"{work.evaluation.seeds} fine-tuning seeds. The model, the text and the splits of the tasks "
+            "differ: directions can be compared, heights can't."
+        )
+        parts.append(table(_beside(found, content, domains)))
     return "\n\n".join(parts)
-
-
-def table(rows: Rows) -> str:
-    """A table in Markdown; the first row is its head."""
-    lines = [f"| {' | '.join(row)} |" for row in (row + [""] * (len(rows[0]) - len(row)) for row in rows)]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def _beside(found: Found, content: Mapping[str, Any], domains: Sequence[str]) -> Rows:
@@ -245,42 +221,28 @@ def _beside(found: Found, content: Mapping[str, Any], domains: Sequence[str]) ->
         method = each.get("ours")
         if method not in found.methods:
             continue
-        cells = []
+        rows.append([f"{name}; {method}"])
         for domain in domains:
-            at = content["columns"].index(domain)
-            theirs, theirs_before = (float(row["values"][at].split("/")[0]) for row in (each, first))
-            task = found.tasks(domain)[0]
-            ours, ours_before = (found.values(domain, m, task) for m in (method, NONE))
-            cells.append(_gain(theirs, theirs_before))
-            cells.append(
-                _gain(100 * statistics.fmean(ours), 100 * statistics.fmean(ours_before))
-                if ours and ours_before
-                else MISSING
-            )
-        rows.append([f"{name}; {method}", *cells])
+            at, task = content["columns"].index(domain), found.domain_task[domain]
+            theirs = [float(row["values"][at].split("/")[0]) for row in (each, first)]
+            ours = [found.values(domain, m, task) for m in (method, NONE)]
+            rows[-1] += [_gain(*theirs), _gain(*(100 * fmean(v) for v in ours)) if all(ours) else MISSING]
     return rows
 
 
-def _size(work: Work) -> str:
-    flags = work.settings.training
-    sequences = flags["max_steps"] * flags["global_batch_size"]
-    return (
-        f"Beside ours, with the gain over no adaptation. Ours: {Path(work.settings.model).name}, "
-        f"{sequences:,} sequences of {work.settings.sharding.get('sequence_length', 512)} tokens a domain, "
-        f"{len(work.settings.seeds)} training and {work.settings.evaluation.seeds} fine-tuning seeds. The "
-        "model, the text and the splits of the tasks differ: directions can be compared, heights can't."
-    )
+def _label(method: str) -> str:
+    return BASE if method == NONE else label(method)
 
 
 def _gain(value: float, before: float) -> str:
     return f"{value:.1f}" + ("" if value == before else f" ({value - before:+.1f})")
 
 
-def _points(values: Sequence[float] | None) -> str:
+def _points(values: Sequence[float]) -> str:
     if not values:
         return MISSING
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{spread}"
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * fmean(values):.1f}{spread}"
 
 
 def _loss(entry: Mapping[str, Any]) -> str:
@@ -300,47 +262,41 @@ def _difference(found: Difference, scale: float, digits: int) -> str:
     return f"{text}, n {found.count}"
 
 
-def _pairs(found: Found, method: str, reference: str, kind: str) -> tuple[list[float], list[float]]:
+def _tasks_cell(found: Found, method: str, reference: str, kind: str) -> str:
+    """Compare the scores on tasks of a kind; a pair is a seed, a domain and a task."""
     values: list[float] = []
     others: list[float] = []
-    for domain in found.evaluations:
-        own, general = found.tasks(domain)
-        for task in [own] if kind == "domain" else general:
-            mine, theirs = found.values(domain, method, task), found.values(domain, reference, task)
+    for domain in found.domains:
+        for task in [found.domain_task[domain]] if kind == "domain" else found.general_tasks:
+            mine, theirs = (found.values(domain, each, task) for each in (method, reference))
             if mine and theirs:
-                if reference == NONE and len(found.work.settings.seeds) > 1:
-                    theirs = [statistics.fmean(theirs)] * len(mine)
+                if reference == NONE and len(found.settings.seeds) > 1:
+                    theirs = [fmean(theirs)] * len(mine)
                 values += mine
                 others += theirs
-    return values, others
+    return _difference(difference(values, others), 100, 1) if values and method != reference else ""
 
 
-def _loss_differences(found: Found, method: str, reference: str) -> list[list[list[float]]]:
-    """Sums of losses of both, and counts, over the batches of all domains: of domain and general text."""
-    columns: list[list[list[float]]] = [[[], [], []], [[], [], []]]
-    for domain in found.evaluations:
-        mine, theirs = found.sums(domain, method), found.sums(domain, reference)
-        if mine and theirs:
-            for name, sums in mine.items():
-                into = columns[name != domain]
-                for column, values in zip(
-                    into, (sums["loss"], theirs[name]["loss"], sums["labels"]), strict=True
-                ):
-                    column += values
-    return columns if columns[0][0] else []
+def _losses_cell(found: Found, method: str, reference: str, kind: str) -> str:
+    """Compare the losses on text of a kind; a pair is a batch."""
+    columns: tuple[list[float], ...] = [], [], []  # sums of both, labels
+    for domain in found.domains:
+        mine, theirs = (found.sums(domain, each) for each in (method, reference))
+        for name in mine if theirs else ():
+            if (name == domain) == (kind == "domain"):
+                columns[0].extend(mine[name]["loss"])
+                columns[1].extend(theirs[name]["loss"])
+                columns[2].extend(mine[name]["labels"])
+    return _difference(ratio_difference(*columns), 1, 3) if columns[0] and method != reference else ""
 
 
-def _protection(run: Path) -> tuple[float, float] | None:
-    """Movement asked for and found, of the last such line in the log."""
-    file = run / "log.jsonl"
-    if not file.exists():
-        return None
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in lines if line.get("kind") == "heads" and "measured_protection" in line]
-    if not found:
-        return None
-    asked, moved = 1 - found[-1]["target_protection"], 1 - found[-1]["measured_protection"]
-    return None if math.isnan(moved) else (asked, moved)
+def _protection(run: Path) -> str:
+    """Return the movement that masks on heads ask for and the one found, last in a run's log."""
+    log = read_log(run / LOG_FILE) if (run / LOG_FILE).exists() else []
+    events = [each for each in log if each.get("kind") == "heads" and "measured_protection" in each]
+    if not events or events[-1]["measured_protection"] is None:  # NaN
+        return ""
+    return f"{1 - events[-1]['target_protection']:.2f}, {1 - events[-1]['measured_protection']:.2f}"
 
 
 def _sequence_rows(found: Mapping[str, Any], scored: Mapping[str, Any]) -> Rows:
@@ -349,8 +305,8 @@ def _sequence_rows(found: Mapping[str, Any], scored: Mapping[str, Any]) -> Rows:
     rows = [["after", *(f"loss {domain}" for domain in domains), "general loss", *names]]
     for number, domain in enumerate(domains):
         values = [found["losses"][other][number] for other in domains]
-        general = found["general"][number + 1] if found.get("general") else None
-        cells = ["" if value is None else f"{value:.3f}" for value in (*values, general)]
-        cells += [f"{100 * score['mean']:.1f}" for score in scored["scores"][number]]
-        rows.append([domain, *cells])
+        values.append(found["general"][number + 1] if found.get("general") else None)
+        rows.append([domain, *("" if value is None else f"{value:.3f}" for value in values)])
+        rows[-1] += [f"{100 * score['mean']:.1f}" for score in scored["scores"][number]]
+        rows[-1] += [""] * (len(rows[0]) - len(rows[-1]))
     return rows
