@@ -1,5 +1,7 @@
 """The error for mistakes of the user, and the frame of every entry point that reports it."""
 
+import atexit
+import contextlib
 import os
 import re
 import sys
@@ -27,10 +29,14 @@ class UserError(Exception):
     """
 
 
-def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry point and exit with its code; a ``UserError`` prints one line and exits with 2.
+def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Run an entry point and end with its code; a ``UserError`` prints one line and gives code 2.
 
     The umask is tightened, so that no other user can write the files of a run whatever the caller's umask.
+
+    Args:
+        main: The entry point. It returns the exit code; None is 0.
+        end: What ends the process with that code.
     """
     os.umask(os.umask(0o077) | 0o002)
     try:
@@ -38,7 +44,21 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
-    sys.exit(code or 0)
+    end(code or 0)
+
+
+def end_rank(code: int) -> NoReturn:
+    """End the process of a rank with ``code``, without the interpreter's shutdown.
+
+    Gloo's threads outlive the process group that is destroyed, because DeepSpeed's engine still refers to it.
+    One that drops its last tensor while the interpreter shuts down aborts the process (exit code 134), though
+    the run is complete.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def without_secrets(text: str) -> str:

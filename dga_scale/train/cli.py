@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 from dga_scale.config.arguments import Parser
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
-from dga_scale.errors import UserError, run_main
+from dga_scale.errors import UserError, end_rank, run_main
 from dga_scale.launch.environment import read_launch_info
 from dga_scale.logging.quiet import quiet_libraries
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def train_command() -> NoReturn:
     """Run ``dga-train``: one rank of a training run, under any launcher."""
-    run_main(_train)
+    run_main(_train, end=end_rank)
 
 
 def consolidate_command() -> NoReturn:

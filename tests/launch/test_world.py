@@ -1,5 +1,6 @@
 """Collectives of the ranks, errors that all of them share, and where they meet."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from dga_scale.errors import EXIT_USER_ERROR, UserError
 from dga_scale.launch.environment import LaunchInfo
 from dga_scale.launch.world import Cluster, _rendezvous_address, join_cluster
-from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
+from tests.helpers.ranks import REPOSITORY, RankError, free_port, run_ranks
 
 
 def _gathered() -> tuple[list[int], float, str, float]:
@@ -84,3 +85,43 @@ def test_an_mpi4py_of_another_mpi_is_refused() -> None:
     assert failed.returncode == EXIT_USER_ERROR, failed.stderr
     assert "mpiexec started 2 processes, but mpi4py counts 1" in failed.stderr
     assert "MASTER_ADDR" in failed.stderr
+
+
+LEAVING = """
+import torch, torch.distributed as dist
+from dga_scale.errors import end_rank, run_main
+from dga_scale.launch.world import join_cluster
+
+def main():
+    global engine  # as DeepSpeed's refers to its group
+    with join_cluster() as cluster:
+        engine = dist.group.WORLD
+        dist.all_reduce(torch.ones(200_000), async_op=True)
+        cluster.barrier()
+    print("left", flush=True)
+    return 3
+
+run_main(main, end=end_rank)
+"""
+
+
+def test_a_rank_ends_with_its_code_while_threads_of_gloo_hold_tensors() -> None:
+    """With the interpreter's own shutdown about every second of these ranks aborts."""
+    for _ in range(2):
+        port = free_port()
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", LEAVING],
+                cwd=REPOSITORY,
+                env=os.environ
+                | {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4"}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(4)
+        ]
+        for rank in ranks:
+            said, _ = rank.communicate(timeout=300)
+            assert (rank.returncode, said) == (3, "left\n")
