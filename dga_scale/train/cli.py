@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def train_command() -> NoReturn:
     """Run ``dga-train``: one rank of a training run, under any launcher."""
-    run_main(_train, end=end_rank)
+    run_main(_train)
 
 
 def consolidate_command() -> NoReturn:
@@ -26,11 +26,15 @@ def consolidate_command() -> NoReturn:
     run_main(_consolidate)
 
 
-def _train() -> int:
+def _train() -> NoReturn:
     quiet_libraries()
     settings = _outcome(read_config)
     if read_launch_info(os.environ).world_size == 1:
         settings()
+    run_main(lambda: _train_as_rank(settings), end=end_rank)
+
+
+def _train_as_rank(settings: Callable[[], TrainConfig]) -> int:
     # Torch's import takes a second, DeepSpeed's and transformers' more: after the flags are checked.
     from dga_scale.launch.preemption import StopRequest
     from dga_scale.launch.watchdog import Watchdog

@@ -216,8 +216,9 @@ def assert_no_leftovers(run: Path) -> None:
 
 def program(flags: list[str], run: Path, fault: Fault | None) -> None:
     """``dga_train.py`` with these flags, under a fault."""
-    from dga_scale.train.cli import train_command
+    from dga_scale.train import cli
 
+    cli.end_rank = sys.exit  # a forked rank looks for lost errors first, and then ends as fast
     _tell_when_watching(run)
     calls = [0]
     strikes = fault is not None and fault.victim in (None, int(os.environ["RANK"]))
@@ -232,7 +233,7 @@ def program(flags: list[str], run: Path, fault: Fault | None) -> None:
     sys.argv = ["dga_train.py", *flags]
     try:
         with no_pictures():
-            train_command()
+            cli.train_command()
     finally:
         print("calls:", calls[0], flush=True)
 
