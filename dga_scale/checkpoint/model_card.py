@@ -10,8 +10,9 @@ import yaml
 import dga_scale
 from dga_scale.backbone.extended import MODEL_TYPE
 from dga_scale.config.comparison import split_reference
-from dga_scale.config.declaration import Refers
+from dga_scale.config.declaration import Refers, as_typed
 from dga_scale.config.methods import known_settings
+from dga_scale.corpus.shards import VALIDATION
 from dga_scale.logging.evaluations import before_and_after, evaluations
 from dga_scale.logging.json_lines import LOG_FILE, read_log
 from dga_scale.run_folder import RunFolder
@@ -53,7 +54,7 @@ def model_card(run_dir: Path, step: int, model_config: Path) -> str:
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in settings.items()),
+        *(f"| {name} | {as_typed(value)} |" for name, value in settings.items()),
         "",
     ]
     return "\n".join(lines)
@@ -66,7 +67,7 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     return {
         name: value if name not in known else _shown(value, known[name].refers)
         for name, value in settings.items()
-        if name not in known or known[name].affects != "place"
+        if value is not None and (name not in known or known[name].affects != "place")
     }
 
 
@@ -78,7 +79,8 @@ def _shown(value: Any, refers: Refers | None) -> Any:
     for text in value if isinstance(value, list) else [value]:
         before, name, behind = split_reference(text, refers)
         if Path(name).exists() or not _HUB_NAME.fullmatch(name):
-            name = Path(name).name
+            # Every held-out part has the same name; the corpus before it says which it is.
+            name = "/".join(Path(name).parts[-2 if Path(name).name == VALIDATION else -1 :])
         found.append(before + name + behind)
     return ", ".join(found)
 

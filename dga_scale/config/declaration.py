@@ -34,6 +34,13 @@ Refers = Literal["model", "corpus", "corpus:share", "name=corpus", "file"]
 """
 
 
+def as_typed(value: Any) -> str:
+    """Write a setting's value as it stands behind its flag; empty for None."""
+    if isinstance(value, list):
+        return " ".join(map(as_typed, value))
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class Rule(NamedTuple):
     """A rule that a number must keep: a test, and the words for it."""
 

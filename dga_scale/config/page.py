@@ -3,7 +3,7 @@
 from dataclasses import is_dataclass
 from typing import Any
 
-from dga_scale.config.declaration import Setting, declared
+from dga_scale.config.declaration import Setting, as_typed, declared
 from dga_scale.config.methods import DEFAULT, METHOD_SETTINGS
 from dga_scale.config.settings import (
     DataSettings,
@@ -78,11 +78,7 @@ def _section(title: str, group: type[Any]) -> list[str]:
 
 
 def _default(each: Setting) -> str:
-    if each.default is None:
-        return ""
-    if isinstance(each.default, list):
-        return f"`{' '.join(each.default)}`"
-    return f"`{str(each.default).lower() if each.type is bool else each.default}`"
+    return "" if each.default is None else f"`{as_typed(each.default)}`"
 
 
 def _values(each: Setting) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import dga_scale
+from dga_scale.config.declaration import as_typed
 from dga_scale.errors import UserError
 from dga_scale.logging import plots
 from dga_scale.logging.evaluations import NOT_MEASURED, BeforeAfter
@@ -269,7 +270,7 @@ def _environment(runs: Sequence[RunData]) -> str:
 def _side_by_side(what: str, columns: Sequence[dict[str, Any]], runs: Sequence[RunData], summary: str) -> str:
     rows = []
     for name in dict.fromkeys(name for column in columns for name in column):
-        values = ["" if column.get(name) is None else str(column[name]) for column in columns]
+        values = [as_typed(column.get(name)) for column in columns]
         differs = ' class="differs"' if len(set(values)) > 1 else ""
         rows.append(f"<tr{differs}><td>{escape(name)}</td>{html.cells(values)}</tr>")
     table = html.table((what, *(run.name for run in runs)), rows, "settings")

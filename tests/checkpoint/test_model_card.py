@@ -14,7 +14,11 @@ def run_of(folder: Path, model: str, records: list[dict[str, Any]]) -> Path:
     settings = {
         "model": model,
         "corpus": str(folder / "somewhere" / "acl"),
+        "eval_corpus": str(folder / "somewhere" / "acl" / "validation"),
         "method": "dga",
+        "protect": ["heads", "ffn_output"],
+        "dropout": None,
+        "bf16": True,
         "learning_rate": 1e-4,
         "output_dir": str(folder),
     }
@@ -39,7 +43,16 @@ def test_figures_of_the_step_it_holds(tmp_path: Path) -> None:
     assert "| held-out text | step 0 | step 100 |" in card
     assert "| domain loss | 4.2000 | 3.7000 |" in card
     assert "| general loss | 3.8000 | 3.9000 |" in card
-    assert "| learning_rate | 0.0001 |" in card
+    shown = dict(line.strip("| ").split(" | ") for line in card.split("|---|---|\n")[-1].splitlines())
+    assert shown == {
+        "model": "FacebookAI/roberta-base",
+        "corpus": "acl",
+        "eval_corpus": "acl/validation",
+        "method": "dga",
+        "protect": "heads ffn_output",
+        "bf16": "true",
+        "learning_rate": "0.0001",
+    }
     assert "AutoModelForMaskedLM" in card
 
 
