@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from dga_scale.config.arguments import Parser
-from dga_scale.corpus.reading.sources import COMPRESSIONS, FORMATS
+from dga_scale.corpus.reading.files import COMPRESSIONS
+from dga_scale.corpus.reading.sources import FORMATS
 from dga_scale.corpus.sharding.executor import under_mpi
 from dga_scale.corpus.sharding.packing import PACKINGS
 from dga_scale.corpus.sharding.pipeline import DOCUMENT_MODES, ShardReport, shard_corpus

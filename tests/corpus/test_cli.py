@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dga_scale.corpus.cli import build_parser, main
-from dga_scale.corpus.reading.sources import COMPRESSIONS, FORMATS
+from dga_scale.corpus.reading.files import COMPRESSIONS
+from dga_scale.corpus.reading.sources import FORMATS
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer

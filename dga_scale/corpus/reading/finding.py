@@ -1,65 +1,144 @@
 """Find the text that inputs name: files, folders, globs and saved datasets, each with its format."""
 
+import codecs
 import glob
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dga_scale.corpus.reading.sources import COMPRESSIONS, FORMATS, Source
+from dga_scale.corpus.reading.files import COMPRESSIONS, FIRST_BYTES, Source, compression_of, first_bytes
+from dga_scale.corpus.reading.sources import FORMATS
+from dga_scale.corpus.shards import MANIFEST, WORK_FOLDER
 from dga_scale.errors import UserError
 
-_FINGERPRINT_BYTES = 1 << 16
+_TEXTS = ("text", "jsonl", "csv", "tsv")
+_ARCHIVES = {".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"}
+_ARRAY = re.compile(rb"\s*\[\s*([{\]]|$)")
+"""The beginning of one array of objects; a line of JSON lines is an object."""
+
+_NAMED = 3
+"""The most paths that a line names of those that are not read, for each reason."""
 
 
-def find_sources(inputs: Iterable[str]) -> list[Source]:
+@dataclass
+class _LeftOut:
+    """What a folder or a pattern holds and is not read, by the reason."""
+
+    empty: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    corpora: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        kinds = {
+            "empty": self.empty,
+            f"of another ending than {', '.join(FORMATS)}": self.unknown,
+            "hidden": self.hidden,
+            "corpora that were sharded before": self.corpora,
+        }
+        return "; ".join(
+            f"{len(paths)} {kind} ({', '.join(paths[:_NAMED])}{', ...' if len(paths) > _NAMED else ''})"
+            for kind, paths in kinds.items()
+            if paths
+        )
+
+
+def find_sources(inputs: Collection[str]) -> list[Source]:
     """Expand files, folders and globs into sources, in the order given; inside a folder or glob by path.
 
-    Folders are searched recursively for files of a known ending; hidden files are left out.
+    Folders are searched for files of a known ending, links followed. What is not read (hidden, empty or of
+    another ending) is told in one line on stderr.
 
     Raises:
-        UserError: an input matches nothing, is an empty file, or has a format that can't be read.
+        UserError: an input matches nothing, is an empty file, or has a format that can't be read; a folder
+            can't be entered, or a link in it leads nowhere.
     """
-    paths: dict[str, None] = {}  # an ordered set: a file named twice is read once
+    paths: dict[str, bool] = {}  # by path, so that a file named twice is read once: whether it was named
+    left_out = _LeftOut()
     for item in inputs:
-        for path in _expand(item):
-            paths.setdefault(os.path.normpath(path))
-    return [_source(Path(path)) for path in paths]
+        for path, named in _expand(item, left_out):
+            paths.setdefault(os.path.normpath(path), named)
+    sources = [source for path, named in paths.items() if (source := _source(Path(path), named, left_out))]
+    if not sources:
+        raise UserError(f"no text in {' '.join(inputs)}: {left_out}")
+    if text := str(left_out):
+        print(f"note: not read: {text}", file=sys.stderr)
+    return sources
 
 
-def _expand(item: str) -> list[str]:
+def _expand(item: str, left_out: _LeftOut) -> Iterator[tuple[str, bool]]:
+    """Yield the paths of an input, each with whether it was named itself, not by a folder or a pattern."""
     path = Path(item)
     if _is_saved_dataset(path):
-        return [item]
-    if path.is_dir():
-        found = sorted(str(p) for p in _walk(path))
+        yield item, True
+    elif path.is_dir():
+        found = sorted(str(p) for p in _walk(path, left_out))
         if not found:
-            endings = ", ".join(FORMATS)
             raise UserError(
-                f"input folder {item} holds no text files (searched for {endings}, plain, .gz or .zst)"
+                f"input folder {item} holds no text files (searched for {', '.join(FORMATS)}, plain or "
+                f"{', '.join(COMPRESSIONS)}){f'; it holds {left_out}' if str(left_out) else ''}"
             )
-        return found
-    if path.exists():
-        return [item]
-    matches = sorted(glob.glob(item, recursive=True))
-    if not matches:
-        kind = "pattern matches no file" if glob.has_magic(item) else "no such file or folder"
-        raise UserError(f"input {item}: {kind}")
-    return [path for match in matches for path in _expand(match)]
+        yield from ((each, False) for each in found)
+    elif path.exists():
+        yield item, True
+    elif path.is_symlink():
+        raise UserError(f"input {item} is a link to {os.readlink(path)}, which is not there")
+    else:
+        matches = sorted(glob.glob(item, recursive=True))
+        if not matches:
+            kind = "pattern matches no file" if glob.has_magic(item) else "no such file or folder"
+            raise UserError(f"input {item}: {kind}")
+        for match in matches:
+            yield from ((found, False) for found, _ in _expand(match, left_out))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if _is_saved_dataset(Path(parent)):
+def _walk(folder: Path, left_out: _LeftOut) -> Iterator[Path]:
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        here = Path(parent)
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above, or a second one to the same
             folders.clear()
-            yield Path(parent)
             continue
-        for name in files:
-            if not name.startswith(".") and _format(Path(name))[0] is not None:
-                yield Path(parent, name)
+        seen.add((status.st_dev, status.st_ino))
+        if _is_corpus(here):
+            left_out.corpora.append(parent)
+            folders.clear()
+            continue
+        if _is_saved_dataset(here):
+            folders.clear()
+            yield here
+            continue
+        left_out.hidden += [str(here / name) for name in (*folders, *files) if name.startswith(".")]
+        # In one order, so that of two links to one folder the same is followed everywhere.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.startswith("."):
+                continue
+            path = here / name
+            if not path.exists():
+                raise UserError(
+                    f"{path} in input folder {folder} is a link to {os.readlink(path)}, which is not there. "
+                    "Mend the link or remove it"
+                )
+            if _format(path) is None:
+                left_out.unknown.append(str(path))
+            else:
+                yield path
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"input folder {error.filename} can't be entered: {error.strerror}") from error
+
+
+def _is_corpus(path: Path) -> bool:
+    """Return whether a folder is the sharder's, finished or begun."""
+    return (path / WORK_FOLDER).is_dir() or ((path / MANIFEST).is_file() and any(path.glob("data-*.arrow")))
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -70,45 +149,47 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
-def _format(path: Path) -> tuple[str | None, str | None]:
-    """Return format and compression by the file's endings; None where unknown."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    inner = Path(path.stem) if compression else path
-    return FORMATS.get(inner.suffix.lower()), compression
+def _format(path: Path) -> str | None:
+    """Return the format that a file's ending tells; None where it tells none."""
+    inner = Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path
+    return FORMATS.get(inner.suffix.lower())
 
 
-def _source(path: Path) -> Source:
+def _source(path: Path, named: bool, left_out: _LeftOut) -> Source | None:
+    """Return the source at a path; None for an empty file that was found, not named."""
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file())
         digest = hashlib.sha256()
         for file in files:
-            digest.update(f"{file.name} {_fingerprint(file)}\n".encode())
+            digest.update(os.fsencode(f"{file.name} {_fingerprint(file)}\n"))
         return Source(str(path), "saved", None, sum(p.stat().st_size for p in files), digest.hexdigest()[:32])
-    size = path.stat().st_size
-    if size == 0:
-        raise UserError(f"input file {path} is empty (0 bytes). Remove it from the inputs")
+    if not path.is_file():
+        raise UserError(f"input {path} is a pipe or a device. Write it into a file first")
     if not os.access(path, os.R_OK):
         raise UserError(f"input file {path} can't be read: permission denied")
-    file_format, compression = _format(path)
-    if compression and file_format in ("parquet", "datasets"):
+    size, file_format = path.stat().st_size, _format(path) or "datasets"
+    compression = compression_of(path)
+    if {suffix.lower() for suffix in path.suffixes} & _ARCHIVES:
+        raise UserError(f"input file {path} is an archive. Unpack it first and name the folder")
+    if compression and size and file_format in ("parquet", "datasets"):
         raise UserError(f"input file {path}: a compressed {file_format} file can't be read. Decompress it")
-    if file_format == "jsonl" and compression is None and _is_json_array(path):
-        file_format = "datasets"
-    return Source(str(path), file_format or "datasets", compression, size, _fingerprint(path))
-
-
-def _is_json_array(path: Path) -> bool:
-    """Return whether the file is one array of objects, not an object a line."""
-    with open(path, "rb") as file:
-        start = file.read(_FINGERPRINT_BYTES).lstrip()
-    return re.match(rb"\[\s*(\{|$)", start) is not None
+    start = first_bytes(str(path), compression) if size and file_format in _TEXTS else b"?"
+    if not size or not start:
+        if named:
+            what = "(0 bytes)" if not size else "once decompressed"
+            raise UserError(f"input file {path} is empty {what}. Remove it from the inputs")
+        left_out.empty.append(str(path))
+        return None
+    if file_format == "jsonl" and _ARRAY.match(start.removeprefix(codecs.BOM_UTF8)):
+        file_format = "json"
+    return Source(str(path), file_format, compression, size, _fingerprint(path))
 
 
 def _fingerprint(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
-        digest.update(file.read(_FINGERPRINT_BYTES))
-        file.seek(max(0, size - _FINGERPRINT_BYTES))
-        digest.update(file.read(_FINGERPRINT_BYTES))
+        digest.update(file.read(FIRST_BYTES))
+        file.seek(max(0, size - FIRST_BYTES))
+        digest.update(file.read(FIRST_BYTES))
     return digest.hexdigest()[:32]

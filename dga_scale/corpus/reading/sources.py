@@ -4,24 +4,26 @@ A source is cut into segments that can be read on their own (byte ranges of an u
 of a parquet file, rows of a saved dataset), so that several processes read one large file.
 """
 
-import codecs
 import csv
-import io
+import glob
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dga_scale.corpus.reading.files import COMPRESSIONS, Segment, Source, decode, lines
+from dga_scale.corpus.reading.json_array import json_problem, read_array
 from dga_scale.errors import UserError
 
 FORMATS = {
     ".txt": "text",
     ".text": "text",
+    ".md": "text",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
@@ -32,34 +34,7 @@ FORMATS = {
 }
 """The format of each file ending; any other file is tried with ``datasets.load_dataset``."""
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-
 _BATCH_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input: a file, or a folder that ``datasets`` saved."""
-
-    path: str
-    format: str
-    """The format: "text", "jsonl", "csv", "tsv", "parquet", "saved" (``save_to_disk``) or "datasets"."""
-    compression: str | None
-    bytes: int
-    fingerprint: str
-    """A hash over the size, the beginning and the end of the file, which changes when the content does."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A range of a source that is read on its own: [start, stop) in bytes, row groups or rows."""
-
-    source: int
-    start: int
-    stop: int | None
-    """The end of the range; None: the end of the source."""
-    weight: int
-    """The approximate size in bytes, by which segments are grouped into input splits of similar size."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +59,14 @@ def segments(number: int, source: Source, options: ReadOptions, target: int) -> 
             Segment(number, start, min(start + step, rows), source.bytes * step // max(1, rows))
             for start in range(0, rows, step)
         ]
-    lines = source.format == "jsonl" or (source.format == "text" and not options.whole_files)
-    if lines and source.compression is None:
+    by_line = source.format == "jsonl" or (source.format == "text" and not options.whole_files)
+    if by_line and source.compression is None:
         starts = range(0, source.bytes, target)
         return [
             Segment(number, start, min(start + target, source.bytes), min(target, source.bytes - start))
             for start in starts
         ]
-    return [Segment(number, 0, None, source.bytes)]
+    return [Segment.whole(source, number)]
 
 
 def read_segment(source: Source, segment: Segment, options: ReadOptions) -> Iterator[str]:
@@ -104,9 +79,11 @@ def read_segment(source: Source, segment: Segment, options: ReadOptions) -> Iter
     if source.format == "text" and options.whole_files:
         return _whole_file(source)
     if source.format == "text":
-        return (_decode(source, number, line) for number, line in _lines(source, segment))
+        return (decode(source.path, number, line) for number, line in lines(source, segment))
     if source.format == "jsonl":
         return _jsonl(source, segment, options.text_field)
+    if source.format == "json":
+        return read_array(source, lambda record, where: _record_text(record, where, options.text_field))
     if source.format in ("csv", "tsv"):
         return _csv(source, options.text_field)
     if source.format == "parquet":
@@ -116,92 +93,31 @@ def read_segment(source: Source, segment: Segment, options: ReadOptions) -> Iter
     return _datasets_rows(source, options.text_field)
 
 
-def _open(source: Source) -> BinaryIO:
-    try:
-        if source.compression is None:
-            return open(source.path, "rb")
-        # pyarrow's streams read concatenated members and notice a truncated file, for gzip and zstd alike.
-        stream = pa.input_stream(source.path, compression=source.compression)
-    except OSError as error:
-        raise UserError(f"input file {source.path} can't be read: {error}") from error
-    return io.BufferedReader(stream, 1 << 20)
-
-
-def _lines(source: Source, segment: Segment) -> Iterator[tuple["_LineNumber", bytes]]:
-    """Yield the lines whose first byte lies in the segment, without their line break."""
-    number = _LineNumber(source, segment.start)
-    with _open(source) as file:
-        position = segment.start
-        if segment.start:
-            file.seek(segment.start - 1)
-            position += len(file.readline()) - 1
-        while segment.stop is None or position < segment.stop:
-            try:
-                line = file.readline()
-            except OSError as error:
-                raise UserError(
-                    f"{source.path} is damaged or not a {source.compression} file: {error}"
-                ) from error
-            if not line:
-                break
-            first, position = position == 0, position + len(line)
-            number.read += 1
-            yield number, line.removeprefix(codecs.BOM_UTF8 if first else b"").rstrip(b"\r\n")
-        if position == 0:
-            raise UserError(f"input file {source.path} is empty once decompressed. Remove it from the inputs")
-
-
-class _LineNumber:
-    """The number of the last line read; lines before the segment are counted only when it is printed."""
-
-    def __init__(self, source: Source, start: int) -> None:
-        self._source, self._start = source, start
-        self.read = 0
-
-    def __str__(self) -> str:
-        before = 0
-        if self._start:
-            # A line starts at byte 0 and after each line break.
-            before = 1
-            with open(self._source.path, "rb") as file:
-                remaining = self._start - 1
-                while block := file.read(min(remaining, 1 << 20)):
-                    before += block.count(b"\n")
-                    remaining -= len(block)
-        return f"{self._source.path}:{before + self.read}"
-
-
-def _decode(source: Source, where: object, line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}. Convert the "
-            f"file first, for example: iconv -f ISO-8859-1 -t UTF-8 {Path(source.path).name}"
-        ) from error
-
-
 def _whole_file(source: Source) -> Iterator[str]:
-    lines = _lines(source, Segment(0, 0, None, 0))
-    yield "\n".join(_decode(source, number, line) for number, line in lines)
+    text = lines(source, Segment.whole(source))
+    yield "\n".join(decode(source.path, number, line) for number, line in text)
 
 
 def _jsonl(source: Source, segment: Segment, text_field: str) -> Iterator[str]:
-    for number, line in _lines(source, segment):
+    for number, line in lines(source, segment):
         if not line.strip():
             continue
         try:
-            record = json.loads(_decode(source, number, line))
-        except json.JSONDecodeError as error:
+            record = json.loads(decode(source.path, number, line))
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{number} is not JSON: {error.msg} at column {error.colno}. Each line must be one object, "
-                f'like {{"{text_field}": "..."}}'
+                f"{number} is not JSON: {json_problem(error)}. Each line must be one object, like "
+                f'{{"{text_field}": "..."}}'
             ) from error
-        if not isinstance(record, dict):
-            raise UserError(f'{number} is not an object like {{"{text_field}": "..."}}: {line[:60]!r}')
-        if text_field not in record:
-            raise UserError(_missing_field(number, text_field, record))
-        yield _text(record[text_field], number, text_field)
+        yield _record_text(record, number, text_field)
+
+
+def _record_text(record: Any, where: object, text_field: str) -> str:
+    if not isinstance(record, dict):
+        raise UserError(f'{where} is not an object like {{"{text_field}": "..."}}: {str(record)[:60]!r}')
+    if text_field not in record:
+        raise UserError(_missing_field(where, text_field, record))
+    return _text(record[text_field], where, text_field)
 
 
 def _missing_field(where: object, text_field: str, fields: Iterable[str]) -> str:
@@ -223,12 +139,12 @@ def _text(value: Any, where: object, text_field: str) -> str:
 def _csv(source: Source, text_field: str) -> Iterator[str]:
     csv.field_size_limit(sys.maxsize)
     # Decoded line by line, not by a TextIOWrapper, so that an error can name its line.
-    lines = (_decode(source, number, line) + "\n" for number, line in _lines(source, Segment(0, 0, None, 0)))
-    rows = csv.reader(lines, delimiter="\t" if source.format == "tsv" else ",", strict=True)
-    header = next(rows)
-    if text_field not in header:
-        raise UserError(_missing_field(source.path, text_field, header))
-    column = header.index(text_field)
+    text = (decode(source.path, number, line) + "\n" for number, line in lines(source, Segment.whole(source)))
+    if source.format == "tsv":  # a quote is a character there: tabs and line breaks can't stand in a field
+        rows = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        rows = csv.reader(text, strict=True)
+    header: list[str] | None = None
     while True:
         where = f"{source.path}:{rows.line_num + 1}"
         try:
@@ -237,11 +153,14 @@ def _csv(source: Source, text_field: str) -> Iterator[str]:
             return
         except csv.Error as error:
             raise UserError(f"{where} is not valid {source.format}: {error}") from error
-        if not row:
-            continue
-        if len(row) != len(header):
+        if header is None:
+            header = row
+            if text_field not in header:
+                raise UserError(_missing_field(source.path, text_field, header))
+        elif row and len(row) != len(header):
             raise UserError(f"{where} has {len(row)} columns, the header has {len(header)}")
-        yield row[column]
+        elif row:
+            yield row[header.index(text_field)]
 
 
 def _parquet(source: Source) -> pq.ParquetFile:
@@ -292,21 +211,21 @@ def _saved_rows(source: Source, segment: Segment, text_field: str) -> Iterator[s
 def _datasets_rows(source: Source, text_field: str) -> Iterator[str]:
     import datasets
 
-    path = Path(source.path)
+    # Its patterns would take [ and ] of a name for a choice of letters, and a relative path for a hub's.
+    path = glob.escape(str(Path(source.path).absolute()))
     try:
         # Streaming reads the file where it lies instead of copying it into the cache folder.
-        rows = iter(
-            datasets.load_dataset(str(path.parent), data_files=path.name, split="train", streaming=True)
-        )
-        for record in rows:
+        for record in datasets.load_dataset(
+            str(Path(source.path).absolute().parent), data_files=path, split="train", streaming=True
+        ):
             if text_field not in record:
                 raise UserError(_missing_field(source.path, text_field, record))
             yield _text(record[text_field], source.path, text_field)
     except UserError:
         raise
     except Exception as error:  # whatever the loader of that format raises
-        endings = ", ".join(FORMATS)
+        said = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{source.path}: `datasets` can't read it ({type(error).__name__}: {error}). Endings read here: "
-            f"{endings}, the text ones also .gz and .zst"
+            f"{source.path}: `datasets` can't read it ({type(error).__name__}: {said}). Endings read here: "
+            f"{', '.join(FORMATS)}, the text ones also {', '.join(COMPRESSIONS)}"
         ) from error

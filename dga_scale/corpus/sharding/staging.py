@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from dga_scale.corpus.reading.cleaning import clean
+from dga_scale.corpus.reading.files import Segment, Source
 from dga_scale.corpus.reading.finding import find_sources
 from dga_scale.corpus.reading.overlap import load_overlap
-from dga_scale.corpus.reading.sources import ReadOptions, Segment, Source, read_segment, segments
+from dga_scale.corpus.reading.sources import ReadOptions, read_segment, segments
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.storage.atomic import atomic_file, write_array, write_json
 

@@ -13,7 +13,8 @@ from dga_scale.corpus.reading.cleaning import clean
         ("plain text", "plain text"),
         ("  trimmed\t\n", "trimmed"),
         ("a\r\nb\rc\u2028d\x85e\x0cf", "a\nb\nc\nd\ne\nf"),
-        ("nul\x00 bell\x07 escape\x1b del\x7f c1\x9c", "nul bell escape del c1"),
+        ("nul\x00bell\x07escape\x1bdel\x7fc1\x9cend", "nul bell escape del c1 end"),
+        ("alpha\x1fbeta", "alpha beta"),
         ("\ufeffbyte order mark", "byte order mark"),
         ("lone \ud83d surrogate", "lone  surrogate"),
         ("not a character \ufffe\uffff\ufdd0", "not a character"),
@@ -50,8 +51,10 @@ def test_each_character_alone() -> None:
         character = chr(code)
         if character in "\n\r\x0b\x0c\x85\u2028\u2029":
             kept = "\n"
+        elif unicodedata.category(character) == "Cc" and character != "\t":
+            kept = " "
         elif character == "\ufeff" or 0xFDD0 <= code <= 0xFDEF or code >= 0xFFFE:
             kept = ""
         else:
-            kept = "" if unicodedata.category(character) in ("Cc", "Cs") and code != 9 else character
+            kept = "" if unicodedata.category(character) == "Cs" else character
         assert clean(f"a{character}b") == unicodedata.normalize("NFC", f"a{kept}b"), hex(code)

@@ -1,9 +1,13 @@
 """Every input format and compression gives the same documents; every bad input a clear error."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dga_scale.corpus.reading.files import Segment
 from dga_scale.corpus.reading.finding import find_sources
-from dga_scale.corpus.reading.sources import ReadOptions, Segment, read_segment, segments
+from dga_scale.corpus.reading.sources import ReadOptions, read_segment, segments
 from dga_scale.errors import UserError
 from tests.helpers import tiny_corpora as tiny
 
 DOCUMENTS = tiny.texts(60)
+CYRILLIC = "\u041f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440\n\u0434\u0432\u0430\n"
+
 SMALL = 400
 """Bytes of a segment, so that these files are cut in many."""
 
@@ -26,7 +33,7 @@ def read(
     *inputs: Path | str, field: str = "text", whole_files: bool = False, target: int = SMALL
 ) -> list[str]:
     options = ReadOptions(text_field=field, whole_files=whole_files)
-    sources = find_sources(map(str, inputs))
+    sources = find_sources([*map(str, inputs)])
     return [
         text
         for number, source in enumerate(sources)
@@ -43,9 +50,17 @@ def as_txt(path: Path) -> None:
     path.write_text("\n".join(DOCUMENTS) + "\n")
 
 
-def as_csv(path: Path, delimiter: str = ",") -> None:
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
+
+
+def as_csv(path: Path) -> None:
     with open(path, "w", newline="") as file:
-        writer = csv.writer(file, delimiter=delimiter)
+        writer = csv.writer(file)
         writer.writerow(["id", "text"])
         writer.writerows(enumerate(DOCUMENTS))
 
@@ -67,7 +82,10 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.txt": as_txt,
     "a.jsonl": lambda path: tiny.write_jsonl(path, DOCUMENTS),
     "a.csv": as_csv,
-    "a.tsv": lambda path: as_csv(path, "\t"),
+    "a.tsv": lambda path: path.write_text(
+        "".join(f"{i}\t{t}\n" for i, t in [("id", "text"), *enumerate(DOCUMENTS)])
+    ),
+    "a.json": lambda path: path.write_text(json.dumps([{"text": text} for text in DOCUMENTS], indent=1)),
     "a.parquet": as_parquet,
     "a.arrow": as_arrow,
 }
@@ -81,18 +99,21 @@ def test_formats(name: str, tmp_path: Path) -> None:
     assert read(tmp_path / "a.*", target=10**9) == DOCUMENTS
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.tsv"])
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.tsv", "a.json"])
+@pytest.mark.parametrize("ending", COMPRESS)
 def test_compressions(name: str, ending: str, tmp_path: Path) -> None:
     plain = tmp_path / name
     WRITERS[name](plain)
     data = plain.read_bytes()
     plain.unlink()
-    compress = gzip.compress if ending == ".gz" else zstd
+    compress = COMPRESS[ending]
     # Two members in one file, as `cat a.gz b.gz` makes.
     half = len(data) // 2
     (tmp_path / (name + ending)).write_bytes(compress(data[:half]) + compress(data[half:]))
     assert read(tmp_path) == DOCUMENTS
+    # The content tells, whatever the name.
+    (tmp_path / (name + ending)).rename(plain)
+    assert read(plain) == DOCUMENTS
 
 
 def test_saved_datasets(tmp_path: Path) -> None:
@@ -107,11 +128,16 @@ def test_saved_datasets(tmp_path: Path) -> None:
 
 
 def test_any_file_that_datasets_reads(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in DOCUMENTS], indent=1))
-    assert read(tmp_path / "a.json") == DOCUMENTS
+    folder = tmp_path / "with [brackets]"
+    folder.mkdir()
+    as_arrow(folder / "a[1].arrow")
+    assert read(folder / "a[1].arrow") == DOCUMENTS
     (tmp_path / "a.strange").write_text("?")
-    with pytest.raises(UserError, match=r"a\.strange: `datasets` can't read it .* Endings read here: \.txt"):
+    with pytest.raises(
+        UserError, match=r"a\.strange: `datasets` can't read it .* Endings read here: \.txt"
+    ) as e:
         read(tmp_path / "a.strange")
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("target", [1, 7, 10, 11, 50, 333, 10**6])
@@ -158,13 +184,126 @@ def test_missing_inputs(tmp_path: Path) -> None:
         find_sources([str(tmp_path)])
 
 
-def test_empty_files(tmp_path: Path) -> None:
+def test_empty_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Among others, as Spark leaves them, they are skipped; named, they are a mistake."""
     (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match=r"a\.txt is empty \(0 bytes\)"):
-        read(tmp_path)
+        read(tmp_path / "a.txt")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(UserError, match=r"b\.jsonl\.gz is empty once decompressed"):
         read(tmp_path / "b.jsonl.gz")
+    with pytest.raises(UserError, match=r"no text in .*: 2 empty \(.*a\.txt, .*b\.jsonl\.gz\)"):
+        read(tmp_path)
+    as_txt(tmp_path / "c.txt")
+    for inputs in (tmp_path, tmp_path / "*"):
+        assert read(inputs) == DOCUMENTS
+        assert "note: not read: 2 empty" in capsys.readouterr().err
+
+
+def test_what_a_folder_holds_is_read_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, elsewhere = tmp_path / "d", tmp_path / "e"
+    (folder / "AA").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "a.txt").write_text("read")
+    (folder / "AA" / "wiki_00").write_text("left out")
+    (folder / ".swp.txt").write_text("left out")
+    (elsewhere / "x.txt").write_text("linked")
+    (folder / "more").symlink_to("../e")
+    (elsewhere / "back").symlink_to("../d")  # a loop
+    (folder / "begun" / ".sharding").mkdir(parents=True)
+    (folder / "begun" / "data-00000.arrow").write_text("")
+    assert read(folder) == ["read", "linked"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: not read: 1 of another ending than .txt")
+    for path in ("AA/wiki_00", ".swp.txt", "begun"):
+        assert str(folder / path) in line
+    (folder / "gone.txt").symlink_to("nowhere.txt")
+    with pytest.raises(
+        UserError, match=r"gone\.txt in input folder .* is a link to nowhere\.txt, which is not"
+    ):
+        read(folder)
+    with pytest.raises(UserError, match=r"gone\.txt is a link to nowhere\.txt, which is not there"):
+        read(folder / "gone.txt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
+def test_a_folder_that_can_not_be_entered(tmp_path: Path) -> None:
+    as_txt(tmp_path / "a.txt")
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(UserError, match=r"closed can't be entered: Permission denied"):
+        read(tmp_path)
+
+
+def test_what_is_no_file_of_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"pipe\.txt is a pipe or a device"):
+        read(tmp_path / "pipe.txt")
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(UserError, match=r"a\.tar\.gz is an archive. Unpack it first"):
+        read(tmp_path / "a.tar.gz")
+
+
+@pytest.mark.parametrize("target", [1, 5, 10**6])
+def test_carriage_returns_end_lines(target: int, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\r\nthree\n\rfour\r")
+    assert read(tmp_path / "a.txt", target=target) == ["one", "two", "three", "", "four"]
+    (tmp_path / "a.csv").write_bytes(b'text,id\rone,1\r"two\rlines",2\r')
+    assert read(tmp_path / "a.csv") == ["one", "two\nlines"]
+    (tmp_path / "b.txt").write_bytes(b"one\rtwo\r\nthree\n\rfo\xe9ur\r")
+    with pytest.raises(UserError, match=r"b\.txt:5 is not UTF-8"):
+        read(tmp_path / "b.txt", target=target)
+
+
+def test_a_quote_in_tsv_is_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('id\ttext\tn\n1\t"Great, it\t5\n2\tsecond\t5\n3\tto the end"\t4\n')
+    assert read(tmp_path / "a.tsv") == ['"Great, it', "second", 'to the end"']
+
+
+def test_padding_and_marks_between_members(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n") + bytes(512))
+    assert read(tmp_path / "a.txt.gz") == ["one"]
+    (tmp_path / "a.jsonl").write_bytes(2 * b'\xef\xbb\xbf{"text": "x"}\n')
+    assert read(tmp_path / "a.jsonl") == ["x", "x"]
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="the zstd command is not installed")
+def test_a_window_too_long_for_the_reader(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.zst"
+    subprocess.run(["zstd", "-q", "--ultra", "-20", "--long=31", "-o", path], input=b"one\n", check=True)
+    with pytest.raises(
+        UserError, match=r"intact, but wants 2\.0 GiB .* zstd -d --long=31 a\.txt\.zst -o a\.txt"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"text": "x"}\n{"text": "y"}]', r"a\.json:2 is not JSON: ']' expected, '{' found"),
+        (b'[{"text": "x"},\n{"text": "y"', r"a\.json:2 is not JSON: "),
+        (b'[{"text": "x"}', r"a\.json:1 is not JSON: ']' expected, 'the end' found"),
+        (b'[{"text": "x"}]\n\n[]', r"a\.json:3 has something behind the end of the array"),
+        (b'[{"text": "x"},\n\n{"other": 1}]', r"a\.json:3 has no field 'text'. Fields present: other"),
+        (b'[{"text": "x"},\n3]', r"a\.json:2 is not an object"),
+        (b'[{"text": "x"},\n{"text": "\xe9"}]', r"a\.json:2 is not UTF-8: byte 0xe9"),
+        (b'[{"n": ' + b"9" * 5000 + b"}]", r"a\.json:1 is not JSON: Exceeds the limit"),
+        (b'[{"n": ' + b"[" * 10**5 + b"]" * 10**5 + b"}]", r"a\.json:1 is not JSON: it is nested too deeply"),
+    ],
+)
+def test_arrays_that_do_not_parse(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.json")
+
+
+def test_long_elements_of_an_array(tmp_path: Path) -> None:
+    """Longer than what is read at once, with every cut inside a character or an escape."""
+    texts = ["ü" * 1_500_000, "\\" * 700_001, "x"]
+    content = json.dumps([{"text": text} for text in texts], ensure_ascii=False)
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert read(tmp_path / "a.json") == texts
+    (tmp_path / "a.json").write_text(" [ ] ")
+    assert read(tmp_path / "a.json") == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -185,10 +324,31 @@ def test_not_utf8_names_file_and_line(name: str, good: bytes, target: int, tmp_p
         read(tmp_path, target=target)
 
 
-def test_utf16_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text", encoding="utf-16")
-    with pytest.raises(UserError, match=r"a\.txt:1 is not UTF-8"):
+@pytest.mark.parametrize(
+    ("encoding", "name", "text"),
+    [
+        ("utf-16", "has the mark of UTF-16", "text"),
+        ("utf-32", "has the mark of UTF-32", "text"),
+        ("utf-16-le", "zero bytes stand where UTF-16LE has them", CYRILLIC),
+        ("utf-16-be", "zero bytes stand where UTF-16BE has them", CYRILLIC),
+        ("utf-16-le", "zero bytes stand where UTF-16LE has them", "ok\n"),
+        ("utf-32-le", "zero bytes stand where UTF-32LE has them", CYRILLIC),
+        ("utf-32-be", "zero bytes stand where UTF-32BE has them", CYRILLIC),
+    ],
+)
+def test_another_encoding_is_named(encoding: str, name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=rf"a\.txt is not UTF-8: .*{name}.*: iconv -f UTF-\d\d") as error:
         read(tmp_path, whole_files=True)
+    command = str(error.value).partition("first: ")[2]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "utf8-a.txt").read_text(encoding="utf-8").lstrip("\ufeff") == text
+
+
+def test_zero_bytes_in_utf8_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\0b\n")
+    (tmp_path / "b.txt").write_bytes(b"some words\0and more\n" * 9)  # all at even places
+    assert read(tmp_path) == ["a\0b", *["some words\0and more"] * 9]
 
 
 @pytest.mark.parametrize("target", [20, 10**6])
@@ -203,6 +363,12 @@ def test_jsonl_lines_that_do_not_parse(target: int, tmp_path: Path) -> None:
         read(path, target=target)
     path.write_text(good + '{"text": 3}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:2: field 'text' holds a int, not text"):
+        read(path, target=target)
+    path.write_text(good + '{"n": ' + "9" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:2 is not JSON: Exceeds the limit \(4300 digits\)"):
+        read(path, target=target)
+    path.write_text(good + "[" * 10**5 + "\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:2 is not JSON: it is nested too deeply"):
         read(path, target=target)
 
 
@@ -229,15 +395,15 @@ def test_csv_rows_of_another_width(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("ending", COMPRESS)
 def test_damaged_compressed_files(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.txt{ending}"
-    data = os.urandom(5000).hex().encode()
-    path.write_bytes((gzip.compress if ending == ".gz" else zstd)(data)[:-500])
-    with pytest.raises(UserError, match=r"is damaged or not a (gzip|zstd) file: .*[Tt]runcated"):
+    data = os.urandom(100_000).hex().encode()
+    path.write_bytes(COMPRESS[ending](data)[:-500])
+    with pytest.raises(UserError, match=r"is damaged or not a \w+ file: .*([Tt]runcated|ended before)"):
         read(path)
     path.write_bytes(b"plain text that was never compressed\n")
-    with pytest.raises(UserError, match=r"is damaged or not a (gzip|zstd) file"):
+    with pytest.raises(UserError, match=r"is damaged or not a (gzip|bz2|xz|zstd) file"):
         read(path)
 
 

@@ -1,0 +1,253 @@
+"""Open a file of text: decompressed by its content, checked to be UTF-8, line by line."""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from dga_scale.errors import UserError
+
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+
+FIRST_BYTES = 1 << 16
+"""The number of bytes of a file, decompressed, by which its content is told."""
+
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_ENOUGH = 16
+"""The bytes of text from which its most frequent byte says something."""
+
+_BUFFER = 1 << 20
+_GIVEN_UP = (OSError, EOFError, lzma.LZMAError)
+"""The errors of a decompressor on damaged or truncated data."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: a file, or a folder that ``datasets`` saved."""
+
+    path: str
+    format: str
+    """The format: "text", "jsonl", "json", "csv", "tsv", "parquet", "saved" (``save_to_disk``) or "datasets".
+    """
+    compression: str | None
+    bytes: int
+    fingerprint: str
+    """A hash over the size, the beginning and the end of the file, which changes when the content does."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of a source that is read on its own: [start, stop) in bytes, row groups or rows."""
+
+    source: int
+    start: int
+    stop: int | None
+    """The end of the range; None: the end of the source."""
+    weight: int
+    """The approximate size in bytes, by which segments are grouped into input splits of similar size."""
+
+    @classmethod
+    def whole(cls, source: Source, number: int = 0) -> "Segment":
+        """Return all of a source as one segment."""
+        return cls(number, 0, None, source.bytes)
+
+
+def compression_of(path: Path) -> str | None:
+    """Return the compression that a file's first bytes tell, or else its ending; None: it is plain."""
+    with open(path, "rb") as file:
+        start = file.read(max(map(len, _MAGIC)))
+    found = (name for magic, name in _MAGIC.items() if start.startswith(magic))
+    return next(found, COMPRESSIONS.get(path.suffix.lower()))
+
+
+def open_bytes(path: str, compression: str | None) -> BinaryIO:
+    """Open a file for reading its bytes, decompressed.
+
+    Raises:
+        UserError: the file can't be opened.
+    """
+    try:
+        match compression:
+            case None:
+                return open(path, "rb", buffering=_BUFFER)
+            case "gzip":
+                return io.BufferedReader(gzip.open(path), _BUFFER)
+            case "bz2":
+                return io.BufferedReader(bz2.open(path), _BUFFER)
+            case "xz":
+                return io.BufferedReader(lzma.open(path), _BUFFER)
+        return io.BufferedReader(pa.input_stream(path, compression=compression), _BUFFER)
+    except OSError as error:
+        raise UserError(f"input file {path} can't be read: {error}") from error
+
+
+def first_bytes(path: str, compression: str | None) -> bytes:
+    """Return the first bytes of a file, decompressed: at most ``FIRST_BYTES``, all of a shorter file.
+
+    Raises:
+        UserError: the file can't be read, or is damaged.
+    """
+    with open_bytes(path, compression) as file:
+        return _reading(path, compression, lambda: file.read(FIRST_BYTES))
+
+
+def blocks(source: Source) -> Iterator[bytes]:
+    """Yield a source's bytes, decompressed, some at a time, after a look at how they are encoded.
+
+    Raises:
+        UserError: the file can't be read, is damaged, or is no UTF-8.
+    """
+    with open_bytes(source.path, source.compression) as file:
+        _check_encoding(source.path, _reading(source.path, source.compression, lambda: file.peek(_BUFFER)))  # type: ignore[attr-defined]  # a BufferedReader
+        while block := _reading(source.path, source.compression, lambda: file.read(_BUFFER)):
+            yield block
+
+
+def lines(source: Source, segment: Segment) -> Iterator[tuple["LineNumber", bytes]]:
+    """Yield the lines whose first byte lies in the segment, without line break and byte order mark.
+
+    A line ends with ``\\n``, ``\\r\\n`` or ``\\r``. Segments are cut at ``\\n`` only: a file that has none is
+    one segment's.
+
+    Raises:
+        UserError: the file can't be read, is damaged, is empty once decompressed, or is no UTF-8.
+    """
+    path, compression = source.path, source.compression
+    number = LineNumber(source, segment.start)
+    with open_bytes(path, compression) as file:
+        position = segment.start
+        if segment.start:
+            file.seek(segment.start - 1)
+            position += len(file.readline()) - 1
+        else:
+            _check_encoding(path, _reading(path, compression, lambda: file.peek(_BUFFER)))  # type: ignore[attr-defined]  # a BufferedReader
+        while segment.stop is None or position < segment.stop:
+            line = _reading(path, compression, file.readline)
+            if not line:
+                break
+            position += len(line)
+            for part in line.rstrip(b"\r\n").split(b"\r"):
+                number.read += 1
+                # Files with a mark of their own may have been put together.
+                yield number, part.removeprefix(codecs.BOM_UTF8)
+        if position == 0:
+            raise UserError(f"input file {path} is empty once decompressed. Remove it from the inputs")
+
+
+def decode(path: str, where: object, line: bytes) -> str:
+    """Decode a line of a file.
+
+    Raises:
+        UserError: the line is no UTF-8; it says at which column.
+    """
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}. "
+            + _convert(path, "ENCODING")
+            + ", with the file's own, for example ISO-8859-1"
+        ) from error
+
+
+class LineNumber:
+    """The number of the last line read; lines before the segment are counted only when it is printed."""
+
+    def __init__(self, source: Source, start: int) -> None:
+        self._source, self._start = source, start
+        self.read = 0
+
+    def __str__(self) -> str:
+        before = 0
+        if self._start:
+            # A line starts at byte 0 and after each line break.
+            before = 1
+            with open(self._source.path, "rb") as file:
+                remaining = self._start - 1
+                while block := file.read(min(remaining, _BUFFER)):
+                    remaining -= len(block)
+                    if block.endswith(b"\r") and remaining:  # perhaps half a line break
+                        block += file.read(1)
+                        remaining -= 1
+                    before += len(re.findall(rb"\n|\r(?!\n)", block))
+        return f"{self._source.path}:{before + self.read}"
+
+
+def _reading(path: str, compression: str | None, read: Callable[[], bytes]) -> bytes:
+    try:
+        return read()
+    except _GIVEN_UP as error:
+        window = _zstd_window(path) if compression == "zstd" else 0
+        if window > 1 << 27:
+            plain = Path(path).name.removesuffix(".zst")
+            raise UserError(
+                f"{path} is intact, but wants {window / 2**30:.1f} GiB of memory to be decompressed, for its "
+                f"window. Decompress it first: zstd -d --long=31 {Path(path).name} -o {plain}"
+            ) from error
+        kind = f"damaged or not a {compression} file" if compression else "damaged"
+        raise UserError(f"{path} is {kind}: {error}") from error
+
+
+def _zstd_window(path: str) -> int:
+    """Return the bytes of the window that a Zstandard file asks for; 0 where it is that of its content.
+
+    Source: RFC 8878, 3.1.1.1.
+    """
+    with open(path, "rb") as file:
+        header = file.read(6)
+    if len(header) < 6 or header[4] & 0x20:
+        return 0
+    exponent, mantissa = header[5] >> 3, header[5] & 7
+    return (1 << (10 + exponent)) * (8 + mantissa) // 8
+
+
+def _check_encoding(path: str, start: bytes) -> None:
+    """Refuse text in UTF-16 or UTF-32, with a mark or without: much of it is UTF-8 too, of other letters."""
+    for mark, name in _MARKS.items():
+        if start.startswith(mark):
+            raise UserError(f"{path} is not UTF-8: it has the mark of {name}. {_convert(path, name)}")
+    if guess := _encoding_without_mark(start):
+        raise UserError(
+            f"{path} is not UTF-8: its zero bytes stand where {guess} has them. {_convert(path, guess)}"
+        )
+
+
+def _encoding_without_mark(start: bytes) -> str | None:
+    """Name the encoding that has its zero bytes where this text has them; None for UTF-8.
+
+    Of UTF-32's four bytes two are zero. Of UTF-16's two bytes one is zero for Latin letters, spaces and line
+    breaks, and another one for all letters of most scripts. In UTF-8 with zero bytes in it, whatever they are
+    for, letters of all kinds stand in the places of either.
+    """
+    length, zeros = len(start), [start[place::4].count(0) for place in range(4)]
+    total = sum(zeros)
+    for name, high, low in (("UTF-32LE", zeros[2:], zeros[0]), ("UTF-32BE", zeros[:2], zeros[3])):
+        if min(high) > 0.9 * (length // 4) and low < 0.1 * (length // 4):
+            return name
+    for name, first in (("UTF-16LE", 1), ("UTF-16BE", 0)):
+        counts = Counter(start[first::2])
+        own = counts.pop(0, 0)
+        script = max(counts.values(), default=0) if length >= _ENOUGH else 0
+        if own and own >= 0.9 * total and own + script >= 0.8 * (length // 2):
+            return name
+    return None
+
+
+def _convert(path: str, encoding: str) -> str:
+    name = Path(path).name
+    return f"Convert the file first: iconv -f {encoding} -t UTF-8 {name} > utf8-{name}"
