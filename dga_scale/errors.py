@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -42,7 +43,7 @@ def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sy
     try:
         code = main()
     except UserError as error:
-        print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
     end(code or 0)
 
@@ -61,8 +62,15 @@ def end_rank(code: int) -> NoReturn:
     os._exit(code)
 
 
-def without_secrets(text: str) -> str:
-    """Blank out passwords and tokens that a message quotes from an address, because logs outlive runs."""
+def one_line(text: str) -> str:
+    """Make a message fit to be shown and logged, where it quotes an address or the name of a file.
+
+    Passwords and tokens are blanked out, because logs outlive runs. Line breaks, the control characters that
+    terminals obey, and bytes of a name that are no text are escaped.
+    """
     for pattern in _SECRETS:
         text = pattern.sub(lambda found: f"{found[1] if found.re.groups else ''}***", text)
-    return text
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
+    )

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dga_scale.errors import UserError, without_secrets
+from dga_scale.errors import UserError, one_line
 from dga_scale.launch.world import Cluster, RankFailed
 
 EXIT_RANK_LOST = 76
@@ -288,7 +288,7 @@ class Watchdog:
         # One line is printed on each node; rank 1 prints it where rank 0 was lost.
         if cluster.local_rank == 0 or (cluster.rank == 1 and text.startswith("rank 0 ")):
             advice = "The other ranks end too; the same command resumes from the newest checkpoint."
-            os.write(sys.stderr.fileno(), f"error: {without_secrets(text)}. {advice}\n".encode())
+            os.write(sys.stderr.fileno(), f"error: {one_line(text)}. {advice}\n".encode())
         os._exit(EXIT_RANK_LOST)
 
 

@@ -62,8 +62,10 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value: Any, scratch: Path) -> None:
     """Write ``value`` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with atomic_file(path, scratch) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        # A file's name may hold bytes that are no text; their escapes are JSON's too.
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_array(path: Path, array: np.ndarray, scratch: Path) -> None:

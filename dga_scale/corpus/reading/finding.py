@@ -14,7 +14,7 @@ from pathlib import Path
 from dga_scale.corpus.reading.files import COMPRESSIONS, FIRST_BYTES, Source, compression_of, first_bytes
 from dga_scale.corpus.reading.sources import FORMATS
 from dga_scale.corpus.shards import MANIFEST, WORK_FOLDER
-from dga_scale.errors import UserError
+from dga_scale.errors import UserError, one_line
 
 _TEXTS = ("text", "jsonl", "csv", "tsv")
 _ARCHIVES = {".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"}
@@ -67,7 +67,7 @@ def find_sources(inputs: Collection[str]) -> list[Source]:
     if not sources:
         raise UserError(f"no text in {' '.join(inputs)}: {left_out}")
     if text := str(left_out):
-        print(f"note: not read: {text}", file=sys.stderr)
+        print(f"note: not read: {one_line(text)}", file=sys.stderr)
     return sources
 
 

@@ -20,6 +20,7 @@ from dga_scale.corpus.reading.files import Segment
 from dga_scale.corpus.reading.finding import find_sources
 from dga_scale.corpus.reading.sources import ReadOptions, read_segment, segments
 from dga_scale.errors import UserError
+from dga_scale.storage.atomic import write_json
 from tests.helpers import tiny_corpora as tiny
 
 DOCUMENTS = tiny.texts(60)
@@ -436,3 +437,12 @@ def test_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
 def test_json_escapes_of_lone_surrogates_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x\ud800y"}) + "\n")
     assert read(tmp_path) == ["x\ud800y"]
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    Path(path).write_text("text\n")
+    assert read(tmp_path) == ["text"]
+    (source,) = find_sources([str(tmp_path)])
+    write_json(tmp_path / "plan.json", source.path, tmp_path)
+    assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8")) == path
