@@ -9,11 +9,14 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import RobertaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "benchmarks"
@@ -29,44 +32,76 @@ WARM_UP = 3
 """The number of steps that are not counted, in which kernels are chosen and buffers allocated."""
 
 
-def parser_of(description: str | None, data: bool = True) -> argparse.ArgumentParser:
-    """Build a parser that shows the module's docstring, with an argument DATA if ``data`` is true."""
+def options_of(
+    description: str | None,
+    *,
+    data: bool = True,
+    choices: Mapping[str, Iterable[str]] | None = None,
+    **defaults: Any,
+) -> argparse.Namespace:
+    """Read the command line, which has an option for each of ``defaults``, and DATA if ``data`` is true.
+
+    An option is of its default's type: a list takes several values, ``False`` is a switch.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     if data:
         words = "folder with corpora/NAME.jsonl.gz, endtasks/NAME and models/minilm-l6-mlm"
         parser.add_argument("data", type=Path, metavar="DATA", help=words)
-    return parser
+    for name, default in defaults.items():
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+            continue
+        several = isinstance(default, list)
+        parser.add_argument(
+            f"--{name}",
+            type=type(default[0] if several else default),
+            nargs="+" if several else None,
+            default=default,
+            choices=(choices or {}).get(name),
+            help="default: %(default)s",
+        )
+    return parser.parse_args()
 
 
-def model_of(data: Path, shape: str) -> Path:
+def model_of(data: Path, shape: str, layers: int = 12) -> Path:
     """Return the folder of the pretrained MiniLM, or of a random model of RoBERTa-base's shape."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     small = data.resolve() / "models" / "minilm-l6-mlm"
     if shape == "minilm":
         return small
-    model = WORK / f"{shape}-shaped"
+    model = WORK / f"{shape}-{layers}"
     if not (model / "tokenizer.json").exists():  # saved last
         tokenizer = AutoTokenizer.from_pretrained(small)
-        config = RobertaConfig(
-            vocab_size=50265,
-            max_position_embeddings=514,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.sep_token_id,
-        )
+        ids = {"pad": tokenizer.pad_token_id, "bos": tokenizer.cls_token_id, "eos": tokenizer.sep_token_id}
+        config = roberta_base(layers, **{f"{name}_token_id": number for name, number in ids.items()})
         AutoModelForMaskedLM.from_config(config).save_pretrained(model)
         tokenizer.save_pretrained(model)
     return model
 
 
-def corpus_of(data: Path, name: str = "acl", packing: str = "chunk", validation_share: float = 0.02) -> Path:
+def roberta_base(layers: int = 12, **settings: Any) -> "RobertaConfig":
+    """Return the configuration of RoBERTa-base, or of a part of its layers."""
+    from transformers import RobertaConfig
+
+    sizes: dict[str, Any] = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+    return RobertaConfig(num_hidden_layers=layers, **sizes, **settings)
+
+
+def corpus_of(
+    data: Path,
+    name: str = "acl",
+    packing: str = "chunk",
+    *,
+    validation_share: float = 0.02,
+    sequence_length: int = SEQUENCE_LENGTH,
+) -> Path:
     """Return the folder of a corpus of rows of at most 128 tokens, which is made if it does not exist."""
-    corpus = WORK / f"{name}-{packing}"
+    corpus = WORK / f"{name}-{packing}-{sequence_length}"
     run("tools/shard_corpus.py", data.resolve() / "corpora" / f"{name}.jsonl.gz", "--tokenizer",
-        model_of(data, "minilm"), "--output", corpus, "--sequence_length", SEQUENCE_LENGTH,
+        model_of(data, "minilm"), "--output", corpus, "--sequence_length", sequence_length,
         "--packing", packing, "--validation_share", validation_share)  # fmt: skip
     return corpus
 
@@ -127,6 +162,11 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
     values = list(values)
     median, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
     return f"{median} ({low} to {high})" if len(values) > 1 else median
+
+
+def percent(values: Iterable[float]) -> str:
+    """Format the median of shares, with their range where there are several."""
+    return f"{spread(100 * value for value in values)}%"
 
 
 def ratios(values: Iterable[float], others: Iterable[float]) -> list[float]:

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.kill_soak --kills 500``: each run has to end with the losses, bit for bit, and the
 model (sha256) of a run that nobody disturbed, and leave no temporary file. Prints a table of what was tried
-(``tests/helpers/kills.py`` says what the faults are), and stops at the first run that is not so.
+(``tests/helpers/kills.py`` says what the faults are), and stops at the first run that is not so. With
+--minutes no run begins after so many; --zero is ZeRO's stage, --seed that of the moments.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import keep_section, parser_of, table
+from benchmarks.common import keep_section, options_of, table
 from tests.helpers.kills import Outcome, Soak
 from tests.helpers.small import make_world
 
@@ -28,28 +29,24 @@ NAMES = {
 
 def main() -> None:
     """Kill runs until so many faults have struck."""
-    parser = parser_of(__doc__, data=False)
-    parser.add_argument("--kills", type=int, default=500, help="Faults that strike.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
-    parser.add_argument("--zero", type=int, default=2, help="ZeRO stage.")
-    parser.add_argument("--async_save", action="store_true", help="Save in the background.")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="Begin no run after so many.")
-    arguments = parser.parse_args()
+    options = options_of(
+        __doc__, data=False, kills=500, seed=0, zero=2, async_save=False, minutes=float("inf")
+    )
     outcomes, began = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-soak-") as root:
         folder = Path(root)
         (folder / "world").mkdir()
-        settings = {"ds_config": f"ds_configs/zero{arguments.zero}.json", "async_save": arguments.async_save}
+        settings = {"ds_config": f"ds_configs/zero{options.zero}.json", "async_save": options.async_save}
         soak = Soak(make_world(folder / "world"), folder, settings)
         soak.measure()
-        draws, runs, first = random.Random(arguments.seed), 0, time.monotonic()
+        draws, runs, first = random.Random(options.seed), 0, time.monotonic()
         for runs in itertools.count(1):
             name = f"run-{runs}"
             for outcome in soak.run(name, iter(lambda: soak.draw(draws, stops=True), None)):
                 outcomes.append(outcome)
                 print(len(outcomes), outcome, file=sys.stderr, flush=True)
             shutil.rmtree(folder / name)
-            if len(outcomes) >= arguments.kills or time.monotonic() - began > 60 * arguments.minutes:
+            if len(outcomes) >= options.kills or time.monotonic() - began > 60 * options.minutes:
                 break
     lost = (time.monotonic() - first - runs * soak.seconds) / len(outcomes)
     keep_section("Runs killed and launched again", summary(outcomes, runs, soak, lost))

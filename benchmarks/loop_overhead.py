@@ -14,7 +14,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.common import (
@@ -26,7 +26,8 @@ from benchmarks.common import (
     launch,
     met_or_missed,
     model_of,
-    parser_of,
+    options_of,
+    percent,
     spread,
     table,
 )
@@ -39,16 +40,18 @@ METHODS = {"mlm": (), "dga": ("--soft_mask", "update", "--importance_samples", 3
 
 def main() -> None:
     """Measure in rounds."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="minilm")
-    parser.add_argument("--method", choices=list(METHODS), default="mlm")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=16, help="rows of one rank")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    rows = options.batch_size * options.ranks
-    model, corpus, steps = model_of(options.data, options.shape), corpus_of(options.data), options.steps
+    options = options_of(
+        __doc__,
+        choices={"shape": SHAPES, "method": METHODS},
+        shape="minilm",
+        method="mlm",
+        ranks=2,
+        batch_size=16,
+        steps=25,
+        rounds=3,
+    )
+    rows, steps = options.batch_size * options.ranks, options.steps
+    model, corpus = model_of(options.data, options.shape), corpus_of(options.data)
     rounds = []
     for number in range(options.rounds):
         shutil.rmtree(OUTPUT, ignore_errors=True)
@@ -60,7 +63,7 @@ def main() -> None:
         print(f"round {number + 1}: {rounds[-1]}", flush=True)
     seconds = spread(each.pop("seconds") for each in rounds)
     lines = [["", "of the engine's time"]]
-    lines += [[name, f"{spread(100 * each[name] for each in rounds)}%"] for name in rounds[0]]
+    lines += [[name, percent(each[name] for each in rounds)] for name in rounds[0]]
     met = met_or_missed(statistics.median(each["ours"] for each in rounds) < TARGET)
     body = (
         f"{options.ranks} ranks x {options.batch_size} rows, {options.method}; the engine's forward, "
@@ -71,58 +74,46 @@ def main() -> None:
 
 
 def figures() -> dict[str, float]:
-    """One run's medians of steps: the engine's seconds, and the rest as shares of those."""
-    steps = json.loads((OUTPUT / "clock.json").read_text(encoding="utf-8"))
+    """Return one run's medians of steps: the engine's seconds, and the rest as shares of those."""
+    marks = json.loads((OUTPUT / "clock.json").read_text(encoding="utf-8"))
     log = read_log(OUTPUT / "log.jsonl")
     waits = [record["data_wait_seconds"] for record in log if "data_wait_seconds" in record]
+    steps = [[end - begin for begin, end in zip(*pair, strict=True)] for pair in pairwise(marks)]
     shares: dict[str, list[float]] = {"seconds": [], "ours": [], "reduction": [], "waiting for data": []}
-    # The last step's end is that of the run, with its evaluation and its checkpoint.
-    for number in range(WARM_UP, len(steps) - 1):
-        step = steps[number]
-        whole = steps[number + 1]["began"] - step["began"] - waits[number + 1]
-        shares["seconds"].append(step["engine"])
-        shares["ours"].append((whole - step["engine"]) / step["engine"])
-        shares["reduction"].append(step["reduction"] / step["engine"])
-        shares["waiting for data"].append(waits[number] / step["engine"])
+    # From the beginning of a step to that of the next: the next one's batch has been waited for, too.
+    settled = list(zip(steps, waits, waits[1:], strict=False))[WARM_UP:]
+    for (whole, engine, reduction), wait, next_wait in settled:
+        shares["seconds"].append(engine)
+        shares["ours"].append((whole - next_wait - engine) / engine)
+        shares["reduction"].append(reduction / engine)
+        shares["waiting for data"].append(wait / engine)
     return {name: statistics.median(values) for name, values in shares.items()}
 
 
 def rank() -> None:
-    """Train as the real program does, with a clock on the engine's calls."""
+    """Train as the real program does, with a clock on the engine's calls that each step reads."""
     from deepspeed import DeepSpeedEngine
 
+    from benchmarks.trainers import inside
     from dga_scale.launch.preemption import StopConsensus
     from dga_scale.train.cli import train_command
     from dga_scale.train.trainer import Trainer
 
-    steps: list[dict[str, float]] = []
-
-    def clocked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                if steps:
-                    steps[-1][name] += time.perf_counter() - began
-
-        return call
-
+    marks: list[tuple[float, ...]] = []
     step: Any = Trainer.step
 
-    def timed_step(self: Trainer, batches: Any) -> Any:
-        steps.append({"began": time.perf_counter(), "engine": 0.0, "reduction": 0.0})
+    def marked_step(self: Trainer, batches: Any) -> Any:
+        marks.append((time.perf_counter(), *engine, *reduction))
         return step(self, batches)
 
-    Trainer.step = timed_step  # type: ignore[method-assign]
-    for method in ("forward", "backward", "step"):
-        setattr(DeepSpeedEngine, method, clocked(getattr(DeepSpeedEngine, method), "engine"))
-    StopConsensus.average = clocked(StopConsensus.average, "reduction")  # type: ignore[method-assign]
-    try:
-        train_command()
-    finally:
-        if os.environ["RANK"] == "0":
-            (OUTPUT / "clock.json").write_text(json.dumps(steps), encoding="utf-8")
+    Trainer.step = marked_step  # type: ignore[method-assign]
+    calls = [(DeepSpeedEngine, name) for name in ("forward", "backward", "step")]
+    with inside(*calls) as engine, inside((StopConsensus, "average")) as reduction:
+        try:
+            train_command()  # which exits
+        finally:
+            if os.environ["RANK"] == "0":
+                (OUTPUT / "clock.json").write_text(json.dumps(marks), encoding="utf-8")
 
 
 if __name__ == "__main__":

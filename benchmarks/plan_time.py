@@ -34,7 +34,7 @@ from benchmarks.common import (
     keep_section,
     model_of,
     on_ranks,
-    parser_of,
+    options_of,
     run,
     table,
     train,
@@ -122,13 +122,15 @@ def measured(ranks: int, steps: int, flags: list[object]) -> float:
 
 def main() -> None:
     """Plan and run every shape with every method on every number of ranks."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--probe_seconds", type=float, default=1.0)
-    options = parser.parse_args()
+    options = options_of(
+        __doc__,
+        choices={"shapes": ROWS, "methods": METHODS},
+        shapes=list(ROWS),
+        methods=list(METHODS),
+        ranks=[1, 2],
+        steps=9,
+        probe_seconds=1.0,
+    )
     corpus = corpus_of(options.data)
     columns = ["model", "method", "ranks x rows", "products, GFLOP/s", "kernels, GB/s", "all-reduce, GB/s",
                "compute, s", "optimizer", "links", "predicted step", "measured", "ratio"]  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.common import WORK, keep_section, parser_of, table
+from benchmarks.common import WORK, keep_section, options_of, table
 from tests.helpers.ranks import REPOSITORY, close_pools, run_ranks
 from tests.helpers.slurm_cluster import SlurmCluster, job_states, run, wait_until
 from tests.helpers.small import make_world
@@ -31,7 +31,7 @@ TURN = "resuming from"
 
 def main() -> None:
     """Submit the job, bring the faults about and compare."""
-    parser_of(__doc__, data=False).parse_args()
+    options_of(__doc__, data=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "state").mkdir()

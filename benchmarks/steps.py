@@ -27,7 +27,7 @@ from benchmarks.common import (
     keep_section,
     launch,
     model_of,
-    parser_of,
+    options_of,
     ratios,
     spread,
     table,
@@ -46,15 +46,17 @@ BASELINES = ("trainer", "plain_dga")
 
 def main() -> None:
     """Measure all systems that are asked for."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="minilm")
-    parser.add_argument("--text", choices=list(TEXTS), default="packed")
-    parser.add_argument("--systems", nargs="+", choices=[*BASELINES, *OURS], default=[*BASELINES, *OURS])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=16, help="rows of one rank")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = options_of(
+        __doc__,
+        choices={"shape": SHAPES, "text": TEXTS, "systems": [*BASELINES, *OURS]},
+        shape="minilm",
+        text="packed",
+        systems=[*BASELINES, *OURS],
+        ranks=2,
+        batch_size=16,
+        steps=12,
+        rounds=3,
+    )
     model, corpus = model_of(options.data, options.shape), corpus_of(options.data, *TEXTS[options.text])
     seconds: dict[str, list[float]] = {name: [] for name in options.systems}
     for number in range(options.rounds):
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def measure(name: str, model: Path, corpus: Path, options: argparse.Namespace) -> float:
-    """Median seconds of a step in one run of a system."""
+    """Return the median seconds of a step in one run of a system."""
     output = WORK / "run"
     shutil.rmtree(output, ignore_errors=True)
     folders = ("--model", model, "--corpus", corpus)
@@ -86,7 +88,7 @@ def measure(name: str, model: Path, corpus: Path, options: argparse.Namespace) -
 
 
 def comparison(seconds: dict[str, list[float]]) -> str:
-    """A row for each system: seconds, and ratios of each round to the Trainer's, plain MLM's, plain DGA's."""
+    """Compare seconds, and round by round with the Trainer's, our plain MLM's and the plain DGA's."""
     others = [name for name in ("trainer", "mlm", "plain_dga") if name in seconds]
     rows = [["system", "seconds", *(f"/ {name}" for name in others)]]
     for name, values in seconds.items():

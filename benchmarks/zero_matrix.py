@@ -2,11 +2,12 @@
 
 ``python -m benchmarks.zero_matrix``: all 672 combinations of mode, stage, offload, precision, accumulation,
 clipping, recomputation and 1, 2, 4 ranks, three optimizer steps each, against tests/helpers/reference.py.
+With --every each is printed, not only the worst of each group.
 """
 
 from collections import defaultdict
 
-from benchmarks.common import keep_section, parser_of, table
+from benchmarks.common import keep_section, options_of, table
 from tests.helpers.zero_matrix import (
     Cell,
     Outcome,
@@ -22,10 +23,7 @@ from tests.helpers.zero_matrix import (
 
 def main() -> None:
     """Run all cells, 28 at a time."""
-    parser = parser_of(__doc__, data=False)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes")
-    parser.add_argument("--every", action="store_true", help="a line for each cell, not only for each group")
-    options = parser.parse_args()
+    options = options_of(__doc__, data=False, ranks=[1, 2, 4], every=False)
     groups: dict[tuple[str, int, bool, str, int], list[tuple[float, ...]]] = defaultdict(list)
     cells = all_cells(options.ranks)
     for first in range(0, len(cells), 28):
@@ -43,7 +41,7 @@ def main() -> None:
 
 
 def deviations(cell: Cell, ours: Outcome) -> tuple[float, float, float, float]:
-    """Largest absolute of a weight; relative of the movement, also in bf16's own error; of the norm."""
+    """Return the deviations of weights, of the movement (relative, and over bf16's own) and of the norm."""
     theirs = expected(cell)
     relative = relative_deviation(ours, theirs)
     noise = relative / bf16_noise(cell) if cell.precision == "bf16" else 0.0

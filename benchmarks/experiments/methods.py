@@ -19,14 +19,14 @@ from benchmarks.common import (
     corpus_of,
     keep_section,
     model_of,
-    parser_of,
+    options_of,
     table,
     train,
 )
 from dga_scale.logging.json_lines import read_log
 
 GENERAL = "{general}"
-"""Stands for the corpus of general text."""
+"""The word in flags that stands for the corpus of general text."""
 MIX = ("--mix", f"{GENERAL}:0.05")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "mlm": ("--method", "mlm"),
@@ -49,23 +49,25 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cse 20%": ("--method", "cse", "--mix", f"{GENERAL}:0.2", "--cse_samples", "1024"),
     "freeze_layers 3": ("--method", "mlm", "--freeze_layers", "3"),
 }  # fmt: skip
-"""By the name in the tables: the flags. Parameter-efficient ones get the learning rate they are used at."""
-SHARED = ("--bf16", "true", "--save_total_limit", "1", "--max_eval_samples", "256")
+"""The flags by the name in the tables; parameter-efficient ones get the learning rate they are used at."""
 
 
 def main() -> None:
     """Run what is asked for."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--global_batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
-    parser.add_argument("--methods", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    keep_section("All methods on ACL", losses(parser.parse_args()))
+    options = options_of(
+        __doc__,
+        choices={"methods": VARIANTS},
+        steps=40,
+        global_batch_size=16,
+        learning_rate=2e-4,
+        seeds=[42, 43],
+        methods=list(VARIANTS),
+    )
+    keep_section("All methods on ACL", losses(options))
 
 
 def losses(options: argparse.Namespace) -> str:
-    """Held-out losses after each method, mean and spread over seeds; time and memory of the last seed."""
+    """Return the losses after each method, mean and spread over seeds; time and memory of the last seed."""
     data, steps, rows = options.data, options.steps, options.global_batch_size
     general = corpus_of(data, "general_wikipedia")
     held_out = corpus_of(data, "general_wikipedia_heldout", validation_share=0)
@@ -101,14 +103,14 @@ def losses(options: argparse.Namespace) -> str:
 
 
 def cost(folder: Path) -> tuple[float, float]:
-    """Median seconds of a step after the first three, and the most memory of rank 0 in GiB."""
+    """Return the median seconds of a step after the first three, and the most memory of rank 0 in GiB."""
     steps = [record for record in read_log(folder / "log.jsonl") if "step_seconds" in record]
     seconds = statistics.median(r["step_seconds"] for r in steps[min(WARM_UP, len(steps) - 1) :])
     return seconds, max(r["memory_gib"][0] for r in steps)
 
 
 def figure(values: list[float], sign: str = "") -> str:
-    """Mean, and half the range over seeds."""
+    """Format the mean, and half the range over seeds."""
     half = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.3f}{half}"
 

@@ -10,7 +10,7 @@ import re
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.common import ROOT, parser_of
+from benchmarks.common import ROOT, options_of
 
 PICTURE = ROOT / "docs" / "domain_against_general.svg"
 SECTION = "### All methods on one domain"
@@ -77,7 +77,7 @@ def draw() -> Figure:
 
 def main() -> None:
     """Write the picture."""
-    parser_of(__doc__, data=False).parse_args()
+    options_of(__doc__, data=False)
     with rc_context({"svg.hashsalt": "dga_scale", "svg.fonttype": "none"}):  # the same bytes each time
         draw().savefig(PICTURE, metadata={"Date": None})
     print(PICTURE.relative_to(ROOT))

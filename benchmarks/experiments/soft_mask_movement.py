@@ -13,18 +13,15 @@ import torch
 from torch import Tensor
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from benchmarks.common import keep_section, parser_of, table
-from dga_scale.backbone.anatomy import anatomy_of
-from dga_scale.preservation.fragments import Fragment
-from dga_scale.preservation.movement import MovementTracker
-from dga_scale.preservation.soft_mask import GradientMask, UpdateMask, mask_factors
+from benchmarks.common import keep_section, options_of, table
+from dga_scale.preservation.protection import Protection
 
 FACTORS = (1.0, 0.5, 0.1, 0.01)
 LAYERS, HEADS, WIDTH, VOCABULARY, MASK = 3, 12, 192, 1000, 4
 
 
 def batch(step: int, rows: int = 16, tokens: int = 64) -> tuple[Tensor, Tensor]:
-    """Text in which each word follows from the last, and labels at 15% of its positions, masked."""
+    """Make text in which each word follows from the last, and labels at 15% of its positions, masked."""
     generator = torch.Generator().manual_seed(step)
     first = torch.randint(5, VOCABULARY, (rows, 1), generator=generator)
     strides = torch.randint(1, 4, (rows, tokens - 1), generator=generator).cumsum(dim=1)
@@ -34,7 +31,7 @@ def batch(step: int, rows: int = 16, tokens: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def movement(soft_mask: str, steps: int, learning_rate: float, epsilon: float) -> tuple[Tensor, float]:
-    """Movement (layers, heads) of the query rows after the steps, and their median |gradient| on the way."""
+    """Return the movement (layers, heads) of the query rows and their median |gradient| on the way."""
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=VOCABULARY,
@@ -45,15 +42,10 @@ def movement(soft_mask: str, steps: int, learning_rate: float, epsilon: float) -
         max_position_embeddings=80,
     )
     lm = RobertaForMaskedLM(config).train()
-    anatomy = anatomy_of(lm)
-    a = 1 - torch.tensor(FACTORS).repeat(LAYERS, HEADS // len(FACTORS))
-    factors = mask_factors(anatomy, {"heads": a})
-    fragments = [Fragment(n, 0, tuple(p.shape), p.data.view(-1)) for n, p in lm.named_parameters()]
-    tracker = MovementTracker(anatomy, fragments)
-    if soft_mask == "gradient":
-        GradientMask(lm.named_parameters(), anatomy).set(factors)
-    update_mask = UpdateMask(anatomy, factors if soft_mask == "update" else {})
     optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, eps=epsilon, weight_decay=0)
+    protection = Protection(lm, soft_mask=soft_mask)
+    protection.attach(optimizer)
+    protection.set({"heads": 1 - torch.tensor(FACTORS).repeat(LAYERS, HEADS // len(FACTORS))})
     queries = [p for n, p in lm.named_parameters() if n.endswith("query.weight")]
     sizes = []
     for step in range(steps):
@@ -61,29 +53,20 @@ def movement(soft_mask: str, steps: int, learning_rate: float, epsilon: float) -
         optimizer.zero_grad()
         lm(input_ids=ids, labels=labels).loss.backward()
         sizes.append(torch.stack([p.grad for p in queries if p.grad is not None]).abs().median())
-        update_mask.before_step(fragments)
         optimizer.step()
-        update_mask.after_step(fragments)
-    return tracker.movement(fragments, lambda tensor: tensor)["heads"], torch.stack(sizes).median().item()
+    return protection.effective()["heads"].movement, torch.stack(sizes).median().item()
 
 
 def main() -> None:
     """Measure all three ways and compare."""
-    parser = parser_of(__doc__, data=False)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--learning_rate", type=float, default=5e-5)
-    parser.add_argument("--epsilon", type=float, default=1e-8, help="AdamW's")
-    settings = parser.parse_args()
-    runs = {
-        name: movement(name, settings.steps, settings.learning_rate, settings.epsilon)
-        for name in ("none", "gradient", "update")
-    }
+    options = vars(options_of(__doc__, data=False, steps=100, learning_rate=5e-5, epsilon=1e-8))
+    free, size = movement("none", **options)
     rows = [["1 - a", *(f"{factor:g}" for factor in FACTORS)]]
     for name in ("gradient", "update"):
-        relative = (runs[name][0] / runs["none"][0]).view(LAYERS, -1, len(FACTORS)).mean(dim=(0, 1))
+        relative = (movement(name, **options)[0] / free).view(LAYERS, -1, len(FACTORS)).mean(dim=(0, 1))
         rows.append([f"mask on the {name}", *(f"{share:.3f}" for share in relative)])
-    size = f"Without a mask the median |gradient| of the query weights is {runs['none'][1]:.1g}."
-    keep_section("Movement of query rows under a soft-mask", f"{table(rows)}\n\n{size}")
+    said = f"Without a mask the median |gradient| of the query weights is {size:.1g}."
+    keep_section("Movement of query rows under a soft-mask", f"{table(rows)}\n\n{said}")
 
 
 if __name__ == "__main__":
