@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.common import ROOT, parser_of
+from benchmarks.common import ROOT
 from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.loading import load_model
 from dga_scale.corpus.loading.batches import Batch
@@ -46,21 +46,8 @@ DS_CONFIG = ROOT / "ds_configs" / "zero2.json"
 LEARNING_RATE = 1e-4
 
 
-class Rows(torch.utils.data.Dataset):
-    """A corpus's rows as the collator takes them."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        self.corpus = corpus
-
-    def __len__(self) -> int:
-        return len(self.corpus)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.corpus.row(index).tolist()}
-
-
 class Clock(TrainerCallback):
-    """When each step ended."""
+    """The clock that notes when each step ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -70,7 +57,7 @@ class Clock(TrainerCallback):
 
 
 def trainer(options: argparse.Namespace) -> list[float]:
-    """Ends of the Trainer's steps."""
+    """Return the ends of the Trainer's steps."""
     arguments = TrainingArguments(
         output_dir=options.output_dir,
         max_steps=options.steps,
@@ -85,11 +72,11 @@ def trainer(options: argparse.Namespace) -> list[float]:
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    clock = Clock()
+    clock, corpus = Clock(), Corpus.open(options.corpus)
     Trainer(
         model=AutoModelForMaskedLM.from_pretrained(options.model, dtype=torch.float32),
         args=arguments,
-        train_dataset=Rows(Corpus.open(options.corpus)),
+        train_dataset=[{"input_ids": corpus.row(row).tolist()} for row in range(len(corpus))],
         data_collator=DataCollatorForLanguageModeling(load_tokenizer(options.model), mlm_probability=0.15),
         callbacks=[clock],
     ).train()
@@ -97,7 +84,7 @@ def trainer(options: argparse.Namespace) -> list[float]:
 
 
 class PlainDGA(nn.Module):
-    """Four passes of the whole model, one after the other."""
+    """The model of DGA with four passes of the whole model, one after the other."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -109,7 +96,7 @@ class PlainDGA(nn.Module):
         self.mask.set(mask_factors(self.anatomy, {"heads": self.protection}, "min"))
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss, with labels (B, T) that are -100 where nothing is predicted."""
+        """Return the loss of a batch."""
         clean, attention_mask = batch.input_ids, batch.attention_mask
         # Label indices that only fill up are of position 0, which is a CLS without a label.
         labels = torch.full_like(clean, -100).flatten().scatter(0, batch.positions, batch.labels)
@@ -126,7 +113,7 @@ class PlainDGA(nn.Module):
 
 
 def plain_dga(options: argparse.Namespace) -> list[float]:
-    """Ends of the steps of DGA as one would write it down first, in the shortest loop there is."""
+    """Return the ends of the steps of DGA as one would write it down first, in the shortest loop there is."""
     deepspeed.init_distributed(verbose=False)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = json.loads(DS_CONFIG.read_text(encoding="utf-8"))
@@ -166,13 +153,12 @@ SYSTEMS = {"trainer": trainer, "plain_dga": plain_dga}
 
 def main() -> None:
     """Run one system on this rank."""
-    parser = parser_of(__doc__, data=False)
+    parser = argparse.ArgumentParser()
     parser.add_argument("system", choices=list(SYSTEMS))
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--corpus", required=True)
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch_size", type=int, required=True, help="rows of one rank")
+    for name in ("model", "corpus", "output_dir"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("steps", "batch_size"):  # of one rank
+        parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     # DeepSpeed would compile a shared-memory operation for CPUs, which only inference calls: 40 s.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]

@@ -21,98 +21,89 @@ save stands still for the copy of the shard, and for the commit once all ranks h
 takes from the steps meanwhile is told apart.
 """
 
-import argparse
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import RobertaConfig, RobertaForMaskedLM
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+from transformers import RobertaForMaskedLM
 
-from benchmarks.common import keep_section, on_ranks, parser_of, table
+from benchmarks.common import keep_section, on_ranks, options_of, roberta_base, table
 from dga_scale.checkpoint.async_save import Saves
 from dga_scale.checkpoint.export import consolidate
 from dga_scale.checkpoint.state import Save, TrainerState, load_checkpoint
 from dga_scale.checkpoint.store import find_resume_point
 from dga_scale.launch.preemption import StopConsensus
-from dga_scale.launch.world import join_cluster
+from dga_scale.launch.world import Cluster, join_cluster
 from dga_scale.storage.atomic import sync
 from tests.helpers.training import MaskedLM, Setup, tiny_engine, tiny_tokenizer, train_step
 
 RANKS = 2
 MIB = 2**20
 Figures = dict[str, list[tuple[float, float]]]
-"""By what was done: seconds and peak bytes, once a round."""
+"""Seconds and peak bytes, once a round, by what was done."""
+System = Mapping[str, Callable[[], Any]]
+"""What a system can do: "save", "load", "consolidate" (on the first rank)."""
 
 
 def own_bytes() -> int:
-    """Memory of this process that is not pages of a file."""
+    """Return the memory of this process that is not pages of a file."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
 
 
-class Clock:
-    """Seconds and peak memory of what runs in the block."""
+@contextmanager
+def clock(found: Figures, name: str, folder: Path | None = None) -> Iterator[None]:
+    """Note seconds and peak memory of the block; with ``folder``, also those until its files are synced."""
+    before = peak = own_bytes()
+    done = threading.Event()
 
-    def __init__(self, found: Figures) -> None:
-        self.found = found
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.01):
+            peak = max(peak, own_bytes())
 
-    @contextmanager
-    def __call__(self, name: str, folder: Path | None = None) -> Iterator[None]:
-        """Note a figure under ``name``; with ``folder``, another one that ends when its files are synced."""
-        before = peak = own_bytes()
-        done = threading.Event()
-
-        def watch() -> None:
-            nonlocal peak
-            while not done.wait(0.01):
-                peak = max(peak, own_bytes())
-
-        thread = threading.Thread(target=watch)
-        thread.start()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - started
+    done.set()
+    thread.join()
+    memory = max(peak, own_bytes()) - before
+    found.setdefault(name, []).append((seconds, memory))
+    if folder is not None:
         started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        done.set()
-        thread.join()
-        self.found.setdefault(name, []).append((seconds, max(peak, own_bytes()) - before))
-        if folder is not None:
-            started = time.perf_counter()
-            for path in (*filter(Path.is_file, folder.rglob("*")), folder):
-                sync(path)
-            self.found.setdefault(f"{name}, then synced", []).append(
-                (seconds + time.perf_counter() - started, peak - before)
-            )
+        for path in (*filter(Path.is_file, folder.rglob("*")), folder):
+            sync(path)
+        synced = seconds + time.perf_counter() - started
+        found.setdefault(f"{name}, then synced", []).append((synced, memory))
 
 
-def base_size(layers: int) -> RobertaForMaskedLM:
+def engine_of(stage: int, precision: str, layers: int) -> DeepSpeedEngine:
+    """Return an engine with a model of RoBERTa-base's shape that has made Adam's moments."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-    return RobertaForMaskedLM(RobertaConfig(num_hidden_layers=layers, **sizes))
+    setup = Setup(stage=stage, precision=precision, rows=RANKS)
+    engine = tiny_engine(setup, MaskedLM(RobertaForMaskedLM(roberta_base(layers))))
+    train_step(engine, 1)
+    return engine
 
 
-def on_each_rank(folder: Path, stage: int, rounds: int, layers: int) -> Figures:
-    """Save and load in turns; what the last round saved stays in ``folder``."""
-    cluster = join_cluster()
-    engine = tiny_engine(Setup(stage=stage, precision="bf16", rows=RANKS), MaskedLM(base_size(layers)))
-    train_step(engine, 1)  # makes Adam's moments
-    found: Figures = {}
-    clock = Clock(found)
-    ours, theirs, plain = (folder / name for name in ("ours", "deepspeed", "torch"))
-
-    def clear(path: Path) -> None:
-        if cluster.rank == 0:
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-        os.sync()  # what the last one left to the system is not this one's to wait for
-        cluster.barrier()
+def systems(engine: DeepSpeedEngine, cluster: Cluster, folder: Path) -> dict[str, System]:
+    """Return the systems that are compared, each of which saves in a folder of its name."""
+    ours, theirs = folder / "ours", folder / "deepspeed"
+    described = Save(engine, tiny_tokenizer(), folder / "never written", TrainerState(1), cluster)
+    content = {entry.name: entry.produce() for entry in described.entries}
+    file = folder / "torch.save" / f"{cluster.rank}.pt"
 
     def save_ours() -> None:
         save = Save(engine, tiny_tokenizer(), ours, TrainerState(1), cluster, 1)
@@ -124,105 +115,100 @@ def on_each_rank(folder: Path, stage: int, rounds: int, layers: int) -> Figures:
         assert checkpoint is not None
         load_checkpoint(engine, checkpoint, cluster)
 
-    described = Save(engine, tiny_tokenizer(), folder / "never written", TrainerState(1), cluster)
-    content = {entry.name: entry.produce() for entry in described.entries}
-    file = plain / f"{cluster.rank}.pt"
-
     def load_plain() -> None:
         for name, tensor in torch.load(file).items():
             content[name].copy_(tensor)
 
-    def theirs_saved() -> None:
-        engine.save_checkpoint(str(theirs), tag="one")
+    return {
+        "ours": {
+            "save": save_ours,
+            "load": load_ours,
+            "consolidate": lambda: consolidate(ours, None, folder / "ours whole"),
+        },
+        "deepspeed": {
+            "save": lambda: engine.save_checkpoint(str(theirs), tag="one"),
+            "load": lambda: engine.load_checkpoint(str(theirs), tag="one"),
+            "consolidate": lambda: convert_zero_checkpoint_to_fp32_state_dict(
+                str(theirs), str(folder / "deepspeed whole"), tag="one"
+            ),
+        },
+        "torch.save": {"save": lambda: torch.save(content, file), "load": load_plain},
+    }
 
-    ways: tuple[tuple[str, Path, Callable[[], Any], Callable[[], Any]], ...] = (
-        ("ours", ours, save_ours, load_ours),
-        ("deepspeed", theirs, theirs_saved, lambda: engine.load_checkpoint(str(theirs), tag="one")),
-        ("torch.save", plain, lambda: torch.save(content, file), load_plain),
-    )
+
+def in_turns(folder: Path, stage: int, rounds: int, layers: int) -> Figures:
+    """Save, load and consolidate in turns; what the last round wrote stays in ``folder``."""
+    cluster = join_cluster()
+    engine = engine_of(stage, "bf16", layers)
+    found: Figures = {}
+    compared = systems(engine, cluster, folder)
     for _ in range(rounds):
-        for name, path, write, read in ways:
-            clear(path)
-            with clock(f"save: {name}", None if name == "ours" else path):
-                write()
+        for name, system in compared.items():
+            for what, run in system.items():
+                output = folder / (f"{name} whole" if what == "consolidate" else name)
+                if cluster.rank == 0 and what != "load":
+                    shutil.rmtree(output, ignore_errors=True)
+                if cluster.rank == 0 and what == "save":
+                    output.mkdir(parents=True)
+                os.sync()  # what the last one left to the system is not this one's to wait for
                 cluster.barrier()
-            cluster.barrier()
-            with clock(f"load: {name}"):
-                read()
-                cluster.barrier()
+                if what == "consolidate" and cluster.rank > 0:
+                    continue
+                with clock(found, f"{what}: {name}", None if name == "ours" or what == "load" else output):
+                    run()
+                    if what != "consolidate":
+                        cluster.barrier()
     engine.destroy()
     return found
 
 
-def on_one(folder: Path, rounds: int) -> Figures:
-    """Consolidate what was saved, in turns."""
-    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
-
-    found: Figures = {}
-    clock = Clock(found)
-    for _ in range(rounds):
-        for name in ("ours", "deepspeed"):
-            output = folder / f"{name} whole"
-            shutil.rmtree(output, ignore_errors=True)
-            os.sync()
-            with clock(f"consolidate: {name}", None if name == "ours" else output):
-                if name == "ours":
-                    consolidate(folder / "ours", None, output)
-                else:
-                    convert_zero_checkpoint_to_fp32_state_dict(
-                        str(folder / "deepspeed"), str(output), tag="one"
-                    )
-    return found
-
-
 def bytes_of(folder: Path) -> int:
+    """Return the size of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def comparison(ranks: list[Figures], sizes: dict[str, int]) -> list[list[str]]:
-    """Medians over the rounds of the slower and larger rank, beside ours."""
-    rows = []
-    for name in ranks[0]:
-        kind, system = name.split(": ")
-        seconds, ours = (
-            [max(rank[each][i][0] for rank in ranks) for i in range(len(ranks[0][each]))]
-            for each in (name, f"{kind}: ours")
-        )
-        memory = max(bytes_ for rank in ranks for _, bytes_ in rank[name])
-        written = sizes[("whole " if kind == "consolidate" else "") + system.split(",")[0]]
-        rows.append([name, f"{written / 1e6:.0f}", " ".join(f"{s:.2f}" for s in seconds)])
-        rows[-1] += [f"{median(seconds):.2f}", f"{median(seconds) / median(ours):.2f}", f"{memory / MIB:.0f}"]
-    return rows
-
-
-def beside_others(options: argparse.Namespace) -> str:
-    """Ours, DeepSpeed's and torch.save, for each stage."""
-    head = ["", "MB", "seconds, all rounds", "median", "to ours", "most memory of a rank, MiB"]
-    said = f"{RANKS} ranks, {options.rounds} rounds in turns, load {os.getloadavg()[0]:.1f} at the start. "
-    parts = [said + 'Seconds of the slower rank; "to ours" is over ours: above 1, we are faster.']
-    for stage in options.stages:
+def beside_others(stages: list[int], rounds: int, layers: int) -> str:
+    """Compare ours, DeepSpeed's and torch.save, for each stage, by the slower and larger rank."""
+    rows = [["ZeRO", "", "MB", "seconds, all rounds", "median", "to ours", "most memory of a rank, MiB"]]
+    said = f"{RANKS} ranks, {rounds} rounds in turns, load {os.getloadavg()[0]:.1f} at the start. "
+    for stage in stages:
         with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
-            folder = Path(name)
-            ranks = on_ranks(RANKS, on_each_rank, folder, stage, options.rounds, options.layers)
-            whole = on_ranks(1, on_one, folder, options.rounds)
-            sizes = {name: bytes_of(folder / path) for name, path in (
-                ("ours", "ours"), ("deepspeed", "deepspeed"), ("torch.save", "torch"),
-                ("whole ours", "ours whole"), ("whole deepspeed", "deepspeed whole"))}  # fmt: skip
-        rows = [head, *comparison(ranks, sizes), *comparison(whole, sizes)]
-        parts += [f"ZeRO-{stage}", table(rows)]
-    return "\n\n".join(parts)
+            ranks = on_ranks(RANKS, in_turns, Path(name), stage, rounds, layers)
+            sizes = {path.name: bytes_of(path) for path in Path(name).iterdir()}
+        slower: dict[str, list[float]] = {}
+        for what in ranks[0]:
+            every = [rank[what] for rank in ranks if what in rank]
+            slower[what] = [max(seconds for seconds, _ in turn) for turn in zip(*every, strict=True)]
+            memory = max(bytes_ for rank in every for _, bytes_ in rank)
+            kind, _, system = what.partition(", ")[0].partition(": ")
+            written = sizes[f"{system} whole" if kind == "consolidate" else system]
+            middle, ours = median(slower[what]), median(slower[f"{kind}: ours"])
+            rows.append(
+                [str(stage), what, f"{written / 1e6:.0f}", " ".join(f"{s:.2f}" for s in slower[what])]
+            )
+            rows[-1] += [f"{middle:.2f}", f"{middle / ours:.2f}", f"{memory / MIB:.0f}"]
+    return f'{said}Seconds of the slower rank; "to ours": above 1, we are faster.\n\n{table(rows)}'
 
 
 # --- saves in the background ---
 
+KINDS = {
+    "waiting": "stall, training waits",
+    "background": "stall, `--async_save`",
+    "copy": "of which the copy",
+    "commit": "of which the commit",
+    "alone": "a step",
+    "during": "a step during a background save",
+}
+"""What is measured, and its name in the table."""
+
 
 def stalls(folder: Path, rounds: int, layers: int) -> dict[str, list[float]]:
-    """Seconds of stalls, and of the steps without and during a background save, on this rank."""
+    """Return the seconds of what ``KINDS`` names, on this rank."""
     cluster = join_cluster()
-    engine = tiny_engine(Setup(stage=2, rows=RANKS), MaskedLM(base_size(layers)))
-    consensus, number = StopConsensus(cluster), 0
-    kinds = ("waiting", "background", "copy", "commit", "alone", "during")
-    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    engine = engine_of(2, "fp32", layers)
+    consensus, number = StopConsensus(cluster), 1
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
     def step(kind: str, saves: Saves) -> None:
         nonlocal number
@@ -234,9 +220,8 @@ def stalls(folder: Path, rounds: int, layers: int) -> dict[str, list[float]]:
         found[kind].append(time.perf_counter() - started)
 
     ways = Saves(background=False), Saves(background=True)
-    for _ in range(2):  # which make Adam's moments
-        step("alone", ways[0])
-    found["alone"].clear()
+    step("alone", ways[0])
+    found["alone"].clear()  # the first ones are slower
     for background in (False, True) * rounds:
         saves = ways[background]
         step("alone", saves)
@@ -257,25 +242,18 @@ def stalls(folder: Path, rounds: int, layers: int) -> dict[str, list[float]]:
     return found
 
 
-def in_background(options: argparse.Namespace) -> str:
-    """Stalls of saves that are waited for, and of those in the background."""
+def in_background(rounds: int, layers: int) -> str:
+    """Compare stalls of saves that are waited for with those of saves in the background."""
     with tempfile.TemporaryDirectory(prefix="checkpoints-") as folder:
-        ranks = on_ranks(RANKS, stalls, Path(folder), options.rounds, options.layers)
+        ranks = on_ranks(RANKS, stalls, Path(folder), rounds, layers)
         size = bytes_of(Path(folder)) / RANKS / 1e6
-    slower = {kind: [max(both) for both in zip(*(r[kind] for r in ranks), strict=True)] for kind in ranks[0]}
+    slower = {kind: [max(both) for both in zip(*(r[kind] for r in ranks), strict=True)] for kind in KINDS}
     middle = {kind: median(seconds) for kind, seconds in slower.items()}
     rows = [["", "median", "all"]]
-    for name, kind in (
-        ("stall, training waits", "waiting"),
-        ("stall, `--async_save`", "background"),
-        ("of which the copy", "copy"),
-        ("of which the commit", "commit"),
-        ("a step", "alone"),
-        ("a step during a background save", "during"),
-    ):
+    for kind, name in KINDS.items():
         rows.append([name, f"{middle[kind]:.2f}", " ".join(f"{s:.2f}" for s in slower[kind])])
     return (
-        f"{size:.0f} MB a rank, {options.rounds} saves of each kind, seconds of the slower rank; load "
+        f"{size:.0f} MB a rank, {rounds} saves of each kind, seconds of the slower rank; load "
         f"average {os.getloadavg()[1]:.1f}.\n\n{table(rows)}\n\nIn the background a save stalls training "
         f"{middle['background'] / middle['waiting']:.2f} times as long; meanwhile a step takes "
         f"{middle['during'] / middle['alone']:.2f} times as long."
@@ -284,16 +262,12 @@ def in_background(options: argparse.Namespace) -> str:
 
 def main() -> None:
     """Measure the one or the other."""
-    parser = parser_of(__doc__, data=False)
-    parser.add_argument("--background", action="store_true", help="saves that training does not wait for")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--layers", type=int, default=12)
-    options = parser.parse_args()
+    options = options_of(__doc__, data=False, background=False, rounds=3, stages=[2, 3], layers=12)
     if options.background:
-        keep_section("A save in the background", in_background(options))
+        keep_section("A save in the background", in_background(options.rounds, options.layers))
     else:
-        keep_section("Checkpoints: time and memory", beside_others(options))
+        body = beside_others(options.stages, options.rounds, options.layers)
+        keep_section("Checkpoints: time and memory", body)
 
 
 if __name__ == "__main__":

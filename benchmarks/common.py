@@ -41,7 +41,7 @@ def options_of(
 ) -> argparse.Namespace:
     """Read the command line, which has an option for each of ``defaults``, and DATA if ``data`` is true.
 
-    An option is of its default's type: a list takes several values, ``False`` is a switch.
+    An option is of its default's type: a list takes several values (numbers if empty), ``False`` is a switch.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,7 +56,7 @@ def options_of(
         several = isinstance(default, list)
         parser.add_argument(
             f"--{name}",
-            type=type(default[0] if several else default),
+            type=(type(default[0]) if default else float) if several else type(default),
             nargs="+" if several else None,
             default=default,
             choices=(choices or {}).get(name),
@@ -133,6 +133,14 @@ def train(ranks: int, output: Path, steps: int, *flags: Any) -> None:
     """Run the program for some steps under ZeRO-2, with no save or evaluation before the last one."""
     launch(ranks, "launchers/dga_train.py", "--ds_config", "ds_configs/zero2.json", "--output_dir", output,
            "--max_steps", steps, "--save_steps", steps, "--eval_steps", steps, *flags)  # fmt: skip
+
+
+def settled_steps(output: Path) -> list[dict[str, Any]]:
+    """Return what a run logged of its steps after the first three, or of the last one."""
+    from dga_scale.logging.json_lines import read_log
+
+    steps = [record for record in read_log(output / "log.jsonl") if "step_seconds" in record]
+    return steps[min(WARM_UP, len(steps) - 1) :]
 
 
 def free_port() -> int:

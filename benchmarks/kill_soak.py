@@ -54,7 +54,7 @@ def main() -> None:
 
 def summary(outcomes: list[Outcome], runs: int, soak: Soak, lost: float) -> str:
     """What was tried, by kind of fault and victim; a run that does not survive ends the soak."""
-    rows = [["fault", "victim", "times", "survived", "others ended after, median (largest)", "steps again"]]
+    rows = [["fault", "victim", "times", "others ended after, median (largest)", "steps again"]]
     for how, victim in itertools.product(NAMES, (0, 1, None)):
         found = [o for o in outcomes if (o.fault.how, o.fault.victim) == (how, victim)]
         if not found:
@@ -62,8 +62,8 @@ def summary(outcomes: list[Outcome], runs: int, soak: Soak, lost: float) -> str:
         met = [o.seconds_to_end for o in found if o.met and victim is not None]
         ended = f"{statistics.median(met):.2f} s ({max(met):.2f} s)" if met else ""
         again = statistics.mean(o.steps_again for o in found)
-        who, times = "all" if victim is None else f"rank {victim}", str(len(found))
-        rows.append([NAMES[how], who, times, times, ended, f"{again:.2f}"])
+        who = "all" if victim is None else f"rank {victim}"
+        rows.append([NAMES[how], who, str(len(found)), ended, f"{again:.2f}"])
     early = sum(not o.met for o in outcomes)
     return (
         f"{len(outcomes)} faults in {runs} runs of {len(soak.reference)} steps with a save every second "

@@ -41,12 +41,12 @@ ACCUMULATION = 4
 GLOBAL_BATCHES = (256, 32)
 """The papers' global batch, and that of ``steps.py``."""
 GATHERS = 100
-CONTRASTS = {
+CONTRASTS: dict[str, tuple[str, ...]] = {
     "paper": (),
     "paper, global": ("--contrast_scope", "global_batch"),
     "shared": ("--contrast_views", "shared"),
     "shared, global": ("--contrast_scope", "global_batch", "--contrast_views", "shared"),
-    "plain MLM": ("--contrastive_weight", 0),
+    "plain MLM": ("--contrastive_weight", "0"),
 }
 
 
@@ -59,8 +59,8 @@ def main() -> None:
     folders = ("--model", model_of(options.data, options.shape), "--corpus", corpus_of(options.data))
     masks = [["soft-mask", "inside it, of a step", "target", "step / step without"]]
     for method in ("dga", "das"):
-        variants = {mask: ("--soft_mask", mask) for mask in ("none", *MASK_TARGETS)}
-        ((steps, clock),) = on_ranks(1, in_turns, (*folders, "--method", method), rows, rounds, variants)
+        masked = {mask: ("--soft_mask", mask) for mask in ("none", *MASK_TARGETS)}
+        ((steps, clock),) = on_ranks(1, in_turns, (*folders, "--method", method), rows, rounds, masked)
         for mask, target in MASK_TARGETS.items():
             shares = [seconds / median(steps["none"]) for seconds in clock[mask]]
             met = f"{target:.0%}: {met_or_missed(median(shares) < target)}"

@@ -106,7 +106,7 @@ def main() -> None:
         every = on_ranks(ranks, measure, flags, options.rows, stage)
         config = config_of(*flags, rows=options.rows, ranks=ranks, stage=stage)
         machines = Cluster(ranks, ranks, GPUS["h100"])
-        planner = make_planner(config, load_ds_config(config.run.ds_config), machines, length)
+        planner = make_planner(config, load_ds_config(str(config.run.ds_config)), machines, length)
         accuracy.append([str(stage), str(ranks), method])
         columns = map(max, zip(*every, strict=True))
         for name, real, planned in zip(Found._fields, columns, predicted(planner), strict=True):

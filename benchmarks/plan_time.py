@@ -28,7 +28,6 @@ from transformers import AutoConfig
 
 from benchmarks.common import (
     SEQUENCE_LENGTH,
-    WARM_UP,
     WORK,
     corpus_of,
     keep_section,
@@ -36,14 +35,14 @@ from benchmarks.common import (
     on_ranks,
     options_of,
     run,
+    settled_steps,
     table,
     train,
 )
 from dga_scale.backbone.cpu_kernels import Dropout
-from dga_scale.logging.json_lines import read_log
 
 ROWS = {"minilm": 16, "roberta-base": 4}
-"""Of a rank: steps of about a second."""
+"""The rows of a rank: steps take about a second."""
 METHODS = {
     "mlm": ("--method", "mlm"),
     "dga": ("--method", "dga", "--soft_mask", "update", "--importance_samples", "16"),
@@ -51,7 +50,7 @@ METHODS = {
 
 
 def probe(hidden: int, inner: int, tokens: int, seconds: float) -> dict[str, float]:
-    """What this rank's cores reach while the others are as busy: FLOP/s, and bytes/s of kernels and links."""
+    """Return the FLOP/s and the bytes/s of kernels and links that this rank reaches beside busy others."""
     wide = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
     first, second = nn.Linear(hidden, inner).bfloat16(), nn.Linear(inner, hidden).bfloat16()
     square, norm, drop = nn.Linear(hidden, hidden).bfloat16(), nn.LayerNorm(hidden).bfloat16(), Dropout(0.1)
@@ -78,7 +77,7 @@ def probe(hidden: int, inner: int, tokens: int, seconds: float) -> dict[str, flo
 
 
 def seconds_of(work: Callable[[], None], seconds: float) -> float:
-    """Median seconds of ``work``, as often on every rank, for about so long."""
+    """Return the median seconds of ``work``, as often on every rank, for about so long."""
     took = []
     work()
     started = time.perf_counter()
@@ -112,12 +111,11 @@ def describe(found: dict[str, float], ranks: int, path: Path) -> None:
 
 
 def measured(ranks: int, steps: int, flags: list[object]) -> float:
-    """Median seconds of a step of a run."""
+    """Return the median seconds of a step of a run."""
     output = WORK / "run"
     shutil.rmtree(output, ignore_errors=True)
     train(ranks, output, steps, *flags, "--max_eval_samples", 4)
-    records = read_log(output / "log.jsonl")
-    return statistics.median([each["step_seconds"] for each in records if "step_seconds" in each][WARM_UP:])
+    return statistics.median(step["step_seconds"] for step in settled_steps(output))
 
 
 def main() -> None:
