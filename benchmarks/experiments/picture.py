@@ -14,7 +14,7 @@ from benchmarks.common import ROOT, options_of
 
 PICTURE = ROOT / "docs" / "domain_against_general.svg"
 SECTION = "### All methods on one domain"
-_ROW = re.compile(r"^\| ([\w% ]+?) \| [\d.]+ ± [\d.]+ \(([+-][\d.]+)\) \| [\d.]+ ± [\d.]+ \(([+-][\d.]+)\)")
+_ROW = re.compile(r"^\| ([\w% ]+?) \| [^|]*?\(([+-][\d.]+)[^|]*\| [^|]*?\(([+-][\d.]+)")
 _STRONG, _FAINT, _GRID = "#d55e00", "#0072b2", "#d0d7de"
 _OWN = ("dga gradient", "dga update", "das update")
 _LEFT_OUT = ("tacl", "taco", "prompt")

@@ -75,12 +75,10 @@ def test_a_comparison_is_stopped_and_gone_on_with(data: Path, capsys: pytest.Cap
 
     assert main(words) == 0
     after = json.loads((data / "out" / "jobs.json").read_text())
-    assert list(after) == [*before, "train acl mlm 42", "merge acl half of mlm 42", "evaluate acl 42, domain"]
+    assert list(after) == [*before, "train acl mlm 42", "merge acl half of mlm 42", "evaluate acl 42"]
     assert {name: after[name] for name in before} == before
     assert capsys.readouterr().out.startswith("3 of 5: train acl mlm 42\n")
-    results = json.loads((data / "out" / "evaluation" / "domain" / "acl" / "results.json").read_text())[
-        "models"
-    ]
+    results = json.loads((data / "out" / "evaluation" / "acl" / "results.json").read_text())["models"]
     text = (data / "out" / "tables.md").read_text()
     for label, name in (("base", "none"), ("mlm", "mlm"), ("half-of-mlm", "half of mlm")):
         assert f"| {name} | {points(results, label, 'intent')} | " in text
@@ -119,13 +117,12 @@ def test_general_tasks_are_over_all_domains(data: Path):
     domains = {name: {"text": "x", "task": f"{data}/intent"} for name in ("acl", "ai")}
     work = Work(load_settings(Path(write(data, {"domains": domains})), str(data)), data / "out")
     for number, domain in enumerate(domains):
-        for kind, task in (("domain", "intent"), ("general", "words")):
-            models = {
-                label: {"corpora": {}, "tasks": {task: {"metric": "accuracy", "values": values}}}
-                for label, values in (("base", [0.5, 0.7]), ("mlm", [0.8 + number / 10, 0.6]))
-            }
-            work.evaluation(kind, domain).mkdir(parents=True)
-            (work.evaluation(kind, domain) / "results.json").write_text(json.dumps({"models": models}))
+        models = {}
+        for label, values in (("base", [0.5, 0.7]), ("mlm", [0.8 + number / 10, 0.6])):
+            score = {"metric": "accuracy", "values": values}
+            models[label] = {"corpora": {}, "tasks": {"intent": score, "words": score}}
+        work.evaluation(domain).mkdir(parents=True)
+        (work.evaluation(domain) / "results.json").write_text(json.dumps({"models": models}))
     text = write_tables(work).read_text()
     assert "| none | 60.0 ± 14.1 | 60.0 ± 14.1 | 60.0 | 60.0 ± 14.1 |" in text
     assert "| mlm | 70.0 ± 14.1 | 75.0 ± 21.2 | 72.5 | 72.5 ± 15.0 |" in text
@@ -133,6 +130,36 @@ def test_general_tasks_are_over_all_domains(data: Path):
     found = stats.ttest_rel([0.8, 0.6, 0.9, 0.6], [0.5, 0.7, 0.5, 0.7])
     low, high = (100 * bound for bound in found.confidence_interval())
     assert text.count(f"+12.5 [{low:+.1f}, {high:+.1f}], p {found.pvalue:.3f}, n 4") == 2
+
+
+def test_without_tasks_losses_and_costs_are_compared(data: Path):
+    """Two trainings: the first three steps of each do not count."""
+    changes = {
+        "domains": {"acl": {"text": "x"}},
+        "general": {"text": "x"},
+        "methods": {"mlm": {"method": "mlm"}, "kd": {"method": "kd"}},
+    }
+    work = Work(load_settings(Path(write(data, changes)), str(data)), data / "out")
+    for method, seconds in (("mlm", 2.0), ("kd", 3.0)):
+        run = work.run("acl", method, 42)
+        run.mkdir(parents=True)
+        steps = [{"step_seconds": 9.0, "memory_gib": [1.0]}] * 3 + [
+            {"step_seconds": seconds, "memory_gib": [1.0, seconds]}
+        ]
+        (run / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    losses = {
+        "base": {"loss": {"mean": 4.0}, "values": [4.0], "difference": None},
+        "mlm": {"loss": {"mean": 3.5}, "values": [3.4, 3.6], "difference": {"mean": -0.5, "high": 0.8}},
+        "kd": {"loss": {"mean": 3.0}, "values": [3.0], "difference": {"mean": -1.0, "high": -0.75}},
+    }
+    models = {n: {"corpora": {"acl": {"kind": "domain", **e}}, "tasks": {}} for n, e in losses.items()}
+    work.evaluation("acl").mkdir(parents=True)
+    (work.evaluation("acl") / "results.json").write_text(json.dumps({"models": models}))
+    text = write_tables(work).read_text()
+    assert "| none | 4.000 | missing |\n| mlm | 3.500 ± 0.100 (-0.500) | missing |\n" in text
+    assert "| kd | 3.000 (-1.000 ± 0.250) | missing |" in text
+    assert "| mlm | 2.00 | 1.00 | 2.00 | 1.00 |\n| kd | 3.00 | 1.50 | 3.00 | 1.50 |" in text
+    assert "## End tasks" not in text
 
 
 def test_a_failing_piece_shows_the_end_of_its_log(data: Path):
@@ -152,9 +179,9 @@ def test_seeds_and_sequences_become_pieces(data: Path):
     work = Work(load_settings(Path(path), str(data)), data / "out")
     jobs = {job.name: job.command for job in work.jobs()}
     assert [name for name in jobs if "evaluate" in name] == [
-        f"evaluate {d} {s}, domain" for s in (1, 2) for d in domains
+        f"evaluate {d} {s}" for s in (1, 2) for d in domains
     ]
-    labelled = [word for word in jobs["evaluate acl 2, domain"] if word.startswith("mlm=")]
+    labelled = [word for word in jobs["evaluate acl 2"] if word.startswith("mlm=")]
     assert labelled == [f"mlm={data}/out/runs/acl/mlm-{seed}/model" for seed in (1, 2)]
     command = list(jobs["train sequence das 2"])
     assert command[command.index("--corpus") + 1 :][:2] == [
@@ -190,7 +217,9 @@ def test_a_signal_while_a_piece_starts_ends_it(tmp_path: Path, monkeypatch: pyte
         ({"sed": [1]}, r"small\.yaml:\d+: sed: unknown key\. Did you mean seeds"),
         ({"domains": {"acl": {"text": "x", "tasks": "y"}}},
          r":\d+: domains\.acl\.tasks: unknown key\. Did you mean task"),
-        ({"domains": {"acl": {"text": "x"}}}, r"domains\.acl lacks 'task'"),
+        ({"domains": {"acl": {"task": "x"}}}, r"domains\.acl lacks 'text'"),
+        ({"domains": {"acl": {"text": "x"}}, "sequence": {"domains": ["acl"], "methods": {}}},
+         r":\d+: domains\.acl is in the sequence and lacks 'task'"),
         ({"training": {"max_step": 3}}, r"mlm: .*unknown setting --max_step\b.*max_steps"),
         ({"methods": {"kd": {"method": "kd", "l2_weight": 1}}}, r":\d+: methods\.kd: .*l2_weight"),
         ({"methods": {"m": {"merge": "x"}}, "compare_with": "m"}, r"methods\.m\.merge: 'x' is none of "),
@@ -213,14 +242,21 @@ def test_mistakes_in_the_yaml_name_the_line(tmp_path: Path, changes: dict[str, A
         load_settings(Path(write(tmp_path, changes)), "data")
 
 
-@pytest.mark.parametrize("name", ["minilm.yaml", "roberta_base.yaml"])
-def test_the_comparisons_that_come_along_are_read(name: str):
+@pytest.mark.parametrize(
+    ("name", "domains"),
+    [
+        ("minilm.yaml", {"acl", "restaurant", "pubmed"}),
+        ("roberta_base.yaml", {"acl", "restaurant", "pubmed"}),
+        ("methods.yaml", {"acl"}),
+    ],
+)
+def test_the_comparisons_that_come_along_are_read(name: str, domains: set[str]):
     settings = load_settings(FOLDER / name, os.devnull)
     assert {"mlm", "rehearsal 5%", "mlm merged with base", "l2", "ewc", "kd", "simcse", "lora"} < set(
         settings.methods
     )
     assert {"dga gradient", "dga update"} < set(settings.methods)
-    assert {"acl", "restaurant", "pubmed"} <= set(settings.domains)
+    assert domains <= set(settings.domains)
 
 
 def test_the_papers_size_and_its_cost(capsys: pytest.CaptureFixture[str]):

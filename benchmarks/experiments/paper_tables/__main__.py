@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("config", type=Path, metavar="CONFIG.yaml", help="see benchmarks/experiments/paper_tables/*.yaml")
     add("--data", default=".", metavar="DIR", help="replaces {data} in the YAML; default: current folder")
     add("--output_dir", type=Path, metavar="DIR", help="corpora, runs, scores and tables.md go here")
-    add("--tables", action="store_true", help="only write the tables of what is finished")
     add("--plan", action="store_true", help="only print what it all costs, on the YAML's plan: machines")
     options = parser.parse_args(arguments)
     settings = load_settings(options.config, os.path.abspath(options.data))
@@ -40,11 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return print_cost(settings)
     if options.output_dir is None:
         parser.error("--output_dir is missing")
-    work = Work(settings, options.output_dir.resolve())
-    if options.tables:
-        print(f"tables: {write_tables(work)}")
-        return 0
-    return run(work)
+    return run(Work(settings, options.output_dir.resolve()))
 
 
 def run(work: Work) -> int:

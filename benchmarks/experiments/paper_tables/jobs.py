@@ -1,12 +1,13 @@
 """List a comparison's work as commands of the project, in an order that gives a usable table early."""
 
+import dataclasses
 import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -48,9 +49,9 @@ class Work:
     def sequence_run(self, method: str, seed: int) -> Path:
         return self.output / "sequence" / f"{label(method)}-{seed}"
 
-    def evaluation(self, kind: str, domain: str) -> Path:
-        """Return the folder of a domain's scores of a kind: "domain" (end task, losses) or "general"."""
-        return self.output / "evaluation" / kind / domain
+    def evaluation(self, domain: str) -> Path:
+        """Return the folder of the scores and losses of a domain's models."""
+        return self.output / "evaluation" / domain
 
     def jobs(self) -> Iterator[Job]:
         """Yield all jobs: sharding; by seed each domain's training and evaluation; then the sequences."""
@@ -61,26 +62,15 @@ class Work:
                 # A merged model needs its source.
                 for method in sorted(settings.methods, key=lambda name: "merge" in settings.methods[name]):
                     yield self._model(domain, method, seed)
-                yield self._evaluation("domain", domain, settings.seeds[:number])
-            for domain in settings.domains if settings.general.tasks else ():
-                yield self._evaluation("general", domain, settings.seeds[:number])
+                yield self._evaluation(domain, settings.seeds[:number])
         for seed in settings.seeds:
             if settings.sequence:
                 for method in settings.sequence.methods:
                     yield from self._sequence(settings.sequence, method, seed)
 
-    def _share_base_scores(self, domain: str) -> None:
-        """Copy the base's scores on general tasks from another domain's evaluation: they are the same."""
-        for other in self.settings.domains:
-            theirs = self.evaluation("general", other) / BASE
-            if theirs.is_dir() and other != domain:
-                shutil.copytree(theirs, self.evaluation("general", domain) / BASE, dirs_exist_ok=True)
-                return
-
     def _sharding(self) -> Iterator[Job]:
         settings = self.settings
-        tasks = [d.task for d in settings.domains.values()] + list(settings.general.tasks)
-        files = [str(Path(task) / f"{load_task(task).scored_on}.jsonl") for task in tasks]
+        files = [str(Path(task) / f"{load_task(task).scored_on}.jsonl") for task in settings.tasks()]
         texts = {name: domain.text for name, domain in settings.domains.items()}
         texts |= {"general": settings.general.text}
         flags = dict.fromkeys(texts, settings.sharding)
@@ -89,7 +79,8 @@ class Work:
             flags["general_held_out"] = {**settings.sharding, "validation_share": 0}
         for name, text in texts.items():
             command = [PYTHON, "tools/shard_corpus.py", *text, "--tokenizer", settings.model]
-            command += ["--output", str(self.corpus(name)), "--exclude", *files, *as_flags(flags[name])]
+            command += ["--output", str(self.corpus(name)), *as_flags(flags[name])]
+            command += ["--exclude", *files] if files else []
             yield Job(f"shard {name}", tuple(command))
 
     def _model(self, domain: str, method: str, seed: int) -> Job:
@@ -112,14 +103,17 @@ class Work:
         command += ["--model", settings.model, "--corpus", *(str(self.corpus(d)) for d in domains)]
         return [*command, "--output_dir", str(output), "--seed", str(seed), *as_flags(json.loads(text))]
 
-    def _evaluation(self, kind: str, domain: str, seeds: tuple[int, ...]) -> Job:
-        suite, text = self.output / "suites" / f"{kind}-{domain}.yaml", self._suite(kind, domain)
+    def _evaluation(self, domain: str, seeds: tuple[int, ...]) -> Job:
+        suite, text = self.output / "suites" / f"{domain}.yaml", self._suite(domain)
 
         def prepare() -> None:
             suite.parent.mkdir(exist_ok=True)
             write_text(suite, text)
-            if kind == "general":
-                self._share_base_scores(domain)
+            # The base's scores on general tasks are the same in all domains.
+            for task, other in product(self.settings.general.tasks, self.settings.domains):
+                theirs, own = (self.evaluation(d) / BASE / Path(task).name for d in (other, domain))
+                if theirs.is_dir() and not own.exists():
+                    shutil.copytree(theirs, own)
 
         models = [
             f"{label(method)}={self.run(domain, method, seed) / 'model'}"
@@ -127,22 +121,24 @@ class Work:
             for seed in seeds
         ]
         command = [PYTHON, "tools/evaluate.py", "--base", self.settings.model, "--model", *models]
-        command += ["--suite", str(suite), "--output_dir", str(self.evaluation(kind, domain))]
-        name = f"evaluate {domain} {seeds[-1]}, {kind}"
-        return Job(name, tuple(command), text, extends=True, prepare=prepare)
+        command += ["--suite", str(suite), "--output_dir", str(self.evaluation(domain))]
+        return Job(f"evaluate {domain} {seeds[-1]}", tuple(command), text, extends=True, prepare=prepare)
 
-    def _suite(self, kind: str, domain: str) -> str:
+    def _suite(self, domain: str) -> str:
         """Return the suite on which tools/evaluate.py scores the models of a domain."""
-        settings, evaluation = self.settings, self.settings.evaluation
+        settings, task = self.settings, self.settings.domains[domain].task
         general = "general_held_out" if settings.general.held_out else "general"
-        tasks = [settings.domains[domain].task] if kind == "domain" else list(settings.general.tasks)
-        content: dict[str, Any] = {f"{kind}_tasks": tasks, **vars(evaluation)}
-        if kind == "domain":
-            content["domain_corpora"] = [str(self.corpus(domain))]
-            content["general_corpora"] = [str(self.corpus(general))]
-        names = {Path(task).name for task in tasks}
-        content["task_recipes"] = {n: each for n, each in evaluation.task_recipes.items() if n in names}
-        return yaml.safe_dump(content, sort_keys=False)
+        recipes = settings.evaluation.task_recipes
+        names = {Path(each).name for each in (task, *settings.general.tasks)}
+        suite = dataclasses.replace(
+            settings.evaluation,
+            domain_tasks=(task,) if task else (),
+            general_tasks=settings.general.tasks,
+            domain_corpora=(str(self.corpus(domain)),),
+            general_corpora=(str(self.corpus(general)),),
+            task_recipes={name: recipes[name] for name in recipes if name in names},
+        )
+        return yaml.safe_dump(dataclasses.asdict(suite), sort_keys=False)
 
     def _sequence(self, sequence: DomainSequence, method: str, seed: int) -> Iterator[Job]:
         settings, domains, run = self.settings, sequence.domains, self.sequence_run(method, seed)

@@ -12,7 +12,7 @@ from dga_scale.config.arguments import nearest
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
 from dga_scale.endtasks.evaluate import BASE
-from dga_scale.endtasks.suite import read_recipe
+from dga_scale.endtasks.suite import Suite, read_recipe
 from dga_scale.endtasks.yaml_file import Lines, read_yaml
 from dga_scale.errors import UserError
 
@@ -25,8 +25,8 @@ class Domain:
 
     text: tuple[str, ...]
     """The input of tools/shard_corpus.py."""
-    task: str
-    """The folder of the end task."""
+    task: str = ""
+    """The folder of the end task; none: losses alone are compared."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,6 @@ class General:
     held_out: tuple[str, ...] = ()
     """The text that losses are measured on; none: the held-out part of ``text``."""
     tasks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The keys of a suite that say how models are scored."""
-
-    seeds: int = 3
-    jobs: int = 1
-    max_eval_rows: int = 2000
-    batch_size: int = 16
-    recipe: Flags = field(default_factory=dict)
-    task_recipes: Mapping[str, Flags] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,8 @@ class Settings:
     """The seeds of training; each method is trained with each."""
     compare_with: str | None = None
     """The method that all others are compared with, besides the base."""
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: Suite = field(default_factory=Suite)
+    """The suite that models are scored by; its corpora and tasks are those of the comparison."""
     sequence: DomainSequence | None = None
     plan: Plan | None = None
 
@@ -103,6 +92,10 @@ class Settings:
         """
         words = ["--model", self.model, "--corpus", "any", "--ds_config", self.ds_config]
         return read_config([*words, *as_flags({**self.training, **flags})])
+
+    def tasks(self) -> list[str]:
+        """Return the folders of all end tasks."""
+        return [*filter(None, (domain.task for domain in self.domains.values())), *self.general.tasks]
 
     def trained(self) -> dict[str, Flags]:
         """Return the methods that train a model for each domain."""
@@ -195,12 +188,14 @@ class _Reader:
                 self.check_name(flags["merge"], trained, ("methods", name, "merge"))
         if settings.compare_with:
             self.check_name(settings.compare_with, methods, ("compare_with",))
-        tasks = [*(domain.task for domain in domains.values()), *settings.general.tasks]
+        tasks = [Path(task).name for task in settings.tasks()]
         for task in settings.evaluation.task_recipes:
-            self.check_name(task, [Path(each).name for each in tasks], ("evaluation", "task_recipes", task))
+            self.check_name(task, tasks, ("evaluation", "task_recipes", task))
         if settings.sequence:
             for domain in settings.sequence.domains:
                 self.check_name(domain, domains, ("sequence", "domains"))
+                if not domains[domain].task:
+                    raise self.fail(("domains", domain), " is in the sequence and lacks 'task'.")
                 task = Path(domains[domain].task).name
                 if task in settings.evaluation.task_recipes:
                     at = ("evaluation", "task_recipes", task)

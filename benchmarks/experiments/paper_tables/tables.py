@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import yaml
 
-from benchmarks.common import table
+from benchmarks.common import settled_steps, table
 from benchmarks.experiments.paper_tables.jobs import Work
 from benchmarks.experiments.paper_tables.settings import label
 from dga_scale.corpus.shards import MANIFEST, Corpus
@@ -24,6 +25,7 @@ NONE = "none"
 MISSING = "missing"
 
 KINDS = ("domain", "general")
+"""The kinds of text and of tasks."""
 
 Rows = list[list[str]]
 
@@ -31,11 +33,11 @@ Rows = list[list[str]]
 def write_tables(work: Work) -> Path:
     """Write ``tables.md``, and return its path."""
     found = Found(work)
-    parts = [
-        f"## {title}\n\n{text}\n\n{table(rows)}"
-        for title, text, rows in (scores(found), losses(found), differences(found), movement(found))
-        if len(rows) > 1
-    ]
+    parts = []
+    for part in (scores, losses, differences, costs, movement):
+        title, text, rows = part(found)
+        if len(rows) > 1:
+            parts.append(f"## {title}\n\n{text}\n\n{table(rows)}")
     parts += [*sequence(work), *excluded(work)]
     parts += [published(found, content) for content in load_published().values()]
     path = work.output / "tables.md"
@@ -62,14 +64,8 @@ class Found:
         self._models = {domain: self._read(domain) for domain in self.domains}
 
     def _read(self, domain: str) -> dict[str, dict[str, Any]]:
-        own, general = (self.work.evaluation(kind, domain) / RESULTS for kind in KINDS)
-        if not own.exists():
-            return {}
-        models: dict[str, dict[str, Any]] = json.loads(own.read_text(encoding="utf-8"))["models"]
-        if general.exists():
-            for name, model in json.loads(general.read_text(encoding="utf-8"))["models"].items():
-                models[name]["tasks"] |= model["tasks"]
-        return models
+        file = self.work.evaluation(domain) / RESULTS
+        return json.loads(file.read_text(encoding="utf-8"))["models"] if file.exists() else {}
 
     def entries(self, domain: str, method: str, group: str) -> dict[str, Any]:
         """Return a model's entries of results.json: its "tasks" or "corpora"; empty as long as unmeasured."""
@@ -81,12 +77,14 @@ class Found:
 
     def sums(self, domain: str, method: str) -> dict[str, dict[str, list[float]]]:
         """Return the losses by batch of held-out text, of the first training seed."""
-        file = self.work.evaluation("domain", domain) / _label(method) / "held_out.json"
+        file = self.work.evaluation(domain) / _label(method) / "held_out.json"
         return json.loads(file.read_text(encoding="utf-8"))["sums"] if file.exists() else {}
 
 
 def scores(found: Found) -> tuple[str, str, Rows]:
     """Compare the scores of end tasks."""
+    if not found.settings.tasks():
+        return "End tasks", "", []
     first, heads = found.domains[0], {}
     for domain in found.domains:
         for task in (found.domain_task[domain], *found.general_tasks):
@@ -122,8 +120,8 @@ def losses(found: Found) -> tuple[str, str, Rows]:
             cells += [next((_loss(e) for e in entries if e["kind"] == kind), MISSING) for kind in KINDS]
         rows.append([method, *cells])
     text = (
-        "Nats a predicted token; in brackets the difference to the base and half its 95% interval, over "
-        "batches of text for one training seed, over models for several."
+        "Nats a predicted token, of several training seeds ± half their range; in brackets the difference to "
+        "the base, of one seed with half its 95% interval over batches of text."
     )
     return "Held-out losses", text, rows
 
@@ -131,7 +129,7 @@ def losses(found: Found) -> tuple[str, str, Rows]:
 def differences(found: Found) -> tuple[str, str, Rows]:
     """Test paired differences to the method that all are compared with, and to the base, over all domains."""
     other = found.settings.compare_with
-    references = [NONE, *([other] if other else [])]
+    references = [NONE, *([other] if other else [])] if found.settings.tasks() else []
     rows = [["method", *(f"{kind} tasks: to {r}" for r in references for kind in KINDS)]]
     rows[0] += [f"{kind} loss: to {other}" for kind in KINDS if other]
     for method in found.methods[1:]:
@@ -143,6 +141,26 @@ def differences(found: Found) -> tuple[str, str, Rows]:
         "another model. Losses: pairs are batches of held-out text of all domains, first training seed."
     )
     return "What is larger than noise", text, rows
+
+
+def costs(found: Found) -> tuple[str, str, Rows]:
+    """Compare time and memory of the trainings' steps."""
+    first = next(iter(found.settings.trained()))
+    rows = [["method", "step, s", f"/ {first}'s", "memory of a rank, GiB", f"/ {first}'s"]]
+    reference: list[float] = []
+    for method in found.settings.trained():
+        runs = (found.work.run(d, method, seed) for d, seed in product(found.domains, found.settings.seeds))
+        steps = [step for run in runs if (run / LOG_FILE).exists() for step in settled_steps(run)]
+        if steps:
+            seconds = median(step["step_seconds"] for step in steps)
+            figures = [seconds, max(max(step["memory_gib"]) for step in steps)]
+            reference = reference or figures
+            pairs = zip(figures, reference, strict=True)
+            rows.append([method, *(f"{each:.2f}" for own, other in pairs for each in (own, own / other))])
+    text = (
+        "Median of the steps of all trainings of a method but the first three of each, and their most memory."
+    )
+    return "Cost", text, rows
 
 
 def movement(found: Found) -> tuple[str, str, Rows]:
@@ -182,7 +200,7 @@ def sequence(work: Work) -> Iterator[str]:
 def excluded(work: Work) -> Iterator[str]:
     """Yield how many end-task examples stood in the text before their documents were dropped."""
     lines = []
-    for name in [*work.settings.domains, "general"]:
+    for name in [*work.settings.domains, "general"] if work.settings.tasks() else ():
         if (work.corpus(name) / MANIFEST).exists():
             files = Corpus.open(work.corpus(name)).manifest.excluded
             counts = (f"{f['found']} of {f['examples']} of {Path(f['path']).parent.name}" for f in files)
@@ -246,11 +264,14 @@ def _points(values: Sequence[float]) -> str:
 
 
 def _loss(entry: Mapping[str, Any]) -> str:
-    compared = entry["difference"]
+    compared, values, text = entry["difference"], entry["values"], f"{entry['loss']['mean']:.3f}"
+    if len(values) > 1:
+        text += f" ± {(max(values) - min(values)) / 2:.3f}"
     if compared is None:
-        return f"{entry['loss']['mean']:.3f}"
-    half = "" if compared["high"] is None else f" ± {compared['high'] - compared['mean']:.3f}"
-    return f"{entry['loss']['mean']:.3f} ({compared['mean']:+.3f}{half})"
+        return text
+    known = len(values) == 1 and compared["high"] is not None
+    half = f" ± {compared['high'] - compared['mean']:.3f}" if known else ""
+    return f"{text} ({compared['mean']:+.3f}{half})"
 
 
 def _difference(found: Difference, scale: float, digits: int) -> str:
