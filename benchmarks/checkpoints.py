@@ -30,22 +30,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-import torch
-from deepspeed import DeepSpeedEngine
-from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
-from transformers import RobertaForMaskedLM
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import keep_section, on_ranks, options_of, roberta_base, table
-from dga_scale.checkpoint.async_save import Saves
-from dga_scale.checkpoint.export import consolidate
-from dga_scale.checkpoint.state import Save, TrainerState, load_checkpoint
-from dga_scale.checkpoint.store import find_resume_point
-from dga_scale.launch.preemption import StopConsensus
-from dga_scale.launch.world import Cluster, join_cluster
 from dga_scale.storage.atomic import sync
-from tests.helpers.training import MaskedLM, Setup, tiny_engine, tiny_tokenizer, train_step
+
+if TYPE_CHECKING:  # what the ranks need of these they import themselves: --help does not wait for it
+    from deepspeed import DeepSpeedEngine
+
+    from dga_scale.checkpoint.async_save import Saves
+    from dga_scale.launch.world import Cluster
 
 RANKS = 2
 MIB = 2**20
@@ -89,8 +83,13 @@ def clock(found: Figures, name: str, folder: Path | None = None) -> Iterator[Non
         found.setdefault(f"{name}, then synced", []).append((synced, memory))
 
 
-def engine_of(stage: int, precision: str, layers: int) -> DeepSpeedEngine:
+def engine_of(stage: int, precision: str, layers: int) -> "DeepSpeedEngine":
     """Return an engine with a model of RoBERTa-base's shape that has made Adam's moments."""
+    import torch
+    from transformers import RobertaForMaskedLM
+
+    from tests.helpers.training import MaskedLM, Setup, tiny_engine, train_step
+
     torch.manual_seed(0)
     setup = Setup(stage=stage, precision=precision, rows=RANKS)
     engine = tiny_engine(setup, MaskedLM(RobertaForMaskedLM(roberta_base(layers))))
@@ -98,8 +97,16 @@ def engine_of(stage: int, precision: str, layers: int) -> DeepSpeedEngine:
     return engine
 
 
-def systems(engine: DeepSpeedEngine, cluster: Cluster, folder: Path) -> dict[str, System]:
+def systems(engine: "DeepSpeedEngine", cluster: "Cluster", folder: Path) -> dict[str, System]:
     """Return the systems that are compared, each of which saves in a folder of its name."""
+    import torch
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+    from dga_scale.checkpoint.export import consolidate
+    from dga_scale.checkpoint.state import Save, TrainerState, load_checkpoint
+    from dga_scale.checkpoint.store import find_resume_point
+    from tests.helpers.training import tiny_tokenizer
+
     ours, theirs = folder / "ours", folder / "deepspeed"
     described = Save(engine, tiny_tokenizer(), folder / "never written", TrainerState(1), cluster)
     content = {entry.name: entry.produce() for entry in described.entries}
@@ -138,6 +145,8 @@ def systems(engine: DeepSpeedEngine, cluster: Cluster, folder: Path) -> dict[str
 
 def in_turns(folder: Path, stage: int, rounds: int, layers: int) -> Figures:
     """Save, load and consolidate in turns; what the last round wrote stays in ``folder``."""
+    from dga_scale.launch.world import join_cluster
+
     cluster = join_cluster()
     engine = engine_of(stage, "bf16", layers)
     found: Figures = {}
@@ -205,12 +214,20 @@ KINDS = {
 
 def stalls(folder: Path, rounds: int, layers: int) -> dict[str, list[float]]:
     """Return the seconds of what ``KINDS`` names, on this rank."""
+    import torch
+
+    from dga_scale.checkpoint.async_save import Saves
+    from dga_scale.checkpoint.state import Save, TrainerState
+    from dga_scale.launch.preemption import StopConsensus
+    from dga_scale.launch.world import join_cluster
+    from tests.helpers.training import tiny_tokenizer, train_step
+
     cluster = join_cluster()
     engine = engine_of(2, "fp32", layers)
     consensus, number = StopConsensus(cluster), 1
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
-    def step(kind: str, saves: Saves) -> None:
+    def step(kind: str, saves: "Saves") -> None:
         nonlocal number
         number += 1
         cluster.barrier()

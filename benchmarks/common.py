@@ -5,7 +5,7 @@ import importlib
 import os
 import platform
 import shlex
-import socket
+import shutil
 import statistics
 import subprocess
 import sys
@@ -123,15 +123,17 @@ def run(*command: Any, codes: Sequence[int] = (0,)) -> str:
 
 def launch(ranks: int, program: str, *arguments: Any) -> str:
     """Run a script, or a module by its dotted name, on ``ranks`` ranks, and return its output."""
+    from tests.helpers.ranks import free_port  # other runs may use the launcher's usual one
+
     module = () if program.endswith(".py") else ("--module", "--no_local_rank")
-    # Other runs may use the launcher's usual port.
     return run("-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", free_port(), *module,
                program, *arguments)  # fmt: skip
 
 
-def train(ranks: int, output: Path, steps: int, *flags: Any) -> None:
-    """Run the program for some steps under ZeRO-2, with no save or evaluation before the last one."""
-    launch(ranks, "launchers/dga_train.py", "--ds_config", "ds_configs/zero2.json", "--output_dir", output,
+def train(ranks: int, output: Path, steps: int, *flags: Any, program: str = "launchers/dga_train.py") -> None:
+    """Train in a new ``output`` under ZeRO-2, with no save or evaluation before the last step."""
+    shutil.rmtree(output, ignore_errors=True)
+    launch(ranks, program, "--ds_config", "ds_configs/zero2.json", "--output_dir", output,
            "--max_steps", steps, "--save_steps", steps, "--eval_steps", steps, *flags)  # fmt: skip
 
 
@@ -141,13 +143,6 @@ def settled_steps(output: Path) -> list[dict[str, Any]]:
 
     steps = [record for record in read_log(output / "log.jsonl") if "step_seconds" in record]
     return steps[min(WARM_UP, len(steps) - 1) :]
-
-
-def free_port() -> int:
-    """Return a free port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -14,10 +14,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.common import keep_section, options_of, table
-from tests.helpers.kills import Outcome, Soak
-from tests.helpers.small import make_world
+
+if TYPE_CHECKING:
+    from tests.helpers.kills import Outcome, Soak
 
 NAMES = {
     "time": "kill -9 at a random time",
@@ -32,6 +34,9 @@ def main() -> None:
     options = options_of(
         __doc__, data=False, kills=500, seed=0, zero=2, async_save=False, minutes=float("inf")
     )
+    from tests.helpers.kills import Soak  # --help does not wait for torch
+    from tests.helpers.small import make_world
+
     outcomes, began = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-soak-") as root:
         folder = Path(root)
@@ -52,8 +57,8 @@ def main() -> None:
     keep_section("Runs killed and launched again", summary(outcomes, runs, soak, lost))
 
 
-def summary(outcomes: list[Outcome], runs: int, soak: Soak, lost: float) -> str:
-    """What was tried, by kind of fault and victim; a run that does not survive ends the soak."""
+def summary(outcomes: "list[Outcome]", runs: int, soak: "Soak", lost: float) -> str:
+    """Say what was tried, by kind of fault and victim; a run that does not survive ends the soak."""
     rows = [["fault", "victim", "times", "others ended after, median (largest)", "steps again"]]
     for how, victim in itertools.product(NAMES, (0, 1, None)):
         found = [o for o in outcomes if (o.fault.how, o.fault.victim) == (how, victim)]

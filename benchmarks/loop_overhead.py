@@ -11,7 +11,6 @@ step's. Figures are rank 0's medians.
 
 import json
 import os
-import shutil
 import statistics
 import time
 from itertools import pairwise
@@ -22,13 +21,13 @@ from benchmarks.common import (
     WORK,
     corpus_of,
     keep_section,
-    launch,
     met_or_missed,
     model_of,
     options_of,
     percent,
     spread,
     table,
+    train,
 )
 from dga_scale.logging.json_lines import read_log
 
@@ -39,15 +38,13 @@ OUTPUT = WORK / "loop_overhead"
 def main() -> None:
     """Measure in rounds."""
     options = options_of(__doc__, ranks=2, batch_size=16, steps=25, rounds=3)
-    rows, steps = options.batch_size * options.ranks, options.steps
+    rows = options.batch_size * options.ranks
     model, corpus = model_of(options.data, "minilm"), corpus_of(options.data)
     rounds = []
     for number in range(options.rounds):
-        shutil.rmtree(OUTPUT, ignore_errors=True)
-        launch(options.ranks, "benchmarks.loop_overhead", "--ds_config", "ds_configs/zero2.json", "--model",
-               model, "--corpus", corpus, "--output_dir", OUTPUT, "--method", "mlm",
-               "--max_steps", steps, "--save_steps", steps, "--eval_steps", steps,
-               "--max_eval_samples", 16, "--global_batch_size", rows)  # fmt: skip
+        train(options.ranks, OUTPUT, options.steps, "--model", model, "--corpus", corpus, "--method", "mlm",
+              "--max_eval_samples", 16, "--global_batch_size", rows,
+              program="benchmarks.loop_overhead")  # fmt: skip
         rounds.append(figures())
         print(f"round {number + 1}: {rounds[-1]}", flush=True)
     seconds = spread(each.pop("seconds") for each in rounds)

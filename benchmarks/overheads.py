@@ -3,16 +3,17 @@
     python -m benchmarks.overheads DATA [--shape minilm|roberta-base] [--rounds 10] [--ranks 1 2 4]
 
 ZeRO-2 in bf16, packed rows of 128 tokens, one thread a rank. Masks, views and contrasts take turns step by
-step in one process on the same batches: medians of the paired ratios, and their ranges. Masks are measured by
-the clock around them too, as a difference of whole steps hardly shows a hundredth.
+step in one process on the same batches: medians of the paired ratios, with 95% confidence intervals from the
+bootstrap. Masks are measured by the clock around them too, as a difference of whole steps hardly shows a
+hundredth.
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from statistics import median
 
-import torch
-import torch.distributed as dist
+import numpy as np
 
 from benchmarks.common import (
     SHAPES,
@@ -22,14 +23,10 @@ from benchmarks.common import (
     model_of,
     on_ranks,
     options_of,
-    percent,
     ratios,
-    spread,
     table,
 )
 from benchmarks.trainers import WARM_UP, Figures, inside, trainer_of, turns
-from dga_scale.objectives.contrast import contrastive_loss
-from dga_scale.preservation.soft_mask import GradientMask, UpdateMask
 
 STEPS = 2500
 IMPORTANCE_ROWS = 10_000
@@ -64,20 +61,20 @@ def main() -> None:
         for mask, target in MASK_TARGETS.items():
             shares = [seconds / median(steps["none"]) for seconds in clock[mask]]
             met = f"{target:.0%}: {met_or_missed(median(shares) < target)}"
-            whole = spread(ratios(steps[mask], steps["none"]), 3)
-            masks.append([f"{method} {mask}", percent(shares), met, whole])
+            whole = within(ratios(steps[mask], steps["none"]), ".3f")
+            masks.append([f"{method} {mask}", within(shares, ".2%"), met, whole])
     (importance,) = on_ranks(1, importance_and_step, folders, rows, rounds)
     contrasts = [[f"DGA, {ACCUMULATION} micro-batches a step", "seconds", "/ the paper's"]]
     variants = {name: ("--soft_mask", "none", *flags) for name, flags in CONTRASTS.items()}
     few = rows // ACCUMULATION
     ((steps, _),) = on_ranks(1, in_turns, folders, few, rounds, variants, ACCUMULATION)
     for name, seconds in steps.items():
-        contrasts.append([name, f"{median(seconds):.3f}", spread(ratios(seconds, steps["paper"]), 3)])
+        contrasts.append([name, f"{median(seconds):.3f}", within(ratios(seconds, steps["paper"]), ".3f")])
     gathers = [["ranks", "contrast with its gather, ms", "of a step"]]
     for ranks in options.ranks:
         found = on_ranks(ranks, gather, folders, rows)[0]
         share = f"{median(found['contrast']) / median(found['step']):.2%}"
-        gathers.append([str(ranks), spread(1e3 * seconds for seconds in found["contrast"]), share])
+        gathers.append([str(ranks), within([1e3 * seconds for seconds in found["contrast"]], ".2f"), share])
     sections = (
         f"{rows} rows of 128 tokens a step of a rank, one thread a rank.",
         table(masks),
@@ -96,7 +93,9 @@ def in_turns(
     accumulation: int = 1,
 ) -> tuple[Figures, Figures]:
     """Return the seconds of each variant's steps, and those of them that are spent inside masks."""
-    masks = (GradientMask, "_masked"), (UpdateMask, "before_step"), (UpdateMask, "after_step")
+    from dga_scale.preservation.soft_mask import GradientMask, UpdateMask
+
+    masks = (GradientMask, "masked"), (UpdateMask, "before_step"), (UpdateMask, "after_step")
     with inside(*masks) as clock, ExitStack() as stack:
         trainers = {
             name: stack.enter_context(trainer_of(*flags, *own, rows=rows, accumulation=accumulation))
@@ -127,8 +126,13 @@ def gather(flags: tuple[object, ...], rows: int) -> Figures:
 
     In a step a rank also waits in the gather for the slower ones; it would in the reduction of the gradients.
     """
+    import torch
+    import torch.distributed as dist
+
+    from dga_scale.objectives.contrast import contrastive_loss
+
     with trainer_of(*flags, rows=rows) as trainer:
-        steps, _ = turns({"step": trainer}, 3, ())
+        steps, _ = turns({"step": trainer}, 3)
         states = torch.randn(3, rows, trainer.anatomy.hidden_size).requires_grad_()
         seconds = []
         for _ in range(GATHERS):
@@ -138,6 +142,13 @@ def gather(flags: tuple[object, ...], rows: int) -> Figures:
             contrastive_loss(states[0], states[1], states[2], 0.05).backward()
             seconds.append(time.perf_counter() - started)
         return steps | {"contrast": seconds[WARM_UP:]}
+
+
+def within(values: Sequence[float], form: str) -> str:
+    """Format the median of values with its 95% confidence interval."""
+    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return f"{median(values):{form}} ({low:{form}} to {high:{form}})"
 
 
 def importance_table(found: Figures, rows_of_a_rank: int) -> str:

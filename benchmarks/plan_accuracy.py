@@ -15,21 +15,13 @@ of them. Predictions are ``dga-plan``'s own.
 import dataclasses
 import gc
 import itertools
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.common import corpus_of, keep_section, met_or_missed, model_of, on_ranks, options_of, table
 from benchmarks.trainers import config_of, trainer_of
-from dga_scale.config.methods.shared import soft_mask_of
-from dga_scale.planning.activations import activations
-from dga_scale.planning.gpus import GPUS
-from dga_scale.planning.memory import extras, states
-from dga_scale.planning.plan import Cluster, Planner, make_planner
-from dga_scale.zero.ds_keys import load_ds_config
-from dga_scale.zero.optimizer_hooks import backward
-from tests.helpers.engines import saved_bytes, storages
+
+if TYPE_CHECKING:
+    from dga_scale.planning.plan import Planner
 
 MIB = 2**20
 TARGET = 0.1
@@ -46,6 +38,11 @@ class Found(NamedTuple):
 
 def measure(flags: tuple[object, ...], rows: int, stage: int) -> Found:
     """Return what this rank takes with a method."""
+    import torch
+
+    from dga_scale.zero.optimizer_hooks import backward
+    from tests.helpers.engines import saved_bytes
+
     gc.collect()
     before = set(live_storages())
     with trainer_of(*flags, rows=rows, stage=stage) as trainer:
@@ -66,8 +63,12 @@ def measure(flags: tuple[object, ...], rows: int, stage: int) -> Found:
 
 def live_storages() -> dict[int, int]:
     """Return the bytes of all tensors' storages, by address."""
+    import torch
+
+    from tests.helpers.engines import storages
+
     with torch.no_grad():
-        found = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+        found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
     return storages(found)
 
 
@@ -77,8 +78,12 @@ def _highest(profiler: Any) -> int:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def predicted(planner: Planner) -> tuple[int, int, int]:
+def predicted(planner: "Planner") -> tuple[int, int, int]:
     """Return ``held``, ``kept`` and ``peak`` as the planner has them."""
+    from dga_scale.config.methods.shared import soft_mask_of
+    from dga_scale.planning.activations import activations
+    from dga_scale.planning.memory import extras, states
+
     plan, model = planner.as_configured(), planner.model
     # One group of weights: there is no weight decay here.
     parts = dataclasses.asdict(states(model, plan.zero, groups=False))
@@ -95,6 +100,10 @@ def predicted(planner: Planner) -> tuple[int, int, int]:
 def main() -> None:
     """Measure and predict every stage on every number of ranks."""
     options = options_of(__doc__, stages=[0, 1, 2, 3], ranks=[1, 2, 4], rows=4, sequence_length=64, layers=12)
+    from dga_scale.planning.gpus import GPUS  # with torch, which --help does not wait for
+    from dga_scale.planning.plan import Cluster, make_planner
+    from dga_scale.zero.ds_keys import load_ds_config
+
     length = options.sequence_length
     folders = ("--model", model_of(options.data, "roberta-base", options.layers), "--corpus",
                corpus_of(options.data, sequence_length=length), "--dropout", 0)  # fmt: skip

@@ -12,19 +12,13 @@ of its steps after the first three.
 
 import itertools
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import yaml
-from torch import nn
-from transformers import AutoConfig
 
 from benchmarks.common import (
     SEQUENCE_LENGTH,
@@ -39,7 +33,6 @@ from benchmarks.common import (
     table,
     train,
 )
-from dga_scale.backbone.cpu_kernels import Dropout
 
 ROWS = {"minilm": 16, "roberta-base": 4}
 """The rows of a rank: steps take about a second."""
@@ -51,6 +44,13 @@ METHODS = {
 
 def probe(hidden: int, inner: int, tokens: int, seconds: float) -> dict[str, float]:
     """Return the FLOP/s and the bytes/s of kernels and links that this rank reaches beside busy others."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import nn
+
+    from dga_scale.backbone.cpu_kernels import Dropout
+
     wide = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
     first, second = nn.Linear(hidden, inner).bfloat16(), nn.Linear(inner, hidden).bfloat16()
     square, norm, drop = nn.Linear(hidden, hidden).bfloat16(), nn.LayerNorm(hidden).bfloat16(), Dropout(0.1)
@@ -78,6 +78,9 @@ def probe(hidden: int, inner: int, tokens: int, seconds: float) -> dict[str, flo
 
 def seconds_of(work: Callable[[], None], seconds: float) -> float:
     """Return the median seconds of ``work``, as often on every rank, for about so long."""
+    import torch
+    import torch.distributed as dist
+
     took = []
     work()
     started = time.perf_counter()
@@ -113,7 +116,6 @@ def describe(found: dict[str, float], ranks: int, path: Path) -> None:
 def measured(ranks: int, steps: int, flags: list[object]) -> float:
     """Return the median seconds of a step of a run."""
     output = WORK / "run"
-    shutil.rmtree(output, ignore_errors=True)
     train(ranks, output, steps, *flags, "--max_eval_samples", 4)
     return statistics.median(step["step_seconds"] for step in settled_steps(output))
 
@@ -129,6 +131,8 @@ def main() -> None:
         steps=9,
         probe_seconds=1.0,
     )
+    from transformers import AutoConfig  # whose import --help does not wait for
+
     corpus = corpus_of(options.data)
     columns = ["model", "method", "ranks x rows", "products, GFLOP/s", "kernels, GB/s", "all-reduce, GB/s",
                "compute, s", "optimizer", "links", "predicted step", "measured", "ratio"]  # fmt: skip

@@ -21,8 +21,6 @@ import psutil
 from benchmarks.common import WORK, keep_section, options_of, table
 from tests.helpers.ranks import REPOSITORY, close_pools, run_ranks
 from tests.helpers.slurm_cluster import SlurmCluster, job_states, run, wait_until
-from tests.helpers.small import make_world
-from tests.slurm.test_jobs import SETUP, losses, submit, train_ranks, wake
 
 STEPS = 900
 PATIENCE = 900.0
@@ -32,6 +30,9 @@ TURN = "resuming from"
 def main() -> None:
     """Submit the job, bring the faults about and compare."""
     options_of(__doc__, data=False)
+    from tests.helpers.small import make_world  # --help does not wait for torch
+    from tests.slurm.test_jobs import SETUP, losses, submit, train_ranks
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "state").mkdir()
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def faults(slurm: SlurmCluster, number: str) -> list[list[str]]:
-    """One fault after the other; a row of the table for each."""
+    """Bring one fault about after the other, and return a row of the table for each."""
 
     def kill_rank() -> None:
         for process in psutil.process_iter():
@@ -113,7 +114,9 @@ def cost(number: str, fault: Callable[[], object]) -> tuple[int, float]:
 
 
 def state_now(number: str) -> str:
-    """The job's state; one that waits after a requeue is woken."""
+    """Return the job's state; one that waits after a requeue is woken."""
+    from tests.slurm.test_jobs import wake
+
     state = next(job_states(number))["JobState"]
     if state == "PENDING":
         with contextlib.suppress(subprocess.SubprocessError):
@@ -123,12 +126,13 @@ def state_now(number: str) -> str:
 
 
 def job_log(number: str) -> str:
+    """Return what the job has printed so far, in all of its turns."""
     path = Path("slurm", f"dga-train-{number}.log")
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def steps(number: str) -> list[list[int]]:
-    """The steps that each turn of the job has logged."""
+    """Return the steps that each turn of the job has logged."""
     turns = job_log(number).split(TURN)
     return [[int(found) for found in re.findall(r"^step (\d+)/", turn, re.MULTILINE)] for turn in turns]
 

@@ -11,7 +11,6 @@ Trainer's, to our plain MLM's and to the plain DGA's.
 
 import argparse
 import json
-import shutil
 import statistics
 from itertools import pairwise
 from pathlib import Path
@@ -71,7 +70,6 @@ def main() -> None:
 def measure(name: str, model: Path, corpus: Path, options: argparse.Namespace) -> float:
     """Return the median seconds of a step in one run of a system."""
     output = WORK / "run"
-    shutil.rmtree(output, ignore_errors=True)
     folders = ("--model", model, "--corpus", corpus)
     if name in BASELINES:
         launch(options.ranks, "benchmarks.baselines", name, *folders, "--output_dir", output,

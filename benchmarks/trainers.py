@@ -5,17 +5,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import ROOT
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
-from dga_scale.launch.world import join_cluster
-from dga_scale.logging.run_log import silent_log
-from dga_scale.train.inputs import check_inputs
-from dga_scale.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from dga_scale.train.trainer import Trainer
 
 WARM_UP = 2
 """The number of turns of trainers that are not counted."""
@@ -37,8 +34,15 @@ def config_of(
 
 
 @contextmanager
-def trainer_of(*flags: Any, **shape: Any) -> Iterator[Trainer]:
+def trainer_of(*flags: Any, **shape: Any) -> Iterator["Trainer"]:
     """Make a run's trainer as ``config_of`` has it, whose units are protected at random."""
+    import torch
+
+    from dga_scale.launch.world import join_cluster
+    from dga_scale.logging.run_log import silent_log
+    from dga_scale.train.inputs import check_inputs
+    from dga_scale.train.trainer import Trainer
+
     cluster = join_cluster()
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(*flags, ranks=cluster.world_size, output=folder, **shape)
@@ -50,7 +54,9 @@ def trainer_of(*flags: Any, **shape: Any) -> Iterator[Trainer]:
         trainer.engine.destroy()
 
 
-def turns(trainers: Mapping[str, Trainer], rounds: int, clock: Sequence[float]) -> tuple[Figures, Figures]:
+def turns(
+    trainers: Mapping[str, "Trainer"], rounds: int, clock: Sequence[float] = ()
+) -> tuple[Figures, Figures]:
     """Return the seconds of each trainer's steps, and those that a clock of ``inside`` ran meanwhile.
 
     They take turns on the same batches, each first as often as last.

@@ -6,24 +6,19 @@ With --every each is printed, not only the worst of each group.
 """
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 from benchmarks.common import keep_section, options_of, table
-from tests.helpers.zero_matrix import (
-    Cell,
-    Outcome,
-    all_cells,
-    bf16_noise,
-    expected,
-    largest_deviation,
-    norm_deviation,
-    relative_deviation,
-    run_on_ranks,
-)
+
+if TYPE_CHECKING:
+    from tests.helpers.zero_matrix import Cell, Outcome
 
 
 def main() -> None:
     """Run all cells, 28 at a time."""
     options = options_of(__doc__, data=False, ranks=[1, 2, 4], every=False)
+    from tests.helpers.zero_matrix import all_cells, run_on_ranks  # --help does not wait for torch
+
     groups: dict[tuple[str, int, bool, str, int], list[tuple[float, ...]]] = defaultdict(list)
     cells = all_cells(options.ranks)
     for first in range(0, len(cells), 28):
@@ -40,12 +35,15 @@ def main() -> None:
     keep_section("ZeRO against plain PyTorch", table(rows))
 
 
-def deviations(cell: Cell, ours: Outcome) -> tuple[float, float, float, float]:
+def deviations(cell: "Cell", ours: "Outcome") -> tuple[float, float, float, float]:
     """Return the deviations of weights, of the movement (relative, and over bf16's own) and of the norm."""
-    theirs = expected(cell)
-    relative = relative_deviation(ours, theirs)
-    noise = relative / bf16_noise(cell) if cell.precision == "bf16" else 0.0
-    return largest_deviation(ours, theirs), relative, noise, norm_deviation(ours, theirs)
+    from tests.helpers import zero_matrix as matrix
+
+    theirs = matrix.expected(cell)
+    relative = matrix.relative_deviation(ours, theirs)
+    noise = relative / matrix.bf16_noise(cell) if cell.precision == "bf16" else 0.0
+    weight, norm = matrix.largest_deviation(ours, theirs), matrix.norm_deviation(ours, theirs)
+    return weight, relative, noise, norm
 
 
 if __name__ == "__main__":

@@ -9,19 +9,21 @@ without a mask. Adam undoes a mask on the gradient as far as gradients are large
 size is printed too.
 """
 
-import torch
-from torch import Tensor
-from transformers import RobertaConfig, RobertaForMaskedLM
+from typing import TYPE_CHECKING
 
 from benchmarks.common import keep_section, options_of, table
-from dga_scale.preservation.protection import Protection
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FACTORS = (1.0, 0.5, 0.1, 0.01)
 LAYERS, HEADS, WIDTH, VOCABULARY, MASK = 3, 12, 192, 1000, 4
 
 
-def batch(step: int, rows: int = 16, tokens: int = 64) -> tuple[Tensor, Tensor]:
+def batch(step: int, rows: int = 16, tokens: int = 64) -> "tuple[Tensor, Tensor]":
     """Make text in which each word follows from the last, and labels at 15% of its positions, masked."""
+    import torch
+
     generator = torch.Generator().manual_seed(step)
     first = torch.randint(5, VOCABULARY, (rows, 1), generator=generator)
     strides = torch.randint(1, 4, (rows, tokens - 1), generator=generator).cumsum(dim=1)
@@ -30,8 +32,13 @@ def batch(step: int, rows: int = 16, tokens: int = 64) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(masked, MASK), ids.masked_fill(~masked, -100)
 
 
-def movement(soft_mask: str, steps: int, learning_rate: float, epsilon: float) -> tuple[Tensor, float]:
+def movement(soft_mask: str, steps: int, learning_rate: float, epsilon: float) -> "tuple[Tensor, float]":
     """Return the movement (layers, heads) of the query rows and their median |gradient| on the way."""
+    import torch
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    from dga_scale.preservation.protection import Protection
+
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=VOCABULARY,

@@ -18,13 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, SECTIONS, free_port, keep_section
+from benchmarks.common import ROOT, SECTIONS, keep_section
 from benchmarks.gpu.measure import Plan
 from benchmarks.gpu.tables import report
 from benchmarks.gpu.world import PAPERS, SMOKE, World, make_world
 from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError
 from dga_scale.logging.json_lines import read_log
+from tests.helpers.ranks import free_port
 
 SETTLED = 10
 """Steps of the Trainer and of the real program that are not counted."""

@@ -34,7 +34,7 @@ from dga_scale.endtasks.significance import (
     ratio,
     ratio_difference,
 )
-from dga_scale.endtasks.suite import Suite
+from dga_scale.endtasks.suite import BASE, Suite
 from dga_scale.endtasks.tasks import Task, majority_share
 from dga_scale.errors import UserError
 from dga_scale.evaluation.held_out import Evaluator, open_held_out
@@ -42,9 +42,6 @@ from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.report.scores import FORMAT, RESULTS
 from dga_scale.run_folder import write_text
-
-BASE = "base"
-"""The label of the model that all others are compared with."""
 
 _LABEL = re.compile(r"[\w.+-]+")
 

@@ -21,6 +21,8 @@ from dga_scale.errors import UserError
 CORPORA = ("domain_corpora", "general_corpora")
 TASKS = ("domain_tasks", "general_tasks")
 RECIPE_KEYS = (*OVERRIDES, *LIMITS)
+BASE = "base"
+"""The label of the model that all others are compared with."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from torch import Tensor
+if TYPE_CHECKING:  # a reader of a log needs neither matplotlib nor torch
+    from matplotlib.figure import Figure
+    from torch import Tensor
 
 Numbers = Mapping[str, float | list[float]]
 """By name a number, or a list with one of each rank."""
@@ -62,10 +63,10 @@ class Logger:
     def outcome(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """Write the outcome of the run, beside its settings."""
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         """Write a picture."""
 
-    def histogram(self, name: str, values: Tensor, step: int) -> None:
+    def histogram(self, name: str, values: "Tensor", step: int) -> None:
         """Write the distribution of values of any shape."""
 
     def close(self) -> None:

@@ -121,7 +121,7 @@ class GradientMask:
         maskable = {part.parameter for part in anatomy.slices(kinds)}
         for name, parameter in named_parameters:
             if name in maskable:
-                parameter.register_hook(lambda gradient, name=name: self._masked(name, gradient))
+                parameter.register_hook(lambda gradient, name=name: self.masked(name, gradient))
                 self._hooked.add(name)
         assert self._hooked == maskable, f"the model has no parameters {sorted(maskable - self._hooked)}"
 
@@ -135,7 +135,8 @@ class GradientMask:
         assert factors.keys() <= self._hooked, "factors for kinds of unit that were not announced"
         self._factors = dict(factors)
 
-    def _masked(self, name: str, gradient: Tensor) -> Tensor:
+    def masked(self, name: str, gradient: Tensor) -> Tensor:
+        """Return the gradient of a parameter, masked: what the hooks do."""
         factors = self._factors.get(name, ())
         if factors and factors[0].scale.device != gradient.device:  # at the first backward pass
             factors = tuple(Factor(factor.dim, factor.scale.to(gradient.device)) for factor in factors)

@@ -40,7 +40,6 @@ def held_bytes(engine: DeepSpeedEngine) -> dict[str, int]:
 
 def saved_bytes(module: torch.nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
     """Run a forward pass: its result, and bytes of what it keeps for the backward pass besides weights."""
-    own = storages([*module.parameters(), *module.buffers()])
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -49,4 +48,6 @@ def saved_bytes(module: torch.nn.Module, forward: Callable[[], Tensor]) -> tuple
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
+    # Only now: ZeRO-3 may leave weights that it has gathered for the backward pass.
+    own = storages([*module.parameters(), *module.buffers()])
     return output, sum(size for at, size in storages(kept).items() if at not in own)

@@ -13,7 +13,6 @@ from pathlib import Path
 from benchmarks.experiments.paper_tables.jobs import Work
 from benchmarks.experiments.paper_tables.runner import Runner
 from benchmarks.experiments.paper_tables.settings import load_settings
-from benchmarks.experiments.paper_tables.tables import write_tables
 from dga_scale.config.arguments import Parser
 from dga_scale.errors import run_main
 from dga_scale.launch.preemption import EXIT_STOPPED
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     settings = load_settings(options.config, os.path.abspath(options.data))
     if options.plan:
-        from benchmarks.experiments.paper_tables.cost import print_cost  # transformers' import takes seconds
+        from benchmarks.experiments.paper_tables.cost import print_cost  # whose imports take seconds
 
         return print_cost(settings)
     if options.output_dir is None:
@@ -44,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(work: Work) -> int:
     """Run all jobs that are not finished, and return the exit code: 75 if stopped."""
+    from benchmarks.experiments.paper_tables.tables import write_tables  # scipy's import takes a second
+
     jobs = list(work.jobs())
     with Runner(work.output) as runner:
         left = [job for job in jobs if not runner.finished(job)]

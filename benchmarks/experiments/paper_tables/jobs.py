@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.experiments.paper_tables.settings import DomainSequence, Flags, Settings, as_flags, label
-from dga_scale.endtasks.evaluate import BASE
+from dga_scale.endtasks.suite import BASE
 from dga_scale.endtasks.tasks import load_task
 from dga_scale.run_folder import write_text
 

@@ -11,8 +11,7 @@ from typing import Any, get_args, get_origin
 from dga_scale.config.arguments import nearest
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
-from dga_scale.endtasks.evaluate import BASE
-from dga_scale.endtasks.suite import Suite, read_recipe
+from dga_scale.endtasks.suite import BASE, CORPORA, TASKS, Suite, read_recipe
 from dga_scale.endtasks.yaml_file import Lines, read_yaml
 from dga_scale.errors import UserError
 
@@ -80,7 +79,7 @@ class Settings:
     compare_with: str | None = None
     """The method that all others are compared with, besides the base."""
     evaluation: Suite = field(default_factory=Suite)
-    """The suite that models are scored by; its corpora and tasks are those of the comparison."""
+    """The suite that models are scored by, whose text and tasks are those of ``domains`` and ``general``."""
     sequence: DomainSequence | None = None
     plan: Plan | None = None
 
@@ -188,6 +187,9 @@ class _Reader:
                 self.check_name(flags["merge"], trained, ("methods", name, "merge"))
         if settings.compare_with:
             self.check_name(settings.compare_with, methods, ("compare_with",))
+        for key in (*CORPORA, *TASKS):
+            if getattr(settings.evaluation, key):
+                raise self.fail(("evaluation", key), ": `domains` and `general` name the text and the tasks.")
         tasks = [Path(task).name for task in settings.tasks()]
         for task in settings.evaluation.task_recipes:
             self.check_name(task, tasks, ("evaluation", "task_recipes", task))

@@ -13,8 +13,8 @@ from benchmarks.common import settled_steps, table
 from benchmarks.experiments.paper_tables.jobs import Work
 from benchmarks.experiments.paper_tables.settings import label
 from dga_scale.corpus.shards import MANIFEST, Corpus
-from dga_scale.endtasks.evaluate import BASE
 from dga_scale.endtasks.significance import Difference, difference, ratio_difference
+from dga_scale.endtasks.suite import BASE
 from dga_scale.logging.json_lines import read_log
 from dga_scale.report.scores import RESULTS
 from dga_scale.run_folder import LOG_FILE, write_text
