@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -45,8 +45,6 @@ RANKS = 2
 MIB = 2**20
 Figures = dict[str, list[tuple[float, float]]]
 """Seconds and peak bytes, once a round, by what was done."""
-System = Mapping[str, Callable[[], Any]]
-"""What a system can do: "save", "load", "consolidate" (on the first rank)."""
 
 
 def own_bytes() -> int:
@@ -97,12 +95,12 @@ def engine_of(stage: int, precision: str, layers: int) -> "DeepSpeedEngine":
     return engine
 
 
-def systems(engine: "DeepSpeedEngine", cluster: "Cluster", folder: Path) -> dict[str, System]:
-    """Return the systems that are compared, each of which saves in a folder of its name."""
+def systems(
+    engine: "DeepSpeedEngine", cluster: "Cluster", folder: Path
+) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return how each system saves, in a folder of its name, and loads."""
     import torch
-    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
-    from dga_scale.checkpoint.export import consolidate
     from dga_scale.checkpoint.state import Save, TrainerState, load_checkpoint
     from dga_scale.checkpoint.store import find_resume_point
     from tests.helpers.training import tiny_tokenizer
@@ -127,24 +125,17 @@ def systems(engine: "DeepSpeedEngine", cluster: "Cluster", folder: Path) -> dict
             content[name].copy_(tensor)
 
     return {
-        "ours": {
-            "save": save_ours,
-            "load": load_ours,
-            "consolidate": lambda: consolidate(ours, None, folder / "ours whole"),
-        },
+        "ours": {"save": save_ours, "load": load_ours},
         "deepspeed": {
             "save": lambda: engine.save_checkpoint(str(theirs), tag="one"),
             "load": lambda: engine.load_checkpoint(str(theirs), tag="one"),
-            "consolidate": lambda: convert_zero_checkpoint_to_fp32_state_dict(
-                str(theirs), str(folder / "deepspeed whole"), tag="one"
-            ),
         },
         "torch.save": {"save": lambda: torch.save(content, file), "load": load_plain},
     }
 
 
 def in_turns(folder: Path, stage: int, rounds: int, layers: int) -> Figures:
-    """Save, load and consolidate in turns; what the last round wrote stays in ``folder``."""
+    """Save and load in turns; what the last round wrote stays in ``folder``."""
     from dga_scale.launch.world import join_cluster
 
     cluster = join_cluster()
@@ -154,20 +145,36 @@ def in_turns(folder: Path, stage: int, rounds: int, layers: int) -> Figures:
     for _ in range(rounds):
         for name, system in compared.items():
             for what, run in system.items():
-                output = folder / (f"{name} whole" if what == "consolidate" else name)
-                if cluster.rank == 0 and what != "load":
-                    shutil.rmtree(output, ignore_errors=True)
                 if cluster.rank == 0 and what == "save":
-                    output.mkdir(parents=True)
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                    (folder / name).mkdir()
                 os.sync()  # what the last one left to the system is not this one's to wait for
                 cluster.barrier()
-                if what == "consolidate" and cluster.rank > 0:
-                    continue
-                with clock(found, f"{what}: {name}", None if name == "ours" or what == "load" else output):
+                synced = what == "save" and name != "ours"
+                with clock(found, f"{what}: {name}", folder / name if synced else None):
                     run()
-                    if what != "consolidate":
-                        cluster.barrier()
+                    cluster.barrier()
     engine.destroy()
+    return found
+
+
+def consolidate_in_turns(folder: Path, rounds: int) -> Figures:
+    """Consolidate what was saved, in turns, in a process of its own: a rank's keeps what it has freed."""
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+    from dga_scale.checkpoint.export import consolidate
+
+    found: Figures = {}
+    for _ in range(rounds):
+        for name in ("ours", "deepspeed"):
+            output = folder / f"{name} whole"
+            shutil.rmtree(output, ignore_errors=True)
+            os.sync()
+            with clock(found, f"consolidate: {name}", None if name == "ours" else output):
+                if name == "ours":
+                    consolidate(folder / name, None, output)
+                else:
+                    convert_zero_checkpoint_to_fp32_state_dict(str(folder / name), str(output), tag="one")
     return found
 
 
@@ -183,9 +190,10 @@ def beside_others(stages: list[int], rounds: int, layers: int) -> str:
     for stage in stages:
         with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
             ranks = on_ranks(RANKS, in_turns, Path(name), stage, rounds, layers)
+            ranks += on_ranks(1, consolidate_in_turns, Path(name), rounds)
             sizes = {path.name: bytes_of(path) for path in Path(name).iterdir()}
         slower: dict[str, list[float]] = {}
-        for what in ranks[0]:
+        for what in {what: None for rank in ranks for what in rank}:
             every = [rank[what] for rank in ranks if what in rank]
             slower[what] = [max(seconds for seconds, _ in turn) for turn in zip(*every, strict=True)]
             memory = max(bytes_ for rank in every for _, bytes_ in rank)

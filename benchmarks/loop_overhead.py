@@ -90,16 +90,14 @@ def rank() -> None:
 
     def marked_step(self: Trainer, batches: Any) -> Any:
         marks.append((time.perf_counter(), *engine, *reduction))
+        if batches.step + 1 == self.config.optimization.max_steps and self.cluster.rank == 0:
+            (OUTPUT / "clock.json").write_text(json.dumps(marks), encoding="utf-8")
         return step(self, batches)
 
     Trainer.step = marked_step  # type: ignore[method-assign]
     calls = [(DeepSpeedEngine, name) for name in ("forward", "backward", "step")]
     with inside(*calls) as engine, inside((StopConsensus, "average")) as reduction:
-        try:
-            train_command()  # which exits
-        finally:
-            if os.environ["RANK"] == "0":
-                (OUTPUT / "clock.json").write_text(json.dumps(marks), encoding="utf-8")
+        train_command()  # which ends the process
 
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ def test_a_signal_while_a_piece_starts_ends_it(tmp_path: Path, monkeypatch: pyte
         ({"compare_with": "ml"}, r"compare_with: 'ml' is none of mlm, half of mlm\. Did you mean mlm"),
         ({"seeds": ["a"]}, r"seeds must be a whole number above 0, not \"a\""),
         ({"evaluation": {"seeds": 0}}, r"seeds must be a whole number above 0, not 0"),
+        ({"evaluation": {"general_tasks": "x"}}, r":\d+: evaluation\.general_tasks: `domains` and `general`"),
         ({"evaluation": {"recipe": {"epoch": 1}}}, r"recipe has an unknown setting 'epoch'"),
         ({"evaluation": {"task_recipes": {"inten": {}}}},
          r":\d+: evaluation\.task_recipes\.inten: 'inten' is none of intent, words\. Did you mean intent"),

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.experiments.paper_tables.jobs import Work
-from benchmarks.experiments.paper_tables.runner import Runner
 from benchmarks.experiments.paper_tables.settings import load_settings
 from dga_scale.config.arguments import Parser
 from dga_scale.errors import run_main
-from dga_scale.launch.preemption import EXIT_STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(work: Work) -> int:
     """Run all jobs that are not finished, and return the exit code: 75 if stopped."""
-    from benchmarks.experiments.paper_tables.tables import write_tables  # scipy's import takes a second
+    from benchmarks.experiments.paper_tables.runner import Runner  # with torch
+    from benchmarks.experiments.paper_tables.tables import write_tables
+    from dga_scale.launch.preemption import EXIT_STOPPED
 
     jobs = list(work.jobs())
     with Runner(work.output) as runner:
