@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 EXIT_USER_ERROR = 2
 """Exit code of every command that stopped because of a user's mistake."""
@@ -27,7 +28,57 @@ class UserError(Exception):
 
     The message names the value (with file and line where there is one), why it can't be used, and what to do
     instead.
+
+    Args:
+        problem: The message, without the path.
+        path: The path, or name of a model, that can't be used; it stands before the problem, and behind the
+            flag that gave it (``naming_flags``).
     """
+
+    def __init__(self, problem: str, path: object = None) -> None:
+        super().__init__(problem if path is None else f"{path}: {problem}")
+        self.problem = problem
+        self.path = None if path is None else Path(str(path))
+
+
+class GivenPath(NamedTuple):
+    """A path, or name of a model, that a user gave."""
+
+    flag: str
+    """The flag, or the file and the key in it: "--corpus", "suite.yaml: domain_corpora"."""
+    text: str
+    """The text as it was given: "acl=corpora/acl"."""
+    path: str
+    """The path in it: "corpora/acl"."""
+
+
+@contextlib.contextmanager
+def naming_flags(given: Iterable[GivenPath]) -> Iterator[None]:
+    """Name the flag in the refusal of a path that a flag gave, or of a path that lies in such a folder.
+
+    What reads a path does not know which flag gave it: it raises a ``UserError`` with the path. Each command
+    works inside this context.
+
+    Raises:
+        UserError: ``FLAG TEXT: PROBLEM``; with all flags where several gave the path. One of no given path
+            passes as it is.
+    """
+    given = list(given)
+    try:
+        yield
+    except UserError as error:
+        if error.path is None or not (origins := origins_of(error.path, given)):
+            raise
+        flags, folder = ", ".join(dict.fromkeys(each.flag for each in origins)), Path(origins[0].path)
+        inside = f"{error.path.relative_to(folder)}: " if error.path != folder else ""
+        raise UserError(f"{flags} {origins[0].text}: {inside}{error.problem}") from error
+
+
+def origins_of(path: Path, given: Iterable[GivenPath]) -> list[GivenPath]:
+    """Return what gave the path itself, or else the innermost folder that it lies in."""
+    around = [each for each in given if path.is_relative_to(each.path)]
+    depth = max((len(Path(each.path).parts) for each in around), default=0)
+    return [each for each in around if len(Path(each.path).parts) == depth]
 
 
 def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sys.exit) -> NoReturn:

@@ -200,4 +200,4 @@ def _writable(path: Path) -> bool:
     existing = path
     while not existing.exists():
         existing = existing.parent
-    return os.access(existing, os.W_OK)
+    return existing.is_dir() and os.access(existing, os.W_OK)

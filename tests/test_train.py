@@ -1,4 +1,4 @@
-"""The whole program on real ranks: what a run writes, stops, goes on with, and what it refuses."""
+"""The whole program on real ranks: what a run writes, how it stops and resumes, and what it refuses."""
 
 import contextlib
 import io
@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from dga_scale.config.parsing import read_config
+from dga_scale.corpus.cli import main as shard_corpus
 from dga_scale.errors import UserError
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import Cluster, join_cluster
@@ -184,7 +185,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished: Path, world: Small
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_any_rank_stops_all_and_the_run_goes_on_bit_for_bit(
+def test_a_signal_to_any_rank_stops_all_and_the_run_resumes_bit_for_bit(
     finished: Path, world: SmallWorld, tmp_path: Path, rank: int
 ):
     flags = arguments(world, tmp_path / "run", soft_mask="update")
@@ -196,7 +197,7 @@ def test_a_signal_to_any_rank_stops_all_and_the_run_goes_on_bit_for_bit(
     assert losses(tmp_path / "run") == losses(finished)
 
 
-def test_a_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: Path):
+def test_a_run_resumes_on_another_number_of_ranks(world: SmallWorld, tmp_path: Path):
     """Without dropout the losses are those of the run on two ranks, to the order of sums in fp32."""
     still = {"dropout": 0.0, "method": "mlm"}
     run_ranks(2, run_training, arguments(world, tmp_path / "two", **still))
@@ -204,7 +205,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(world: SmallWorld, tmp_path: P
     assert run_ranks(2, run_until, flags, 1, 0) == [EXIT_STOPPED, EXIT_STOPPED]
     assert run_ranks(1, run_training, flags) == [0]
     assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "two"), abs=2e-5)
-    # The model handed back is set up as the one that was given, whatever the run needed.
+    # The exported model is set up as the one that was given, whatever the run needed.
     saved = BertConfig.from_pretrained(tmp_path / "two" / "model")
     assert saved.hidden_dropout_prob == BertConfig.from_pretrained(world.model).hidden_dropout_prob == 0.1
 
@@ -276,7 +277,7 @@ def test_a_run_of_an_older_version_whose_corpus_has_moved_resumes(
     assert yaml.safe_load((run / "config.yaml").read_text())["layer_lr_decay"] == 1.0
 
 
-def test_a_folder_of_strangers(world: SmallWorld, tmp_path: Path):
+def test_a_folder_with_other_files(world: SmallWorld, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("precious")
     assert "thesis.tex" in refusal(arguments(world, tmp_path))
 
@@ -324,6 +325,13 @@ def test_a_corpus_longer_than_the_model(world: SmallWorld, tmp_path: Path):
     text = refusal(arguments(world, tmp_path / "r", model=short))
     assert "32" in text
     assert "16" in text
+
+
+def test_held_out_text_longer_than_the_model(world: SmallWorld, tmp_path: Path):
+    words = [str(world.general_text), "--tokenizer", str(world.model), "--output", str(tmp_path / "long")]
+    shard_corpus([*words, "--sequence_length", "96", "--num_workers", "1"])
+    text = refusal(arguments(world, tmp_path / "r", general_eval_corpus=tmp_path / "long"))
+    assert "long: it has rows of 96 tokens, the model takes at most 64" in text
 
 
 def test_a_model_without_a_head_and_no_warm_up(world: SmallWorld, tmp_path: Path):

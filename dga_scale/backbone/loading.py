@@ -78,8 +78,9 @@ def load_model_config(name_or_path: str) -> ModelConfig:
     looks_like_path = os.path.isabs(name_or_path) or name_or_path.startswith((".", "~"))
     if not os.path.isdir(name_or_path) and (looks_like_path or name_or_path.count("/") > 1):
         raise UserError(
-            f"model {name_or_path!r}: no such folder. Pass a folder with config.json and safetensors, "
-            "or a model's name on the Hugging Face hub"
+            "no such folder. Give a folder with config.json and safetensors, or a model's name on the "
+            "Hugging Face hub",
+            name_or_path,
         )
     try:
         config = AutoConfig.from_pretrained(
@@ -88,12 +89,12 @@ def load_model_config(name_or_path: str) -> ModelConfig:
     except Exception as error:  # OSError, ValueError, KeyError, TypeError... by what is wrong with the file
         reason = str(error).strip().split("\n")[0]
         advice = (
-            "Pass a folder that save_pretrained wrote; code from a model's own repository is never run"
+            "Give a folder that save_pretrained wrote; code from a model's own repository is never run"
             if os.path.isdir(name_or_path)
             else "There is no folder of that name either. Where the hub can't be reached, download the model "
-            f"elsewhere (hf download {name_or_path} --local-dir DIR) and pass the folder"
+            f"elsewhere (hf download {name_or_path} --local-dir DIR) and give the folder"
         )
-        raise UserError(f"the config of model {name_or_path!r} can't be loaded: {reason} {advice}") from error
+        raise UserError(f"the model's config can't be loaded: {reason} {advice}", name_or_path) from error
     check_known(config.model_type)
     return ModelConfig(name_or_path, config, causal=not is_masked(config))
 
@@ -144,14 +145,16 @@ def load_model(
     lost = [name for name in new if name not in anatomy.lm_head_parameters]
     if lost:
         raise UserError(
-            f"the weights of {name_or_path!r} lack {len(lost)} parameters of the {found.config.model_type} "
-            f"trunk, {lost[0]} first; they belong to another model than config.json describes"
+            f"the weights lack {len(lost)} parameters of the {found.config.model_type} trunk, {lost[0]} "
+            "first; they belong to another model than config.json describes",
+            name_or_path,
         )
     if new and not allow_new_head:
         raise UserError(
-            f"the weights of {name_or_path!r} have no whole LM head ({', '.join(new)} missing), so it can't "
-            "predict tokens; have one trained first with --head_warmup_steps 300, or pass a checkpoint of "
-            f"{type(model).__name__}{_deberta_v3_hint(found)}"
+            f"the weights have no whole LM head ({', '.join(new)} missing), so the model can't predict "
+            "tokens; have one trained first with --head_warmup_steps 300, or give a checkpoint of "
+            f"{type(model).__name__}{_deberta_v3_hint(found)}",
+            name_or_path,
         )
     if anatomy.causal:
         model.config.use_cache = False  # keys and values kept for generation would only cost memory here
@@ -200,13 +203,15 @@ def _dropout_settings(config: PretrainedConfig) -> list[str]:
 def _check_tokenizer(found: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > found.config.vocab_size:
         raise UserError(
-            f"the tokenizer of {found.name_or_path!r} has {len(tokenizer)} tokens, the model's embeddings "
-            f"{found.config.vocab_size}; put the tokenizer that the model was trained with beside its weights"
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {found.config.vocab_size}; "
+            "put the tokenizer that the model was trained with beside its weights",
+            found.name_or_path,
         )
     if not found.causal and tokenizer.mask_token_id is None:
         raise UserError(
-            f"the tokenizer of {found.name_or_path!r} has no mask token, which a masked LM "
-            f"({found.config.model_type}) needs; set mask_token in its tokenizer_config.json"
+            f"the tokenizer has no mask token, which a masked LM ({found.config.model_type}) needs; set "
+            "mask_token in its tokenizer_config.json",
+            found.name_or_path,
         )
 
 
@@ -237,8 +242,9 @@ def _load_weights(
         if "cannot be loaded with `safetensors`" in reason:  # transformers' words for a hub model without any
             raise _pickled(name, auto.__name__) from error
         raise UserError(
-            f"the weights of {name!r} can't be read: {reason}. The folder needs whole safetensors files "
-            "(model.safetensors, or its shards with model.safetensors.index.json); copy or download it again"
+            f"the weights can't be read: {reason}. The folder needs whole safetensors files "
+            "(model.safetensors, or its shards with model.safetensors.index.json); copy or download it again",
+            name,
         ) from error
     except (ImportError, ValueError) as error:
         if attn_implementation is None:
@@ -250,8 +256,9 @@ def _load_weights(
     if info["mismatched_keys"]:
         parameter, stored, expected = min(info["mismatched_keys"])
         raise UserError(
-            f"{parameter} of {name!r} is stored as {tuple(stored)} where config.json asks for "
-            f"{tuple(expected)}; the weights and config.json belong to different models"
+            f"{parameter} is stored as {tuple(stored)} where config.json asks for {tuple(expected)}; the "
+            "weights and config.json belong to different models",
+            name,
         )
     return model, set(info["missing_keys"])
 
@@ -263,10 +270,11 @@ def _has_pickles_only(folder: Path) -> bool:
 def _pickled(name: str, auto: str) -> UserError:
     folder = name if os.path.isdir(name) else name.replace("/", "-")
     return UserError(
-        f"the weights of {name!r} are pickled (pytorch_model.bin), and a pickle can run code hidden in it. "
+        "the weights are pickled (pytorch_model.bin), and a pickle can run code hidden in it. "
         "If you trust where they come from, write them once as safetensors: "
         f"python -c \"import transformers as t; [getattr(t, a).from_pretrained('{name}')"
-        f".save_pretrained('{folder}') for a in ('{auto}', 'AutoTokenizer')]\" and pass {folder}"
+        f".save_pretrained('{folder}') for a in ('{auto}', 'AutoTokenizer')]\" and give {folder}",
+        name,
     )
 
 

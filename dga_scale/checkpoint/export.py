@@ -53,7 +53,7 @@ def _chosen(run_dir: Path, step: int | None) -> Checkpoint:
     if step is None:
         found = newest_verified(run_dir, single_process())
         if found is None:
-            raise UserError(f"{run_dir} holds no checkpoint. Give the folder of a run (its --output_dir).")
+            raise UserError("no checkpoint in it. Give the folder of a run (its --output_dir).", run_dir)
         return found
     found, problem = verified(checkpoint_path(run_dir, step), single_process())
     if found is None:

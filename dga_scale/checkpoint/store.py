@@ -217,7 +217,8 @@ def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoin
     if resume not in ("auto", "never"):
         found, problem = verified(Path(resume), cluster)
         if found is None:
-            raise UserError(f"--resume {resume}: {problem}. Give the folder of a complete checkpoint.")
+            advice = cluster.broadcast_object(_advice(Path(resume), problem))
+            raise UserError(f"--resume {resume}: {advice}")
         return found
     if resume == "auto":
         return newest_verified(run_dir, cluster)
@@ -227,6 +228,16 @@ def find_resume_point(run_dir: Path, resume: str, cluster: Cluster) -> Checkpoin
             f"{run_dir} already holds {folders[0].name}. Give a new --output_dir, or --resume auto to resume."
         )
     return None
+
+
+def _advice(path: Path, problem: str) -> str:
+    """Say what is wrong with a path that is no complete checkpoint, and what to give instead."""
+    if not path.is_dir():
+        return "no such folder. Give auto, never, or the folder of a checkpoint: RUN/checkpoints/step-N."
+    for folder in (path, RunFolder(path).checkpoints):
+        if newest := next(iter(_folders(folder)), None):
+            return f"no checkpoint, but a folder of some. Give one of them: {newest}."
+    return f"{problem}. Give the folder of a complete checkpoint."
 
 
 def newest_verified(run_dir: Path, cluster: Cluster) -> Checkpoint | None:

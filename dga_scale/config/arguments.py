@@ -3,10 +3,32 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from dga_scale.errors import UserError
+from dga_scale.errors import GivenPath, UserError, naming_flags, origins_of
+
+_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""The errors of the operating system that say that a path is the wrong one."""
+
+
+class PathText(str):
+    """The type of an option that takes a path as text: also a model's name, or NAME=PATH. Else: ``Path``."""
+
+
+class Count(argparse.Action):
+    """The action of an option that takes a whole number, of at least ``least``."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, least: int = 1, **settings: Any) -> None:
+        super().__init__(option_strings, dest, type=int, **settings)
+        self._least = least
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Keep the number, or refuse it."""
+        if values < self._least:
+            raise UserError(f"{option_string} {values}: must be at least {self._least}.")
+        setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +41,39 @@ class Parser(argparse.ArgumentParser):
     def flags(self) -> list[str]:
         """Return the flags that the parser knows, with their dashes."""
         return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+    def run(self, work: Callable[[Any], int], arguments: Sequence[str] | None = None) -> int:
+        """Parse ``arguments`` (None: the command line), and return what ``work`` does with the options.
+
+        Raises:
+            UserError: as ``parse_args``, or of ``work``; or a path among the options can't be read or
+                written. A path that is refused is named with its flag.
+        """
+        options = self.parse_args(arguments)
+        given = self.paths(options)
+        with naming_flags(given):
+            try:
+                return work(options)
+            except _WRONG_PATH as error:
+                path = Path(error.filename or "")
+                # A folder above the given one could not be made.
+                above = (Path(each.path) for each in given if path in Path(each.path).parents)
+                wrong = path if origins_of(path, given) else next(above, None)
+                if wrong is None or not error.filename:
+                    raise
+                raise UserError(f"{error.strerror}. Give another path.", wrong) from error
+
+    def paths(self, options: argparse.Namespace) -> list[GivenPath]:
+        """List the paths among parsed options, with their flags; a path without one has its metavar."""
+        given = []
+        for action in self._actions:
+            flag = action.option_strings[-1] if action.option_strings else str(action.metavar)
+            values = getattr(options, action.dest, None)
+            for text in values if isinstance(values, list) else [values]:
+                if isinstance(text, PathText | Path):
+                    _, _, behind = str(text).partition("=")
+                    given += [GivenPath(flag, str(text), path) for path in (str(text), behind) if path]
+        return given
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parse the arguments (None: the command line).

@@ -5,13 +5,14 @@ path is compared by what it points to: ``corpora/acl``, ``corpora/acl/``, ``runs
 absolute path and a symbolic link are one corpus, and so is a copy on another mount.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dga_scale.config.declaration import Refers, Setting
 from dga_scale.config.methods import known_settings
 from dga_scale.config.settings import TrainConfig
+from dga_scale.errors import GivenPath
 
 ContentHash = Callable[[str], str | None]
 """A function that returns the content hash of a folder's corpus; None where there is none."""
@@ -100,18 +101,20 @@ def _absolute(value: Any, refers: Refers) -> list[str]:
 
 def corpora_of(config: TrainConfig) -> list[str]:
     """List the corpus folders that the settings name, in their order."""
-    return [path for _, path in corpus_flags(config)]
+    return [given.path for each, given in _references(config) if "corpus" in str(each.refers)]
 
 
-def corpus_flags(config: TrainConfig) -> list[tuple[str, str]]:
-    """List the corpus folders that the settings name with their flags: ``("--corpus", "corpora/acl")``."""
+def given_paths(config: TrainConfig) -> list[GivenPath]:
+    """List the paths and names of models that the settings refer to, with their flags."""
+    return [given for _, given in _references(config)]
+
+
+def _references(config: TrainConfig) -> Iterator[tuple[Setting, GivenPath]]:
     flat = config.as_dict()
-    return [
-        (f"--{each.name}", split_reference(text, each.refers)[1])
-        for each in config.settings()
-        if each.refers is not None and "corpus" in each.refers and flat[each.name] is not None
-        for text in _texts(flat[each.name])
-    ]
+    for each in config.settings():
+        if each.refers is not None and flat[each.name] is not None:
+            for text in _texts(flat[each.name]):
+                yield each, GivenPath(f"--{each.name}", text, split_reference(text, each.refers)[1])
 
 
 def split_reference(text: str, refers: Refers) -> tuple[str, str, str]:

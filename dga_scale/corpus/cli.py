@@ -1,121 +1,30 @@
 """The command line of the sharder: ``dga-shard``, ``tools/shard_corpus.py``."""
 
 import argparse
-import os
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from dga_scale.config.arguments import Parser
-from dga_scale.corpus.reading.files import COMPRESSIONS
-from dga_scale.corpus.reading.sources import FORMATS
+from dga_scale.corpus.options import build_parser
 from dga_scale.corpus.sharding.executor import under_mpi
-from dga_scale.corpus.sharding.packing import PACKINGS
-from dga_scale.corpus.sharding.pipeline import DOCUMENT_MODES, ShardReport, shard_corpus
+from dga_scale.corpus.sharding.pipeline import ShardReport, shard_corpus
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.errors import run_main
 
 
-def build_parser() -> Parser:
-    """Build the parser of the command's options."""
-    parser = Parser(
-        description="Tokenise raw text into a corpus folder: Arrow shards and a manifest. A run that was "
-        "interrupted resumes when the same command is given again; the result is the same, byte for byte, "
-        "for any number of workers, mpirun ranks or array tasks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    defaults = {field.name: field.default for field in fields(ShardSettings)}
-    add = parser.add_argument
-    add(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help=f"files, folders or globs: {', '.join(FORMATS)} (text also as {' or '.join(COMPRESSIONS)}), "
-        "folders saved by `datasets`, or any other file that datasets.load_dataset reads",
-    )
-    add("--tokenizer", required=True, default=argparse.SUPPRESS, help="folder or name of the model to train")
-    add("--output", required=True, default=argparse.SUPPRESS, type=Path, help="the corpus folder to write")
-    add(
-        "--sequence_length",
-        type=int,
-        default=defaults["sequence_length"],
-        help="longest row, in tokens, special ones included; 164 is DGA's",
-    )
-    add(
-        "--packing",
-        choices=PACKINGS,
-        default=defaults["packing"],
-        help="chunk: documents concatenated and cut (the papers'); document: a row is one document or a "
-        "window of it",
-    )
-    add("--text_field", default=defaults["text_field"], help="field or column that holds the text")
-    add(
-        "--document",
-        choices=DOCUMENT_MODES,
-        default=defaults["document"],
-        help="what a document is in a txt file: a line, or the whole file",
-    )
-    add(
-        "--validation_share",
-        type=float,
-        default=defaults["validation_share"],
-        help=f"share of the documents held out, chosen by their hash, in OUTPUT/{VALIDATION}; at least one "
-        "document unless 0",
-    )
-    add(
-        "--keep_duplicates",
-        action="store_true",
-        help="keep documents whose cleaned text repeats an earlier one",
-    )
-    add(
-        "--exclude",
-        nargs="+",
-        default=argparse.SUPPRESS,
-        metavar="FILE",
-        help="end-task files (JSON lines with text, perhaps text_pair): documents that share eight words in "
-        "a row with an example are dropped; says how many examples were found",
-    )
-    add(
-        "--shard_size",
-        type=float,
-        default=defaults["shard_size"],
-        help="megabytes of text in a shard; also decides how finely the work is shared",
-    )
-    add("--seed", type=int, default=defaults["seed"], help="another seed holds out other documents")
-    add(
-        "--num_workers",
-        type=int,
-        default=1 if under_mpi() else len(os.sched_getaffinity(0)),
-        help="cores to use, of each rank or array task; the default is all, 1 under mpirun",
-    )
-    add(
-        "--array_task",
-        type=_array_task,
-        metavar="i/N",
-        help="do the i-th of N shares (from 0), in a job array whose tasks see one file system; the task "
-        "that comes last writes the manifest",
-    )
-    add(
-        "--array_task_patience",
-        type=float,
-        default=60.0,
-        help="seconds without any progress after which an array task does the shares of the others too",
-    )
-    return parser
-
-
-def _array_task(text: str) -> tuple[int, int]:
-    index, slash, size = text.partition("/")
-    if not (slash and index.isdecimal() and size.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/N, for example 0/8")
-    return int(index), int(size)
+def shard_command() -> NoReturn:
+    """Entry point of ``dga-shard``."""
+    run_main(main)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Shard text as given in ``arguments`` (None: the command line), and print a summary."""
-    options = vars(build_parser().parse_args(arguments))
+    return build_parser().run(_shard, arguments)
+
+
+def _shard(given: argparse.Namespace) -> int:
+    options = dict(vars(given))
     inputs, output = options.pop("inputs"), options.pop("output")
     options["exclude"] = tuple(options.get("exclude", ()))
     run = {name: options.pop(name) for name in ("num_workers", "array_task", "array_task_patience")}
@@ -152,8 +61,3 @@ def summary(output: Path, report: ShardReport) -> str:
             + (" (some of it by earlier or other runs)" if report.resumed else f", {rate}")
         )
     return "\n".join(lines)
-
-
-def shard_command() -> NoReturn:
-    """Entry point of ``dga-shard``."""
-    run_main(main)

@@ -121,27 +121,28 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise UserError(
-            f"corpus {folder}: no such folder. Make one with tools/shard_corpus.py --output {folder}"
+            "no such folder. Give one that tools/shard_corpus.py wrote, or write it with that", folder
         )
     if not path.is_file():
         if (folder / WORK_FOLDER).is_dir():
             raise UserError(
-                f"corpus {folder} is unfinished (it has no {MANIFEST} yet): run the same "
-                "tools/shard_corpus.py command again, it continues where it stopped"
+                f"an unfinished corpus (it has no {MANIFEST} yet). Run the same command of "
+                "tools/shard_corpus.py again, it continues where it stopped",
+                folder,
             )
         raise UserError(
-            f"{folder} holds no corpus ({MANIFEST} is missing). Pass a folder that shard_corpus.py wrote"
+            f"no corpus in it ({MANIFEST} is missing). Give a folder that tools/shard_corpus.py wrote", folder
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format"]
         if version != FORMAT:
             raise UserError(
-                f"{path}: corpus format {version}, this version reads {FORMAT}. Shard the text again"
+                f"corpus format {version}, this version reads {FORMAT}. Shard the text again", path
             )
         return Manifest.from_json(checked(content))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Shard the text again into an empty folder") from error
+        raise UserError(f"damaged ({error}). Shard the text again into an empty folder", path) from error
 
 
 class _OpenShard:
@@ -264,52 +265,59 @@ def file_sha256(path: Path) -> str:
 def _check_shard(path: Path, shard: Shard, whole: bool) -> None:
     advice = "Copy it again from where it was made, or shard the text again"
     if not path.is_file():
-        raise UserError(f"shard {path} is missing. {advice}")
+        raise UserError(f"no such shard. {advice}", path)
     size = path.stat().st_size
     if size != shard.bytes:
-        raise UserError(f"shard {path} has {size} bytes, its manifest says {shard.bytes}. {advice}")
+        raise UserError(f"a shard of {size} bytes, the manifest says {shard.bytes}. {advice}", path)
     if whole and (found := file_sha256(path)) != shard.sha256:
         raise UserError(
-            f"shard {path} was changed: its sha256 is {found}, its manifest says {shard.sha256}. {advice}"
+            f"the shard was changed: its sha256 is {found}, the manifest says {shard.sha256}. {advice}", path
         )
 
 
-def check_matches(manifest: Manifest, tokenizer: "PreTrainedTokenizerBase") -> None:
+def open_corpus(path: str | os.PathLike[str], tokenizer: "PreTrainedTokenizerBase") -> Corpus:
+    """Open a corpus for a model with this tokenizer.
+
+    Raises:
+        UserError: no corpus there, or one of another tokenizer.
+    """
+    corpus = Corpus.open(path)
+    check_matches(corpus, tokenizer)
+    return corpus
+
+
+def check_matches(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a corpus that was made with another tokenizer than the model's.
 
     Raises:
         UserError: the vocabulary, the special tokens or any rule of tokenisation differ.
     """
-    advice = (
-        f"The corpus was made with the tokenizer of {manifest.tokenizer!r}: shard the text again with "
-        "--tokenizer set to the model, or train the model the corpus was made for"
-    )
+    manifest = corpus.manifest
     if len(tokenizer) != manifest.vocab_size:
-        raise UserError(
-            f"corpus and model do not match: the corpus has a vocabulary of {manifest.vocab_size}, the "
-            f"model's tokenizer one of {len(tokenizer)}. {advice}"
-        )
-    found = special_ids(tokenizer)
-    if found != manifest.special_ids:
-        raise UserError(
-            f"corpus and model do not match: the corpus has special tokens {manifest.special_ids}, the "
-            f"model's tokenizer {found}. {advice}"
-        )
-    if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
-        raise UserError(
-            "corpus and model do not match: the two tokenizers have vocabularies of one size but tokenise "
-            f"differently (their hashes differ). {advice}"
-        )
+        differ = f"a vocabulary of {manifest.vocab_size}, the model's tokenizer one of {len(tokenizer)}"
+    elif (found := special_ids(tokenizer)) != manifest.special_ids:
+        differ = f"special tokens {manifest.special_ids}, the model's tokenizer {found}"
+    elif tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+        differ = "a vocabulary of the same size as the model's tokenizer, but is tokenised differently"
+    else:
+        return
+    raise UserError(
+        f"does not match the model: it has {differ}. It was made with the tokenizer of "
+        f"{manifest.tokenizer!r}: shard the text again with --tokenizer set to the model, or train the model "
+        "that it was made for",
+        corpus.path,
+    )
 
 
-def check_sequence_length(manifest: Manifest, max_positions: int) -> None:
+def check_sequence_length(corpus: Corpus, max_positions: int) -> None:
     """Refuse a corpus whose rows are longer than the model's positions.
 
     Raises:
-        UserError: ``manifest.sequence_length > max_positions``.
+        UserError: ``corpus.manifest.sequence_length > max_positions``.
     """
-    if manifest.sequence_length > max_positions:
+    if corpus.manifest.sequence_length > max_positions:
         raise UserError(
-            f"the corpus has rows of {manifest.sequence_length} tokens, the model takes at most "
-            f"{max_positions}. Shard the text again with --sequence_length {max_positions} or less"
+            f"it has rows of {corpus.manifest.sequence_length} tokens, the model takes at most "
+            f"{max_positions}. Shard the text again with --sequence_length {max_positions} or less",
+            corpus.path,
         )

@@ -36,9 +36,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
     name = os.fspath(name_or_path)
     looks_like_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
     if looks_like_path and not os.path.isdir(name):
-        raise UserError(
-            f"tokenizer {name!r}: no such folder. Pass a folder with tokenizer files or a model's name"
-        )
+        raise UserError("no such folder. Give a folder with tokenizer files, or a model's name", name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=False, local_files_only=local_only(name)
@@ -46,8 +44,9 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
     except Exception as error:  # transformers raises OSError, ValueError, TypeError, KeyError... here
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
-            f"the tokenizer of {name!r} can't be loaded: {reason}. Pass a folder that holds tokenizer.json "
-            "(or tokenizer_config.json and its vocabulary), or the name of a model"
+            f"its tokenizer can't be loaded: {reason}. Give a folder that holds tokenizer.json (or "
+            "tokenizer_config.json and its vocabulary), or the name of a model",
+            name,
         ) from error
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()

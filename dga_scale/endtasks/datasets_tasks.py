@@ -53,10 +53,10 @@ def exported(task: str, root: Path) -> str:
         return str(folder)
     if not path.is_dir():
         print(f"--task {task} is not a folder: reading the dataset of that name from the hub", flush=True)
-    found = _load(name, config)
+    found = _load(task, name, config)
     splits = {ours: next((found[n] for n in theirs if n in found), None) for ours, theirs in SPLITS.items()}
     if splits["train"] is None:
-        raise UserError(f"--task {task} has no train split: it has {', '.join(found)}.")
+        raise UserError(f"no train split: it has {', '.join(found)}. Give another dataset.", task)
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("dev", "test", "train"):  # train is last: a folder that has it counts as complete
         if splits[split] is not None and (lines := list(_lines(task, splits[split]))):
@@ -64,7 +64,7 @@ def exported(task: str, root: Path) -> str:
     return str(folder)
 
 
-def _load(name: str, config: str) -> Any:
+def _load(task: str, name: str, config: str) -> Any:
     import datasets  # costs half a second
 
     progress = datasets.is_progress_bar_enabled()
@@ -76,8 +76,9 @@ def _load(name: str, config: str) -> Any:
     except Exception as error:  # whatever a broken folder or an unknown name raises inside datasets
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"--task {name}: no folder with train.jsonl, and `datasets` can't read it: {reason} Give a "
-            "folder of train.jsonl and test.jsonl, or NAME:CONFIG of a dataset on the hub."
+            f"no folder with train.jsonl, and `datasets` can't read it: {reason} Give a folder of "
+            "train.jsonl and test.jsonl, or NAME:CONFIG of a dataset on the hub.",
+            task,
         ) from None
     finally:
         if progress:
@@ -92,8 +93,9 @@ def _lines(task: str, split: Any) -> Iterator[dict[str, Any]]:
     if texts is None or label is None:
         missing = "label" if texts else "text"
         raise UserError(
-            f"--task {task}: no column of the {missing} among {', '.join(columns)}. Write a folder of "
-            'train.jsonl and test.jsonl: {"text": ..., "text_pair": ..., "label": ...} a line.'
+            f"no column of the {missing} among {', '.join(columns)}. Write a folder of train.jsonl and "
+            'test.jsonl: {"text": ..., "text_pair": ..., "label": ...} a line.',
+            task,
         )
     if set(split[label]) <= {-1, None}:
         return

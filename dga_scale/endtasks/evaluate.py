@@ -106,9 +106,7 @@ def evaluate(base: str, models: Sequence[EvaluatedModel], suite: Suite, output: 
     notes: list[str] = []
     comparable = {e.label: _comparable(base, e, bool(tasks), suite, notes) for e in evaluated}
     tokenizer = load_tokenizer(base)
-    corpora = {
-        name: open_held_out(folder, f"{kind}_corpora:", tokenizer) for kind, name, folder in suite.corpora()
-    }
+    corpora = {name: open_held_out(folder, tokenizer) for _, name, folder in suite.corpora()}
     overlap = _overlap(suite, [task for _, task, _ in tasks], corpora)
     output.mkdir(parents=True, exist_ok=True)
     sums: dict[str, list[dict[str, Sums]]] = {}
@@ -185,10 +183,8 @@ def _comparable(base: str, model: EvaluatedModel, tasks: bool, suite: Suite, not
     if reason and next(suite.corpora(), None) is not None:
         message = f"{model.label} {reason}, so losses and perplexities can't be compared"
         if not tasks:
-            raise UserError(
-                f"--model {model.folders[0]}: {message}. Give the base that it was adapted from, or end "
-                "tasks in the suite."
-            )
+            advice = "Give the base that it was adapted from, or end tasks in the suite."
+            raise UserError(f"{message}. {advice}", model.folders[0])
         notes.append(f"{message}; end tasks are.")
     types = {each.config.model_type for each in theirs} - {ours.config.model_type}
     if types:
@@ -217,7 +213,7 @@ def _held_out_sums(folder: str, corpora: Mapping[str, Corpus], suite: Suite, out
             print(f"{file} is damaged: its losses are computed again.")
     loaded = load_model(folder)
     for corpus in corpora.values():
-        check_sequence_length(corpus.manifest, loaded.anatomy.max_positions)
+        check_sequence_length(corpus, loaded.anatomy.max_positions)
     model = TrainingModel(loaded.model, loaded.anatomy, MaskedLM(MaskedLM.Settings()))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     evaluator = Evaluator.of_one_process(

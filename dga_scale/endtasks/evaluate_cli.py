@@ -1,12 +1,13 @@
 """The command ``dga-evaluate``; tools/evaluate.py calls the same function."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dga_scale.config.arguments import Parser
+from dga_scale.config.arguments import Parser, PathText
 from dga_scale.endtasks.suite import load_suite
-from dga_scale.errors import run_main
+from dga_scale.errors import naming_flags, run_main
 from dga_scale.logging.quiet import quiet_libraries
 
 
@@ -24,11 +25,13 @@ def build_parser() -> Parser:
         "command resumes.",
     )
     add = parser.add_argument
-    add("--base", required=True, metavar="DIR", help="the model that was adapted: folder or hub name")
+    add("--base", required=True, type=PathText, metavar="DIR",
+        help="the model that was adapted: folder or hub name")  # fmt: skip
     add(
         "--model",
         required=True,
         nargs="+",
+        type=PathText,
         metavar="[LABEL=]DIR",
         help="adapted models; those of one LABEL differ by their training seed, and are averaged",
     )
@@ -51,14 +54,18 @@ def build_parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate models on a suite, and print all figures against the base's."""
-    options = build_parser().parse_args(arguments)
     quiet_libraries()
+    return build_parser().run(_evaluate, arguments)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
     suite = load_suite(options.suite)
     from dga_scale.endtasks.evaluate import evaluate, parse_models  # transformers' import takes seconds
     from dga_scale.logging.plots import comparison_figure, save_png
     from dga_scale.report.scores import RESULTS, trade_off
 
-    result = evaluate(options.base, parse_models(options.model), suite, options.output_dir)
+    with naming_flags(suite.given_paths(options.suite)):
+        result = evaluate(options.base, parse_models(options.model), suite, options.output_dir)
     _print(result)
     written = [options.output_dir / RESULTS]
     if points := trade_off(result):

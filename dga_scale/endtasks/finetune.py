@@ -155,8 +155,9 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"--model {model}: its weights can't be read: {reason}. The folder needs safetensors files, as "
-            "a run's model/ has them."
+            f"the weights can't be read: {reason}. The folder needs safetensors files, as a run's model/ "
+            "has them.",
+            model,
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -172,8 +173,9 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
     ]
     if absent:
         raise UserError(
-            f"--model {model} lacks {len(absent)} parameters of its trunk, {absent[0]} first. Give a whole "
-            "pretrained model, such as a run's model/."
+            f"the weights lack {len(absent)} parameters of the trunk, {absent[0]} first. Give a whole "
+            "pretrained model, such as a run's model/.",
+            model,
         )
     classifier.config.pad_token_id = tokenizer.pad_token_id
     return classifier

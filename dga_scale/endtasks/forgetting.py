@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from dga_scale.endtasks.recipes import Recipe
-from dga_scale.endtasks.seeds import run_seeds, spread
+from dga_scale.endtasks.seeds import run_seeds, spread, spread_text
 from dga_scale.endtasks.tasks import Task
 from dga_scale.errors import UserError
+from dga_scale.logging.plots import forgetting_figure, save_png
 from dga_scale.run_folder import write_text
 
 _STAGE = re.compile(r"(\d+)-(.+)")
@@ -50,7 +54,7 @@ def find_stages(run: Path) -> list[Stage]:
         UserError: the folder does not exist, fewer than two stages are finished, or a stage is missing.
     """
     if not run.is_dir():
-        raise UserError(f"{run}: no such folder. Give the --output_dir of a run over several domains.")
+        raise UserError("no such folder. Give the folder of a run over several domains.", run)
     found: dict[int, Stage] = {}
     for folder in sorted(run.iterdir()):
         if folder.is_dir() and (match := _STAGE.fullmatch(folder.name)):
@@ -59,14 +63,17 @@ def find_stages(run: Path) -> list[Stage]:
     for number in range(1, len(found) + 1):
         if number not in found:
             names = ", ".join(stage.folder.name for stage in found.values())
-            raise UserError(f"{run} lacks stage {number} of its sequence of domains: it holds {names}.")
+            raise UserError(
+                f"stage {number} of its sequence of domains is missing: it holds {names}. Restore it.", run
+            )
         if not found[number].model.is_dir():
             break
         finished.append(found[number])
     if len(finished) < 2:
         raise UserError(
-            f"{run} has {len(finished)} finished stages (folders such as 1-restaurant with a model/). "
-            "Forgetting needs two: give the folder of a run over several domains, or resume the run."
+            f"{len(finished)} finished stages (folders such as 1-restaurant with a model/). Forgetting needs "
+            "two: give the folder of a run over several domains, or resume the run.",
+            run,
         )
     return finished
 
@@ -122,3 +129,21 @@ def measure_forgetting(
     }
     write_text(run / "forgetting.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def print_forgetting(result: dict[str, Any], run: Path, seeds: int) -> None:
+    """Print the scores of ``measure_forgetting`` as a table, and write ``run/forgetting.png``."""
+    domains = result["domains"]
+    table = Table(title=f"end-task score, {seeds} seeds")
+    table.add_column("after")
+    for domain, metric in zip(domains, result["metrics"], strict=True):
+        table.add_column(f"{domain}\n{metric}", justify="right")
+    for domain, row in zip(domains, result["scores"], strict=True):
+        table.add_row(domain, *(spread_text(score) for score in row))
+    Console().print(table)
+    rate = result["forgetting_rate"]
+    kind = "lost" if rate["mean"] > 0 else "gained"
+    print(f"forgetting rate: {spread_text(rate)} (earlier domains {kind} that much by the end)")
+    means = [[score["mean"] for score in row] for row in result["scores"]]
+    save_png(forgetting_figure(domains, means), run / "forgetting.png")
+    print(f"results: {run / 'forgetting.json'}, {run / 'forgetting.png'}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dga_scale.endtasks.metrics import CLASSIFICATION, REGRESSION
-from dga_scale.endtasks.tasks import Task, load_task
+from dga_scale.endtasks.tasks import Task, class_shares, load_task, majority_share
 from dga_scale.errors import UserError
 
 
@@ -99,3 +99,23 @@ def load_with_recipe(folder: str | Path, overrides: Mapping[str, Any]) -> tuple[
     recipe = dataclasses.replace(recipe_for(task.name, regression=task.regression), **settings)
     recipe.check(regression=task.regression)
     return task, recipe
+
+
+def describe(task: Task, recipe: Recipe) -> str:
+    """Describe a task and how it is fine-tuned, in two or three lines for people."""
+    kind = "regression" if task.regression else f"{len(task.labels)} classes"
+    stop = f"stops {recipe.patience} epochs after the best on dev" if task.dev else "takes the last epoch"
+    majority = (
+        "" if task.regression else f"; always the largest class: accuracy {majority_share(task.test):.3f}"
+    )
+    balance = ""
+    if not task.regression:
+        shares = class_shares(task.train)
+        (largest, most), (smallest, least) = shares[0], shares[-1]
+        balance = f"classes of train: {largest} {most:.1%} the largest, {smallest} {least:.1%} the smallest\n"
+    left_out = f", {task.left_out:,} left out" if task.left_out else ""
+    return (
+        f"{task.name}: {kind}, {len(task.train):,} train, {len(task.dev):,} dev, {len(task.test):,} scored "
+        f"({task.scored_on}.jsonl{left_out}){majority}\n{balance}"
+        f"{recipe.epochs} epochs of {recipe.batch_size}, learning rate {recipe.learning_rate:g}; {stop}"
+    )

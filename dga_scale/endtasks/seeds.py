@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +116,11 @@ def spread(values: dict[int, float]) -> dict[str, Any]:
     }
 
 
+def spread_text(score: Mapping[str, Any]) -> str:
+    """Format a mean with its standard deviation, where there is one: ``0.7123 ± 0.0042``."""
+    return f"{score['mean']:.4f}" + ("" if score["std"] is None else f" ± {score['std']:.4f}")
+
+
 def model_fingerprint(model: str) -> str:
     """Identify a model: sha256 of a folder's config and weights, or the name of a hub model."""
     folder = Path(model)
@@ -170,7 +175,7 @@ def _finished(file: Path, identity: dict[str, Any]) -> bool:
     changed = [name for name in identity if former[name] != identity[name]]
     if changed:
         raise UserError(
-            f"{file} was made with another {' and '.join(changed)}. Give another --output_dir, or remove it."
+            f"made with another {' and '.join(changed)}. Give another folder, or remove the file.", file
         )
     return True
 
@@ -180,5 +185,5 @@ def _read(file: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         content["identity"], content["scores"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged. Remove it, and run the same command again.") from None
+        raise UserError("damaged. Remove it, and run the same command again.", file) from None
     return content

@@ -16,7 +16,7 @@ from dga_scale.corpus.shards import VALIDATION
 from dga_scale.endtasks.recipes import LIMITS, OVERRIDES, Recipe, load_with_recipe
 from dga_scale.endtasks.tasks import Task
 from dga_scale.endtasks.yaml_file import Lines, read_yaml
-from dga_scale.errors import UserError
+from dga_scale.errors import GivenPath, UserError
 
 CORPORA = ("domain_corpora", "general_corpora")
 TASKS = ("domain_tasks", "general_tasks")
@@ -58,6 +58,14 @@ class Suite:
             for folder in getattr(self, key):
                 yield key.split("_")[0], corpus_name(folder), folder
 
+    def given_paths(self, file: Path) -> list[GivenPath]:
+        """List the paths that the suite names, with the file and the key."""
+        return [
+            GivenPath(f"{file}: {key}:", path, path)
+            for key in (*CORPORA, *TASKS, "unlabelled_text")
+            for path in getattr(self, key)
+        ]
+
     def load_tasks(self) -> list[tuple[str, Task, Recipe]]:
         """Load kind, task and recipe of each end task.
 
@@ -89,9 +97,9 @@ def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Sui
         UserError: the file is not YAML, has an unknown key (with the nearest known one) or a value of
             another type, names a folder that does not exist or two of one name, or names nothing to evaluate.
     """
-    content, lines = read_yaml(path, "--suite")
+    content, lines = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError(f"--suite {path} names nothing to evaluate. Write `domain_corpora: [FOLDER]`, say.")
+        raise UserError("it names nothing to evaluate. Write `domain_corpora: [FOLDER]`, say.", path)
     known = {f.name: f for f in dataclasses.fields(Suite)}
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -117,7 +125,7 @@ def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Sui
             values[key] = value
     suite = Suite(**values)
     if not any(getattr(suite, key) for key in (*CORPORA, *TASKS)):
-        raise UserError(f"--suite {path} names nothing to evaluate: none of {', '.join((*CORPORA, *TASKS))}.")
+        raise UserError(f"it names nothing to evaluate: none of {', '.join((*CORPORA, *TASKS))}.", path)
     _check_names(path, [corpus_name(folder) for _, _, folder in suite.corpora()])
     tasks = [Path(folder).resolve().name for key in TASKS for folder in getattr(suite, key)]
     _check_names(path, tasks)
@@ -185,4 +193,4 @@ def read_recipe(value: Any, where: str) -> dict[str, Any]:
 def _check_names(path: Path, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--suite {path}: two folders are called {name}; results go by that name.")
+            raise UserError(f"two folders are called {name}; results go by that name.", path)

@@ -127,11 +127,11 @@ def load_task(folder: str | Path) -> Task:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"--task {path}: no such folder. Give one with train.jsonl and test.jsonl.")
+        raise UserError("no such folder. Give one with train.jsonl and test.jsonl.", path)
     present = [name for name in ("train", "dev", "test") if (path / f"{name}.jsonl").is_file()]
     if "train" not in present or len(present) == 1:
         missing = "train.jsonl" if "train" not in present else "test.jsonl and no dev.jsonl"
-        raise UserError(f"--task {path} holds no {missing}. Write one example a line, as JSON.")
+        raise UserError(f"no {missing} in it. Write one example a line, as JSON.", path)
     splits = {name: _read(path / f"{name}.jsonl") for name in present}
     _check_pairs(path, splits)
     labels = _labels(path, splits)
@@ -159,9 +159,9 @@ def _read(file: Path) -> tuple[Example, ...]:
                 if line.strip():
                     examples.append(_example(line, f"{file}:{number}"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error.reason}). Convert it, or restore it.") from None
+        raise UserError(f"not UTF-8 text ({error.reason}). Convert it, or restore it.", file) from None
     if not examples:
-        raise UserError(f"{file} holds no examples. Fill it, or remove a dev.jsonl that is not used.")
+        raise UserError("no examples in it. Fill it, or remove a dev.jsonl that is not used.", file)
     return tuple(examples)
 
 
@@ -169,18 +169,18 @@ def _example(line: str, where: str) -> Example:
     try:
         content = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+        raise UserError(f"not JSON: {error}. Write one example a line.", where) from None
     if not isinstance(content, dict) or not isinstance(content.get("text"), str):
-        raise UserError(f'{where} has no "text". Write {{"text": "...", "label": "..."}}.')
+        raise UserError('no "text" in it. Write {"text": "...", "label": "..."}.', where)
     pair = content.get("text_pair")
     if pair is not None and not isinstance(pair, str):
-        raise UserError(f'{where}: "text_pair" is {json.dumps(pair)}, not a text.')
+        raise UserError(f'"text_pair" is {json.dumps(pair)}, not a text.', where)
     return Example(content["text"], pair, _label(content.get("label"), where))
 
 
 def _label(label: Any, where: str) -> str | float:
     if isinstance(label, bool) or not isinstance(label, str | int | float):
-        raise UserError(f'{where}: "label" is {json.dumps(label)}, neither a class name nor a number.')
+        raise UserError(f'"label" is {json.dumps(label)}, neither a class name nor a number.', where)
     return label if isinstance(label, float) else str(label)
 
 
@@ -189,8 +189,7 @@ def _check_pairs(path: Path, splits: dict[str, tuple[Example, ...]]) -> None:
     with_pair = sum(example.text_pair is not None for example in examples)
     if with_pair not in (0, len(examples)):
         raise UserError(
-            f'--task {path}: {with_pair} of {len(examples)} examples have a "text_pair". All need one, or '
-            "none."
+            f'{with_pair} of {len(examples)} examples have a "text_pair". All need one, or none.', path
         )
 
 
@@ -200,19 +199,18 @@ def _labels(path: Path, splits: dict[str, tuple[Example, ...]]) -> tuple[str, ..
     if numbers:
         if numbers != (total := sum(map(len, splits.values()))):
             raise UserError(
-                f"--task {path}: {numbers} of {total} labels are decimal numbers, the others class names. A "
-                "regression needs a decimal number (3.0, not 3) in every line."
+                f"{numbers} of {total} labels are decimal numbers, the others class names. A regression "
+                "needs a decimal number (3.0, not 3) in every line.",
+                path,
             )
         if len({example.label for example in splits["train"]}) == 1:
-            raise UserError(
-                f"--task {path}: all training examples have one label. There is nothing to learn."
-            )
+            raise UserError("all training examples have one label. There is nothing to learn.", path)
         return ()
     classes = Counter(str(example.label) for example in splits["train"])
     if len(classes) == 1:
         raise UserError(
-            f"--task {path}: all training examples are of the class {next(iter(classes))!r}. There is "
-            "nothing to learn."
+            f"all training examples are of the class {next(iter(classes))!r}. There is nothing to learn.",
+            path,
         )
     for name, split in splits.items():
         unseen = Counter(str(example.label) for example in split if str(example.label) not in classes)
@@ -220,8 +218,9 @@ def _labels(path: Path, splits: dict[str, tuple[Example, ...]]) -> tuple[str, ..
             line = _line_of(path / f"{name}.jsonl", next(iter(unseen)))
             counts = ", ".join(f"{label!r} ({count})" for label, count in unseen.items())
             raise UserError(
-                f"{path / name}.jsonl:{line} has a label that train.jsonl lacks: {counts}. No model can "
-                "predict it: split the data so that train has every class, or remove these lines."
+                f"a label that train.jsonl lacks: {counts}. No model can predict it: split the data so that "
+                "train has every class, or remove these lines.",
+                path / f"{name}.jsonl:{line}",
             )
     return tuple(sorted(classes))
 

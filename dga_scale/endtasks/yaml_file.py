@@ -11,12 +11,8 @@ Lines = dict[tuple[Any, ...], int]
 """The line of each key and list entry by its path: ("recipe", "epochs"), ("corpora", 0)."""
 
 
-def read_yaml(path: Path, flag: str) -> tuple[Any, Lines]:
+def read_yaml(path: Path) -> tuple[Any, Lines]:
     """Read the file's content and the lines of its entries.
-
-    Args:
-        path: The file.
-        flag: The flag by which the user gave the file, for error messages.
 
     Raises:
         UserError: the file can't be read or is not YAML.
@@ -27,9 +23,9 @@ def read_yaml(path: Path, flag: str) -> tuple[Any, Lines]:
         _collect(yaml.compose(text, Loader=yaml.SafeLoader), (), lines)
         return yaml.safe_load(text), lines
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}. Give the path of a YAML file.") from None
+        raise UserError(f"{error.strerror}. Give the path of a YAML file.", path) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"not YAML: {' '.join(str(error).split())}", path) from None
 
 
 def _collect(node: yaml.Node | None, at: tuple[Any, ...], lines: Lines) -> None:

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.loading.streams import EvalBatches
-from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches
-from dga_scale.errors import UserError
+from dga_scale.corpus.shards import VALIDATION, Corpus, open_corpus
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from dga_scale.preservation.fragments import Reduce
 
@@ -24,12 +23,11 @@ MASK_PROBABILITY = 0.15
 """The share of tokens that are masked where no run's settings give another."""
 
 
-def open_held_out(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+def open_held_out(path: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Open a corpus's held-out part, or the whole corpus where it has none.
 
     Args:
         path: The corpus's folder.
-        setting: The flag that the user named it by, for the message.
         tokenizer: The tokenizer of the models that are evaluated.
 
     Raises:
@@ -37,12 +35,7 @@ def open_held_out(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -
 
     """
     folder = Path(path)
-    try:
-        corpus = Corpus.open(folder / VALIDATION if (folder / VALIDATION).is_dir() else folder)
-        check_matches(corpus.manifest, tokenizer)
-    except UserError as error:
-        raise UserError(f"{setting} {error}") from None
-    return corpus
+    return open_corpus(folder / VALIDATION if (folder / VALIDATION).is_dir() else folder, tokenizer)
 
 
 class Evaluator:

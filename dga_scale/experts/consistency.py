@@ -6,7 +6,7 @@ the sequences X share. ``GC(X') = cos(g(X), g(X'))``: near 1 for text that the b
 rest, near 0 or below for text that it does not.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.loading import LoadedModel
+from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.masking import IGNORED, MaskingPolicy
+from dga_scale.corpus.loading.streams import EvalBatches
+from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
 from dga_scale.experts.sublayers import block_of
 
@@ -73,6 +78,33 @@ def consistency(groups: Mapping[str, Tensor]) -> dict[str, Consistency]:
         )
         for name, gradients in groups.items()
     }
+
+
+def corpus_gradients(
+    loaded: LoadedModel, corpus: Corpus, layer: int, rows: int, mlm_probability: float
+) -> Tensor:
+    """Compute the gradients of the LM loss of a fixed sample of a corpus: (rows, parameters of the block).
+
+    Raises:
+        UserError: as ``block_parameters`` and ``sequence_gradients``; or the corpus is empty, or its
+            tokenizer has no mask token.
+    """
+    lm, anatomy, device = loaded.model, loaded.anatomy, loaded.model.device
+    masking = None if anatomy.causal else MaskingPolicy.for_corpus(corpus, mlm_probability)
+    batches = EvalBatches(corpus, masking, batch_size=1, rank=0, world_size=1, max_rows=rows)
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for batch in batches:
+
+            def loss(batch: Batch = batch) -> Tensor:
+                ids, mask = batch.masked_ids.to(device), batch.attention_mask.to(device)
+                hidden = anatomy.trunk(lm)(input_ids=ids, attention_mask=mask).last_hidden_state
+                logits = anatomy.lm_logits(lm, hidden[0, batch.positions.to(device)])
+                return F.cross_entropy(logits.float(), batch.labels.to(device), ignore_index=IGNORED)
+
+            yield loss
+
+    return sequence_gradients(lm, block_parameters(lm, anatomy, layer), losses(), len(batches))
 
 
 def block_parameters(lm: PreTrainedModel, anatomy: Anatomy, layer: int) -> list[torch.nn.Parameter]:

@@ -112,17 +112,21 @@ class Cluster:
             error = _as_disk_error(caught) or caught
         failure = None
         if error is not None:
-            failure = (type(error).__name__, str(error), isinstance(error, UserError), socket.gethostname())
+            users = isinstance(error, UserError)
+            problem, path = (
+                (error.problem, error.path) if isinstance(error, UserError) else (str(error), None)
+            )
+            failure = (type(error).__name__, problem, path, users, socket.gethostname())
         failed = {rank: found for rank, found in enumerate(self.all_gather_object(failure)) if found}
         if not failed:
             return value  # type: ignore[return-value]  # fn's own value: no error, so it was set
         if error is not None and not isinstance(error, UserError):
             raise error
-        rank, (name, text, users, host) = next(iter(failed.items()))
+        rank, (name, text, path, users, host) = next(iter(failed.items()))
         if not users:
             raise RankFailed(f"rank {rank} on {host} failed: {name}: {text}")
-        on_all = self.world_size == len(failed) and len({found[1] for found in failed.values()}) == 1
-        raise UserError(text if on_all or self.world_size == 1 else f"rank {rank} on {host}: {text}")
+        on_all = self.world_size == len(failed) and len({found[1:3] for found in failed.values()}) == 1
+        raise UserError(text if on_all or self.world_size == 1 else f"rank {rank} on {host}: {text}", path)
 
     def run_on_first(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` on rank 0 only, and return its value or raise its ``UserError`` on every rank."""

@@ -64,9 +64,10 @@ class ModelFolder:
             path = Path(fetched)
         if not any(path.glob("model*.safetensors")):
             raise UserError(
-                f"model {name} has no safetensors (model.safetensors, or model-00001-of-...): pickled "
-                "weights can run code hidden in them and are not read. Where you trust it, load it once with "
-                "transformers and save_pretrained it into a new folder."
+                "no safetensors in it (model.safetensors, or model-00001-of-...): pickled weights can run "
+                "code hidden in them and are not read. Where you trust it, load it once with transformers "
+                "and save_pretrained it into a new folder.",
+                name,
             )
         return cls(name, path, settings)
 
@@ -121,13 +122,14 @@ class ModelFolder:
                     found[name] = StoredTensor(file, name, tuple(stored.get_shape()), dtype)
                 return found
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged ({error}). Copy or download it again.") from None
+            raise UserError(f"damaged ({error}). Copy or download it again.", file) from None
 
     def _dtype(self, stored: str, name: str) -> torch.dtype:
         if stored not in DTYPES:
             known = ", ".join(DTYPES)
             raise UserError(
-                f"{name} of {self.name} is stored as {stored}; known are {known}. Merge the weights before "
-                "they are quantised."
+                f"{name} is stored as {stored}; known are {known}. Merge the weights before they are "
+                "quantised.",
+                self.name,
             )
         return DTYPES[stored]

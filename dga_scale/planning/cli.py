@@ -1,13 +1,16 @@
 """The command ``dga-plan``; tools/plan.py calls the same function."""
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dga_scale.config.arguments import Parser
+from dga_scale.config.arguments import Count, Parser
+from dga_scale.config.comparison import given_paths
 from dga_scale.config.parsing import read_config
-from dga_scale.errors import UserError, run_main
+from dga_scale.config.settings import TrainConfig
+from dga_scale.errors import UserError, naming_flags, run_main
 from dga_scale.logging.quiet import quiet_libraries
 
 
@@ -28,8 +31,8 @@ def build_parser() -> Parser:
         "name, a folder or a config.json. No --corpus is needed.",
     )
     add = parser.add_argument
-    add("--gpus", type=int, required=True, help="GPUs of the run, one rank on each")
-    add("--gpus_per_node", type=int, default=8, help="GPUs in one machine; default: 8")
+    add("--gpus", action=Count, required=True, help="GPUs of the run, one rank on each")
+    add("--gpus_per_node", action=Count, default=8, help="GPUs in one machine; default: 8")
     add("--gpu", required=True, metavar="NAME|FILE.yaml", help="h100, h200, a100, a100-40gb, or a YAML file")
     add("--mfu", type=float, metavar="SHARE", help="of forward and backward passes, as measured "
         "(mfu in a log); default: a roofline of the GPU's figures")  # fmt: skip
@@ -44,11 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     parser = build_parser()
     options, settings = parser.parse_known_args(arguments)
-    for name in ("gpus", "gpus_per_node"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
     # The corpus is not looked at, but training's parser wants one beside a model.
     config = read_config(["--corpus", "any", *settings], also=parser.flags())
+    with naming_flags(given_paths(config)):
+        return _plan(options, config)
+
+
+def _plan(options: argparse.Namespace, config: TrainConfig) -> int:
     from dga_scale.planning.gpus import find_gpu  # this import and those below take seconds
 
     gpu = find_gpu(options.gpu)

@@ -80,7 +80,7 @@ def find_gpu(name: str) -> Gpu:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--gpu {name}: {error.strerror}") from None
+        raise UserError(f"--gpu {name}: {error.strerror}. Give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--gpu {name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -134,7 +134,9 @@ def find_config(name: str) -> PretrainedConfig:
     except UserError as error:
         hint = nearest(name, PRESETS)
         raise UserError(
-            f"{error}. Sizes known without the hub: {', '.join(PRESETS)}.{hint} A config.json is enough too"
+            f"{error.problem}. Sizes known without the hub: {', '.join(PRESETS)}.{hint} A config.json is "
+            "enough too",
+            name,
         ) from None
 
 
@@ -145,12 +147,12 @@ def _from_file(path: Path) -> PretrainedConfig:
         check_known(model_type)
         return AutoConfig.for_model(model_type, **values)
     except OSError as error:
-        raise UserError(f"--model {path}: {error.strerror}. Give the config.json of a model") from None
+        raise UserError(f"{error.strerror}. Give the config.json of a model", path) from None
     except (KeyError, AttributeError):
-        raise UserError(f"--model {path}: no model_type in it. Give the config.json of a model") from None
+        raise UserError("no model_type in it. Give the config.json of a model", path) from None
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--model {path} is no config of a model: {reason}") from None
+        raise UserError(f"no config of a model: {reason}", path) from None
 
 
 def build_model(config: TrainConfig) -> PlannedModel:

@@ -139,16 +139,18 @@ class Importance:
             values, metadata = load_tensors(Path(path))
             settings = json.loads(metadata["settings"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}" if Path(path).is_file() else "no such file"
             raise UserError(
-                f"{path} can't be read as importances ({type(error).__name__}: {error}); remove it to "
-                "measure them again"
+                f"it can't be read as importances ({reason}). Give an importance.safetensors of a run; a run "
+                "measures its own again where it is removed",
+                path,
             ) from None
         missing = [kind for kind in kinds or () if kind not in values]
         if missing:
             raise UserError(
-                f"{path} holds the importance of {', '.join(sorted(values))}, not of {', '.join(missing)}, "
-                f"which this run protects: give a file measured for them, or "
-                f"--protect {' '.join(sorted(values))}"
+                f"it holds the importance of {', '.join(sorted(values))}, not of {', '.join(missing)}, which "
+                f"this run protects: give a file measured for them, or --protect {' '.join(sorted(values))}",
+                path,
             )
         return Importance({kind: values[kind] for kind in kinds or values}, settings)
 

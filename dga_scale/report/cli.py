@@ -1,5 +1,6 @@
 """The command ``dga-report``; tools/report.py calls the same function."""
 
+import argparse
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,10 +10,6 @@ from dga_scale.errors import run_main
 
 def report_command() -> NoReturn:
     """Run ``dga-report``: write one HTML page about one run or several."""
-    run_main(_report)
-
-
-def _report() -> None:
     parser = Parser(
         prog="dga-report", description="One self-contained HTML page about one run, or several side by side."
     )
@@ -27,8 +24,12 @@ def _report() -> None:
         metavar="DIR",
         help="Folder that tools/evaluate.py wrote (--output_dir): adds its scores. Default: none.",
     )
-    arguments = parser.parse_args()
+    run_main(lambda: parser.run(_report))
+
+
+def _report(options: argparse.Namespace) -> int:
     from dga_scale.report.report import write_report
 
-    write_report(arguments.runs, arguments.output, arguments.figures, arguments.evaluation)
-    print(f"report: {arguments.output}")
+    write_report(options.runs, options.output, options.figures, options.evaluation)
+    print(f"report: {options.output}")
+    return 0

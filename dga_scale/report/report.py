@@ -53,7 +53,7 @@ def write_report(
                 name = re.sub(r"[^a-z0-9]+", "-", unescape(caption).lower())[:60].strip("-")
                 (figures / f"{number:02d}-{name}.png").write_bytes(base64.b64decode(data))
     except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}. Give a file in a folder you own.") from None
+        raise UserError(f"{error.strerror}. Give a path in a folder you own.", error.filename) from None
 
 
 def render(runs: Sequence[RunData], scores: Mapping[str, Any] | None = None) -> str:

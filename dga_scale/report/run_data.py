@@ -128,7 +128,7 @@ def _settings(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         settings = None
     if not isinstance(settings, dict):
-        raise UserError(f"{path} is damaged: no settings in it. Restore it, or leave this run out.")
+        raise UserError("damaged: no settings in it. Restore it, or leave this run out.", path)
     return settings
 
 
@@ -139,12 +139,16 @@ def load_run(folder: Path) -> RunData:
         UserError: it is no run folder, or a file in it is damaged (named).
     """
     run, log = RunFolder(folder), folder / LOG_FILE
-    for needed in (run.config, log):
-        if not needed.is_file():
-            raise UserError(
-                f"{folder} is no run folder: it holds no {needed.name}. Give the --output_dir of a run "
-                "that has made at least one step."
-            )
+    if not run.config.is_file():
+        inside = sorted(str(config.parent) for config in folder.glob(f"*/{run.config.name}"))
+        fix = f"Give the runs in it: {' '.join(inside)}." if inside else "Give the --output_dir of a run."
+        raise UserError(f"no run folder: it holds no {run.config.name}. {fix}", folder)
+    if not log.is_file():
+        raise UserError(
+            f"nothing to report yet: the run has not written {log.name}, which has its first evaluation and "
+            "its steps. Wait for them, or start its command again if it has stopped.",
+            folder,
+        )
     settings = _settings(run.config)
     records = read_log(log)
     importance: dict[str, Tensor] = {}
@@ -173,7 +177,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Remove it to report without it.") from None
+        raise UserError(f"damaged ({error}). Remove it to report without it.", path) from None
     return content
 
 

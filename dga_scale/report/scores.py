@@ -41,15 +41,15 @@ def load_scores(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise UserError(f"{file} has format {content['format']}, this version reads {FORMAT}.")
+            raise UserError(f"format {content['format']}, this version reads {FORMAT}.", file)
         list(score_sections(content["models"]))
         remarks(content)
     except OSError as error:
         raise UserError(
-            f"--evaluation {folder}: {RESULTS}: {error.strerror}. Give the --output_dir of tools/evaluate.py."
+            f"{error.strerror}. Give a folder that tools/evaluate.py wrote (its --output_dir).", file
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(f"{file} is damaged ({error!r}). Run tools/evaluate.py again.") from None
+        raise UserError(f"damaged ({error!r}). Run tools/evaluate.py again.", file) from None
     return content
 
 

@@ -163,19 +163,19 @@ def _check_paths(options: JobOptions, venv_given: bool) -> None:
     """Check that the job's folders and programs exist."""
     for folder in options.mounts:
         if not Path(folder).is_dir():
-            raise UserError(f"--mounts {folder}: no such folder")
+            raise UserError(f"--mounts {folder}: no such folder. Give one of this machine")
         if set(folder) & set(",:"):
             raise UserError(f"--mounts {folder}: a mounted path can't have commas or colons in it")
     image = options.container
     if image is not None:
         is_file = image.endswith((".sif", ".sqsh")) or image.startswith((".", "/"))
         if is_file and not Path(image).exists():
-            raise UserError(f"--container {image}: no such file")
+            raise UserError(f"--container {image}: no such file. Give an image of this machine")
     elif not (Path(options.venv) / "bin" / "dga-train").exists():
         where = f"--venv {options.venv}" if venv_given else f"this Python's environment {options.venv}"
         raise UserError(
-            f"{where} has no bin/dga-train: dga_scale is not installed there. Install it, or name another "
-            "environment with --venv, or an image with --container"
+            f"{where} has no bin/dga-train: dga_scale is not installed there. Install it, or give another "
+            "environment, or an image with --container"
         )
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from dga_scale.config.comparison import corpus_flags
+from dga_scale.config.comparison import corpora_of, given_paths
 from dga_scale.corpus.loading.mixture import parse_mix
 from dga_scale.corpus.shards import read_manifest
-from dga_scale.errors import UserError
+from dga_scale.errors import UserError, naming_flags
 from dga_scale.slurm.options import JobOptions
 
 TASK = '"$SLURM_ARRAY_TASK_ID"'
@@ -48,14 +48,14 @@ class AvailableFolders:
         """Return whether the folder exists now or when the earlier jobs have ended."""
         return os.path.isdir(path) or self.is_written(path)
 
-    def check_model(self, flag: str, name: str) -> None:
+    def check_model(self, name: str) -> None:
         """Refuse the path of a missing folder; names on the hub can't be checked here.
 
         Raises:
             UserError: ``name`` is neither an available folder nor a possible name on the hub.
         """
         if not self.exists(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-            raise UserError(f"{flag} {name}: no such folder, and no name on the Hugging Face hub")
+            raise UserError("no such folder, and no name on the Hugging Face hub. Give one of the two", name)
 
 
 def make_job(stage: str, options: JobOptions, arguments: Sequence[str], before: Sequence[Job]) -> Job:
@@ -74,17 +74,19 @@ def make_job(stage: str, options: JobOptions, arguments: Sequence[str], before: 
 
 
 def _shard(options: JobOptions, arguments: list[str], available: AvailableFolders) -> Job:
-    from dga_scale.corpus.cli import build_parser
+    from dga_scale.corpus.options import build_parser
     from dga_scale.corpus.reading.finding import find_sources
 
-    found = build_parser().parse_args(arguments)
+    parser = build_parser()
+    found = parser.parse_args(arguments)
     if found.array_task is not None:
         raise UserError("--array_task: the job array sets it for each task. Give --array_tasks N instead")
-    find_sources(found.inputs)
-    for file in getattr(found, "exclude", ()):
-        if not os.path.isfile(file):
-            raise UserError(f"--exclude {file}: no such file")
-    available.check_model("--tokenizer", found.tokenizer)
+    with naming_flags(parser.paths(found)):
+        find_sources(found.inputs)
+        for file in getattr(found, "exclude", ()):
+            if not os.path.isfile(file):
+                raise UserError("no such file. Give JSON lines with a text in each", file)
+        available.check_model(found.tokenizer)
     command = [*map(shlex.quote, ["dga-shard", *arguments])]
     if options.cpus_per_task and not _given("num_workers", arguments):
         command.append(f"--num_workers={options.cpus_per_task}")
@@ -112,16 +114,14 @@ def _train(options: JobOptions, arguments: list[str], available: AvailableFolder
     resolved = resolve_ds_config(
         raw, config, world_size=options.world_size, hidden_size=64, device=torch.device("meta")
     )
-    if config.model.model is not None:
-        available.check_model("--model", config.model.model)
     for spec in config.data.mix or ():
         parse_mix(spec)
-    for flag, folder in corpus_flags(config):
-        if not available.is_written(folder):
-            try:
+    with naming_flags(given_paths(config)):
+        if config.model.model is not None:
+            available.check_model(config.model.model)
+        for folder in corpora_of(config):
+            if not available.is_written(folder):
                 read_manifest(Path(folder))
-            except UserError as error:
-                raise UserError(f"{flag} {error}") from None
     output = config.run.output_dir or default_output_dir(config)
     command = [*map(shlex.quote, ["dga-train", *arguments])]
     run_folder = shlex.quote(output)
@@ -141,12 +141,14 @@ def _evaluate(options: JobOptions, arguments: list[str], available: AvailableFol
     from dga_scale.endtasks.evaluate_cli import build_parser
     from dga_scale.endtasks.suite import load_suite
 
-    found = build_parser().parse_args(arguments)
-    available.check_model("--base", found.base)
-    for model in parse_models(found.model):
-        for folder in model.folders:
-            available.check_model("--model", folder)
-    load_suite(found.suite, available.exists)
+    parser = build_parser()
+    found = parser.parse_args(arguments)
+    with naming_flags(parser.paths(found)):
+        available.check_model(found.base)
+        for model in parse_models(found.model):
+            for folder in model.folders:
+                available.check_model(folder)
+        load_suite(found.suite, available.exists)
     command = map(shlex.quote, ["dga-evaluate", *arguments])
     return Job("evaluate", options, tuple(command), str(found.output_dir))
 

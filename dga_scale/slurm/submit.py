@@ -43,7 +43,7 @@ def submit(jobs: Sequence[Job]) -> list[Submitted]:
         try:
             logs.mkdir(parents=True, exist_ok=True)  # SLURM does not make it, and the job would fail
         except OSError as error:
-            raise UserError(f"--logs {logs}: {error.strerror}") from None
+            raise UserError(f"--logs {logs}: {error.strerror}. Give a folder that you can write") from None
         after = dependency(done[-1].number) if done else []
         earlier = f" (submitted already: {', '.join(each.number for each in done)})" if done else ""
         number = _sbatch(["--parsable", *after], script, f"{job.stage}: not submitted{earlier}")

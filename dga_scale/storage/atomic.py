@@ -93,8 +93,8 @@ def storage_errors(folder: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(
-                f"can't write to {error.filename or folder}: {error.strerror}. Choose another --output or "
-                "change its permissions"
+                f"it can't be written: {error.strerror}. Give another folder, or change its permissions",
+                error.filename or folder,
             ) from error
         raise
 

@@ -1,14 +1,16 @@
 """The commands ``dga-train`` and ``dga-consolidate``; launchers/ and tools/ call the same functions."""
 
+import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dga_scale.config.arguments import Parser
+from dga_scale.config.comparison import given_paths
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
-from dga_scale.errors import UserError, end_rank, run_main
+from dga_scale.errors import UserError, end_rank, naming_flags, run_main
 from dga_scale.launch.environment import read_launch_info
 from dga_scale.logging.quiet import quiet_libraries
 
@@ -23,7 +25,11 @@ def train_command() -> NoReturn:
 
 def consolidate_command() -> NoReturn:
     """Run ``dga-consolidate``: export a checkpoint of a run as a Hugging Face model folder."""
-    run_main(_consolidate)
+    parser = Parser(prog="dga-consolidate", description="A checkpoint as a Hugging Face model folder.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="Folder of the run (--output_dir).")
+    parser.add_argument("--step", type=int, help="Checkpoint of this step. Default: the newest complete one.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="New folder for the model.")
+    run_main(lambda: parser.run(_consolidate))
 
 
 def _train() -> NoReturn:
@@ -53,7 +59,8 @@ def _train_as_rank(settings: Callable[[], TrainConfig]) -> int:
         with Watchdog(cluster, config.run.heartbeat_timeout):
             if config.model.model is None:
                 config = _with_demo(config, cluster)
-            return train_sequence(config, cluster)
+            with naming_flags(given_paths(config)):
+                return train_sequence(config, cluster)
 
 
 def _outcome(read: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
@@ -71,7 +78,7 @@ def _outcome(read: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
 
 
 def _with_demo(config: TrainConfig, cluster: "Cluster") -> TrainConfig:
-    """Fill in the built-in demo's model and corpora; made ready on first use."""
+    """Fill in the built-in demo's settings, made ready on first use, as far as ``--method`` has them."""
     from dga_scale import quickstart
 
     if cluster.rank == 0:
@@ -81,20 +88,13 @@ def _with_demo(config: TrainConfig, cluster: "Cluster") -> TrainConfig:
             flush=True,
         )
     settings = cluster.run_on_first(quickstart.defaults)
-    own = config.as_dict()  # another --method has no use for some of the demo's settings
-    return config.replace(**{k: v for k, v in settings.items() if k in own and k not in config.explicit})
+    left = config.as_dict().keys() - config.explicit
+    return config.replace(**{name: value for name, value in settings.items() if name in left})
 
 
-def _consolidate() -> int:
-    parser = Parser(
-        prog="dga-consolidate", description="A checkpoint of a run as a Hugging Face model folder."
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="Folder of the run (--output_dir).")
-    parser.add_argument("--step", type=int, help="Checkpoint of this step. Default: the newest complete one.")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="New folder for the model.")
-    arguments = parser.parse_args()
+def _consolidate(options: argparse.Namespace) -> int:
     quiet_libraries()
     from dga_scale.checkpoint.export import consolidate
 
-    print(f"model: {consolidate(arguments.run, arguments.step, arguments.output)}")
+    print(f"model: {consolidate(options.run, options.step, options.output)}")
     return 0

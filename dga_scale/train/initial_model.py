@@ -56,7 +56,7 @@ def starting_model(
         UserError: on every rank, for a model that can't be loaded or that the method can't work with.
     """
     loaded = _load(inputs, cluster, method, resuming)
-    check_sequence_length(inputs.corpus.manifest, loaded.anatomy.max_positions)
+    _check_sequence_lengths(inputs, loaded.anatomy)
     if loaded.missing_head:
         _give_head(loaded, inputs, cluster, log, resuming)
     teacher = None
@@ -73,8 +73,13 @@ def starting_model(
     if changed is None:
         return StartingModel(loaded.model, loaded.anatomy, loaded.config, teacher)
     anatomy = anatomy_of(changed)
-    check_sequence_length(inputs.corpus.manifest, anatomy.max_positions)  # soft tokens take some positions
+    _check_sequence_lengths(inputs, anatomy)  # soft tokens take some positions
     return StartingModel(changed, anatomy, _published(changed.config, loaded.config), teacher)
+
+
+def _check_sequence_lengths(inputs: Inputs, anatomy: Anatomy) -> None:
+    for corpus in inputs.corpora():
+        check_sequence_length(corpus, anatomy.max_positions)
 
 
 def _published(changed: PretrainedConfig, before: PretrainedConfig) -> PretrainedConfig:

@@ -11,7 +11,7 @@ from dga_scale.config.methods.shared import GeneralTextSettings, prior_importanc
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.loading.mixture import Mixture, parse_mix
-from dga_scale.corpus.shards import VALIDATION, Corpus, check_matches
+from dga_scale.corpus.shards import VALIDATION, Corpus, open_corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
@@ -84,7 +84,7 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     assert config.data.corpus is not None
     optimizer_kind(config.optimization.optimizer)
     check_loggers(config.run.loggers or ())
-    (path,) = config.data.corpus  # of several, engine.sequence makes a run each
+    (path,) = config.data.corpus  # of several, train_sequence makes a run each
     model_config = load_model_config(config.model.model)
     tokenizer = load_tokenizer(config.model.model)
     method = build_method(config)
@@ -96,7 +96,7 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     method.check(config, model_config.causal)
     for prior in prior_importance_of(config.method):
         Importance.load(prior, method.kinds)
-    corpus = open_corpus(path, "--corpus", tokenizer)
+    corpus = open_corpus(path, tokenizer)
     raw = load_ds_config(config.run.ds_config or "")
     resolved = resolve_ds_config(
         raw,
@@ -118,7 +118,7 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
         tokenizer=tokenizer,
         corpus=corpus,
         mixture=mixture,
-        general=open_corpus(general, "--general_corpus", tokenizer) if general else None,
+        general=open_corpus(general, tokenizer) if general else None,
         evaluations=_evaluations(config, corpus, tokenizer),
         masking=None if model_config.causal else _masking(config, corpus),
     )
@@ -147,7 +147,7 @@ def makes_several_runs(config: TrainConfig) -> bool:
 
 def _mixture(config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Mixture:
     specs = [parse_mix(spec) for spec in config.data.mix or ()]
-    others = [open_corpus(str(path), "--mix", tokenizer) for path, _ in specs]
+    others = [open_corpus(path, tokenizer) for path, _ in specs]
     return Mixture([corpus, *others], [share for _, share in specs], config.run.seed)
 
 
@@ -157,28 +157,17 @@ def _evaluations(
     found = {}
     held_out = config.data.eval_corpus or held_out_part(corpus.path)
     if held_out:
-        found["domain"] = open_corpus(held_out, "--eval_corpus", tokenizer)
+        found["domain"] = open_corpus(held_out, tokenizer)
     if config.data.general_eval_corpus:
-        path = config.data.general_eval_corpus
-        found["general"] = open_corpus(path, "--general_eval_corpus", tokenizer)
+        found["general"] = open_corpus(config.data.general_eval_corpus, tokenizer)
     for spec in config.data.also_evaluate or ():
         name, equals, path = spec.partition("=")
         if not (name and equals and path) or name in found:
             raise UserError(
                 f"--also_evaluate {spec}: write NAME=FOLDER, each name once (not {', '.join(found)})."
             )
-        found[name] = open_corpus(path, "--also_evaluate", tokenizer)
+        found[name] = open_corpus(path, tokenizer)
     return found
-
-
-def open_corpus(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Open a corpus that a setting names, and check that it was made with the model's tokenizer."""
-    try:
-        corpus = Corpus.open(path)
-        check_matches(corpus.manifest, tokenizer)
-    except UserError as error:
-        raise UserError(f"{setting} {error}") from None
-    return corpus
 
 
 def held_out_part(corpus: Path) -> str | None:

@@ -21,6 +21,7 @@ from dga_scale.backbone.loading import load_model_config
 from dga_scale.config.methods.mlm import MLMSettings
 from dga_scale.config.methods.shared import PriorImportanceSettings
 from dga_scale.config.settings import TrainConfig
+from dga_scale.corpus.shards import open_corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
 from dga_scale.launch.preemption import StopRequest
@@ -32,7 +33,6 @@ from dga_scale.train.inputs import (
     default_output_dir,
     held_out_part,
     makes_several_runs,
-    open_corpus,
 )
 from dga_scale.train.loop import train
 from dga_scale.train.schedule import may_extend
@@ -118,7 +118,7 @@ def _checked(config: TrainConfig) -> list[str]:
     load_model_config(config.model.model)
     tokenizer = load_tokenizer(config.model.model)
     for path in paths:
-        open_corpus(path, "--corpus", tokenizer)
+        open_corpus(path, tokenizer)
     return names
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from dga_scale.checkpoint.fisher import load_fisher, save_fisher
 from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.streams import EvalBatches
-from dga_scale.corpus.shards import check_sequence_length
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.run_log import RunLog
 from dga_scale.preservation.fisher import Fisher, measure_fisher
@@ -67,7 +66,6 @@ def _measured(
 ) -> dict[FragmentKey, Tensor]:
     assert inputs.general is not None, "the method's check sees to it"
     assert plan.fisher_samples is not None
-    check_sequence_length(inputs.general.manifest, engine.module.anatomy.max_positions)
     batches = EvalBatches(
         inputs.general,
         inputs.masking,

@@ -146,7 +146,7 @@ def test_a_chosen_step_and_what_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "model"
     with pytest.raises(UserError, match=r"--step 7: .*manifest.json is missing. The run holds step-000002"):
         consolidate(tmp_path / "run", 7, output)
-    with pytest.raises(UserError, match=r"holds no checkpoint. Give the folder of a run"):
+    with pytest.raises(UserError, match=r"no checkpoint in it. Give the folder of a run"):
         consolidate(tmp_path, None, output)
     output.mkdir()
     with pytest.raises(UserError, match="exists already"):

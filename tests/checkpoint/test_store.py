@@ -130,8 +130,15 @@ def test_resume_never_and_resume_from_a_path(tmp_path: Path) -> None:
     found = find_resume_point(tmp_path / "elsewhere", str(older), ALONE)
     assert found is not None
     assert found.step == 1
-    with pytest.raises(UserError, match=r"--resume nowhere: .*manifest.json is missing"):
-        find_resume_point(tmp_path, "nowhere", ALONE)
+    with pytest.raises(
+        UserError, match=r"--resume nope: no such folder\. Give auto, never, or the folder of a"
+    ):
+        find_resume_point(tmp_path, "nope", ALONE)
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(
+            UserError, match=r"no checkpoint, but .*Give one of them: .*checkpoints/step-000002\."
+        ):
+            find_resume_point(tmp_path / "elsewhere", str(folder), ALONE)
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -202,7 +209,7 @@ def test_pruning(limit: int, kept: list[int], tmp_path: Path) -> None:
     assert left == [f"step-{step:06d}" for step in kept]
 
 
-def test_what_was_passed_over_takes_no_room(tmp_path: Path) -> None:
+def test_what_was_skipped_takes_no_room(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         made(tmp_path, step)
     flip(tmp_path / "checkpoints" / "step-000003" / FILES[0])

@@ -39,7 +39,7 @@ def test_the_tool_and_its_error(tmp_path: Path) -> None:
     command += ["--tokenizer", str(tmp_path / "none"), "--output", str(tmp_path / "corpus")]
     failed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert failed.returncode == EXIT_USER_ERROR
-    assert failed.stderr.startswith(f"error: tokenizer '{tmp_path}/none': no such folder")
+    assert failed.stderr.startswith(f"error: --tokenizer {tmp_path}/none: no such folder")
     assert "Traceback" not in failed.stderr
 
 

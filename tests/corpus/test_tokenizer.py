@@ -117,9 +117,9 @@ def test_encoder_needs_no_transformers(wordpiece: Path) -> None:
 
 
 def test_unloadable_tokenizers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer '.*nothing': no such folder"):
+    with pytest.raises(UserError, match=r"nothing: no such folder"):
         load_tokenizer(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"can't be loaded: .*\. Pass a folder that holds tokenizer\.json"):
+    with pytest.raises(UserError, match=r"can't be loaded: .*\. Give a folder that holds tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{ not json")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

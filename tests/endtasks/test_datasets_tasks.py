@@ -84,7 +84,7 @@ def test_what_datasets_can_not_read(tmp_path: Path):
     with pytest.raises(UserError, match=r"no folder with train\.jsonl, and `datasets` can't read it"):
         exported(str(tmp_path / "task"), tmp_path / "out")
     (tmp_path / "task" / "test.csv").write_text("text,label\na,x\n")
-    with pytest.raises(UserError, match=r"has no train split: it has test"):
+    with pytest.raises(UserError, match=r"no train split: it has test"):
         exported(str(tmp_path / "task"), tmp_path / "out")
 
 
@@ -104,7 +104,7 @@ def test_classes_by_how_frequent_they_are(tmp_path: Path):
 
 
 def test_a_csv_task_is_learnt_and_nothing_else_is_printed(tmp_path: Path):
-    """A language model has no weights for the new head: of course, so nobody is told."""
+    """A language model has no weights for the new head: of course, so there is no warning."""
     model = tiny_model(tmp_path)
     (tmp_path / "words").mkdir()
     for seed, split in enumerate(("train", "validation", "test")):

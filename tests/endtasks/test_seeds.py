@@ -64,9 +64,7 @@ def test_finished_seeds_are_not_run_again(
 
 def test_results_of_other_settings_are_refused(model: Path, task: Path, tmp_path: Path):
     run(model, task, tmp_path / "out", "--seeds", "1", "--max_train_examples", "10")
-    with pytest.raises(
-        UserError, match=r"seed-1.json was made with another task\. Give another --output_dir"
-    ):
+    with pytest.raises(UserError, match=r"seed-1.json: made with another task\. Give another folder"):
         run(model, task, tmp_path / "out", "--seeds", "1")
     with pytest.raises(UserError, match=r"another recipe\. Give"):
         run(model, task, tmp_path / "out", "--seeds", "1", "--max_train_examples", "10", "--batch_size", "4")
@@ -75,7 +73,7 @@ def test_results_of_other_settings_are_refused(model: Path, task: Path, tmp_path
     with pytest.raises(UserError, match=r"another model\. Give"):
         run(other, task, tmp_path / "out", "--seeds", "1", "--max_train_examples", "10")
     (tmp_path / "out" / "seed-1.json").write_text("{")
-    with pytest.raises(UserError, match=r"seed-1.json is damaged"):
+    with pytest.raises(UserError, match=r"seed-1.json: damaged"):
         run(model, task, tmp_path / "out", "--seeds", "1")
 
 
@@ -139,11 +137,11 @@ def test_sequences_and_tasks_that_do_not_go_together(sequence: Path, task: Path)
     with pytest.raises(UserError, match=r"--task restaurant: write DOMAIN=DIR"):
         forgetting([str(sequence), "--task", "restaurant"])
     shutil.rmtree(sequence / "2-acl" / "model")
-    with pytest.raises(UserError, match="has 1 finished stages"):
+    with pytest.raises(UserError, match="run: 1 finished stages"):
         find_stages(sequence)
     shutil.rmtree(sequence / "2-acl")
     with pytest.raises(
-        UserError, match="lacks stage 2 of its sequence of domains: it holds 1-restaurant, 3-ai"
+        UserError, match="stage 2 of its sequence of domains is missing: it holds 1-restaurant, 3-ai"
     ):
         find_stages(sequence)
     with pytest.raises(UserError, match="no such folder"):

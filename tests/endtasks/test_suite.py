@@ -57,7 +57,7 @@ def test_recipes_of_single_tasks_go_before_the_shared_one():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", r"suite\.yaml is not YAML"),
+        ("a: [", r"suite\.yaml: not YAML"),
         ("- a\n", r"names nothing to evaluate\. Write"),
         ("seeds: 3\n", r"names nothing to evaluate: none of domain_corpora"),
         ("seeds: 3\n\ndomain_corpus: x\n", r"suite\.yaml:3: unknown key 'domain_corpus'. Did you mean"),
@@ -82,7 +82,7 @@ def test_mistakes_name_the_line(text: str, message: str):
 
 
 def test_no_such_file():
-    with pytest.raises(UserError, match=r"--suite none\.yaml: No such file"):
+    with pytest.raises(UserError, match=r"none\.yaml: No such file"):
         load_suite(Path("none.yaml"))
 
 

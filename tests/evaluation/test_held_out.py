@@ -35,7 +35,7 @@ def plain_rows(model: AutoModelForMaskedLM, corpus: Corpus) -> dict[int, tuple[f
 
 @torch.no_grad()
 def test_figures_and_batch_sums_are_those_of_plain_forward_passes(world: SmallWorld) -> None:
-    corpus = open_held_out(str(world.corpus), "--corpus", load_tokenizer(world.model))
+    corpus = open_held_out(str(world.corpus), load_tokenizer(world.model))
     assert corpus.path == world.corpus / "validation"
     lm = AutoModelForMaskedLM.from_pretrained(world.model).eval()
     rows = plain_rows(lm, corpus)
@@ -71,5 +71,5 @@ def test_figures_and_batch_sums_are_those_of_plain_forward_passes(world: SmallWo
 
 
 def test_a_folder_that_holds_no_corpus_is_named_with_its_setting(world: SmallWorld) -> None:
-    with pytest.raises(UserError, match=r"--general_corpus .*nowhere"):
-        open_held_out(str(world.corpus / "nowhere"), "--general_corpus", load_tokenizer(world.model))
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        open_held_out(str(world.corpus / "nowhere"), load_tokenizer(world.model))

@@ -160,12 +160,12 @@ def test_weights_that_can_not_be_read_are_refused(pair: tuple[Path, Path], tmp_p
     pickled = tmp_path / "pickled"
     shutil.copytree(pair[0], pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pickled has no safetensors"):
+    with pytest.raises(UserError, match="pickled: no safetensors in it"):
         ModelFolder.open(str(pickled))
     cut = tmp_path / "cut"
     shutil.copytree(pair[0], cut)
     (cut / "model.safetensors").write_bytes((pair[0] / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"cut/model.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"cut/model.safetensors: damaged"):
         merge(cut, pair[1])
     with pytest.raises(UserError, match="no such folder"):
         ModelFolder.open(str(tmp_path / "nowhere"))
@@ -237,7 +237,7 @@ def masked_loss(folder: Path, corpus: Path) -> float:
 def test_a_corpus_of_another_tokenizer_is_refused(world: SmallWorld, pair: tuple[Path, Path], tmp_path: Path):
     arguments = ["--base", str(pair[0]), "--model", str(pair[1]), "--results", str(tmp_path / "results")]
     corpora = ["--corpus", str(world.corpus), "--general_corpus", str(world.general_corpus)]
-    with pytest.raises(UserError, match=r"^--corpus corpus and model do not match"):
+    with pytest.raises(UserError, match=r"^--corpus .*corpus: validation: does not match the model"):
         main([*arguments, *corpora, "--sweep", "0,1"])
     with pytest.raises(UserError, match=r"^--general_corpus .*nowhere: no such folder"):
         main(["--base", str(world.model), "--model", str(world.model), "--sweep", "0,1", *corpora[:3],
@@ -261,7 +261,7 @@ def test_a_sweep_with_output_writes_each_model(world: SmallWorld, adapted: Path,
         (["--sweep", "0,1"], "--sweep needs --corpus"),
         (["--sweep", "0,x"], "'0,x' is not a list of numbers"),
         (["--sweep", "0,1.5", "--corpus", "c", "--general_corpus", "g"], "--weight 1.5 .* must be from 0"),
-        (["--output", "."], "--output . exists already"),
+        (["--output", "."], "--output .: it exists already"),
         (["--output", "new", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--outputs", "new"], "unknown option --outputs. Did you mean --output"),
     ],

@@ -87,7 +87,7 @@ def test_experts_are_not_planned() -> None:
         ("roberta-bas", None, "Did you mean roberta-base"),
         ("missing.json", None, "No such file"),
         ("x.json", "{}", "no model_type"),
-        ("x.json", "{", "is no config"),
+        ("x.json", "{", "x.json: no config"),
         ("x.json", '{"model_type": "clip"}', "architecture 'clip' is not known"),
     ],
 )

@@ -320,10 +320,23 @@ def test_refused_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.yaml.*--output_dir"):
         load_run(tmp_path)
     run = make_run(tmp_path / "run")
-    with pytest.raises(UserError, match="--output"):
+    with pytest.raises(UserError, match=rf"no run folder.* Give the runs in it: {run}\."):
+        load_run(tmp_path)
+    with pytest.raises(UserError, match=r"report\.html: No such file.* Give a path in a folder you own"):
         write_report([run], tmp_path / "missing" / "report.html")
     (run / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is damaged"):
+    with pytest.raises(UserError, match=r"summary\.json: damaged"):
+        load_run(run)
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    log = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text(log[0])
+    assert "event" in json.loads(log[0])  # no step yet
+    assert "step 0 of 4, not finished" in page_of(tmp_path, run).text
+    (run / "log.jsonl").unlink()
+    with pytest.raises(UserError, match=r"run: nothing to report yet: .* start its command again"):
         load_run(run)
 
 

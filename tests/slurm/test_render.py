@@ -212,7 +212,7 @@ REFUSED = [
     ("train", ["--nodes", "2", "--gpus_per_node", "3"], "on each of 6 ranks"),
     ("train", ["--max_stpes", "3"], "unknown setting --max_stpes. Did you mean max_steps"),
     ("train", ["--max_steps", "0"], "--max_steps 0: must be at least 1"),
-    ("train", ["--corpus", "new"], "--corpus corpus new: no such folder"),
+    ("train", ["--corpus", "new"], "--corpus new: no such folder"),
     ("train", ["--model", "models/there/not"], "--model models/there/not: no such folder"),
     ("train", ["--ds_config", "none.json"], "--ds_config none.json: No such file"),
     ("train", ["--venv", "/usr"], "--venv /usr has no bin/dga-train"),
@@ -235,7 +235,7 @@ def test_refusals(world: SmallWorld, stage: str, more: list[str], words: str):
 
 
 def test_text_that_is_not_there_is_refused(world: SmallWorld):
-    with pytest.raises(UserError, match=r"shard: input missing\.txt: no such file"):
+    with pytest.raises(UserError, match=r"shard: INPUT missing\.txt: no such file"):
         parse_chain(["shard", "missing.txt", *shard(world)[2:]])
 
 

@@ -224,7 +224,7 @@ def refused_run(flags: list[str]) -> str:
     return str(caught.value)
 
 
-def test_a_run_goes_on_with_its_output_damaged_and_not_without_its_importance(
+def test_a_run_resumes_with_its_output_damaged_and_not_without_its_importance(
     runs: dict[str, tuple[Path, list[str]]], tmp_path: Path
 ) -> None:
     original, flags = runs["dga"]
@@ -299,5 +299,5 @@ def test_a_lost_checksum_of_a_head_and_of_a_corpus_is_refused(world: SmallWorld,
         load_head(loaded.model, loaded.anatomy, head)
     corpus = Path(shutil.copytree(world.corpus, tmp_path / "corpus"))
     without_checksum(corpus / "manifest.json")
-    with pytest.raises(UserError, match=r"manifest\.json is damaged \(it has no checksum\)"):
+    with pytest.raises(UserError, match=r"manifest\.json: damaged \(it has no checksum\)"):
         Corpus.open(corpus)

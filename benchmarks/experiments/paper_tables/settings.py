@@ -109,7 +109,7 @@ def load_settings(path: Path, data: str) -> Settings:
             method or domain that is none; with the line.
 
     """
-    content, lines = read_yaml(path, "the YAML")
+    content, lines = read_yaml(path)
     content = json.loads(json.dumps(content, default=str).replace("{data}", json.dumps(data)[1:-1]))
     reader = _Reader(path, lines)
     settings: Settings = reader.read(Settings, content, ())

@@ -46,9 +46,9 @@ class MaskingPolicy:
         manifest = corpus.manifest
         if "mask" not in manifest.special_ids:
             raise UserError(
-                f"corpus {corpus.path} was made with {manifest.tokenizer!r}, whose tokenizer has no mask "
-                "token: masked LM is not possible. Train a causal model on it, or shard the text with the "
-                "tokenizer of an encoder"
+                f"it was made with {manifest.tokenizer!r}, whose tokenizer has no mask token: masked LM is "
+                "not possible. Train a causal model on it, or shard the text with an encoder's tokenizer",
+                corpus.path,
             )
         return cls(
             probability=probability,

@@ -137,8 +137,9 @@ class Mixture:
                 if len(self.corpora) > 1:
                     batch = f"the {needed} that its share of {self.shares[source]:g} takes of {batch}"
                 raise UserError(
-                    f"corpus {corpus.path} has {len(corpus)} rows, fewer than {batch}. "
-                    "Give more text, or a smaller global batch size" + (" or share" if source > 0 else "")
+                    f"it has {len(corpus)} rows, fewer than {batch}. "
+                    f"Give more text, or a smaller global batch size{' or share' if source > 0 else ''}",
+                    corpus.path,
                 )
 
     @property
@@ -225,7 +226,7 @@ def parse_mix(spec: str) -> tuple[Path, float]:
 def _check_shares(corpora: Sequence[Corpus], shares: Sequence[float]) -> None:
     for corpus, share in zip(corpora[1:], shares, strict=True):
         if not 0 < share < 1:
-            raise UserError(f"mixed corpus {corpus.path} has share {share:g}: it must lie between 0 and 1")
+            raise UserError(f"its share {share:g} must lie between 0 and 1", corpus.path)
     # Decimal fractions such as 0.7 + 0.2 + 0.1 need not add up to 1 in binary.
     if sum(shares) > 1 - 1e-9:
         parts = " + ".join(f"{share:g}" for share in shares)
@@ -238,24 +239,24 @@ def _check_shares(corpora: Sequence[Corpus], shares: Sequence[float]) -> None:
 def _check_goes_with(earlier: Sequence[Corpus], corpus: Corpus) -> None:
     """Refuse a corpus that can't stand in one batch with those before it."""
     if not len(corpus):
-        raise UserError(f"corpus {corpus.path} has no rows. Give it text")
+        raise UserError("it has no rows. Give it text", corpus.path)
     for other in earlier:
         if corpus.content_hash == other.content_hash:
             raise UserError(
-                f"mixed corpus {corpus.path} is the same as {other.path}: it would be used twice as often "
-                "as its share says. Leave one out, or add up their shares"
+                f"it is the same as {other.path}: it would be used twice as often as its share says. Leave "
+                "one out, or add up their shares",
+                corpus.path,
             )
     for other in earlier[:1]:
         ours, theirs = corpus.manifest, other.manifest
         advice = "Shard its text again with the settings of the first"
         if ours.tokenizer_hash != theirs.tokenizer_hash:
             raise UserError(
-                f"mixed corpus {corpus.path} was made with the tokenizer of {ours.tokenizer!r}, {other.path} "
-                f"with that of {theirs.tokenizer!r}, and they tokenise differently. {advice}"
+                f"it was made with the tokenizer of {ours.tokenizer!r}, {other.path} with that of "
+                f"{theirs.tokenizer!r}, and they tokenise differently. {advice}",
+                corpus.path,
             )
         for name in ("sequence_length", "packing"):
             found, expected = getattr(ours, name), getattr(theirs, name)
             if found != expected:
-                raise UserError(
-                    f"mixed corpus {corpus.path} has {name} {found}, {other.path} has {expected}. {advice}"
-                )
+                raise UserError(f"it has {name} {found}, {other.path} has {expected}. {advice}", corpus.path)

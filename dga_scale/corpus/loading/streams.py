@@ -207,7 +207,8 @@ class EvalBatches:
         assert 0 <= rank < world_size, (rank, world_size)
         if not len(corpus):
             raise UserError(
-                f"corpus {corpus.path} has no rows to evaluate. Hold out more: --validation_share"
+                "it has no rows to evaluate. Hold out more: tools/shard_corpus.py --validation_share",
+                corpus.path,
             )
         self._corpus, self._masking = corpus, masking
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size

@@ -80,19 +80,20 @@ def _expand(item: str, left_out: _LeftOut) -> Iterator[tuple[str, bool]]:
         found = sorted(str(p) for p in _walk(path, left_out))
         if not found:
             raise UserError(
-                f"input folder {item} holds no text files (searched for {', '.join(FORMATS)}, plain or "
-                f"{', '.join(COMPRESSIONS)}){f'; it holds {left_out}' if str(left_out) else ''}"
+                f"no text files in the folder (searched for {', '.join(FORMATS)}, plain or "
+                f"{', '.join(COMPRESSIONS)}){f'; it holds {left_out}' if str(left_out) else ''}. Give text",
+                item,
             )
         yield from ((each, False) for each in found)
     elif path.exists():
         yield item, True
     elif path.is_symlink():
-        raise UserError(f"input {item} is a link to {os.readlink(path)}, which is not there")
+        raise UserError(f"a link to {os.readlink(path)}, which is not there. Mend it, or give text", item)
     else:
         matches = sorted(glob.glob(item, recursive=True))
         if not matches:
             kind = "pattern matches no file" if glob.has_magic(item) else "no such file or folder"
-            raise UserError(f"input {item}: {kind}")
+            raise UserError(f"{kind}. Give the path of text", item)
         for match in matches:
             yield from ((found, False) for found, _ in _expand(match, left_out))
 

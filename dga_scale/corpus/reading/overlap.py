@@ -126,7 +126,7 @@ def read_examples(path: Path) -> Iterator[tuple[str, ...]]:
         UserError: the file does not exist, or a line is not an example.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file of examples. Give JSON lines with a text in each.")
+        raise UserError("no such file of examples. Give JSON lines with a text in each", path)
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

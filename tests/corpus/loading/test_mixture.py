@@ -178,7 +178,7 @@ def test_a_spec_is_refused(spec: str, message: str) -> None:
 
 
 def test_shares_that_leave_nothing(corpora: list[Corpus]) -> None:
-    with pytest.raises(UserError, match=r"general has share 1: it must lie between 0 and 1"):
+    with pytest.raises(UserError, match=r"general: its share 1 must lie between 0 and 1"):
         Mixture(corpora[:2], [1.0], SEED)
     with pytest.raises(UserError, match=r"0\.7 \+ 0\.3 = 1 of the tokens, which leaves nothing for .*domain"):
         Mixture(corpora, [0.7, 0.3], SEED)
@@ -187,10 +187,10 @@ def test_shares_that_leave_nothing(corpora: list[Corpus]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer_hash": "x"}, r"/other was made with the tokenizer of '.*', .*/domain with that of"),
-        ({"sequence_length": 64}, r"/other has sequence_length 64, .*/domain has 48"),
-        ({"packing": "chunk"}, r"/other has packing chunk, .*/domain has document"),
-        ({"shards": ()}, r"/other has no rows"),
+        ({"tokenizer_hash": "x"}, r"/other: it was made with the tokenizer of '.*', .*/domain with that of"),
+        ({"sequence_length": 64}, r"/other: it has sequence_length 64, .*/domain has 48"),
+        ({"packing": "chunk"}, r"/other: it has packing chunk, .*/domain has document"),
+        ({"shards": ()}, r"/other: it has no rows"),
     ],
 )
 def test_corpora_that_do_not_go_together(
@@ -203,13 +203,13 @@ def test_corpora_that_do_not_go_together(
 
 def test_a_corpus_is_given_once(corpora: list[Corpus]) -> None:
     copy = Corpus(corpora[0].path.with_name("copy"), corpora[0].manifest)
-    with pytest.raises(UserError, match=r"/copy is the same as .*/domain"):
+    with pytest.raises(UserError, match=r"/copy: it is the same as .*/domain"):
         Mixture([*corpora[:2], copy], [0.1, 0.1], SEED)
 
 
 def test_a_corpus_too_small_for_its_part_of_a_batch(corpora: list[Corpus]) -> None:
     Mixture(corpora, [0.1, 0.1], SEED).check_one_batch(16)
-    with pytest.raises(UserError, match=r"small has 11 rows, fewer than the \d\d that its share of 0\.5"):
+    with pytest.raises(UserError, match=r"small: it has 11 rows, fewer than the \d\d that its share of 0\.5"):
         Mixture(corpora, [0.1, 0.5], SEED).check_one_batch(16)
-    with pytest.raises(UserError, match=r"small has 11 rows, fewer than one global batch of 16"):
+    with pytest.raises(UserError, match=r"small: it has 11 rows, fewer than one global batch of 16"):
         Mixture(corpora[2:], [], SEED).check_one_batch(16)

@@ -204,7 +204,7 @@ def test_parts_one_after_the_other(raw: Path, wordpiece: Path, expected: Path, t
     assert contents(output) == contents(expected)
 
 
-def test_a_killed_part_is_replaced_by_the_others(
+def test_a_killed_array_task_is_replaced_by_the_others(
     raw: Path, wordpiece: Path, expected: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "corpus"
@@ -245,7 +245,7 @@ def test_killed_before_every_file(raw: Path, wordpiece: Path, expected: Path, tm
     attempts = 0
     while not (output / "manifest.json").exists():
         if (output / WORK_FOLDER / "plan.json").exists():
-            with pytest.raises(UserError, match=r"is unfinished .* run the same"):
+            with pytest.raises(UserError, match=r"an unfinished corpus .* Run the same"):
                 Corpus.open(output)
         attempts += 1
         in_fork_killed_at(attempts, [str(raw)], output, settings(wordpiece))
@@ -272,7 +272,7 @@ def test_killed_at_random_moments(raw: Path, wordpiece: Path, expected: Path, tm
 def test_killed_with_its_workers_on_the_command_line(
     raw: Path, wordpiece: Path, expected: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of the parent ends the workers too; the same command goes on."""
+    """kill -9 of the parent ends the workers too; the same command resumes."""
     big = tmp_path / "big.jsonl"
     tiny.write_jsonl(big, tiny.texts(15_000))
     command = [sys.executable, "tools/shard_corpus.py", str(big), "--tokenizer", str(wordpiece)]
@@ -375,8 +375,8 @@ def test_nothing_to_train_on(wordpiece: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 4])
-def test_an_error_in_the_input_can_be_mended(num_workers: int, wordpiece: Path, tmp_path: Path) -> None:
-    """The error of a worker process arrives as it is; the mended input is another corpus."""
+def test_an_error_in_the_input_can_be_corrected(num_workers: int, wordpiece: Path, tmp_path: Path) -> None:
+    """The error of a worker process arrives as it is; the corrected input is another corpus."""
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(50))
     path.write_text(path.read_text() + "{broken\n")
     chosen = settings(wordpiece)
