@@ -70,9 +70,9 @@ class ProjectionSide:
     """The inputs or the outputs of the projections with one role, and the unit that each belongs to.
 
     Attributes:
-        role: of the projections.
-        side: their inputs (columns of the weight matrix), or their outputs (its rows, and the bias).
-        units: from the channels of that side, the units of each: (channels, k) long, -1 standing for none.
+        role: The role of the projections.
+        side: Their inputs (columns of the weight matrix), or their outputs (its rows, and the bias).
+        units: The units of each channel of that side: (channels, k) long, -1 standing for none.
             ``by_head`` and ``by_channel`` serve most kinds.
 
     """
@@ -98,15 +98,15 @@ class UnitKind:
     """A kind of unit.
 
     Attributes:
-        name: in ``--protect``, files and logs.
-        words: what several of them are called in sentences.
-        shape: from a model's sizes (its ``Anatomy``), (layers, units of a layer).
-        owns: the rows and columns of parameters that belong to its units: what a soft-mask lies on.
-        own_rows: role of those rows in ``owns`` that each unit has to itself in every architecture: a
+        name: The name in ``--protect``, files and logs.
+        words: The words for several of them in sentences.
+        shape: The function from a model's sizes (its ``Anatomy``) to (layers, units of a layer).
+        owns: The rows and columns of parameters that belong to its units: what a soft-mask lies on.
+        own_rows: The role of those rows in ``owns`` that each unit has to itself in every architecture: a
             unit's movement is measured on them.
-        gate: what a unit's gate multiplies: the input or the output of the one projection of a layer with
-            that role, each channel of one unit or of none. None: the kind can't be gated, its importance
-            has to come from elsewhere, and no general view can be made of it.
+        gate: The tensor that a unit's gate multiplies: the input or the output of the one projection of a
+            layer with that role, each channel of one unit or of none. None: the kind can't be gated, its
+            importance has to come from elsewhere, and no general view can be made of it.
 
     """
 
@@ -161,7 +161,7 @@ def unit_kind(name: str) -> UnitKind:
     """Look a kind up by its name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: There is none of that name.
 
     """
     if name not in UNIT_KINDS:
@@ -173,7 +173,7 @@ def in_table_order(names: Iterable[str]) -> tuple[str, ...]:
     """Names of kinds without repetition, in the order of the table: that of ``--protect`` changes nothing.
 
     Raises:
-        UserError: there is none of a name.
+        UserError: There is none of a name.
 
     """
     asked = {unit_kind(name).name for name in names}

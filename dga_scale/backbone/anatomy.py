@@ -108,7 +108,7 @@ class Anatomy:
         """Return (layers, units of a layer) of a kind: the shape of its importance, protection and gates.
 
         Raises:
-            UserError: there is no such kind.
+            UserError: There is no such kind.
 
         """
         return unit_kind(kind).shape(self)
@@ -122,7 +122,7 @@ class Anatomy:
         """Find the entries of parameters that belong to units of some kinds, layer by layer.
 
         Raises:
-            UserError: there is no such kind.
+            UserError: There is no such kind.
 
         """
         owned = [(kind, side) for kind in kinds for side in unit_kind(kind).owns]
@@ -165,9 +165,9 @@ class Anatomy:
         DeBERTa's projections of its relative position table, made once a batch, are left out.
 
         Args:
-            tokens: rows of the trunk's input, padding included (batch * sequence_length).
-            sequence_length: keys that each token attends to.
-            head_tokens: rows that the LM head is applied to.
+            tokens: The rows of the trunk's input, padding included (batch * sequence_length).
+            sequence_length: The keys that each token attends to.
+            head_tokens: The rows that the LM head is applied to.
 
         """
         score_columns = 2 * sequence_length + self.relative_columns  # queries by keys, scores by values
@@ -225,7 +225,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     for parameters partitioned by ``deepspeed.zero.Init``.
 
     Raises:
-        UserError: the architecture is unknown, the model has no LM head, or a module is missing or does not
+        UserError: The architecture is unknown, the model has no LM head, or a module is missing or does not
             have the size that the config gives.
 
     """
@@ -240,7 +240,7 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
     """Build the anatomy of a model from the names of its modules.
 
     Raises:
-        UserError: as ``anatomy_of``.
+        UserError: As ``anatomy_of``.
 
     """
     config = model.config

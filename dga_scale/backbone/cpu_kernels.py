@@ -67,16 +67,16 @@ def attention(
     """Attend as transformers' ``sdpa`` does, in plain products and the dtype of the query where that pays.
 
     Args:
-        module: the layer that attends.
+        module: The layer that attends.
         query: (batch, heads, tokens, head width).
         key, value: (batch, heads or groups of them, tokens, head width).
-        attention_mask: as ``sdpa_mask`` makes it: bool, true where a query (batch or 1, 1, query tokens, key
-            tokens) sees a key; or a float to be added to the scores; None: all, or the past only where the
-            layer is causal.
-        dropout: probability with which a weight is dropped.
-        scaling: of the scores; None: one over the root of the head's width.
+        attention_mask: The mask, as ``sdpa_mask`` makes it: bool, true where a query (batch or 1, 1, query
+            tokens, key tokens) sees a key; or a float to be added to the scores; None: all, or the past only
+            where the layer is causal.
+        dropout: The probability with which a weight is dropped.
+        scaling: The factor of the scores; None: one over the root of the head's width.
         is_causal: None: what the layer says.
-        kwargs: what other implementations read.
+        kwargs: Arguments that other implementations read.
 
     Returns:
         (batch, tokens, heads, head width), and no weights.

@@ -93,8 +93,8 @@ class ExtendedConfig(PretrainedConfig):
     """Configuration of an extended model.
 
     Args:
-        base: configuration of the base model, or its dictionary with ``model_type``.
-        extension: name of what was added to it.
+        base: The configuration of the base model, or its dictionary with ``model_type``.
+        extension: The name of what was added to it.
         extension_settings: JSON data from which the extension rebuilds what it added.
 
     """
@@ -131,11 +131,11 @@ class ExtendedPreTrainedModel(PreTrainedModel):
     """A base model with an extension.
 
     Args:
-        config: its configuration.
+        config: The model's configuration.
         base: The base model, when its weights are at hand; built from the configuration otherwise.
 
     Raises:
-        UserError: an unknown extension or base architecture; building one under ZeRO-3's partitioned loading,
+        UserError: An unknown extension or base architecture; building one under ZeRO-3's partitioned loading,
             since extensions copy and read what is then spread over ranks. Loaded whole, DeepSpeed spreads it
             when the engine is built.
 
@@ -217,7 +217,7 @@ class ExtendedForCausalLM(ExtendedPreTrainedModel):
         """Generate with the base model, whose forward passes go through the extension.
 
         Raises:
-            UserError: a cache, for an extension that can have none; see ``keep_no_cache``.
+            UserError: A cache, for an extension that can have none; see ``keep_no_cache``.
 
         """
         base: Any = self.base
@@ -266,7 +266,7 @@ def extend(base: PreTrainedModel, extension: str, settings: Settings) -> Extende
     """Wrap a model and add an extension to it in place; its weights stay, and so does its mode.
 
     Raises:
-        UserError: an unknown extension or architecture, a model that is extended already, or one that is
+        UserError: An unknown extension or architecture, a model that is extended already, or one that is
             neither a masked LM nor a causal LM nor a classifier.
 
     """
@@ -298,7 +298,7 @@ def keep_no_cache(base: PreTrainedModel, extension: str) -> None:
 
     Args:
         base: The base model, which is changed.
-        extension: what to call its extension in the UserError that a pass with a cache raises.
+        extension: The extension's name in the UserError that a pass with a cache raises.
 
     """
     base.config.use_cache = False

@@ -132,7 +132,7 @@ class _UnitOfChannel:
 
     Args:
         index: (width, 1), the unit of each channel, -1 for none.
-        units: how many there are.
+        units: The number of units.
 
     """
 

@@ -43,10 +43,10 @@ def freeze(model: PreTrainedModel, anatomy: Anatomy, layers: int, embeddings: bo
     A decoder tied to the embeddings is frozen with them.
 
     Returns:
-        names of the frozen parameters.
+        The names of the frozen parameters.
 
     Raises:
-        UserError: the model has fewer blocks.
+        UserError: The model has fewer blocks.
 
     """
     if layers > anatomy.num_layers:

@@ -72,7 +72,7 @@ def load_model_config(name_or_path: str) -> ModelConfig:
     """Read a model's config, and choose between masked and causal LM by its architecture.
 
     Raises:
-        UserError: no such folder or hub name, a config that can't be read, an unknown architecture.
+        UserError: No such folder or hub name, a config that can't be read, an unknown architecture.
 
     """
     looks_like_path = os.path.isabs(name_or_path) or name_or_path.startswith((".", "~"))
@@ -114,15 +114,15 @@ def load_model(
     (``HfDeepSpeedConfig``).
 
     Args:
-        name_or_path: folder, or name on the Hugging Face hub.
-        dropout: overrides every dropout probability of the trunk; None keeps those of the config.
+        name_or_path: The folder, or the name on the Hugging Face hub.
+        dropout: The value of every dropout probability of the trunk; None keeps those of the config.
         attn_implementation: "sdpa", "eager", "flash_attention_2"...; None lets transformers choose.
-        dtype: dtype of the parameters, whatever the checkpoint's.
-        allow_new_head: accept a checkpoint whose LM head is missing, wholly or in part.
-        random_init: read no weights: draw them as the architecture does, from torch's seed.
+        dtype: The dtype of the parameters, whatever the checkpoint's.
+        allow_new_head: Whether a checkpoint whose LM head is missing, wholly or in part, is accepted.
+        random_init: Whether weights are drawn as the architecture does, from torch's seed, and none read.
 
     Raises:
-        UserError: what ``load_model_config`` refuses; weights that are missing, damaged, pickled, of other
+        UserError: What ``load_model_config`` refuses; weights that are missing, damaged, pickled, of other
             shapes than the config says, or without an LM head; a tokenizer with more tokens than the model,
             or without a mask token for a masked LM; an attention implementation that can't be had.
 

@@ -34,16 +34,17 @@ def warm_up_head(
     tied to the embeddings stays tied and, like them, as it was.
 
     Args:
-        model: whole on every rank, the same weights on all.
-        anatomy: its anatomy.
-        batches: at least ``steps`` of them, on the model's device; this rank's part of each global batch.
-        steps: optimizer steps.
-        learning_rate: at the first step.
-        train_trunk: train all parameters instead, the embeddings too.
-        reduce: sums a tensor over the ranks; the default serves one process. Every rank then takes the same
-            step, that of one process with the whole global batch.
-        autocast: dtype of the matrix products, bfloat16 for one; None: that of the parameters.
-        on_step: called after each step with its number from 0 and its loss (a scalar over the global batch).
+        model: The model, whole on every rank, with the same weights on all.
+        anatomy: The model's anatomy.
+        batches: At least ``steps`` of them, on the model's device; this rank's part of each global batch.
+        steps: The number of optimizer steps.
+        learning_rate: The learning rate at the first step.
+        train_trunk: Whether all parameters are trained instead, the embeddings too.
+        reduce: The function that sums a tensor over the ranks; by default that of one process. Every rank
+            then takes the same step, that of one process with the whole global batch.
+        autocast: The dtype of the matrix products, bfloat16 for one; None: that of the parameters.
+        on_step: The function that gets each finished step's number from 0 and its loss (a scalar over the
+            global batch).
 
     """
     own = set(anatomy.lm_head_parameters)
@@ -92,7 +93,7 @@ def load_head(model: PreTrainedModel, anatomy: Anatomy, path: Path) -> None:
     """Load the parameters that ``save_head`` wrote into the model.
 
     Raises:
-        UserError: a file that can't be read, is damaged, or is of another model.
+        UserError: A file that can't be read, is damaged, or is of another model.
 
     """
     try:

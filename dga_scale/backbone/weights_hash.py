@@ -22,9 +22,9 @@ def weights_hash(name_or_path: str, random_init: bool) -> str:
     Reads them whole, as loading does; weights of a model on the hub are fetched first, as loading does.
 
     Args:
-        name_or_path: folder, or name on the Hugging Face hub.
-        random_init: the weights are drawn: of the architecture's configuration then, and the seed is one of
-            the run's settings.
+        name_or_path: The folder, or the name on the Hugging Face hub.
+        random_init: Whether the weights are drawn: the architecture's configuration is hashed then, and the
+            seed is one of the run's settings.
 
     """
     if random_init:

@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         """Parse ``arguments`` (None: the command line), and return what ``work`` does with the options.
 
         Raises:
-            UserError: as ``parse_args``, or of ``work``; or a path among the options can't be read or
+            UserError: As ``parse_args``, or of ``work``; or a path among the options can't be read or
                 written. A path that is refused is named with its flag.
         """
         options = self.parse_args(arguments)
@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         """Parse the arguments (None: the command line).
 
         Raises:
-            UserError: an unknown flag, named before any that is missing, which may be what was meant; a
+            UserError: An unknown flag, named before any that is missing, which may be what was meant; a
                 missing or wrong value.
         """
         words = list(sys.argv[1:] if args is None else args)

@@ -76,14 +76,14 @@ def setting(
     ``| None`` where None stands for a default that depends on something else.
 
     Args:
-        default: what it is without a flag.
-        help: whole sentences, for ``--help`` and docs/settings.md.
-        choices: the only values it takes, of text; of a table, those that it has when they are read.
-        rule: what a number must be; None is not checked.
-        affects: see ``Affects``.
-        source: where the default or the formula is from, a paper or its code.
-        refers: what its text refers to, where that is a path or a name.
-        repeats: runs that differ in it are repetitions of one experiment (the seed).
+        default: The value without a flag.
+        help: The whole sentences for ``--help`` and docs/settings.md.
+        choices: The only values it takes, of text; of a table, those that it has when they are read.
+        rule: The rule that a number must keep; None is not checked.
+        affects: See ``Affects``.
+        source: The paper, or its code, that the default or the formula is from.
+        refers: The kind of thing that its text refers to, where that is a path or a name.
+        repeats: Whether runs that differ in it are repetitions of one experiment (the seed).
 
     Example::
 
@@ -111,9 +111,9 @@ class Setting:
     """A setting's declaration: the arguments of ``setting``, and the field's name, type and default.
 
     Attributes:
-        name: of the field and the flag.
-        type: of a value, or of one entry of a list.
-        is_list: whether it takes several values.
+        name: The name of the field and the flag.
+        type: The type of a value, or of one entry of a list.
+        is_list: Whether it takes several values.
 
     """
 

@@ -134,11 +134,11 @@ def read_config(arguments: Sequence[str] | None = None, also: Iterable[str] = ()
     """Read the settings from command-line arguments (None: this process's) and the YAML file they name.
 
     Args:
-        arguments: flags and their values.
-        also: flags of a command that passes its other ones on; one of them may be the nearest name.
+        arguments: The flags and their values.
+        also: The flags of a command that passes its other ones on; one of them may be the nearest name.
 
     Raises:
-        UserError: unknown name (with the nearest right one), a setting of another method, a value of the
+        UserError: Unknown name (with the nearest right one), a setting of another method, a value of the
             wrong type or out of range, a YAML file that is missing or not a mapping.
     """
     arguments = _without_launchers(list(sys.argv[1:] if arguments is None else arguments))

@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the corpus in ``folder``.
 
     Raises:
-        UserError: the folder does not exist or holds no corpus, or the corpus is unfinished, damaged or of
+        UserError: The folder does not exist or holds no corpus, or the corpus is unfinished, damaged or of
             another version.
     """
     path = folder / MANIFEST
@@ -197,7 +197,7 @@ class Corpus:
             verify: "size" compares each shard's size with the manifest's; "sha256" reads every byte as well.
 
         Raises:
-            UserError: no corpus there, or a shard that is missing, truncated or (sha256) changed.
+            UserError: No corpus there, or a shard that is missing, truncated or (sha256) changed.
         """
         assert verify in ("size", "sha256"), verify
         folder = Path(path)
@@ -210,7 +210,7 @@ class Corpus:
         """Read every byte of this part's shards (each ``parts``-th) and compare their hashes.
 
         Raises:
-            UserError: a shard that was changed.
+            UserError: A shard that was changed.
         """
         for shard in self.manifest.shards[part::parts]:
             _check_shard(self.path / shard.file, shard, whole=True)
@@ -279,7 +279,7 @@ def open_corpus(path: str | os.PathLike[str], tokenizer: "PreTrainedTokenizerBas
     """Open a corpus for a model with this tokenizer.
 
     Raises:
-        UserError: no corpus there, or one of another tokenizer.
+        UserError: No corpus there, or one of another tokenizer.
     """
     corpus = Corpus.open(path)
     check_matches(corpus, tokenizer)
@@ -290,7 +290,7 @@ def check_matches(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a corpus that was made with another tokenizer than the model's.
 
     Raises:
-        UserError: the vocabulary, the special tokens or any rule of tokenisation differ.
+        UserError: The vocabulary, the special tokens or any rule of tokenisation differ.
     """
     manifest = corpus.manifest
     if len(tokenizer) != manifest.vocab_size:

@@ -65,7 +65,7 @@ def parse_models(texts: Sequence[str]) -> list[EvaluatedModel]:
     """Parse ``DIR`` or ``LABEL=DIR``; DIR alone is labelled by its name, a run's model/ by the run's name.
 
     Raises:
-        UserError: a label can't be a file's name, is "base", or results for two folders without being given.
+        UserError: A label can't be a file's name, is "base", or results for two folders without being given.
     """
     folders: dict[str, list[str]] = {}
     label_given: dict[str, bool] = {}
@@ -98,7 +98,7 @@ def evaluate(base: str, models: Sequence[EvaluatedModel], suite: Suite, output: 
         ``tasks``, ``domain_loss`` and ``general_loss``; ``overlap`` of the tasks; ``notes`` on them.
 
     Raises:
-        UserError: a model, corpus or task can't be read; a corpus has another tokenizer than the base; or
+        UserError: A model, corpus or task can't be read; a corpus has another tokenizer than the base; or
             there is nothing to compare a model by.
     """
     evaluated = [EvaluatedModel(BASE, (base,)), *models]
@@ -171,7 +171,7 @@ def _comparable(base: str, model: EvaluatedModel, tasks: bool, suite: Suite, not
     """Return whether a model's losses per token can be compared with the base's, and note where not.
 
     Raises:
-        UserError: they can't, and there is nothing else to compare.
+        UserError: They can't, and there is nothing else to compare.
     """
     ours, theirs = load_model_config(base), [load_model_config(folder) for folder in model.folders]
     reason = ""

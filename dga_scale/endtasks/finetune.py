@@ -81,7 +81,7 @@ def finetune(
         ``sequence_length`` in tokens, and ``seconds``.
 
     Raises:
-        UserError: there is no model, or its weights lack the trunk.
+        UserError: There is no model, or its weights lack the trunk.
     """
     started = time.perf_counter()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +135,7 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
     """Load a trunk under a new head for the task.
 
     Raises:
-        UserError: there is no model, or its weights are pickled, damaged or lack the trunk.
+        UserError: There is no model, or its weights are pickled, damaged or lack the trunk.
     """
     load_model_config(model)  # refuses a folder without a model
     labels = {"num_labels": 1} if task.regression else {"id2label": dict(enumerate(task.labels))}

@@ -51,7 +51,7 @@ def find_stages(run: Path) -> list[Stage]:
     """List the finished stages of a sequence in ``run`` (1-restaurant, 2-acl, ...), in their order.
 
     Raises:
-        UserError: the folder does not exist, fewer than two stages are finished, or a stage is missing.
+        UserError: The folder does not exist, fewer than two stages are finished, or a stage is missing.
     """
     if not run.is_dir():
         raise UserError("no such folder. Give the folder of a run over several domains.", run)
@@ -96,7 +96,7 @@ def measure_forgetting(
         row i up to k = i; ``forgetting_rate`` over seeds.
 
     Raises:
-        UserError: as ``find_stages``; or a finished stage has no task, or a task no stage.
+        UserError: As ``find_stages``; or a finished stage has no task, or a task no stage.
     """
     stages = find_stages(run)
     domains = [stage.domain for stage in stages]

@@ -36,7 +36,7 @@ def load_task_of(folder: str, options: argparse.Namespace) -> tuple[Task, Recipe
     """Load a task and its recipe, as the options change them.
 
     Raises:
-        UserError: as ``load_with_recipe``.
+        UserError: As ``load_with_recipe``.
     """
     names = (*OVERRIDES, *LIMITS)
     return load_with_recipe(folder, {n: value for n in names if (value := getattr(options, n)) is not None})

@@ -36,7 +36,7 @@ class Recipe:
         """Refuse settings that are out of their range.
 
         Raises:
-            UserError: a setting is out of its range, or the kind of task does not have the metric.
+            UserError: A setting is out of its range, or the kind of task does not have the metric.
         """
         metrics = REGRESSION if regression else CLASSIFICATION
         if self.metric not in metrics:
@@ -91,7 +91,7 @@ def load_with_recipe(folder: str | Path, overrides: Mapping[str, Any]) -> tuple[
     """Load a task limited by the ``LIMITS`` among ``overrides``, and its recipe with the other overrides.
 
     Raises:
-        UserError: as ``load_task``; or settings do not suit the task.
+        UserError: As ``load_task``; or settings do not suit the task.
     """
     limits = {split: overrides[name] for name, split in LIMITS.items() if name in overrides}
     settings = {name: value for name, value in overrides.items() if name not in LIMITS}

@@ -46,7 +46,7 @@ def run_seeds(
         The summary of all seeds, as from ``summarize``.
 
     Raises:
-        UserError: as ``run_missing``.
+        UserError: As ``run_missing``.
     """
     one = FineTuning(model, task, recipe, output)
     run_missing([one], seeds, jobs=jobs)
@@ -57,7 +57,7 @@ def run_missing(fine_tunings: Sequence[FineTuning], seeds: Sequence[int], *, job
     """Run those seeds of all ``fine_tunings`` that have no file yet, ``jobs`` at a time.
 
     Raises:
-        UserError: an output holds seeds of another model, task or recipe; or as ``finetune``.
+        UserError: An output holds seeds of another model, task or recipe; or as ``finetune``.
     """
     left = []
     for each in fine_tunings:

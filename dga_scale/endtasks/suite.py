@@ -70,7 +70,7 @@ class Suite:
         """Load kind, task and recipe of each end task.
 
         Raises:
-            UserError: as ``load_task``; or a recipe does not suit its task.
+            UserError: As ``load_task``; or a recipe does not suit its task.
         """
         found = []
         for key in TASKS:
@@ -94,7 +94,7 @@ def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Sui
         exists: Tells whether a folder that it names exists; for jobs in a queue, whether it will exist.
 
     Raises:
-        UserError: the file is not YAML, has an unknown key (with the nearest known one) or a value of
+        UserError: The file is not YAML, has an unknown key (with the nearest known one) or a value of
             another type, names a folder that does not exist or two of one name, or names nothing to evaluate.
     """
     content, lines = read_yaml(path)
@@ -166,7 +166,7 @@ def read_recipe(value: Any, where: str) -> dict[str, Any]:
     """Check fine-tuning settings; ``where`` names their file and line.
 
     Raises:
-        UserError: a setting is unknown (the nearest known one is named), or its value has another type.
+        UserError: A setting is unknown (the nearest known one is named), or its value has another type.
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: recipe must hold settings, such as `epochs: 3`, not {json.dumps(value)}.")

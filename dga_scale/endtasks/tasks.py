@@ -61,7 +61,7 @@ class Task:
         At least one training example of every class is kept.
 
         Raises:
-            UserError: a limit is below the number of classes in train, or below 1.
+            UserError: A limit is below the number of classes in train, or below 1.
         """
         task = self._with_train(train)
         for name, count in (("dev", dev), ("test", test)):
@@ -106,7 +106,7 @@ def split_folder(folder: str, split: str) -> str:
     """Return the neighbouring folder with the same task's "official" or "dga" split.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: There is no such folder.
     """
     path = Path(folder)
     stem = path.name.removesuffix(DGA_SPLIT)
@@ -122,7 +122,7 @@ def load_task(folder: str | Path) -> Task:
     """Read and check a task's folder; dev.jsonl or test.jsonl may be missing, but not both.
 
     Raises:
-        UserError: the folder does not exist, a split is missing or empty, a line (named) is not an example,
+        UserError: The folder does not exist, a split is missing or empty, a line (named) is not an example,
             there is only one class, or dev or test has labels that train lacks.
     """
     path = Path(folder)

@@ -15,7 +15,7 @@ def read_yaml(path: Path) -> tuple[Any, Lines]:
     """Read the file's content and the lines of its entries.
 
     Raises:
-        UserError: the file can't be read or is not YAML.
+        UserError: The file can't be read or is not YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -61,8 +61,8 @@ def find_clusters(
         what: The points' name in messages.
 
     Raises:
-        UserError: there are too few points for min_samples.
-        NoClusters: there are fewer than two clusters or more than ``MAX_EXPERTS``; the message names values
+        UserError: There are too few points for min_samples.
+        NoClusters: There are fewer than two clusters or more than ``MAX_EXPERTS``; the message names values
             of eps that give another number, where there are any.
     """
     needed = min_samples or max(MIN_SAMPLES, round(MIN_SAMPLES_SHARE * len(points)))

@@ -86,7 +86,7 @@ def corpus_gradients(
     """Compute the gradients of the LM loss of a fixed sample of a corpus: (rows, parameters of the block).
 
     Raises:
-        UserError: as ``block_parameters`` and ``sequence_gradients``; or the corpus is empty, or its
+        UserError: As ``block_parameters`` and ``sequence_gradients``; or the corpus is empty, or its
             tokenizer has no mask token.
     """
     lm, anatomy, device = loaded.model, loaded.anatomy, loaded.model.device
@@ -111,7 +111,7 @@ def block_parameters(lm: PreTrainedModel, anatomy: Anatomy, layer: int) -> list[
     """List the parameters of one block.
 
     Raises:
-        UserError: the model has no such layer.
+        UserError: The model has no such layer.
 
     """
     if not 0 <= layer < anatomy.num_layers:
@@ -134,7 +134,7 @@ def sequence_gradients(
         count: The number of sequences.
 
     Raises:
-        UserError: the gradients don't fit into memory.
+        UserError: The gradients don't fit into memory.
     """
     width = sum(parameter.numel() for parameter in parameters)
     needed, free = 3 * 4 * count * width, psutil.virtual_memory().available

@@ -148,7 +148,7 @@ def add_experts(
     """Add one expert for each cluster to a dense model, whose output does not change but for rounding.
 
     Raises:
-        UserError: as ``extend``.
+        UserError: As ``extend``.
     """
     width = next(iter(samples.values())).features.shape[1]
     model = extend(dense, EXPERTS, settings_of(clusters, alpha=alpha, width=width))

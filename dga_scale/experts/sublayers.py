@@ -18,7 +18,7 @@ def sublayer_modules(anatomy: Anatomy, layer: int, sublayer: Sublayer) -> tuple[
     them belongs to the sublayer too: BERT's hold dropout and LayerNorm, Llama's stand between norms.
 
     Raises:
-        UserError: the block has another structure.
+        UserError: The block has another structure.
     """
     block = block_of(anatomy, layer)
     found: dict[str, None] = {}  # a set that keeps the order
@@ -35,7 +35,7 @@ def block_of(anatomy: Anatomy, layer: int) -> str:
     """Return the name of a block with a dot at its end: the common prefix of its attention and its FFN.
 
     Raises:
-        UserError: they have no such prefix.
+        UserError: They have no such prefix.
     """
     attention, ffn = (names[layer].split(".") for names in (anatomy.attention_outputs, anatomy.ffn_outputs))
     common = []

@@ -58,7 +58,7 @@ def read_launch_info(env: Mapping[str, str]) -> LaunchInfo:
     """Read rank and world size of this process from a launcher's variables, without starting anything.
 
     Raises:
-        UserError: variables are missing, are not numbers, or contradict each other; each is named.
+        UserError: Variables are missing, are not numbers, or contradict each other; each is named.
     """
     info = _torch_info(env) or _scheduler_info(env)
     if info is None:
@@ -200,7 +200,7 @@ def first_host(hostlist: str) -> str:
     """Return the first host of a SLURM host list: ``node[003-010,12],other`` -> ``node003``.
 
     Raises:
-        UserError: the text is not a SLURM host list.
+        UserError: The text is not a SLURM host list.
     """
     found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", hostlist)
     if found is None:

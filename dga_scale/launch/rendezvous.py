@@ -40,7 +40,7 @@ def rendezvous(info: LaunchInfo, address: str, port: int, gpu: str | None, timeo
     """Wait for all ranks, check that they fit together, and return their shared store for a process group.
 
     Raises:
-        UserError: a rank is missing, joined twice, has another world size than rank 0, shares a GPU with
+        UserError: A rank is missing, joined twice, has another world size than rank 0, shares a GPU with
             another rank, or can't be reached. Every rank that joined raises it.
     """
     if info.world_size == 1:

@@ -101,8 +101,8 @@ class Cluster:
         ``fn`` must not communicate.
 
         Raises:
-            UserError: on every rank, where one raised it, or an ``OSError`` of a full or broken disk.
-            RankFailed: where another rank raised any other error; that rank raises its own error again.
+            UserError: On every rank, where one raised it, or an ``OSError`` of a full or broken disk.
+            RankFailed: Where another rank raised any other error; that rank raises its own error again.
         """
         value: T | None = None
         error: Exception | None = None
@@ -156,7 +156,7 @@ def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
     """Start the process group (NCCL on GPUs, gloo on CPUs) among the processes the launcher started.
 
     Raises:
-        UserError: the launcher's variables are incomplete or contradict each other, or a rank has no GPU,
+        UserError: The launcher's variables are incomplete or contradict each other, or a rank has no GPU,
             does not join within ``timeout``, or can't be connected to.
     """
     info = read_launch_info(os.environ)

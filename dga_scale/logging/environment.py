@@ -32,9 +32,9 @@ def describe_environment(*, launcher: str, devices: Sequence[str], hosts: Sequen
     """Describe the environment of this run, which its settings do not name, as plain data.
 
     Args:
-        launcher: what started the ranks.
-        devices: name of each rank's device, in rank order (see :func:`device_name`).
-        hosts: host name of each rank; only their number is recorded.
+        launcher: The program that started the ranks.
+        devices: The name of each rank's device, in rank order (see :func:`device_name`).
+        hosts: The host name of each rank; only their number is recorded.
     """
     return {
         "dga_scale": dga_scale.__version__,

@@ -81,7 +81,7 @@ def before_and_after(
         until: The step whose model is compared; None: the last one's.
 
     Returns:
-        nothing where only the base was evaluated.
+        Nothing where only the base was evaluated.
 
     """
     known = [r for r in evaluations(records) if until is None or r["step"] <= until]

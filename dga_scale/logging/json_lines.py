@@ -28,7 +28,7 @@ class JsonLines(Logger):
     that was never interrupted.
 
     Raises:
-        UserError: the file of a resumed run holds a line that is no JSON object.
+        UserError: The file of a resumed run holds a line that is no JSON object.
 
     """
 
@@ -69,7 +69,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Read the records of a ``log.jsonl``. A torn last line, as a killed run leaves it, is left out.
 
     Raises:
-        UserError: another line is no JSON object.
+        UserError: Another line is no JSON object.
     """
     records = []
     with open(path, encoding="utf-8", errors="replace") as file:

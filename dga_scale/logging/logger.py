@@ -18,10 +18,10 @@ class LoggedRun:
     """The run that a logger writes about.
 
     Attributes:
-        folder: of the run.
-        total_steps: optimizer steps of the whole run.
-        completed_steps: steps done by the checkpoint that the run resumes from: what was logged after them is
-            written anew. 0: a new run.
+        folder: The folder of the run.
+        total_steps: The number of optimizer steps of the whole run.
+        completed_steps: The steps done by the checkpoint that the run resumes from: what was logged after
+            them is written anew. 0: a new run.
 
     """
 
@@ -37,8 +37,9 @@ class Logger:
     its own and name it in ``loggers.LOGGERS``.
 
     Args:
-        run: what is written about.
-        say: prints a line on the terminal, for a logger that is in trouble: it must not end the run.
+        run: The run that is written about.
+        say: The function that prints a line on the terminal, for a logger in trouble: it must not end the
+            run.
 
     """
 

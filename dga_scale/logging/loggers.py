@@ -21,7 +21,7 @@ def check_loggers(names: Sequence[str]) -> None:
     """Refuse a name that is not in the table.
 
     Raises:
-        UserError: it is not, with those that are and the nearest.
+        UserError: It is not, with those that are and the nearest.
     """
     for name in names:
         if name not in LOGGERS:

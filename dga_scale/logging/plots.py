@@ -55,8 +55,8 @@ def heatmap_figure(
 
     Args:
         values: (layers, units).
-        unit: what a column is, for the axis: ``"head"``, for example.
-        limits: values of the ends of the colour scale; default: the data's.
+        unit: The noun for a column, for the axis: ``"head"``, for example.
+        limits: The values of the ends of the colour scale; default: the data's.
     """
     figure = _figure(_WIDTH, 1.3 + 0.24 * min(values.shape[0], 24))
     axes = figure.add_subplot()
@@ -104,8 +104,8 @@ def protection_figure(
     """Draw the movement of each unit of a kind beside its soft-mask 1 - a.
 
     Args:
-        units: label -> (1 - a, movement relative to an unprotected unit), each (layers, units).
-        kind: of unit.
+        units: The figures by label: (1 - a, movement relative to an unprotected unit), each (layers, units).
+        kind: The kind of unit.
     """
     figure = _figure(_WIDTH, 3.6)
     axes = figure.add_subplot()
@@ -132,7 +132,7 @@ def trade_off_figure(
     """Draw general loss against domain loss: left is learnt, low is kept.
 
     Args:
-        paths: label -> points in order, each (what is written at it, domain loss, general loss).
+        paths: The points by label, in order, each (what is written at it, domain loss, general loss).
     """
     figure = _figure(_WIDTH, 3.8)
     axes = figure.add_subplot()
@@ -159,8 +159,8 @@ def comparison_figure(
     """Draw models by their domain and general loss, a point each; dashed lines cross at the base, the first.
 
     Args:
-        points: label, domain losses and general losses: several of models trained with several seeds, whose
-            mean is drawn, with a standard deviation to either side.
+        points: The label, domain losses and general losses of each: several of models trained with several
+            seeds, whose mean is drawn, with a standard deviation to either side.
     """
     figure = _figure(_WIDTH, 4.2)
     axes = figure.add_subplot()
@@ -190,8 +190,8 @@ def forgetting_figure(
     """Draw the end-task score on each domain after every stage of a sequence of domains.
 
     Args:
-        domains: in the order trained on.
-        scores: row i, after domain i: on the domains 0 to i.
+        domains: The domains, in the order trained on.
+        scores: The scores after each domain: row i, after domain i, has those on the domains 0 to i.
     """
     figure = _figure(_WIDTH, 3.4)
     axes = figure.add_subplot()
@@ -213,7 +213,7 @@ def consistency_figure(groups: Mapping[str, tuple[Tensor, float]], *, theme: The
     """Draw gradient consistency: a histogram of the sequences of each group, and a line at the group's own.
 
     Args:
-        groups: label -> (values of the sequences (n,), value of the group).
+        groups: The values of the sequences (n,), and the value of the group, by label.
     """
     figure = _figure(_WIDTH, 3.1)
     axes = figure.add_subplot()

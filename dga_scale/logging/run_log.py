@@ -44,7 +44,7 @@ def open_log(
         loggers: The names in ``LOGGERS``, beside ``log.jsonl`` and the terminal; None: ``DEFAULT``.
 
     Raises:
-        UserError: a name that is not there, or a damaged ``log.jsonl`` of the run that is resumed.
+        UserError: A name that is not there, or a damaged ``log.jsonl`` of the run that is resumed.
 
     """
     names = DEFAULT if loggers is None else loggers
@@ -157,8 +157,8 @@ class RunLog:
         units a layer for a heatmap has a histogram of its importance instead.
 
         Args:
-            importance: kind -> (layers, units), mean ``|gradient|`` of the gates.
-            protection: kind -> (layers, units), the ``a`` of the soft-mask ``1 - a``.
+            importance: The mean ``|gradient|`` of the gates, (layers, units) by kind.
+            protection: The ``a`` of the soft-mask ``1 - a``, (layers, units) by kind.
         """
         if not self.active:
             return

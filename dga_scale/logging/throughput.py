@@ -100,12 +100,12 @@ def step_flops(anatomy: Anatomy, *, views: int, rows_by_length: Mapping[int, int
     """Count the model FLOPs of one optimizer step, forward and backward, over all ranks.
 
     Args:
-        anatomy: counts one forward pass.
+        anatomy: The anatomy, which counts one forward pass.
         views: The number of forward passes of each row through the trunk (1 for plain masked LM; DGA's
             contrast adds three).
-        rows_by_length: sequences of the global batch, by the tokens that they are padded to: what is left of
-            padding counts as it is computed, what was cut off does not.
-        head_tokens: positions that go through the LM head, over the global batch (one view has them).
+        rows_by_length: The sequences of the global batch, by the tokens that they are padded to: what is left
+            of padding counts as it is computed, what was cut off does not.
+        head_tokens: The positions that go through the LM head, over the global batch (one view has them).
     """
     rows_of = rows_by_length.items()
     trunk = (anatomy.forward_flops(views * rows * length, length, 0) for length, rows in rows_of)
@@ -117,10 +117,10 @@ def rates(*, tokens: int, seconds: float, flops: float, peak_flops: float) -> di
     """Return ``tokens_per_second``, ``step_seconds`` and ``mfu`` of a step.
 
     Args:
-        tokens: real tokens of the global batch, each row counted once whatever its views.
-        seconds: wall time of the step.
-        flops: of the step, from :func:`step_flops`.
-        peak_flops: of all ranks' devices together.
+        tokens: The real tokens of the global batch, each row counted once whatever its views.
+        seconds: The wall time of the step.
+        flops: The FLOPs of the step, from :func:`step_flops`.
+        peak_flops: The peak FLOP/s of all ranks' devices together.
     """
     return {
         "tokens_per_second": tokens / seconds,

@@ -53,7 +53,7 @@ class ModelFolder:
         """Open a folder, or a model of the Hugging Face hub, which is downloaded if it is not cached.
 
         Raises:
-            UserError: there is no model, its architecture is unknown, or its weights are pickled.
+            UserError: There is no model, its architecture is unknown, or its weights are pickled.
         """
         settings = load_model_config(name)
         path = Path(name)

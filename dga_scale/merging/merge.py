@@ -54,7 +54,7 @@ class Merge:
     """A base and the models adapted from it, checked to fit together.
 
     Raises:
-        UserError: they differ in architecture, in a tensor's name or shape, or in their tokenizer; or SLERP
+        UserError: They differ in architecture, in a tensor's name or shape, or in their tokenizer; or SLERP
             is given more than one adapted model.
     """
 

@@ -13,7 +13,7 @@ class MergeSettings:
     """The formula of a merge, and its weight between the base (0) and the adapted models (1).
 
     Raises:
-        UserError: the method is unknown, or a number is out of its range.
+        UserError: The method is unknown, or a number is out of its range.
     """
 
     method: str = "linear"

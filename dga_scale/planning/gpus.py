@@ -66,7 +66,7 @@ def find_gpu(name: str) -> Gpu:
     """Find a GPU by name, or read a YAML file of ``Gpu``'s fields.
 
     Raises:
-        UserError: the GPU is unknown (the nearest name is given), the file can't be read, or a figure is
+        UserError: The GPU is unknown (the nearest name is given), the file can't be read, or a figure is
             unknown, missing or impossible.
     """
     if name.lower() in GPUS:

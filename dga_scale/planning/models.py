@@ -119,7 +119,7 @@ def find_config(name: str) -> PretrainedConfig:
     """Read the config of a model: a CONFIG.json, a folder, a preset, or a name on the hub, in this order.
 
     Raises:
-        UserError: the file does not exist, the config can't be read, the architecture is unknown, or the name
+        UserError: The file does not exist, the config can't be read, the architecture is unknown, or the name
             is neither a preset nor available from the hub.
     """
     path = Path(name)
@@ -159,7 +159,7 @@ def build_model(config: TrainConfig) -> PlannedModel:
     """Build a run's model without its weights, changed and frozen as the run would.
 
     Raises:
-        UserError: as ``find_config``; a method whose model depends on the training text.
+        UserError: As ``find_config``; a method whose model depends on the training text.
 
     """
     name = config.model.model or ""

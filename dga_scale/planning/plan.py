@@ -110,7 +110,7 @@ class Planner:
         """Plan the settings as they are.
 
         Raises:
-            UserError: the settings contradict each other, or the batch does not divide.
+            UserError: The settings contradict each other, or the batch does not divide.
         """
         resolved = self.resolved()
         choice = Choice(
@@ -256,7 +256,7 @@ def make_planner(
     """Build the model and check the length of rows against its positions.
 
     Raises:
-        UserError: as ``build_model``; or the rows are longer than the model takes.
+        UserError: As ``build_model``; or the rows are longer than the model takes.
     """
     model = build_model(config)
     longest = model.anatomy.max_positions

@@ -41,11 +41,12 @@ class Fisher:
 
     Attributes:
         values: (n,) fp32, by fragment of this rank, on its device.
-        mean: over all entries of the model, before any normalisation.
-        log10_quantiles: of ``values`` above 0 over the whole model, to within 1/40, by quantile. For the log:
-            a penalty's weight transfers between models only as far as these are alike.
-        zeros: share of entries that are exactly 0: weights that no example used.
-        examples: rows measured on, over all ranks.
+        mean: The mean over all entries of the model, before any normalisation.
+        log10_quantiles: The log10 of the quantiles of ``values`` above 0 over the whole model, to within
+            1/40, by quantile. For the log: a penalty's weight transfers between models only as far as these
+            are alike.
+        zeros: The share of entries that are exactly 0: weights that no example used.
+        examples: The number of rows measured on, over all ranks.
 
     """
 
@@ -74,15 +75,16 @@ def measure_fisher(
     the model's dtype (under ZeRO-3, too), and the largest parameter in fp32.
 
     Args:
-        model: as trained, at the weights that the penalty starts from. DeepSpeed: ``engine.module``.
-        batches: of this rank, on the model's device; every rank the same number of the same size. Examples
-            without labels are there to fill up and don't count.
-        fragments: of this rank.
-        reduce: sums over ranks.
-        normalize: scale F to mean 1 over all entries that are trained.
+        model: The model as trained, at the weights that the penalty starts from. DeepSpeed:
+            ``engine.module``.
+        batches: The batches of this rank, on the model's device; every rank the same number of the same size.
+            Examples without labels are there to fill up and don't count.
+        fragments: The fragments of this rank.
+        reduce: The function that sums over ranks.
+        normalize: Whether F is scaled to mean 1 over all entries that are trained.
 
     Raises:
-        UserError: no examples, or a gradient that is NaN, infinite, or zero everywhere.
+        UserError: No examples, or a gradient that is NaN, infinite, or zero everywhere.
 
     """
     parameters = {name: p for name, p in model.lm.named_parameters() if p.requires_grad}

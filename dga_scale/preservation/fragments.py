@@ -23,9 +23,9 @@ class Fragment:
     """A contiguous run of one parameter's entries that this rank's optimizer steps.
 
     Attributes:
-        name: the parameter, as in the Hugging Face model's ``named_parameters()``.
-        start: index of the first entry in the flattened full parameter.
-        shape: of the full parameter.
+        name: The parameter, as in the Hugging Face model's ``named_parameters()``.
+        start: The index of the first entry in the flattened full parameter.
+        shape: The shape of the full parameter.
         values: (n,) view of the weights that the optimizer writes (the fp32 masters), n >= 1.
 
     """
@@ -48,8 +48,8 @@ class Block:
     Parameters are taken as matrices: a vector of n entries is n rows of one column.
 
     Attributes:
-        offset, rows, columns: where the rectangle lies in ``Fragment.values``.
-        first_row, first_column: where it lies in the parameter.
+        offset, rows, columns: The place of the rectangle in ``Fragment.values``.
+        first_row, first_column: The place of the rectangle in the parameter.
         dim: 0, the lines are rows; 1, columns.
         lines: (n,) indices along ``dim`` within the rectangle; None = all.
 
@@ -111,8 +111,8 @@ def blocks_of(fragment: Fragment, dim: int, selected: Tensor) -> Iterator[Block]
     """Find the selected lines of a fragment.
 
     Args:
-        fragment: on any device; the index tensors are made there.
-        dim: axis of the parameter along which the lines are counted.
+        fragment: The fragment, on any device; the index tensors are made there.
+        dim: The axis of the parameter along which the lines are counted.
         selected: (size of that axis,) bool, on the CPU.
 
     """
@@ -135,8 +135,8 @@ class UnitRows:
     """The unit that each line of a parameter, or of a part of it, belongs to.
 
     Attributes:
-        kind: of unit.
-        dim: axis of the parameter that counts the lines.
+        kind: The kind of unit.
+        dim: The axis of the parameter that counts the lines.
         units: (lines,) layer * units + unit, or -1 for none. Of whole parameters on the CPU.
 
     """
@@ -150,7 +150,7 @@ def own_rows(anatomy: Anatomy, kinds: Sequence[str]) -> dict[str, tuple[UnitRows
     """Find the rows that units have to themselves: a unit's movement is measured there.
 
     Returns:
-        by parameter, an entry for each kind of unit that has rows in it.
+        The masks by parameter, an entry for each kind of unit that has rows in it.
 
     """
     found: dict[str, tuple[UnitRows, ...]] = {}

@@ -62,8 +62,8 @@ class Importance:
     """The importance of a model's units.
 
     Attributes:
-        values: mean over examples of |d loss / d gate|, (layers, units) fp32 on the CPU, by kind of unit.
-        settings: how it was measured and of what; plain JSON values.
+        values: The mean over examples of |d loss / d gate|, (layers, units) fp32 on the CPU, by kind of unit.
+        settings: The way it was measured and the model and text of it; plain JSON values.
 
     """
 
@@ -79,9 +79,9 @@ class Importance:
         "minmax" stretches each layer to [0, 1].
 
         Raises:
-            UserError: a layer whose units all have the same importance (all zero, too), or a value that is
+            UserError: A layer whose units all have the same importance (all zero, too), or a value that is
                 NaN or infinite.
-            ValueError: unknown ``squash``.
+            ValueError: Unknown ``squash``.
 
         """
         if squash not in SQUASHES:
@@ -112,7 +112,7 @@ class Importance:
         """See that the units are those of a model.
 
         Raises:
-            UserError: of another number of layers or units.
+            UserError: It has another number of layers or units.
 
         """
         for kind, values in self.values.items():
@@ -132,7 +132,7 @@ class Importance:
         """Load the importance that ``save`` wrote: that of some kinds of unit, or of all in the file.
 
         Raises:
-            UserError: no such file, a damaged one, not a file of importances, or one without such a kind.
+            UserError: No such file, a damaged one, not a file of importances, or one without such a kind.
 
         """
         try:
@@ -163,11 +163,11 @@ def combined_protection(
     Each importance is squashed on its own, and the largest protection of a unit counts.
 
     Returns:
-        the units' importance relative to their layer's mean, the largest of all; and the protection ``a``
+        The units' importance relative to their layer's mean, the largest of all; and the protection ``a``
         (layers, units) by kind.
 
     Raises:
-        UserError: importances of units that the model does not have; and as ``Importance.protection``.
+        UserError: Importances of units that the model does not have; and as ``Importance.protection``.
 
     """
     for importance in importances:
@@ -204,21 +204,22 @@ def measure_importance(
     matter. The parameters are frozen meanwhile and no gradient of theirs is touched.
 
     Args:
-        model: in train mode for proxy_kl, which compares two dropout draws. DeepSpeed: ``engine.module``.
-        batches: of this rank, on the model's device; every rank the same number of them, some examples may be
-            empty (no labels: they don't count).
-        kinds: of unit; the model's gates must have been made for them.
+        model: The model in train mode for proxy_kl, which compares two dropout draws. DeepSpeed:
+            ``engine.module``.
+        batches: The batches of this rank, on the model's device; every rank the same number of them, some
+            examples may be empty (no labels: they don't count).
+        kinds: The kinds of unit; the model's gates must have been made for them.
         loss: "proxy_kl", KL(f1 || f2) of two dropout draws on the clean text; "mlm", the masked LM loss on
             the masked text. Both are means within the example.
-        distribution: what proxy KL compares: "vocabulary", softmax over the vocabulary at the batch's masked
-            positions; "hidden", softmax over the hidden axis at every token; "sequence", softmax over the
-            tokens for each hidden unit (the released code).
-        reduce: sums over ranks.
-        settings: more to be remembered with the result, such as the identity of model and corpus.
+        distribution: The outputs that proxy KL compares: "vocabulary", softmax over the vocabulary at the
+            batch's masked positions; "hidden", softmax over the hidden axis at every token; "sequence",
+            softmax over the tokens for each hidden unit (the released code).
+        reduce: The function that sums over ranks.
+        settings: Further settings that the result keeps, such as the identity of model and corpus.
 
     Raises:
-        ValueError: proxy_kl in eval mode; an unknown loss or distribution.
-        UserError: the model has no dropout; no examples; a NaN or infinite importance.
+        ValueError: ``proxy_kl`` in eval mode; an unknown loss or distribution.
+        UserError: The model has no dropout; no examples; a NaN or infinite importance.
 
     """
     if loss not in LOSSES or distribution not in DISTRIBUTIONS:

@@ -60,10 +60,10 @@ class MovementTracker:
     """A tracker of the units' own rows (heads: their query rows) since the start, on the rank that owns them.
 
     Args:
-        anatomy: the model's units.
-        fragments: all local fragments, holding the weights that count as the start: the pretrained ones, so
+        anatomy: The model's units.
+        fragments: The local fragments, holding the weights that count as the start: the pretrained ones, so
             build it before a checkpoint is loaded.
-        kinds: of unit.
+        kinds: The kinds of unit.
 
     """
 

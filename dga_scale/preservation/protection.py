@@ -53,20 +53,20 @@ class Protection:
     it (``on``).
 
     Args:
-        model: its parameters get hooks here with ``soft_mask`` "gradient"; under DeepSpeed make it before the
-            engine, whose own hooks have to come later.
-        anatomy: where its units live; None: found from its architecture.
-        kinds: the kinds of unit that may be protected.
-        soft_mask: one of ``SOFT_MASKS``. Adam divides a constant factor on the gradient out again, so
+        model: The model, whose parameters get hooks here with ``soft_mask`` "gradient"; under DeepSpeed make
+            it before the engine, whose own hooks have to come later.
+        anatomy: The places of its units; None: found from its architecture.
+        kinds: The kinds of unit that may be protected.
+        soft_mask: One of ``SOFT_MASKS``. Adam divides a constant factor on the gradient out again, so
             "gradient" protects little under it; "update" does what it says with any optimizer.
         kv_protection: "min", "max" or "mean": the protection of a row that several units share, as the
             key/value heads of a grouped-query model are.
-        reduce: adds a tensor up over ranks; every rank then has to call the methods that measure. Default:
-            one process.
+        reduce: The function that sums a tensor over ranks; every rank then has to call the methods that
+            measure. Default: one process.
 
     Raises:
-        UserError: an architecture whose units are not known.
-        ValueError: an unknown ``soft_mask``.
+        UserError: An architecture whose units are not known.
+        ValueError: An unknown ``soft_mask``.
 
     """
 
@@ -103,7 +103,7 @@ class Protection:
         have to themselves, to measure their movement (attention heads: a quarter of the attention's weights).
 
         Args:
-            optimizer: a torch optimizer of the model's parameters, or where another keeps its weights.
+            optimizer: A torch optimizer of the model's parameters, or where another keeps its weights.
 
         """
         assert self._weights is None, "one protection watches one optimizer"
@@ -124,16 +124,16 @@ class Protection:
         """Measure the importance of the units: see ``importance.measure_importance``.
 
         Args:
-            batches: of this rank, on the model's device; of text whose knowledge is to be kept.
+            batches: The batches of this rank, on the model's device; of text whose knowledge is to be kept.
             loss: "proxy_kl", with the model in train mode; "mlm", in eval mode.
-            distribution: what the proxy KL compares.
-            model: the model inside its training module, where one has the gates already and gathers its
+            distribution: The outputs that proxy KL compares.
+            model: The model inside its training module, where one has the gates already and gathers its
                 parameters (DeepSpeed: ``engine.module``); None: gates are put on the model meanwhile.
-            settings: more to be remembered with the result, such as the identity of model and corpus.
+            settings: Further settings that the result keeps, such as the identity of model and corpus.
 
         Raises:
-            UserError: the model has no dropout (proxy KL); no examples; a NaN or infinite importance.
-            ValueError: proxy KL in eval mode; an unknown loss or distribution.
+            UserError: The model has no dropout (proxy KL); no examples; a NaN or infinite importance.
+            ValueError: Proxy KL in eval mode; an unknown loss or distribution.
 
         """
         options: dict[str, Any] = {
@@ -152,15 +152,15 @@ class Protection:
         """Protect each unit by the largest protection that any importance gives it.
 
         Args:
-            importances: one or several, of general knowledge and of what was learnt since (DAS).
-            squash: how importance becomes ``a``: see ``Importance.protection``.
+            importances: One importance or several, of general knowledge and of what was learnt since (DAS).
+            squash: The function from importance to ``a``: see ``Importance.protection``.
 
         Returns:
-            the importance that counts: the one given, or of several each unit's largest, relative to its
+            The importance that counts: the one given, or of several each unit's largest, relative to its
             layer's mean.
 
         Raises:
-            UserError: importances of units that the model does not have, of unlike kinds, or without spread.
+            UserError: Importances of units that the model does not have, of unlike kinds, or without spread.
 
         """
         if len(importances) == 1:
@@ -180,7 +180,7 @@ class Protection:
                 with ``soft_mask`` "update" it does not move, to the last bit.
 
         Raises:
-            ValueError: other kinds than this protection is for, a wrong shape, or values outside [0, 1].
+            ValueError: Other kinds than this protection is for, a wrong shape, or values outside [0, 1].
 
         """
         if a.keys() != set(self.kinds):

@@ -32,9 +32,9 @@ class TorchWeights:
     """The weights that a torch optimizer steps in place.
 
     Args:
-        model: named as the units' anatomy names them: the Hugging Face model.
-        optimizer: any that steps the model's parameters themselves. A wrapper (of mixed precision or of
-            accelerate) is fine as long as it calls this optimizer's ``step``.
+        model: The model, with its parameters named as the units' anatomy names them: the Hugging Face model.
+        optimizer: The optimizer: any that steps the model's parameters themselves. A wrapper (of mixed
+            precision or of accelerate) is fine as long as it calls this optimizer's ``step``.
 
     """
 

@@ -79,7 +79,7 @@ def defaults(folder: Path = FOLDER) -> dict[str, Any]:
     Several processes may call it at once: one prepares, the others wait until all is done.
 
     Raises:
-        UserError: a package of the quickstart is not installed, its weights are not the published ones, or
+        UserError: A package of the quickstart is not installed, its weights are not the published ones, or
             this is an installed copy without the repository's ds_configs.
     """
     prepare(folder)
@@ -122,7 +122,7 @@ def repository() -> Path:
     """Return the checkout that this code runs from, as a relative path where the current folder contains it.
 
     Raises:
-        UserError: this is an installed copy without a checkout.
+        UserError: This is an installed copy without a checkout.
     """
     root = Path(dga_scale.__file__).resolve().parent.parent
     if not (root / "ds_configs").is_dir():
@@ -138,7 +138,7 @@ def run_command(*command: object, environment: dict[str, str] | None = None) -> 
     """Print a command as a user would type it, and run it.
 
     Raises:
-        UserError: the command failed; it has printed the reason itself.
+        UserError: The command failed; it has printed the reason itself.
     """
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)

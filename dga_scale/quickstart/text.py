@@ -52,7 +52,7 @@ def docstrings(packages: Sequence[str] = DOMAIN_PACKAGES) -> Iterator[Document]:
     The order is fixed: packages as given, files by path, docstrings as they stand in the file.
 
     Raises:
-        UserError: a package is not installed.
+        UserError: A package is not installed.
     """
     for package in packages:
         root = package_folder(package)
@@ -85,7 +85,7 @@ def wikipedia(sample: Path | None = None) -> Iterator[Document]:
         sample: An XML dump compressed with bzip2; None: the one that gensim contains.
 
     Raises:
-        UserError: gensim is not installed.
+        UserError: Gensim is not installed.
     """
     sample = sample or package_folder("gensim") / WIKIPEDIA_SAMPLE
     root = ElementTree.fromstring(bz2.decompress(sample.read_bytes()))
@@ -134,7 +134,7 @@ def package_folder(package: str) -> Path:
     """Find the folder of an installed package without importing it.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: The package is not installed.
     """
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:

@@ -31,7 +31,7 @@ class Group:
 
     Attributes:
         label: The method, and the settings in which it differs from others of that method.
-        runs: one a seed.
+        runs: The runs, one a seed.
 
     """
 

@@ -34,13 +34,13 @@ def write_report(
     """Write the page about ``runs`` (run folders), side by side where there are several.
 
     Args:
-        runs: folders.
-        output: the page.
-        figures: a folder that gets the page's figures, numbered, as PNG files.
-        evaluation: what tools/evaluate.py wrote about the models, for a section of scores.
+        runs: The run folders.
+        output: The page.
+        figures: A folder that gets the page's figures, numbered, as PNG files.
+        evaluation: The folder that tools/evaluate.py wrote about the models, for a section of scores.
 
     Raises:
-        UserError: a folder is no run folder or no evaluation, a file in it is damaged, or ``output`` can't be
+        UserError: A folder is no run folder or no evaluation, a file in it is damaged, or ``output`` can't be
             written.
     """
     scores = None if evaluation is None else load_scores(evaluation)

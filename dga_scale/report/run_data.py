@@ -136,7 +136,7 @@ def load_run(folder: Path) -> RunData:
     """Read a run folder.
 
     Raises:
-        UserError: it is no run folder, or a file in it is damaged (named).
+        UserError: It is no run folder, or a file in it is damaged (named).
     """
     run, log = RunFolder(folder), folder / LOG_FILE
     if not run.config.is_file():

@@ -20,8 +20,8 @@ class Row:
     """The score of a model on a corpus or task.
 
     Attributes:
-        cells: one text for each of ``COLUMNS``.
-        better: whether it beats the base for sure (True), is worse for sure (False), or neither (None): the
+        cells: One text for each of ``COLUMNS``.
+        better: Whether it beats the base for sure (True), is worse for sure (False), or neither (None): the
             interval of the difference leaves 0 out. A loss is better low, a score high.
 
     """
@@ -34,7 +34,7 @@ def load_scores(folder: Path) -> dict[str, Any]:
     """Read the results that tools/evaluate.py left in ``folder``.
 
     Raises:
-        UserError: there are none, they are damaged, or another version wrote them.
+        UserError: There are none, they are damaged, or another version wrote them.
 
     """
     file = folder / RESULTS

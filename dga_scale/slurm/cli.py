@@ -55,7 +55,7 @@ def parse_chain(arguments: Sequence[str] | None = None) -> tuple[list[Job], bool
         The jobs in their order, and whether they are only to be printed.
 
     Raises:
-        UserError: an option or argument of a job is wrong; the message names the job's stage.
+        UserError: An option or argument of a job is wrong; the message names the job's stage.
     """
     everything = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()

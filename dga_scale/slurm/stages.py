@@ -68,7 +68,7 @@ def make_job(stage: str, options: JobOptions, arguments: Sequence[str], before: 
         before: The earlier jobs of the chain.
 
     Raises:
-        UserError: the program itself would refuse the arguments, as far as that is known before it runs.
+        UserError: The program itself would refuse the arguments, as far as that is known before it runs.
     """
     return _CHECKS[stage](options, list(arguments), AvailableFolders(before))
 

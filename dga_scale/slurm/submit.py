@@ -26,7 +26,7 @@ def submit(jobs: Sequence[Job]) -> list[Submitted]:
     """Submit a chain: a job starts when the one before has succeeded, and is removed where that has failed.
 
     Raises:
-        UserError: there is no ``sbatch``, or SLURM refuses a job. No job was submitted then, unless SLURM
+        UserError: There is no ``sbatch``, or SLURM refuses a job. No job was submitted then, unless SLURM
             refuses one that passed its own ``--test-only``.
     """
     if shutil.which("sbatch") is None:

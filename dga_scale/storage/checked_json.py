@@ -20,7 +20,7 @@ def checked(content: Any) -> dict[str, Any]:
     """Verify the content of a JSON file, and return it without its checksum.
 
     Raises:
-        ValueError: the content is not what was written, or its checksum is missing.
+        ValueError: The content is not what was written, or its checksum is missing.
     """
     if not isinstance(content, dict) or CHECKSUM not in content:
         raise ValueError("it has no checksum")

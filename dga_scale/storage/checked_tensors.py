@@ -18,7 +18,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """Write a safetensors file with a checksum in its metadata, whole or not at all, and sync it.
 
     Raises:
-        OSError: the disk is full or the folder is gone.
+        OSError: The disk is full or the folder is gone.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     replace_file(path, save(kept, {**metadata, CHECKSUM: _checksum_of_tensors(kept, metadata)}))
@@ -28,8 +28,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file of ``save_tensors``: the tensors, and the metadata without the checksum.
 
     Raises:
-        OSError, SafetensorError: there is no such file, or it can't be read.
-        ValueError: the content is not what was written, or its checksum is missing.
+        OSError, SafetensorError: There is no such file, or it can't be read.
+        ValueError: The content is not what was written, or its checksum is missing.
     """
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})

@@ -61,7 +61,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
     tensors' bytes.
 
     Raises:
-        OSError: the disk is full or the folder is gone; an incomplete file may be left.
+        OSError: The disk is full or the folder is gone; an incomplete file may be left.
     """
     digest = hashlib.sha256()
     size = _write(path, entries, metadata, digest.update)
@@ -119,7 +119,7 @@ def write_model_files(folder: Path, entries: Sequence[Entry]) -> None:
     """Write a model's weights for ``from_pretrained``: one file, or several and an index.
 
     Raises:
-        OSError: the disk is full or the folder is gone; incomplete files may be left.
+        OSError: The disk is full or the folder is gone; incomplete files may be left.
     """
     files: list[list[Entry]] = [[]]
     for each in entries:
@@ -172,7 +172,7 @@ class SegmentReader:
     The metadata of each file has ``segments``: JSON of key -> [start, shape of the full parameter].
 
     Raises:
-        UserError: a file can't be read or has no such metadata.
+        UserError: A file can't be read or has no such metadata.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:

@@ -37,11 +37,11 @@ class RunState:
     """The state of a run that its callbacks get; the loop alone changes it.
 
     Attributes:
-        trainer: the model and its engine.
+        trainer: The model and its engine.
         log: The run's log.
-        step: finished optimizer steps.
-        batches: of the step that was just made; None before the first.
-        stopping: whether this step is the last for now, as a signal asked for.
+        step: The number of finished optimizer steps.
+        batches: The batches of the step that was just made; None before the first.
+        stopping: Whether this step is the last for now, as a signal asked for.
 
     """
 
@@ -202,7 +202,7 @@ class SaveCheckpoints(Callback):
         """Wait for the save that is under way and commit it, if there is one; every rank has to call it.
 
         Raises:
-            UserError: it failed, and it is ``needed`` or there is no older checkpoint.
+            UserError: It failed, and it is ``needed`` or there is no older checkpoint.
         """
         with self._may_fail(run, unless=needed):
             saved = self._saves.finish()
@@ -235,7 +235,7 @@ class RefusedSteps(Callback):
     """A callback that counts steps refused for a NaN or infinity, and stops a run that does not recover.
 
     Args:
-        saver: has the newest checkpoint, which is named when the run stops.
+        saver: The callback that has the newest checkpoint, which is named when the run stops.
 
     """
 

@@ -34,10 +34,10 @@ class StartingModel:
     """A model ready for the engine.
 
     Attributes:
-        lm: what is trained.
-        anatomy: its.
-        config: what is saved with its weights.
-        teacher: a frozen copy of the model before its method changed it, for methods that need one.
+        lm: The model that is trained.
+        anatomy: The model's anatomy.
+        config: The configuration that is saved with its weights.
+        teacher: A frozen copy of the model before its method changed it, for methods that need one.
 
     """
 
@@ -53,7 +53,7 @@ def starting_model(
     """Load the model with its starting weights, the same whether a run begins or resumes.
 
     Raises:
-        UserError: on every rank, for a model that can't be loaded or that the method can't work with.
+        UserError: On every rank, for a model that can't be loaded or that the method can't work with.
     """
     loaded = _load(inputs, cluster, method, resuming)
     _check_sequence_lengths(inputs, loaded.anatomy)

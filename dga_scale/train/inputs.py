@@ -78,7 +78,7 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     """Open and check everything a user gave; every rank comes to the same answer or the same error.
 
     Raises:
-        UserError: whatever can't be used, before any weights are read.
+        UserError: Whatever can't be used, before any weights are read.
     """
     assert config.model.model is not None, "the entry point fills the demo's in"
     assert config.data.corpus is not None
@@ -128,7 +128,7 @@ def verify_corpora(inputs: Inputs, cluster: Cluster) -> None:
     """Compare the hashes of all shards, each rank those of its share.
 
     Raises:
-        UserError: a shard that was changed.
+        UserError: A shard that was changed.
     """
     for corpus in inputs.corpora():
         corpus.verify(cluster.rank, cluster.world_size)

@@ -37,15 +37,15 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
     """Run, or resume, one adaptation.
 
     Args:
-        config: all settings.
-        cluster: the ranks.
-        more: callbacks of one's own, called after the run's own and before a checkpoint is saved.
+        config: All settings.
+        cluster: The ranks.
+        more: Callbacks of one's own, called after the run's own and before a checkpoint is saved.
 
     Returns:
-        the exit code: 0, or ``EXIT_STOPPED`` after a stop signal.
+        The exit code: 0, or ``EXIT_STOPPED`` after a stop signal.
 
     Raises:
-        UserError: on every rank, with the checkpoints written before intact.
+        UserError: On every rank, with the checkpoints written before intact.
 
     """
     with StopRequest() as stop:

@@ -22,7 +22,7 @@ def protect(trainer: Trainer) -> None:
     """Measure importance, or read it where this run has measured it before, and protect the units.
 
     Raises:
-        UserError: on every rank; importance that can't be measured, or is missing where a run resumes.
+        UserError: On every rank; importance that can't be measured, or is missing where a run resumes.
     """
     kinds = trainer.method.kinds
     if not kinds:
@@ -45,7 +45,7 @@ def measure(trainer: Trainer, loss: str, path: Path) -> Importance:
     """Measure importance for general knowledge ("proxy_kl") or the domain ("mlm"), and save it at ``path``.
 
     Raises:
-        UserError: see ``Protection.measure``.
+        UserError: See ``Protection.measure``.
     """
     settings, inputs, cluster = _settings(trainer), trainer.inputs, trainer.cluster
     batches = EvalBatches(

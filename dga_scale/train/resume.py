@@ -23,13 +23,13 @@ class Start:
     """The start of a run, the same on all ranks.
 
     Attributes:
-        checkpoint: what it resumes from; None: the base model's weights.
-        schedule: of its learning rate.
-        optimizer: the name of its optimizer.
-        base_model: hash of the weights that the run, or the one it resumes from, started from.
-        prior_importance: hashes of the files of ``--prior_importance``.
-        before: the evaluation of the base model that the checkpoint knows; empty where there is none yet.
-        lines: what there is to say of it.
+        checkpoint: The checkpoint that it resumes from; None: the base model's weights.
+        schedule: The schedule of its learning rate.
+        optimizer: The name of its optimizer.
+        base_model: The hash of the weights that the run, or the one it resumes from, started from.
+        prior_importance: The hashes of the files of ``--prior_importance``.
+        before: The evaluation of the base model that the checkpoint knows; empty where there is none yet.
+        lines: The lines to print about it.
 
     """
 
@@ -66,7 +66,7 @@ def find_start(inputs: Inputs, cluster: Cluster) -> Start:
     from those.
 
     Raises:
-        UserError: on all ranks: a checkpoint that is damaged or of another run than the settings say.
+        UserError: On all ranks: a checkpoint that is damaged or of another run than the settings say.
 
     """
     config, folder = inputs.config, inputs.folder
@@ -92,7 +92,7 @@ def bring(start: Start, inputs: Inputs, cluster: Cluster) -> None:
     Every rank has to call it, once the folder is there.
 
     Raises:
-        UserError: on all ranks: what goes with the checkpoint is lost or changed, or the disk is full.
+        UserError: On all ranks: what goes with the checkpoint is lost or changed, or the disk is full.
 
     """
 

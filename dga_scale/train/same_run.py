@@ -36,7 +36,7 @@ def check_same_program(config: TrainConfig, cluster: Cluster) -> None:
     """Compare settings (flags and YAML file), the DeepSpeed JSON, our code and the libraries.
 
     Raises:
-        UserError: on every rank, naming the first that differs, its host, the keys and both values.
+        UserError: On every rank, naming the first that differs, its host, the keys and both values.
     """
     _compare(
         cluster,
@@ -49,7 +49,7 @@ def check_same_data(inputs: Inputs, cluster: Cluster) -> None:
     """Compare what the settings' paths and names refer to: corpora, tokenizer, model configuration.
 
     Raises:
-        UserError: as above.
+        UserError: As above.
     """
     _compare(cluster, lambda: _data(inputs), "put them on a file system that all nodes share, or copy again")
 
@@ -58,7 +58,7 @@ def check_shared_folder(folder: Path, cluster: Cluster, patience: float = _PATIE
     """Check that ``folder``, which rank 0 has made, is one and the same for all ranks.
 
     Raises:
-        UserError: on every rank, naming one that does not see what rank 0 wrote.
+        UserError: On every rank, naming one that does not see what rank 0 wrote.
     """
     if cluster.world_size == 1:
         return

@@ -12,13 +12,13 @@ class Schedule:
     """The learning rates of the steps from ``first`` to below ``stop``. Plain data: a checkpoint keeps it.
 
     Attributes:
-        kind: how it decays after warm-up; ``--lr_scheduler_type``.
-        peak: the largest learning rate.
-        floor: the one that the decay leads to, over the peak.
-        first: step that it begins with; above 0 where a run resumed with another schedule.
-        stop: one past its last step, ``--max_steps``.
-        warmup: steps in which the learning rate rises.
-        decay: last steps in which ``warmup_stable_decay`` decays.
+        kind: The form of the decay after warm-up, ``--lr_scheduler_type``.
+        peak: The largest learning rate.
+        floor: The learning rate at the end of the decay, over the peak.
+        first: The step that it begins with; above 0 where a run resumed with another schedule.
+        stop: The step after its last one, ``--max_steps``.
+        warmup: The number of steps in which the learning rate rises.
+        decay: The number of last steps in which ``warmup_stable_decay`` decays.
 
     """
 
@@ -35,8 +35,8 @@ class Schedule:
         """Return the schedule that settings ask for.
 
         Args:
-            settings: their shares of warm-up and decay are of the steps from ``first`` on.
-            first: step that it begins with.
+            settings: The settings; their shares of warm-up and decay are of the steps from ``first`` on.
+            first: The step that it begins with.
             warmup: The steps of warm-up, instead of those that ``warmup_ratio`` gives.
 
         """
@@ -60,7 +60,7 @@ class Schedule:
         al., arXiv 2405.18392).
 
         Raises:
-            ValueError: the step is outside the schedule.
+            ValueError: The step is outside the schedule.
 
         """
         if not self.first <= step < self.stop:
@@ -87,8 +87,8 @@ class Schedule:
         of this schedule, in steps. None for a decay that has begun: it was one to another last step.
 
         Args:
-            settings: those of the run that resumes.
-            done: steps done.
+            settings: The settings of the run that resumes.
+            done: The number of steps done.
 
         """
         other = Schedule.of(settings, self.first, self.warmup)

@@ -42,10 +42,10 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
     """Train on each ``--corpus`` in turn, from a dense model's warm-up where the method has one.
 
     Returns:
-        the exit code of the last run: 0, or that of a run that was stopped.
+        The exit code of the last run: 0, or that of a run that was stopped.
 
     Raises:
-        UserError: on every rank; also for a corpus that only a later domain needs, before any is trained.
+        UserError: On every rank; also for a corpus that only a later domain needs, before any is trained.
     """
     stages = cluster.run_on_all(lambda: _stages(config))
     if len(stages) == 1:
@@ -184,11 +184,11 @@ def losses_after_each(
     """Follow each domain's held-out loss, and that on general text, through a sequence of runs.
 
     Args:
-        summaries: what ``summary.json`` says of each run.
-        names: of the domains, one a run.
+        summaries: The content of ``summary.json`` of each run.
+        names: The names of the domains, one a run.
 
     Returns:
-        losses by domain, one after each run; losses on general text before the first run and after each. None
+        Losses by domain, one after each run; losses on general text before the first run and after each. None
         where there is none on the text that the domain's own run (of general text: the first) was scored on.
 
     """

@@ -36,22 +36,22 @@ class Trainer:
     loaded into them.
 
     Args:
-        inputs: what the run works on.
-        cluster: the ranks.
-        log: of the run.
-        start: where the run starts, with a checkpoint whose state is loaded; None: at the model's weights.
+        inputs: The inputs of the run.
+        cluster: The ranks.
+        log: The log of the run.
+        start: The run's start, with a checkpoint whose state is loaded; None: the model's weights.
 
     Attributes:
-        method: the objective.
-        model: the training model; ``engine.module`` is the same.
-        anatomy: where the units of the language model live.
-        protection: the protection of those units, for methods that have some.
-        engine: the DeepSpeed engine.
-        start: where the run starts, and the schedule of its learning rate.
-        before: the base model's evaluation, which checkpoints keep; empty as long as there is none.
+        method: The objective.
+        model: The training model; ``engine.module`` is the same.
+        anatomy: The places of the language model's units.
+        protection: The protection of those units, for methods that have some.
+        engine: The DeepSpeed engine.
+        start: The run's start, and the schedule of its learning rate.
+        before: The base model's evaluation, which checkpoints keep; empty as long as there is none.
 
     Raises:
-        UserError: on every rank, for a model, method or checkpoint that can't be used.
+        UserError: On every rank, for a model, method or checkpoint that can't be used.
 
     """
 
@@ -121,7 +121,7 @@ class Trainer:
         """Make one optimizer step on this rank's part of the global batch.
 
         Returns:
-            the loss terms (scalars on the device; the mean over ranks is the value on the global batch),
+            The loss terms (scalars on the device; the mean over ranks is the value on the global batch),
             and the learning rate.
 
         """

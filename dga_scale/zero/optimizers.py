@@ -28,10 +28,11 @@ class OptimizerKind:
     """One optimizer.
 
     Attributes:
-        build: makes it of parameter groups and settings, with learning rate 0: the loop sets it each step.
-        moments: what its state holds for each entry that it steps, in fp32, by name.
-        attach: called with that optimizer and its engine once the engine is built, so that an optimizer can
-            learn where its parameters lie; by default nothing.
+        build: The function that makes it of parameter groups and settings, with learning rate 0: the loop
+            sets it each step.
+        moments: The tensors that its state holds for each entry that it steps, in fp32, by name.
+        attach: The function that gets that optimizer and its engine once the engine is built, so that an
+            optimizer can learn where its parameters lie; by default nothing.
 
     """
 
@@ -52,7 +53,7 @@ def optimizer_kind(name: str) -> OptimizerKind:
     """Look an optimizer up.
 
     Raises:
-        UserError: there is none of that name, with those that there are and the nearest.
+        UserError: There is none of that name, with those that there are and the nearest.
     """
     if name not in OPTIMIZERS:
         raise UserError(

@@ -20,9 +20,9 @@ class Adapter(nn.Module):
 
     Args:
         hidden_size: H.
-        size: width of the bottleneck.
-        activation: as transformers names it.
-        dtype: of the weights.
+        size: The width of the bottleneck.
+        activation: The activation, as transformers names it.
+        dtype: The dtype of the weights.
 
     """
 
@@ -47,7 +47,7 @@ def apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> None:
 
     Args:
         base: The base model, which is changed.
-        anatomy: of ``base``.
+        anatomy: The anatomy of ``base``.
         settings: ``size`` of the bottleneck, ``activation``.
 
     """

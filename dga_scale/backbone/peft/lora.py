@@ -37,13 +37,14 @@ def inject_lora(
     own until B is trained.
 
     Args:
-        lm: the model.
-        anatomy: of the model.
-        roles: of the projections, see ``unit_kinds.Role``; a module of several roles is adapted as a whole.
-        rank: of the matrices.
-        alpha: see above.
-        dropout: probability.
-        base_name: of the model that the adapter is loaded onto, for its config.
+        lm: The model.
+        anatomy: The anatomy of the model.
+        roles: The roles of the projections, see ``unit_kinds.Role``; a module of several roles is adapted as
+            a whole.
+        rank: The rank of the matrices.
+        alpha: The scale, see above.
+        dropout: The dropout probability.
+        base_name: The name of the model that the adapter is loaded onto, for its config.
 
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -71,8 +72,8 @@ class LoraWeights:
     """The weights of a model with LoRA, as those of the plain model and as ``peft``'s adapter.
 
     Attributes:
-        scaling: alpha / rank.
-        transposed: the model stores its weights as (inputs, outputs), as GPT-2 does.
+        scaling: The factor ``alpha / rank``.
+        transposed: Whether the model stores its weights as (inputs, outputs), as GPT-2 does.
 
     """
 
@@ -106,8 +107,8 @@ class LoraWeights:
         """Compute a weight of the plain model: ``W + scaling B A`` in the stored precision.
 
         Args:
-            name: as stored.
-            read: a stored weight by its name.
+            name: The name, as stored.
+            read: The function that returns a stored weight by its name.
 
         """
         weight = read(name)

@@ -25,9 +25,9 @@ class SoftPrompt(nn.Module):
 
     Args:
         tokens: P, their number.
-        width: of the embeddings.
-        std: of their first, random values.
-        dtype: of the weights.
+        width: The width of the embeddings.
+        std: The standard deviation of their first, random values.
+        dtype: The dtype of the weights.
 
     """
 
@@ -50,14 +50,14 @@ def apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anatom
 
     Args:
         base: The base model, which is changed.
-        anatomy: of ``base``.
+        anatomy: The anatomy of ``base``.
         settings: ``tokens``, their number P.
 
     Returns:
-        the anatomy, with P positions fewer.
+        The anatomy, with P positions fewer.
 
     Raises:
-        UserError: the model has no more than P positions.
+        UserError: The model has no more than P positions.
 
     """
     tokens = settings["tokens"]

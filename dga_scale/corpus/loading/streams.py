@@ -51,7 +51,7 @@ class BatchStream:
         mixture: The corpora that are trained on.
         masking: The masking policy; None for a causal model.
         global_batch_size: G, in rows.
-        micro_batch_size: b, in rows.
+        micro_batch_size: The micro-batch size b, in rows.
         rank: The rank r of this process.
         world_size: The number of ranks W.
         start_step: The first step.

@@ -79,7 +79,7 @@ def open_bytes(path: str, compression: str | None) -> BinaryIO:
     """Open a file for reading its bytes, decompressed.
 
     Raises:
-        UserError: the file can't be opened.
+        UserError: The file can't be opened.
     """
     try:
         match compression:
@@ -100,7 +100,7 @@ def first_bytes(path: str, compression: str | None) -> bytes:
     """Return the first bytes of a file, decompressed: at most ``FIRST_BYTES``, all of a shorter file.
 
     Raises:
-        UserError: the file can't be read, or is damaged.
+        UserError: The file can't be read, or is damaged.
     """
     with open_bytes(path, compression) as file:
         return _reading(path, compression, lambda: file.read(FIRST_BYTES))
@@ -110,7 +110,7 @@ def blocks(source: Source) -> Iterator[bytes]:
     """Yield a source's bytes, decompressed, some at a time, after a look at how they are encoded.
 
     Raises:
-        UserError: the file can't be read, is damaged, or is no UTF-8.
+        UserError: The file can't be read, is damaged, or is no UTF-8.
     """
     with open_bytes(source.path, source.compression) as file:
         _check_encoding(source.path, _reading(source.path, source.compression, lambda: file.peek(_BUFFER)))  # type: ignore[attr-defined]  # a BufferedReader
@@ -125,7 +125,7 @@ def lines(source: Source, segment: Segment) -> Iterator[tuple["LineNumber", byte
     one segment's.
 
     Raises:
-        UserError: the file can't be read, is damaged, is empty once decompressed, or is no UTF-8.
+        UserError: The file can't be read, is damaged, is empty once decompressed, or is no UTF-8.
     """
     path, compression = source.path, source.compression
     number = LineNumber(source, segment.start)
@@ -153,7 +153,7 @@ def decode(path: str, where: object, line: bytes) -> str:
     """Decode a line of a file.
 
     Raises:
-        UserError: the line is no UTF-8; it says at which column.
+        UserError: The line is no UTF-8; it says at which column.
     """
     try:
         return line.decode("utf-8")

@@ -55,7 +55,7 @@ def find_sources(inputs: Collection[str]) -> list[Source]:
     another ending) is told in one line on stderr.
 
     Raises:
-        UserError: an input matches nothing, is an empty file, or has a format that can't be read; a folder
+        UserError: An input matches nothing, is an empty file, or has a format that can't be read; a folder
             can't be entered, or a link in it leads nowhere.
     """
     paths: dict[str, bool] = {}  # by path, so that a file named twice is read once: whether it was named

@@ -20,7 +20,7 @@ def read_array(source: Source, take: Callable[[Any, str], T]) -> Iterator[T]:
     """Yield what ``take`` makes of each element and of where it stands (file and line).
 
     Raises:
-        UserError: the file can't be read, or is no JSON array; it names the line.
+        UserError: The file can't be read, or is no JSON array; it names the line.
     """
     text = _Text(source)
     text.expect("[")

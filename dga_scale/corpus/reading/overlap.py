@@ -53,7 +53,7 @@ class Overlap:
         paths: Files of JSON lines with ``text`` and perhaps ``text_pair``; other fields are not read.
 
     Raises:
-        UserError: a file does not exist, or a line (named) is not an example.
+        UserError: A file does not exist, or a line (named) is not an example.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -123,7 +123,7 @@ def read_examples(path: Path) -> Iterator[tuple[str, ...]]:
     """Yield the texts of each example: one, or two of a pair.
 
     Raises:
-        UserError: the file does not exist, or a line is not an example.
+        UserError: The file does not exist, or a line is not an example.
     """
     if not path.is_file():
         raise UserError("no such file of examples. Give JSON lines with a text in each", path)
@@ -152,7 +152,7 @@ def found_in_text(overlap: Overlap, inputs: Sequence[str], options: ReadOptions)
     """Count how many of each file's examples occur in raw text, which is read as the sharder reads it.
 
     Raises:
-        UserError: the sharder would refuse the text too.
+        UserError: The sharder would refuse the text too.
     """
     found: set[int] = set()
     for number, source in enumerate(find_sources(inputs)):

@@ -73,7 +73,7 @@ def read_segment(source: Source, segment: Segment, options: ReadOptions) -> Iter
     """The documents of a segment, as they stand in the source; "" for one without text.
 
     Raises:
-        UserError: text that is not UTF-8, a line that does not parse, a missing text field, a damaged file;
+        UserError: Text that is not UTF-8, a line that does not parse, a missing text field, a damaged file;
             each names the file and, where there are lines, the line.
     """
     if source.format == "text" and options.whole_files:

@@ -51,7 +51,7 @@ class Layout:
         """The layout for a tokenizer: masked LM if it has a mask token, else causal.
 
         Raises:
-            UserError: the tokenizer lacks the special tokens that rows need.
+            UserError: The tokenizer lacks the special tokens that rows need.
         """
         causal = tokenizer.mask_token_id is None
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id

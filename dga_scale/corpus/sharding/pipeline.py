@@ -87,7 +87,7 @@ def shard_corpus(
         array_task_patience: Seconds without any progress after which an array task does the others' shares.
 
     Raises:
-        UserError: any input, setting or folder that can't be used, or a full disk.
+        UserError: Any input, setting or folder that can't be used, or a full disk.
     """
     started = time.monotonic()
     for cached in (load_plan, load_document_batches, load_tokenizer_file, load_overlap):
