@@ -38,7 +38,7 @@ def page() -> str:
     """Write the page's whole text."""
     parts = [_HEAD]
     for common in (ModelSettings, DataSettings, OptimizationSettings, RunSettings):
-        parts += _section(f"## {common.__name__.removesuffix('Settings')}", common)
+        parts += _section(f"## {common.__name__.removesuffix('Settings')}", [common])
     parts += [
         "## Methods",
         "",
@@ -49,16 +49,19 @@ def page() -> str:
         *(f"| `{name}` | {_cell(settings.summary)} |" for name, settings in METHOD_SETTINGS.items()),
         "",
     ]
-    for group in _with_own_settings():
-        users = [name for name, settings in METHOD_SETTINGS.items() if issubclass(settings, group)]
-        parts += _section(f"### {', '.join(f'`{name}`' for name in users)}", group)
+    for users, groups in _by_users().items():
+        parts += _section(f"### {', '.join(f'`{name}`' for name in users)}", groups)
     return "\n".join(parts)
 
 
-def _with_own_settings() -> list[type[MethodSettings]]:
-    """The classes that declare settings of methods: first those that most methods share."""
-    found = {base: None for settings in METHOD_SETTINGS.values() for base in settings.__mro__ if _own(base)}
-    return sorted(found, key=lambda each: -sum(issubclass(s, each) for s in METHOD_SETTINGS.values()))
+def _by_users() -> dict[tuple[str, ...], list[type[MethodSettings]]]:
+    """Return the classes that declare methods' settings by the methods that have them, most shared first."""
+    found: dict[tuple[str, ...], list[type[MethodSettings]]] = {}
+    for group in dict.fromkeys(base for each in METHOD_SETTINGS.values() for base in each.__mro__):
+        if _own(group):
+            users = tuple(name for name, each in METHOD_SETTINGS.items() if issubclass(each, group))
+            found.setdefault(users, []).append(group)
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
 def _own(group: type[Any]) -> list[Setting]:
@@ -67,14 +70,15 @@ def _own(group: type[Any]) -> list[Setting]:
     return [each for each in declared(group) if each.name in names] if is_dataclass(group) else []
 
 
-def _section(title: str, group: type[Any]) -> list[str]:
+def _section(title: str, groups: list[type[Any]]) -> list[str]:
     rows = [
         f"| `{each.name}` | {_default(each)} | {_values(each)} | {each.affects}"
         f"{', but for repetitions' * each.repeats} | {_cell(each.help)} | {_cell(each.source)} |"
+        for group in groups
         for each in _own(group)
     ]
     head = ["| setting | default | values | affects | what it does | source |", "|---|---|---|---|---|---|"]
-    return [title, "", str(group.__doc__), "", *head, *rows, ""]
+    return [title, "", " ".join(str(group.__doc__) for group in groups), "", *head, *rows, ""]
 
 
 def _default(each: Setting) -> str:

@@ -10,6 +10,13 @@ def test_the_page_is_up_to_date() -> None:
     assert written == page(), "run `make docs`"
 
 
+def test_there_is_one_section_of_each_title() -> None:
+    titles = [line for line in page().splitlines() if line.startswith("#")]
+    assert len(titles) == len(set(titles)) > 20
+    assert "### `das`" in titles
+    assert "### `ewc`" in titles
+
+
 def test_every_setting_stands_there_once_for_each_default() -> None:
     lines = page().splitlines()
     for each in known_settings().values():

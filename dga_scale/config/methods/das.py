@@ -11,7 +11,7 @@ from dga_scale.unit_kinds import UNIT_KINDS
 
 @dataclass(frozen=True)
 class DASSettings(PriorImportanceSettings, DGASettings):
-    """DGA's settings, with the FFN's units protected too, and the importances of earlier domains."""
+    """DGA's settings, with the FFN's units protected too."""
 
     name: ClassVar = "das"
     summary: ClassVar = (

@@ -29,7 +29,7 @@ PROTECT = (
 
 @dataclass(frozen=True)
 class ProtectionSettings(MethodSettings):
-    """The importance of units, and the soft-mask it makes; of every method that measures and protects."""
+    """How the importance of units is measured, and which soft-mask it makes."""
 
     protect: list[str] = setting(["heads"], PROTECT, UNIT_KINDS, source="DGA")
     soft_mask: str = setting(
@@ -66,7 +66,7 @@ class ProtectionSettings(MethodSettings):
 
 @dataclass(frozen=True)
 class PriorImportanceSettings(ProtectionSettings):
-    """The importances of earlier domains; of every method that what was learnt before protects."""
+    """The importances of what was learnt before, which protect it."""
 
     # In a run over several corpora each domain's run gets what the earlier ones left: the method itself sets
     # ``measures_after``.
@@ -81,7 +81,7 @@ class PriorImportanceSettings(ProtectionSettings):
 
 @dataclass(frozen=True)
 class GeneralTextSettings(MethodSettings):
-    """A corpus of general text that a method uses beside the text it trains on."""
+    """General text, beside the text that is trained on."""
 
     general_corpus: str | None = setting(
         None, "Folder of general text, on which the Fisher is measured. Needed.", refers="corpus"
