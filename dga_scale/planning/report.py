@@ -14,6 +14,26 @@ from dga_scale.planning.plan import GIB, Plan, Planner
 
 DAY = 86400
 
+PURPOSES = {
+    "weights": "the model's, in the precision of the forward passes",
+    "master weights": "the fp32 copy that the optimizer steps",
+    "moments": "the optimizer's state of each entry, fp32",
+    "teacher": "a frozen copy of the starting model",
+    "weight_regularisation": "the starting weights, and the Fisher where there is one, fp32",
+    "movement": "the protected rows as they started, to measure how far they move",
+    "gradients": "at the moment of the peak",
+    "gathered weights": "whole weights that ZeRO-3 has gathered at once",
+    "activations": "kept by the forward passes for the backward pass",
+    "keys of the contrast": "pooled states of all ranks' rows, which the contrast compares",
+    "logits": "of the labelled positions, over the vocabulary",
+    "buckets": "gradients collected for one call, and the copies made to reduce them",
+    "work on a block": "intermediate results of one block's backward pass",
+    "fp32 gradients of the step": "gradients as the optimizer takes them",
+    "masked weights of the step": "weights kept aside while the soft-mask scales their update",
+    "copy for a save": "what --async_save writes in the background",
+}
+"""The purposes of a rank's memory (``memory``), with what they are."""
+
 
 def as_json(planner: Planner, plan: Plan, recommended: Plan | None) -> dict[str, Any]:
     """Return all results of a plan as JSON data, in bytes and seconds."""
@@ -64,10 +84,17 @@ def print_plan(planner: Planner, plan: Plan, recommended: Plan | None) -> None:
     columns = {"as configured": plan}
     if recommended is not None and recommended.choice != plan.choice:
         columns["recommended"] = recommended
-    console = Console(highlight=False)
+    console = _console()
     console.print(Group(_overview(planner, columns), _memory(planner, columns)))
     for line in _summary(planner, plan, recommended):
         console.print(line, soft_wrap=True)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:  # in a pipe rich would wrap at 80 columns
+        console.width = 160
+    return console
 
 
 def _overview(planner: Planner, columns: dict[str, Plan]) -> Table:
@@ -80,7 +107,7 @@ def _overview(planner: Planner, columns: dict[str, Plan]) -> Table:
     steps = planner.config.optimization.max_steps
     rows: dict[str, list[str]] = {
         "ZeRO stage": [str(p.choice.stage) for p in columns.values()],
-        "recomputed (--gradient_checkpointing)": [
+        "activations recomputed (--gradient_checkpointing)": [
             "yes" if p.choice.checkpointing else "no" for p in columns.values()
         ],
         "rows: micro-batch x accumulation x GPUs": [
@@ -89,13 +116,13 @@ def _overview(planner: Planner, columns: dict[str, Plan]) -> Table:
         f"traffic a step and rank, {planner.length} tokens a row": [
             _size(p.traffic.total) for p in columns.values()
         ],
-        "  of it the contrast's keys": [_size(p.traffic.contrast) for p in columns.values()],
+        "  of it keys of the contrast": [_size(p.traffic.contrast) for p in columns.values()],
         f"step ({_assumed(gpu)})": [_duration(p.time.step) for p in columns.values()],
         "  forward and backward": [_duration(p.time.compute) for p in columns.values()],
         "  optimizer": [_duration(p.time.optimizer) for p in columns.values()],
         "  waiting for communication": [_duration(p.time.exposed) for p in columns.values()],
-        "  to and from the host": [_duration(p.time.host) for p in columns.values()],
-        "MFU of the step": [f"{p.mfu:.1%}" for p in columns.values()],
+        "  transfers to and from the host (offload)": [_duration(p.time.host) for p in columns.values()],
+        "MFU of the step (matrix FLOP/s over the peak)": [f"{p.mfu:.1%}" for p in columns.values()],
         "tokens/s": [f"{_tokens(p) / p.time.step:,.0f}" for p in columns.values()],
         f"{steps:,} steps": [_duration(steps * p.time.step) for p in columns.values()],
         "  tokens": [f"{steps * _tokens(p):,}" for p in columns.values()],
@@ -112,7 +139,10 @@ def _assumed(gpu: Gpu) -> str:
     """Describe the assumption behind the compute time."""
     if gpu.mfu:
         return f"forward and backward at {gpu.mfu:.0%} MFU, as given"
-    return f"assumed: products at {gpu.product_efficiency:.0%}, memory at {gpu.memory_efficiency:.0%} of peak"
+    return (
+        f"assumed: matrix products at {gpu.product_efficiency:.0%}, "
+        f"memory at {gpu.memory_efficiency:.0%} of the peak"
+    )
 
 
 def _memory(planner: Planner, columns: dict[str, Plan]) -> Table:
@@ -120,14 +150,15 @@ def _memory(planner: Planner, columns: dict[str, Plan]) -> Table:
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
+    table.add_column("what it is")
     for where in ("device", "host"):
         sizes = [getattr(plan.memory, where) for plan in columns.values()]
         for name in dict.fromkeys(name for column in sizes for name in column):
             label = name if where == "device" else f"host: {name}"
-            table.add_row(label, *(_size(column.get(name, 0)) for column in sizes))
+            table.add_row(label, *(_size(column.get(name, 0)) for column in sizes), PURPOSES[name])
     table.add_section()
     table.add_row("all", *(_size(plan.memory.total) for plan in columns.values()))
-    table.add_row("room on the GPU", *(_size(planner.cluster.room) for _ in columns))
+    table.add_row("usable on the GPU", *(_size(planner.cluster.room) for _ in columns))
     table.add_row("", *("fits" if plan.fits else "does not fit" for plan in columns.values()))
     return table
 
@@ -189,7 +220,7 @@ def print_scaling(planner: Planner) -> None:
             matters = gpus
         shares = (f"{plan.time.communication_share:.1%}" for plan in plans)
         table.add_row(f"{gpus:,}", *shares, _size(last.traffic.contrast), f"{share:.2%}")
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     if last.traffic.contrast:
         where = f"from {matters:,} GPUs on" if matters else "nowhere up to 1,024 GPUs"
@@ -215,9 +246,10 @@ def _importance(planner: Planner, plan: Plan) -> Iterable[str]:
 FORMULAS = """\
 Of S bytes over N ranks, a rank sends S (N-1)/N in an all-gather or reduce-scatter, twice that in an all-
 reduce (ZeRO, arXiv 1910.02054, section 7), over NVLink in a machine, its network cards between machines.
-Each call waits for its hops too: N-1 of a ring, twice that in its all-reduce, 2 log2 in a tree's, in the
-protocol that is fastest (NCCL's own cost model, src/graph/tuning.cc). ZeRO-1 and 2 all-reduce gradients, 3
-P in all, as DeepSpeed does by default (use_multi_rank_bucket_allreduce)."""
+Each call also waits for the latency of its hops: N-1 in a ring, twice that in a ring's all-reduce, 2 log2 N
+in a tree's, with the protocol that is fastest (NCCL's own cost model, src/graph/tuning.cc). ZeRO-1 and 2
+all-reduce gradients, with the gather of weights three times the parameters in all, as DeepSpeed does by
+default (use_multi_rank_bucket_allreduce)."""
 """The formulas behind the shares; ``cost.py`` has more details."""
 
 MATTERS = 0.01

@@ -13,6 +13,7 @@ from dga_scale.objectives.methods import METHODS
 from dga_scale.planning.cli import main
 from dga_scale.planning.gpus import GPUS
 from dga_scale.planning.plan import Cluster, Planner, make_planner
+from dga_scale.planning.report import PURPOSES
 from dga_scale.zero.ds_keys import load_ds_config
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -54,6 +55,24 @@ def test_a_large_one_does_not_and_what_would(capsys: pytest.CaptureFixture[str])
     assert best["fits"]
     assert best["micro_batch"] * best["accumulation"] * 8 == 256
     assert sum(best["device_bytes"].values()) <= found["room_bytes"]
+
+
+def test_every_purpose_of_memory_is_explained() -> None:
+    found = set()
+    for method in (
+        ["dga"],
+        ["kd"],
+        ["ewc", "--general_corpus", "x"],
+        ["dga", "--contrast_scope", "global_batch"],
+    ):
+        for config in ("zero0", "zero1", "zero2", "zero3", "zero3_offload"):
+            for more in (["--bf16", "false"], ["--async_save", "true", "--gradient_checkpointing", "true"]):
+                settings = ["--method", *method, *more, "--per_device_train_batch_size", "2"]
+                used = planner("roberta-base", 8, *settings, config=config).as_configured().memory
+                found |= {*used.device, *used.host}
+    large = ["--per_device_train_batch_size", "1", "--gradient_checkpointing", "true"]
+    found |= {*planner("xlm-roberta-xl", 1, *large, config="zero3").as_configured().memory.device}
+    assert found == {*PURPOSES}
 
 
 def test_the_recommendation_is_the_largest_micro_batch_that_fits() -> None:
