@@ -2,7 +2,7 @@
 
 trainer    transformers' Trainer with DataCollatorForLanguageModeling: logits of every position, a batch
            padded to its longest row, as run_mlm.py does.
-plain_dga  DGA written down naively: a pass of the whole model for each reading, logits of every position in
+plain_dga  DGA written down naively: a pass of the whole model for each view, logits of every position in
            all of them, masks on the gradient.
 
 Started by ``steps.py`` through the deepspeed launcher, and by ``benchmarks.gpu``. Rank 0 writes the seconds

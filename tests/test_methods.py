@@ -1,4 +1,4 @@
-"""Every method as a whole run: 20 steps on two ranks under ZeRO-2 and 3, cut in the middle and gone on."""
+"""Every method as a whole run: 20 steps on two ranks under ZeRO-2 and 3, cut in the middle and resumed."""
 
 import json
 import shutil
@@ -77,10 +77,10 @@ def cut(whole: Path, parts: Path) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_is_cut_goes_on_bit_for_bit(
+def test_a_run_that_is_cut_resumes_bit_for_bit(
     method: str, stage: int, world: SmallWorld, tmp_path: Path
 ) -> None:
-    """Losses and weights of a run that goes on after 10 steps are those of one that was not cut."""
+    """Losses and weights of a run that resumes after 10 steps are those of one that was not cut."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_ranks(2, run_training, flags_of(world, whole, method, stage)) == [0, 0]
     cut(whole, parts)

@@ -2,7 +2,7 @@
 
 What has to agree, and to what: samples, their order and their masks exactly; losses, weights and Adam's
 moments to what the order of sums in fp32 does to them over eight steps. A contrast is taken among the rows of
-one pass of all ranks, here the whole global batch on any number of them; with more passes than one, it would
+one micro-batch of all ranks, here the whole global batch on any number of them; with more than one, it would
 be among the rows of each. Dropout is drawn on each rank, so runs on other numbers of ranks draw otherwise,
 which is no error but can't be compared: where a method needs dropout, its probability here is 1e-12.
 """
@@ -111,7 +111,7 @@ def leg(flags: list[str], stop_after: int, importance: Path, folder: Path) -> in
 def trained(ranks: int, stop_after: int, flags: list[str], importance: Path, folder: Path) -> Samples:
     """Run a leg; each step's samples in the order of the global batch.
 
-    Chunks: that of passes and ranks. Documents: one pass, whose sorted rows the ranks take in turn.
+    Chunks: that of micro-batches and ranks. Documents: one, whose sorted rows the ranks take in turn.
     """
     folder.mkdir(parents=True)
     launched = launch(ranks, leg, flags, stop_after, importance, folder)

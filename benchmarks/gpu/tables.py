@@ -47,7 +47,7 @@ def report(shapes: Mapping[str, Found], sequence_length: int, global_batch: int)
 def _conditions(found: Found, sequence_length: int, global_batch: int) -> str:
     return (
         f"{global_batch} rows of {sequence_length} tokens in a step, none padded; bf16, ZeRO-2 unless named. "
-        "Model FLOPs: the matrix products of forward and backward over all readings of a row (one in MLM, "
+        "Model FLOPs: the matrix products of forward and backward over all views of a row (one in MLM, "
         "four in DGA), attention's over the whole row, the LM head's at the masked positions; MFU is over "
         f"{found['peak']['flops'] / 1e12:.0f} TFLOP/s ({found['peak']['source']}). Projected: "
         f"{PAPERS_ROWS:,} sequences and, in DGA, importance on {PAPERS_IMPORTANCE_ROWS:,} rows, without "

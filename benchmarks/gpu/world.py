@@ -30,7 +30,7 @@ class Scale:
         vocabulary: of the tokenizer and the models.
         sequence_length: of every row.
         global_batch: rows in an optimizer step.
-        micro_batches: rows in a pass that are tried, upward, by whether there are the four readings of DGA.
+        micro_batches: rows in a pass that are tried, upward, by whether there are the four views of DGA.
         documents: of the corpus; some rows each.
         steps, rounds, warm_up: a figure is the median of ``rounds`` averages over ``steps`` steps.
         importance_rows: over which the importance pass is timed.

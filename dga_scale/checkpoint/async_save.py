@@ -2,7 +2,7 @@
 
 In the background (``--async_save``) a save copies this rank's shard into host memory, and a thread writes and
 syncs the copy into the temporary folder while training goes on. Only main threads communicate: how many saves
-a rank has written travels in the small reduction that every step makes anyway (``signals.Agreement``), and
+a rank has written travels in the small reduction that every step makes anyway (``StopConsensus``), and
 once all have written, the checkpoint is committed between two steps. Until then the folder is a temporary
 one, as that of any save: killed at any moment, the checkpoint is committed or absent.
 """

@@ -1,4 +1,4 @@
-"""The papers' comparisons: a tiny one, stopped and gone on with; the YAML, its cost, the papers' numbers."""
+"""The papers' comparisons: a tiny one, stopped and resumed; the YAML, its cost, the papers' numbers."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def write(folder: Path, changes: dict[str, Any] | None = None) -> str:
     return str(path)
 
 
-def test_a_comparison_is_stopped_and_gone_on_with(data: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_comparison_is_stopped_and_resumed(data: Path, capsys: pytest.CaptureFixture[str]):
     changes: dict[str, Any] = {"general": {"text": "{data}/general.jsonl"}}
     words = [write(data, changes), "--data", str(data)]
     words += ["--output_dir", str(data / "out")]

@@ -93,7 +93,7 @@ def run_in_trouble(run_flags: list[str], disk: Path, kind: str, until: int) -> i
 
 
 @pytest.mark.parametrize("kind", ["full", "read-only"])
-def test_training_goes_on_from_a_save_that_failed(
+def test_training_continues_after_a_save_that_failed(
     world: SmallWorld, expected: list[float], disk: Path, kind: str
 ) -> None:
     """Steps 3 to 5 with a disk or folder that takes nothing, among them the save after step 4."""
@@ -111,7 +111,7 @@ def test_training_goes_on_from_a_save_that_failed(
 
 
 @pytest.mark.parametrize("kind", ["full", "read-only"])
-def test_a_run_that_can_not_save_at_its_end_says_so_and_goes_on_later(
+def test_a_run_that_can_not_save_at_its_end_says_so_and_resumes_later(
     world: SmallWorld, expected: list[float], disk: Path, kind: str
 ) -> None:
     run = disk / "run"

@@ -64,7 +64,7 @@ def train_and_save(setups: Sequence[Setup], folder: Path) -> list[dict[str, Any]
 
 
 def resume(setups: Sequence[Setup], folder: Path) -> list[dict[str, Any]]:
-    """Load into the engine of another model with the same shapes, and go on."""
+    """Load into the engine of another model with the same shapes, and train on."""
     cluster, found = join_cluster(), []
     for number, setup in enumerate(setups):
         engine = tiny_engine(setup, MaskedLM(tiny_bert(seed=7)))

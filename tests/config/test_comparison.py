@@ -1,4 +1,4 @@
-"""A run folder is gone on with by settings that mean what they meant, however they are written."""
+"""A run folder is resumed by settings that mean what they meant, however they are written."""
 
 import os
 import shutil

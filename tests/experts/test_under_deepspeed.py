@@ -41,7 +41,7 @@ EPSILON = 1e-3  # gradients that are 0 but for rounding (of biases of keys) stay
 Centres = dict[str, Tensor]
 
 
-def model_with_experts(passes: int = 1) -> ExtendedPreTrainedModel:
+def model_with_experts(accumulation: int = 1) -> ExtendedPreTrainedModel:
     """Experts around three sequences of the first batch, two of them rank 0's; weights set apart."""
     dense = tiny_bert().eval()
     anatomy = anatomy_of(dense)
@@ -50,7 +50,7 @@ def model_with_experts(passes: int = 1) -> ExtendedPreTrainedModel:
     samples = collect_features(dense, anatomy, sublayers, [(ids, torch.ones_like(ids))], width=6, seed=0)
     clusters = {place: clusters_around(samples[place].features, (0, 1, 7)) for place in sublayers}
     model = add_experts(dense, clusters, samples, alpha=0.9).train()
-    update_centres_every(model, passes)
+    update_centres_every(model, accumulation)
     return model
 
 
@@ -59,7 +59,7 @@ def centres_of(model: ExtendedPreTrainedModel) -> Centres:
 
 
 def on_ranks(setup: Setup, folder: Path) -> tuple[dict[str, Tensor], Centres, list[bool], float, Centres]:
-    """Train, save after half the steps, and go on from there in a new engine too."""
+    """Train, save after half the steps, and resume from there in a new engine too."""
     cluster = join_cluster()
     engine = tiny_engine(setup, MaskedLM(model_with_experts(setup.accumulation)))
     idle = []
@@ -107,12 +107,12 @@ def reference() -> tuple[dict[str, Tensor], Centres]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "passes"), [(0, 2, 1), (1, 2, 1), (2, 2, 2), (3, 2, 1), (3, 2, 2), (3, 1, 1)]
+    ("stage", "ranks", "accumulation"), [(0, 2, 1), (1, 2, 1), (2, 2, 2), (3, 2, 1), (3, 2, 2), (3, 1, 1)]
 )
 def test_every_stage_trains_what_one_process_trains(
-    stage: int, ranks: int, passes: int, reference: tuple[dict[str, Tensor], Centres], tmp_path: Path
+    stage: int, ranks: int, accumulation: int, reference: tuple[dict[str, Tensor], Centres], tmp_path: Path
 ) -> None:
-    results = run_ranks(ranks, on_ranks, Setup(stage, accumulation=passes, epsilon=EPSILON), tmp_path)
+    results = run_ranks(ranks, on_ranks, Setup(stage, accumulation=accumulation, epsilon=EPSILON), tmp_path)
     expected, expected_centres = reference
     weights, centres, _, _, resumed = results[0]
     assert any(any(idle) for _, _, idle, _, _ in results), "every rank used every expert: shows nothing"

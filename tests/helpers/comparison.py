@@ -1,4 +1,4 @@
-"""What the tests of the comparison methods share: training models with a teacher, and plain readings."""
+"""What the tests of the comparison methods share: models with a teacher, and plain forward passes."""
 
 import dataclasses
 from pathlib import Path

@@ -145,17 +145,17 @@ def train_step(engine: DeepSpeedEngine, step: int, poison: str = "") -> float:
     ``poison``: "loss" or "gradient" makes that infinite or NaN in the last pass of the last rank.
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    passes = engine.gradient_accumulation_steps()
+    micro_batches = engine.gradient_accumulation_steps()
     ids, labels = global_batch(step, engine.train_batch_size())
     masked = int((labels != -100).sum())
     total = torch.zeros(())
-    for index in range(passes):
+    for index in range(micro_batches):
         micro = engine.train_micro_batch_size_per_gpu()
         start = (index * world_size + rank) * micro
         rows = slice(start, start + micro)
-        loss = engine(ids[rows], labels[rows], world_size * passes / masked)
-        total += loss.detach() / (world_size * passes)
-        if poison and index == passes - 1 and rank == world_size - 1:
+        loss = engine(ids[rows], labels[rows], world_size * micro_batches / masked)
+        total += loss.detach() / (world_size * micro_batches)
+        if poison and index == micro_batches - 1 and rank == world_size - 1:
             loss = loss * float("nan") if poison == "gradient" else loss + float("inf")
         backward(engine, loss)
         engine.step()

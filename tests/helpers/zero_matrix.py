@@ -172,7 +172,7 @@ def _partitioned_lm(ds_config: dict[str, Any]) -> nn.Module:
 
 
 def run_cells(cells: Sequence[Cell], from_zero_init: bool = False) -> list[Outcome]:
-    """Run cells one after the other, on every rank; only rank 0's weights are handed back."""
+    """Run cells one after the other, on every rank; only rank 0's weights are returned."""
     outcomes = [run_cell(cell, from_zero_init) for cell in cells]
     if torch.distributed.get_rank() > 0:
         return [Outcome({}, outcome.norms, outcome.losses) for outcome in outcomes]

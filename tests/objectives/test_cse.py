@@ -1,4 +1,4 @@
-"""CSE as whole runs on two ranks: experts found, trained, gone on with, and handed back."""
+"""CSE as whole runs on two ranks: experts found, trained, resumed, and exported."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def flags_of(world: SmallWorld, run: Path, stage: int = 2, **settings: Any) -> l
     return arguments(world, run, method="cse", **{**own, **settings})
 
 
-def test_a_run_that_is_stopped_goes_on_bit_for_bit(world: SmallWorld, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_resumes_bit_for_bit(world: SmallWorld, tmp_path: Path) -> None:
     stage = 3
     whole = flags_of(world, tmp_path / "whole", stage)
     # Blocks that are computed twice give the same numbers.
@@ -47,14 +47,14 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(world: SmallWorld, tmp_path: 
     assert len(losses(tmp_path / "whole")) == STEPS
 
 
-def test_what_is_handed_back(world: SmallWorld, tmp_path: Path) -> None:
+def test_what_is_exported(world: SmallWorld, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert run_ranks(2, run_training, flags_of(world, run, dropout=0.2)) == [0, 0]
     structure = json.loads((run / "experts.json").read_text())
     model = AutoModelForMaskedLM.from_pretrained(run / "model")
     assert type(model) is ExtendedForMaskedLM
     assert model.config.extension_settings == structure["settings"]
-    assert model.config.base.hidden_dropout_prob == 0.1, "the run's own override is not handed on"
+    assert model.config.base.hidden_dropout_prob == 0.1, "the run's own override is not passed on"
     sublayers = sparse_sublayers(model)
     assert [str(place) for place in sublayers] == [each["sublayer"] for each in structure["clusters"]]
     assert len(sublayers) == 4  # attention and FFN of the two last layers
@@ -68,7 +68,7 @@ def test_what_is_handed_back(world: SmallWorld, tmp_path: Path) -> None:
     assert steps[-1] < steps[0]
     classifier = AutoModelForSequenceClassification.from_pretrained(run / "model", num_labels=2)
     assert len(sparse_sublayers(classifier)) == 4
-    # The experts are gone on with by another run, here of another method and ZeRO-3.
+    # Another run starts with the experts, here of another method and ZeRO-3.
     again = tmp_path / "again"
     ds_config = REPOSITORY / "ds_configs" / "zero3.json"
     printed, _ = run_ranks(

@@ -1,4 +1,4 @@
-"""The contrast over all micro-steps, and the shared reading, against plain passes that keep everything."""
+"""The contrast over all micro-steps, and the shared view, against forward passes that keep everything."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def stepped(model: TrainingModel, parts: list[Batch], ranks: int = 1) -> Found:
     caches = [None] * len(parts)
     if contrast.spans(len(parts)):
         caches = cache_contrast(contrast, parts, lambda inputs: model(inputs, compute=model.contrasted))
-        assert not gradients_of(model), "the first reading left gradients"
+        assert not gradients_of(model), "the first forward pass left gradients"
     sums: dict[str, float] = {}
     for inputs, cached in zip(parts, caches, strict=True):
         loss, terms = model(inputs, counts, cached=cached)
@@ -62,7 +62,7 @@ def stepped(model: TrainingModel, parts: list[Batch], ranks: int = 1) -> Found:
 @pytest.mark.parametrize("views", ["paper", "shared"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_loss_and_gradient_are_those_of_plain_passes(views: str, accumulation: int) -> None:
-    """Against the reference, which reads whole batches, one pass of the stock model a reading."""
+    """Against the reference, which reads whole batches, one pass of the stock model a view."""
     model = protected_model("dga", contrast_views=views, contrast_scope="global_batch")
     terms, gradients = stepped(model, micro_batches(accumulation))
     reference = Reference(toy_lm(), protection=toy_protection(), shared_view=views == "shared")
@@ -72,7 +72,7 @@ def test_loss_and_gradient_are_those_of_plain_passes(views: str, accumulation: i
     assert_same_gradients(gradients, {name: step.gradients[name] for name in gradients})
 
 
-def test_the_shared_reading_is_the_lm_losses() -> None:
+def test_the_shared_view_is_the_lm_losses() -> None:
     method = protected_model("dga", contrast_views="shared").method
     views, contrast = method.views(), method.contrast()
     assert contrast is not None
@@ -113,10 +113,10 @@ def test_ranks_and_micro_steps_change_nothing() -> None:
         ("paper", False, False, True), ("shared", False, False, False),
     ],
 )  # fmt: skip
-def test_second_readings_repeat_the_dropout_of_the_first(
+def test_second_forward_passes_repeat_the_dropout_of_the_first(
     views: str, split: bool, checkpointing: bool, kernels: bool
 ) -> None:
-    """Plain: the states of all micro-batches drawn once, with gradient; then the LM loss's readings."""
+    """Plain: the states of all micro-batches drawn once, with gradient; then the LM loss's forward passes."""
     settings = {"contrast_views": views, "contrast_scope": "global_batch", "split_views": split}
     parts, labels = micro_batches(4), counts_of(toy_batch(ROWS)).num_labels
     plain = protected_model("dga", dropout=0.1, **settings)

@@ -1,4 +1,4 @@
-"""Rows put end to end and read in fewer, against the same rows read padded."""
+"""Documents packed into fewer rows, against the same rows padded."""
 
 from collections.abc import Sequence
 
@@ -196,7 +196,7 @@ def test_a_full_batch_needs_no_attention_mask() -> None:
 
 
 def trained(stages: Sequence[int]) -> list[dict[str, Tensor]]:
-    """Two DGA steps; sorted rows are dealt out to the ranks, each of which packs its own."""
+    """Two DGA steps; sorted rows are assigned to the ranks, each of which packs its own."""
     found, ranks = [], dist.get_world_size()
     own = packed_batch(rows_of(by_length(), slice(dist.get_rank(), None, ranks)))
     for stage in stages:

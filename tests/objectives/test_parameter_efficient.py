@@ -1,4 +1,4 @@
-"""LoRA, adapters and soft prompts as methods: what trains; under ZeRO 2 and 3, resumed and handed back."""
+"""LoRA, adapters and soft prompts as methods: what trains; under ZeRO 2 and 3, resumed and exported."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-import dga_scale.backbone.extended  # noqa: F401  # what a user imports to load the models handed back
+import dga_scale.backbone.extended  # noqa: F401  # what a user imports to load the exported models
 from dga_scale.backbone.peft.lora import FOLDER
 from dga_scale.checkpoint.export import consolidate
 from dga_scale.checkpoint.state import load_checkpoint
@@ -105,7 +105,7 @@ def trained(
 
 
 @pytest.mark.parametrize("setup", [Setup(2), Setup(3)], ids=str)
-def test_trained_on_ranks_resumed_and_handed_back(setup: Setup, tmp_path: Path) -> None:
+def test_trained_on_ranks_resumed_and_exported(setup: Setup, tmp_path: Path) -> None:
     by_rank = run_ranks(2, trained, tmp_path, list(SETTINGS), setup)
     for name in SETTINGS:
         logits, resumed, weights = by_rank[0][name]
@@ -128,8 +128,8 @@ def test_trained_on_ranks_resumed_and_handed_back(setup: Setup, tmp_path: Path) 
             assert all(torch.equal(value, plain[key.removeprefix("base.")]) for key, value in frozen.items())
 
 
-def test_a_run_goes_on_with_the_adapters_of_an_earlier_one(tmp_path: Path) -> None:
-    """The model handed back says of its base what was published, not the dropout that the run set."""
+def test_a_run_starts_with_the_adapters_of_an_earlier_one(tmp_path: Path) -> None:
+    """The exported model says of its base what was published, not the dropout that the run set."""
     world = make_world(tmp_path)
     first, second = tmp_path / "first", tmp_path / "second"
     flags = {"method": "adapter", "adapter_size": 6, "max_steps": 2, "dropout": 0.3}

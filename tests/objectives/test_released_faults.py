@@ -171,7 +171,7 @@ def pooled_views(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def test_fault_4_a_positive_pair_of_two_different_sentences() -> None:
-    """With dropout off both readings of a sentence are one: cos(u_i, v_i) = 1."""
+    """With dropout off both views of a sentence are one: cos(u_i, v_i) = 1."""
     pooled = pooled_views(toy_model(), toy_batch())
     cosine = F.cosine_similarity(pooled["full"], pooled["full_plus"])
     torch.testing.assert_close(cosine, torch.ones(ROWS), rtol=0, atol=1e-6)

@@ -63,7 +63,7 @@ def test_keys_of_the_contrast(dga: PlannedModel) -> None:
 
 
 def test_a_contrast_over_all_passes_is_read_twice_and_gathered_once(dga: PlannedModel) -> None:
-    """As many bytes in one gather; one more forward pass of what is contrasted, the LM reading apart."""
+    """As many bytes in one gather; one more forward pass of what is contrasted, the LM view apart."""
     whole = plan_of("roberta-base", "--method", "dga", "--contrast_scope", "global_batch")
     settings, split = zero(3, 8), dataclasses.replace(BATCH, stacked=1)
     plain, spanning = (traffic(model, settings, BATCH, micro_steps=4) for model in (dga, whole))

@@ -81,7 +81,7 @@ def test_nothing_pulls_at_the_reference_weights(ewc: bool) -> None:
         assert torch.equal(gradient, before)
 
 
-def test_the_reference_does_not_follow_the_weights_and_strangers_are_left_alone() -> None:
+def test_the_reference_does_not_follow_the_weights_and_other_parameters_are_left_alone() -> None:
     model = plain_model()
     first, *others = cut(model)
     weight_penalty = WeightPenalty([first], WEIGHT)

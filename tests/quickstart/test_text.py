@@ -77,7 +77,7 @@ def test_markup_is_taken_off_an_article() -> None:
     )
 
 
-def test_redirects_are_passed_over(tmp_path: Path) -> None:
+def test_redirects_are_skipped(tmp_path: Path) -> None:
     page = "<page><title>{}</title>{}<revision><text>{}</text></revision></page>"
     xml = (
         '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">'

@@ -110,7 +110,7 @@ def refused(runs: list[list[str]]) -> list[tuple[bool, bool, bool]]:
     return found
 
 
-def test_a_nan_in_the_first_reading_refuses_the_step(world: SmallWorld, tmp_path: Path) -> None:
+def test_a_nan_in_the_first_forward_pass_refuses_the_step(world: SmallWorld, tmp_path: Path) -> None:
     cells = [{"stage": stage, "gradient_accumulation_steps": 2} for stage in (0, 2, 3)]
     flags = [flags_of(world, tmp_path / "run", settings) for settings in cells]
     for rank in run_ranks(2, refused, flags):

@@ -207,7 +207,7 @@ def corrupt(flags: list[str], step: int) -> int:
         return run_training(flags)
 
 
-def test_a_run_stops_at_the_fault_and_goes_on_from_before_it(world: SmallWorld, tmp_path: Path) -> None:
+def test_a_run_stops_at_the_fault_and_resumes_from_before_it(world: SmallWorld, tmp_path: Path) -> None:
     flags = arguments(
         world,
         tmp_path / "run",

@@ -83,7 +83,7 @@ def summary_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", COMPANIONS)
-def test_a_run_that_goes_on_elsewhere_is_the_one_that_never_stopped(
+def test_a_run_that_resumes_elsewhere_is_the_one_that_never_stopped(
     straight: Callable[[str], Path], world: SmallWorld, headless: Path, tmp_path: Path, kind: str
 ) -> None:
     first, new = straight(kind), tmp_path / "new"
@@ -186,7 +186,7 @@ def short(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_constant_schedule_goes_on_as_if_it_had_been_longer(
+def test_a_constant_schedule_is_extended_as_if_it_had_been_longer(
     short: Path, world: SmallWorld, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(short, tmp_path / "run"))
@@ -199,7 +199,7 @@ def test_a_constant_schedule_goes_on_as_if_it_had_been_longer(
     assert summary_of(run)["steps"] == 6
     model, expected = (load_file(each / "model" / "model.safetensors") for each in (run, tmp_path / "longer"))
     assert all(torch.equal(model[name], expected[name]) for name in expected)
-    # And goes on as what it is now.
+    # And resumes as what it is now.
     assert run_ranks(1, run_training, constant_flags(world, run, max_steps=6)) == [0]
     assert len(losses(run)) == 6
 

@@ -118,7 +118,7 @@ def test_each_domains_importance_protects_it_from_the_later_ones(world: SmallWor
     assert (run / "report.html").exists()
 
 
-def test_a_sequence_goes_on_inside_and_between_domains(world: SmallWorld, tmp_path: Path) -> None:
+def test_a_sequence_resumes_inside_and_between_domains(world: SmallWorld, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_ranks(2, run_sequence, flags_of(world, whole)) == [0, 0]
     for step in (1, 3):
@@ -164,7 +164,7 @@ def test_a_missing_later_corpus_is_refused_before_the_first_is_trained(
 
 
 def test_experts_after_a_dense_warm_up_from_random_weights(world: SmallWorld, tmp_path: Path) -> None:
-    """Pretraining from scratch: a dense run first, whose model is clustered; the same command goes on."""
+    """Pretraining from scratch: a dense run first, whose model is clustered; the same command resumes."""
     run = tmp_path / "run"
     flags = arguments(
         world, run, method="cse", random_init="true", cse_warmup_steps=2, cse_samples=64, cse_projection=8,

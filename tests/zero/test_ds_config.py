@@ -223,17 +223,17 @@ def test_batch_sizes_that_do_not_divide(flags: str, ranks: int, message: str) ->
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_16_bit_gradients_are_summed_in_fp32(stage: int) -> None:
-    """Over ranks always, over passes where DeepSpeed can: not in ZeRO-0."""
+    """Over ranks always, over accumulation steps where DeepSpeed can: not in ZeRO-0."""
     raw: dict[str, Any] = {"zero_optimization": {"stage": stage}}
-    passes = "--gradient_accumulation_steps 4"
-    several = resolve(raw, passes).ds_config
+    accumulation = "--gradient_accumulation_steps 4"
+    several = resolve(raw, accumulation).ds_config
     assert several["communication_data_type"] == "fp32"
     assert several.get("data_types") == ({"grad_accum_dtype": "fp32"} if stage else None)
     assert "data_types" not in resolve(raw).ds_config
     for key in ("data_types", "communication_data_type"):
-        assert key not in resolve(raw, f"{passes} --bf16 false").ds_config
+        assert key not in resolve(raw, f"{accumulation} --bf16 false").ds_config
     own = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
-    kept = resolve(raw | own, passes).ds_config
+    kept = resolve(raw | own, accumulation).ds_config
     assert {key: kept[key] for key in own} == own
 
 

@@ -207,11 +207,11 @@ def test_all_world_sizes_see_the_same(
         for rank in range(world_size)
     ]
     seen = [steps[2] for steps in ranks]
-    passes = GLOBAL // (micro * world_size)
-    assert [len(step.micro_batches) for step in seen] == [passes] * world_size
+    accumulation = GLOBAL // (micro * world_size)
+    assert [len(step.micro_batches) for step in seen] == [accumulation] * world_size
     assert all_of(seen) == contents(reference)
-    # A pass holds a stretch of the order, whatever its lengths: they are not sorted across passes.
-    for each, stretch in zip(read(seen), rows.reshape(passes, -1), strict=True):
+    # A micro-batch holds a stretch of the order, whatever its lengths: several are not sorted together.
+    for each, stretch in zip(read(seen), rows.reshape(accumulation, -1), strict=True):
         assert {row for _, row in each} == set(stretch.tolist())
     for step in seen:
         assert step.step == 2

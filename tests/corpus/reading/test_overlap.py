@@ -172,7 +172,7 @@ def test_any_number_of_workers(raw: Path, chosen: ShardSettings, expected: Path,
     assert contents(tmp_path / "corpus") == contents(expected)
 
 
-def test_an_interrupted_run_goes_on(raw: Path, chosen: ShardSettings, expected: Path, tmp_path: Path):
+def test_an_interrupted_run_resumes(raw: Path, chosen: ShardSettings, expected: Path, tmp_path: Path):
     for count in (4, 7):
         in_fork_killed_at(count, [str(raw)], tmp_path / "corpus", chosen)
     assert not (tmp_path / "corpus" / "manifest.json").exists()

@@ -32,7 +32,7 @@ def work(tmp_path: Path) -> Work:
 
 
 def read_all(work: Work, documents: list[str], tmp_path: Path, shard_size: float) -> list[dict]:
-    """Spool ``documents``: the document batches."""
+    """Stage ``documents``: the document batches."""
     path = tiny.write_jsonl(tmp_path / "a.jsonl", documents)
     plan = Plan.make([str(path)], ShardSettings("unused", shard_size=shard_size))
     write_json(work.plan_file, plan.to_json(), work.scratch)
