@@ -153,6 +153,8 @@ class ExtendedPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ExtendedConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
+        # Training loads such a model whole. Others may load it inside a ZeRO-3 of their own, of which
+        # transformers knows (an HfDeepSpeedConfig): DeepSpeed is not asked, nor imported.
         if base is None and is_deepspeed_zero3_enabled():
             raise UserError(
                 f"a model with the extension {config.extension!r} can't be loaded spread over the ranks of "
