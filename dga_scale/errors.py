@@ -38,7 +38,7 @@ class UserError(Exception):
     def __init__(self, problem: str, path: object = None) -> None:
         super().__init__(problem if path is None else f"{path}: {problem}")
         self.problem = problem
-        self.path = None if path is None else Path(str(path))
+        self.path = None if path is None else str(path)  # a Path would fold an address's two slashes
 
 
 class GivenPath(NamedTuple):
@@ -69,14 +69,14 @@ def naming_flags(given: Iterable[GivenPath]) -> Iterator[None]:
     except UserError as error:
         if error.path is None or not (origins := origins_of(error.path, given)):
             raise
-        flags, folder = ", ".join(dict.fromkeys(each.flag for each in origins)), Path(origins[0].path)
-        inside = f"{error.path.relative_to(folder)}: " if error.path != folder else ""
+        flags, path = ", ".join(dict.fromkeys(each.flag for each in origins)), Path(error.path)
+        inside = "" if path == Path(origins[0].path) else f"{path.relative_to(origins[0].path)}: "
         raise UserError(f"{flags} {origins[0].text}: {inside}{error.problem}") from error
 
 
-def origins_of(path: Path, given: Iterable[GivenPath]) -> list[GivenPath]:
+def origins_of(path: str, given: Iterable[GivenPath]) -> list[GivenPath]:
     """Return what gave the path itself, or else the innermost folder that it lies in."""
-    around = [each for each in given if path.is_relative_to(each.path)]
+    around = [each for each in given if Path(path).is_relative_to(each.path)]
     depth = max((len(Path(each.path).parts) for each in around), default=0)
     return [each for each in around if len(Path(each.path).parts) == depth]
 

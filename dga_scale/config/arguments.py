@@ -55,11 +55,11 @@ class Parser(argparse.ArgumentParser):
             try:
                 return work(options)
             except _WRONG_PATH as error:
-                path = Path(error.filename or "")
+                path = str(error.filename or "")
                 # A folder above the given one could not be made.
-                above = (Path(each.path) for each in given if path in Path(each.path).parents)
+                above = (each.path for each in given if Path(path) in Path(each.path).parents)
                 wrong = path if origins_of(path, given) else next(above, None)
-                if wrong is None or not error.filename:
+                if wrong is None or not path:
                     raise
                 raise UserError(f"{error.strerror}. Give another path.", wrong) from error
 

@@ -250,6 +250,13 @@ def test_the_flag_of_the_innermost_folder() -> None:
     assert refusal("empty", "corpora/acl-2", corpus) == "corpora/acl-2: empty"
 
 
+def test_an_address_is_kept_as_it_is() -> None:
+    """Passwords are blanked out by the address's form."""
+    address = "https://joe:password@example.com/model"
+    assert UserError("no such folder", UserError("", address).path).args == (f"{address}: no such folder",)
+    assert refusal("no such folder", address, ("--model", address, address)).startswith(f"--model {address}:")
+
+
 def test_two_flags_that_gave_one_path() -> None:
     both = (("--base", "m", "m"), ("--model", "new=m", "m"))
     assert refusal("no such folder", "m", *both) == "--base, --model m: no such folder"
