@@ -82,6 +82,9 @@ def load_model_config(name_or_path: str) -> ModelConfig:
             "Hugging Face hub",
             name_or_path,
         )
+    folder = Path(name_or_path)
+    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").exists():
+        raise UserError(f"a run's folder, not a model's. Did you mean {folder / 'model'}?", name_or_path)
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=local_only(name_or_path)

@@ -202,5 +202,9 @@ def _locked(folder: Path) -> Iterator[None]:
     """Lock the demo's folder for this process; the system releases the lock if the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is making the demo in {folder} ready", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

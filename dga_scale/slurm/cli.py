@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import NoReturn
 
-from dga_scale.config.arguments import Parser
+from dga_scale.config.arguments import Parser, nearest
 from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.slurm.options import STAGES, add_options, make_options
@@ -59,7 +59,12 @@ def parse_chain(arguments: Sequence[str] | None = None) -> tuple[list[Job], bool
     """
     everything = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
-    parser.refuse_unknown_flags(list(takewhile(lambda word: word not in STAGES, everything)))
+    first = list(takewhile(lambda word: word not in STAGES, everything))
+    if len(first) == len(everything):  # no stage: before its flags are taken for those of all jobs
+        for word in first:
+            if not word.startswith("-") and (near := nearest(word, STAGES)):
+                raise UserError(f"no stage {word}.{near}")
+    parser.refuse_unknown_flags(first)
     shared = vars(parser.parse_known_args(everything)[0])  # a program's flags are left in ``rest``
     sections = [[shared.pop("stage")]]
     for word in shared.pop("rest"):

@@ -235,6 +235,12 @@ def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     assert "the model's config can't be loaded" in refusal(
         lambda: load_model(str(tmp_path))
     )  # an empty folder
+    run = tmp_path / "runs" / "mine"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    assert f"a run's folder, not a model's. Did you mean {run / 'model'}?" in refusal(
+        lambda: load_model(str(run))
+    )
 
 
 @pytest.mark.parametrize(

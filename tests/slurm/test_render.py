@@ -234,6 +234,11 @@ def test_refusals(world: SmallWorld, stage: str, more: list[str], words: str):
         main([*arguments, "--dry_run"])
 
 
+def test_a_misspelt_stage_has_the_nearest():
+    with pytest.raises(UserError, match=r"no stage trian\. Did you mean train\?"):
+        parse_chain(["--dry_run", "trian", "--ds_config", "ds_configs/zero2.json"])
+
+
 def test_text_that_is_not_there_is_refused(world: SmallWorld):
     with pytest.raises(UserError, match=r"shard: INPUT missing\.txt: no such file"):
         parse_chain(["shard", "missing.txt", *shard(world)[2:]])
