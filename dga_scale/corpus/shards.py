@@ -119,6 +119,12 @@ def read_manifest(folder: Path) -> Manifest:
             another version.
     """
     path = folder / MANIFEST
+    if folder.is_file():
+        raise UserError(
+            f"a file, not a corpus. Shard text first: tools/shard_corpus.py {folder} --tokenizer MODEL "
+            "--output DIR, then give DIR",
+            folder,
+        )
     if not folder.is_dir():
         raise UserError(
             "no such folder. Give one that tools/shard_corpus.py wrote, or write it with that", folder

@@ -131,6 +131,12 @@ def test_a_manifest_with_any_bit_flipped_is_refused_or_says_the_same(copy: Path)
 def test_no_corpus(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing: no such folder\. Give one that tools/shard_corpus"):
         Corpus.open(tmp_path / "nothing")
+    text = tmp_path / "raw.txt"
+    text.write_text("raw")
+    with pytest.raises(
+        UserError, match=r"raw\.txt: a file, not a corpus.*shard_corpus\.py .*raw\.txt --token"
+    ):
+        Corpus.open(text)
     with pytest.raises(UserError, match=r"no corpus in it \(manifest\.json is missing\)"):
         Corpus.open(tmp_path)
 
