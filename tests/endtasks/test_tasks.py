@@ -76,7 +76,7 @@ GOOD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"test": GOOD}, r"task: no train.jsonl in it"),
+        ({"test": GOOD}, r": no train\.jsonl in it\. Write one example a line"),
         ({"train": GOOD}, r"no test.jsonl and no dev.jsonl in it"),
         ({"train": GOOD, "test": []}, r"test.jsonl: no examples"),
         ({"train": GOOD, "dev": [], "test": GOOD}, r"dev.jsonl: no examples"),
