@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.ranks import REPOSITORY, TAIL, free_port
+from tests.helpers.ranks import REPOSITORY, TAIL, free_port, without_gloo
 from tests.helpers.strict import collect_lost_errors
 
 START_TIMEOUT = 240.0
@@ -86,9 +86,8 @@ class Launch:
         return [self.codes[rank] for rank in range(len(self.pids))]
 
     def output(self, rank: int) -> str:
-        """What a rank has printed, errors included; without what gloo says of itself in torch 2.10."""
-        text = self.logs[rank].read_text(errors="replace")
-        return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo] "))
+        """What a rank has printed, errors included."""
+        return without_gloo(self.logs[rank].read_text(errors="replace"))
 
 
 def launch(world_size: int, fn: Callable[..., int | None], *args: Any) -> Launch:

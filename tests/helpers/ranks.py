@@ -71,6 +71,11 @@ def free_port() -> int:
         return port
 
 
+def without_gloo(text: str) -> str:
+    """What ranks have printed, without the lines that gloo prints when they meet, in torch 2.10."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo] "))
+
+
 def close_pools() -> None:
     """End all worker processes."""
     for world_size in list(_pools):
