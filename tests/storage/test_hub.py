@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import huggingface_hub
 import pytest
 
 from dga_scale.storage import hub
+from tests.helpers.ranks import free_port
 
 PROGRAM = """
 import huggingface_hub
@@ -29,16 +29,8 @@ for load in (load_model_config, load_tokenizer):
 """
 
 
-def closed_port() -> int:
-    """Return a port of this machine that refuses connections: one that was free a moment ago."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
 def test_a_wrong_name_is_refused_after_two_requests(tmp_path: Path) -> None:
-    endpoint = f"http://127.0.0.1:{closed_port()}"
+    endpoint = f"http://127.0.0.1:{free_port()}"
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
     words = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=600)
