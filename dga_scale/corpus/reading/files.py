@@ -67,10 +67,8 @@ class Segment:
         return cls(number, 0, None, source.bytes)
 
 
-def compression_of(path: Path) -> str | None:
+def compression_of(path: Path, start: bytes) -> str | None:
     """Return the compression that a file's first bytes tell, or else its ending; None: it is plain."""
-    with open(path, "rb") as file:
-        start = file.read(max(map(len, _MAGIC)))
     found = (name for magic, name in _MAGIC.items() if start.startswith(magic))
     return next(found, COMPRESSIONS.get(path.suffix.lower()))
 
@@ -107,13 +105,12 @@ def first_bytes(path: str, compression: str | None) -> bytes:
 
 
 def blocks(source: Source) -> Iterator[bytes]:
-    """Yield a source's bytes, decompressed, some at a time, after a look at how they are encoded.
+    """Yield a source's bytes, decompressed, some at a time.
 
     Raises:
-        UserError: The file can't be read, is damaged, or is no UTF-8.
+        UserError: The file can't be read, or is damaged.
     """
     with open_bytes(source.path, source.compression) as file:
-        _check_encoding(source.path, _reading(source.path, source.compression, lambda: file.peek(_BUFFER)))  # type: ignore[attr-defined]  # a BufferedReader
         while block := _reading(source.path, source.compression, lambda: file.read(_BUFFER)):
             yield block
 
@@ -125,7 +122,7 @@ def lines(source: Source, segment: Segment) -> Iterator[tuple["LineNumber", byte
     one segment's.
 
     Raises:
-        UserError: The file can't be read, is damaged, is empty once decompressed, or is no UTF-8.
+        UserError: The file can't be read, is damaged, or is empty once decompressed.
     """
     path, compression = source.path, source.compression
     number = LineNumber(source, segment.start)
@@ -134,8 +131,6 @@ def lines(source: Source, segment: Segment) -> Iterator[tuple["LineNumber", byte
         if segment.start:
             file.seek(segment.start - 1)
             position += len(file.readline()) - 1
-        else:
-            _check_encoding(path, _reading(path, compression, lambda: file.peek(_BUFFER)))  # type: ignore[attr-defined]  # a BufferedReader
         while segment.stop is None or position < segment.stop:
             line = _reading(path, compression, file.readline)
             if not line:
@@ -216,8 +211,12 @@ def _zstd_window(path: str) -> int:
     return (1 << (10 + exponent)) * (8 + mantissa) // 8
 
 
-def _check_encoding(path: str, start: bytes) -> None:
-    """Refuse text in UTF-16 or UTF-32, with a mark or without: much of it is UTF-8 too, of other letters."""
+def check_encoding(path: str, start: bytes) -> None:
+    """Refuse text in UTF-16 or UTF-32, with a mark or without: much of it is UTF-8 too, of other letters.
+
+    Raises:
+        UserError: The first bytes of the file are in one of these; it says how to convert it.
+    """
     for mark, name in _MARKS.items():
         if start.startswith(mark):
             raise UserError(f"{path} is not UTF-8: it has the mark of {name}. {_convert(path, name)}")

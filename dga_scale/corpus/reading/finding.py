@@ -11,7 +11,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dga_scale.corpus.reading.files import COMPRESSIONS, FIRST_BYTES, Source, compression_of, first_bytes
+from dga_scale.corpus.reading.files import (
+    COMPRESSIONS,
+    FIRST_BYTES,
+    Source,
+    check_encoding,
+    compression_of,
+    first_bytes,
+)
 from dga_scale.corpus.reading.sources import FORMATS
 from dga_scale.corpus.shards import MANIFEST, WORK_FOLDER
 from dga_scale.errors import UserError, one_line
@@ -168,19 +175,24 @@ def _source(path: Path, named: bool, left_out: _LeftOut) -> Source | None:
         raise UserError(f"input {path} is a pipe or a device. Write it into a file first")
     if not os.access(path, os.R_OK):
         raise UserError(f"input file {path} can't be read: permission denied")
-    size, file_format = path.stat().st_size, _format(path) or "datasets"
-    compression = compression_of(path)
     if {suffix.lower() for suffix in path.suffixes} & _ARCHIVES:
         raise UserError(f"input file {path} is an archive. Unpack it first and name the folder")
-    if compression and size and file_format in ("parquet", "datasets"):
-        raise UserError(f"input file {path}: a compressed {file_format} file can't be read. Decompress it")
-    start = first_bytes(str(path), compression) if size and file_format in _TEXTS else b"?"
-    if not size or not start:
+    file_format, size, start = _format(path) or "datasets", path.stat().st_size, first_bytes(str(path), None)
+    compression = compression_of(path, start)
+    if compression and size:
+        if file_format not in _TEXTS:
+            raise UserError(
+                f"input file {path}: a compressed {file_format} file can't be read. Decompress it"
+            )
+        start = first_bytes(str(path), compression)
+    if not start:
         if named:
-            what = "(0 bytes)" if not size else "once decompressed"
+            what = "once decompressed" if size else "(0 bytes)"
             raise UserError(f"input file {path} is empty {what}. Remove it from the inputs")
         left_out.empty.append(str(path))
         return None
+    if file_format in _TEXTS:
+        check_encoding(str(path), start)
     if file_format == "jsonl" and _ARRAY.match(start.removeprefix(codecs.BOM_UTF8)):
         file_format = "json"
     return Source(str(path), file_format, compression, size, _fingerprint(path))
