@@ -21,6 +21,12 @@ LONGEST_FRAGMENT = 1 << 18
 """The characters of a document that a tokenizer gets at once: longer documents are tokenised in fragments,
 because a tokenizer needs many times the memory of its input."""
 
+UNKNOWN_REFUSED = 0.5
+"""The share of unknown tokens from which a text is refused."""
+
+_NOT_IN_TEXT = "\ufdd0"
+"""A code point that is no character, and that no cleaned text holds."""
+
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
     """Load a tokenizer from a folder or a model name, with truncation and padding switched off.
@@ -48,6 +54,13 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> "PreTrainedTokenizer
             "tokenizer_config.json and its vocabulary), or the name of a model",
             name,
         ) from error
+    if not tokenizer.get_vocab().keys() - tokenizer.all_special_tokens:
+        # What transformers makes of a model's folder without them: every text would be unknown.
+        raise UserError(
+            "no tokenizer files in it. Give a folder that holds tokenizer.json (or tokenizer_config.json and "
+            "its vocabulary): tokenizer.save_pretrained writes them beside a model",
+            name,
+        )
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -59,6 +72,32 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     names = ("pad", "mask", "cls", "sep", "bos", "eos", "unk")
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
     return {name: int(index) for name, index in ids.items() if index is not None}
+
+
+def unknown_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the id of what the tokenizer can't write; -1 where there is none, or it has another part too."""
+    ids = special_ids(tokenizer)
+    unknown = ids.pop("unk", -1)
+    return -1 if unknown in ids.values() else unknown
+
+
+def check_unknown(unknown: int, tokens: int, name: str, text: str) -> None:
+    """Refuse a text of which most tokens are unknown.
+
+    Args:
+        unknown: The unknown tokens of the text.
+        tokens: All its tokens.
+        name: The tokenizer's folder or name.
+        text: What the text is, in words.
+
+    Raises:
+        UserError: More than half of them are unknown.
+    """
+    if unknown > UNKNOWN_REFUSED * tokens:
+        raise UserError(
+            f"{unknown / tokens:.0%} of the tokens of {text} are unknown to the tokenizer of {name!r}: no "
+            "model learns from these. Give a model whose vocabulary was made for this script or language"
+        )
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -82,18 +121,55 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def markers(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """List the special tokens besides pad, mask, cls, sep, bos, eos and unk: ``<GENE>``, for example."""
+    return [token for token in tokenizer.all_special_tokens if token not in _reserved(tokenizer)]
+
+
+def _reserved(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+    return {getattr(tokenizer, f"{name}_token") for name in special_ids(tokenizer)}
+
+
 def encoder_spec(tokenizer: "PreTrainedTokenizerBase", name_or_path: str) -> str:
     """Describe a tokenizer for a worker that rebuilds it: the JSON of a fast one, the name of a slow one."""
-    if tokenizer.is_fast:
-        return tokenizer.backend_tokenizer.to_str()
-    return json.dumps({"slow": name_or_path})
+    if not tokenizer.is_fast:
+        return json.dumps({"slow": name_or_path})
+    # A single character is text, whatever else it stands for: CLIP pads with "!".
+    out_of_reach = {name: _NOT_IN_TEXT + name for name in _reserved(tokenizer) if len(name) > 1}
+    return json.dumps(_renamed(json.loads(tokenizer.backend_tokenizer.to_str()), out_of_reach))
+
+
+def _renamed(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Rename tokens of a tokenizer, whose ids stay; special tokens that are not renamed become ordinary ones.
+
+    Unigram, WordLevel and BPE models look for whole words in their vocabulary, the special ones among them:
+    to switch off the search for special tokens does not hide these.
+    """
+    model = spec["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & names.keys()]
+    for token in spec["added_tokens"]:
+        if token["content"] in names:
+            token.update(content=names[token["content"]], normalized=False)
+        elif len(token["content"]) > 1:
+            token["special"] = False
+    spec["post_processor"] = None  # it frames rows, by the tokens' names
+    return spec
 
 
 class Encoder:
     """Turns texts into ids: no special tokens added, nothing truncated, nothing padded.
 
-    A special token's name written in a text ("[MASK]", "</s>") is tokenised as plain text.
-    Fast tokenizers run without transformers, which keeps a worker process small.
+    The name of a special token that has a part of its own ("[MASK]", "</s>": ``special_ids``) is tokenised
+    as plain text where it is written in a text; of a fast tokenizer, other special tokens (``markers``) are
+    found there. Fast tokenizers run without transformers, which keeps a worker process small.
     """
 
     def __init__(self, spec: str) -> None:

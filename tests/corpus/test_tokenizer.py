@@ -9,11 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
 from dga_scale.corpus import tokenizer
-from dga_scale.corpus.tokenizer import Encoder, encoder_spec, load_tokenizer, split_long, tokenizer_hash
+from dga_scale.corpus.tokenizer import (
+    Encoder,
+    encoder_spec,
+    load_tokenizer,
+    markers,
+    split_long,
+    tokenizer_hash,
+)
 from dga_scale.errors import UserError
 from tests.helpers import tiny_corpora as tiny
 
@@ -62,15 +69,73 @@ def test_slow_encoder_gives_the_ids_of_sentencepiece_itself(slow_sentencepiece: 
     assert [ids.tolist() for ids in encoder(slow_sentencepiece)(documents)] == processor.encode(documents)
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("wordpiece", "a [MASK] b [SEP]"), ("byte_bpe", "end<|endoftext|>")]
-)
-def test_special_tokens_written_in_a_text_are_text(
-    name: str, text: str, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue(name)
-    special = set(load_tokenizer(folder).all_special_ids) - {load_tokenizer(folder).unk_token_id}
-    assert not special & set(encoder(folder)([text])[0].tolist())
+def test_special_tokens_written_in_a_text_are_text_to_sentencepiece(fast_sentencepiece: Path) -> None:
+    """The library that made the model knows them as control symbols, which no text holds."""
+    processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(fast_sentencepiece / "sentencepiece.bpe.model")
+    )
+    loaded = load_tokenizer(fast_sentencepiece)
+    text = "the model </s> closes, see <mask> or <unk> here: <s>, <pad></s>"
+    pieces = processor.encode(text, out_type=str)
+    known = [
+        loaded.convert_tokens_to_ids(p) if processor.piece_to_id(p) else loaded.unk_token_id for p in pieces
+    ]
+    assert encoder(fast_sentencepiece)([text])[0].tolist() == known
+    assert not {loaded.eos_token_id, loaded.mask_token_id} & set(known)
+    # transformers itself takes the names for the tokens, even where it is told to split them.
+    found = loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert {loaded.eos_token_id, loaded.mask_token_id} <= set(found)
+
+
+SPECIAL = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"}
+WORDS = {word: number for number, word in enumerate([*SPECIAL.values(), "a", "b", "<", ">", "##>"])}
+MODELS = {
+    "WordLevel": models.WordLevel(WORDS, unk_token="<unk>"),
+    "WordPiece": models.WordPiece(WORDS, unk_token="<unk>"),
+    "Unigram": models.Unigram([(word, -1.0) for word in WORDS], unk_id=0),
+    "BPE": models.BPE({**WORDS, "</": 9, "s": 10, "s>": 11, "/": 12}, [("<", "/"), ("s", ">"), ("</", "s>")],
+                      unk_token="<unk>", ignore_merges=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_named_special_tokens_are_text(name: str, tmp_path: Path) -> None:
+    """Each model has the names in its vocabulary, and gets them as words of their own."""
+    tokenizer = Tokenizer(MODELS[name])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, extra_special_tokens=["<GENE>"], **SPECIAL
+    ).save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    gene = loaded.convert_tokens_to_ids("<GENE>")
+    assert markers(loaded) == ["<GENE>"]
+    ids = encoder(tmp_path)(["a </s> b <mask> <pad> a<GENE>b"])[0].tolist()
+    assert not {loaded.convert_tokens_to_ids(token) for token in ("</s>", "<mask>", "<pad>")} & set(ids)
+    assert ids[0] == WORDS["a"]
+    assert ids[-3:] == [WORDS["a"], gene, WORDS["b"]]
+    # What is no name is as it was, unknown words included.
+    plain = "a b < z <GENE> b"
+    assert encoder(tmp_path)([plain])[0].tolist() == loaded(plain, add_special_tokens=False)["input_ids"]
+
+
+def test_a_character_that_is_special_too_is_text(tmp_path: Path) -> None:
+    """CLIP pads with "!"."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "!": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="!").save_pretrained(
+        tmp_path
+    )
+    assert encoder(tmp_path)(["a ! <unk>"])[0].tolist() == [1, 2, 0]
+
+
+def test_a_model_without_tokenizer_files(tmp_path: Path) -> None:
+    """transformers makes a tokenizer of five special tokens of it, to which every text is unknown."""
+    BertConfig().save_pretrained(tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == 5
+    with pytest.raises(
+        UserError, match=r"no tokenizer files in it\. Give a folder that holds tokenizer\.json"
+    ):
+        load_tokenizer(tmp_path)
 
 
 def test_long_documents_are_tokenised_in_pieces_without_changing_them(
