@@ -31,7 +31,7 @@ from dga_scale.checkpoint.fisher import load_fisher, save_fisher
 from dga_scale.config.parsing import read_config
 from dga_scale.corpus.cli import main as shard
 from dga_scale.corpus.reading.finding import find_sources
-from dga_scale.corpus.reading.sources import ReadOptions, read_segment, segments
+from dga_scale.corpus.reading.sources import ReadOptions, Records, read_segment, segments
 from dga_scale.corpus.shards import Corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.endtasks.datasets_tasks import exported
@@ -329,7 +329,7 @@ def test_raw_text(canary: Path, tmp_path: Path) -> None:
         options = ReadOptions("text", whole_files=False)
         for number, source in enumerate(find_sources([str(path)])):
             for segment in segments(number, source, options, 1 << 20):
-                list(read_segment(source, segment, options))
+                list(read_segment(source, segment, options, Records()))
 
     refuses_all(saved, canary, lambda: read(saved))
     text = tmp_path / "text"

@@ -1,13 +1,14 @@
 """The command line of the sharder: ``dga-shard``, ``tools/shard_corpus.py``."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from dga_scale.corpus.options import build_parser
 from dga_scale.corpus.sharding.executor import under_mpi
-from dga_scale.corpus.sharding.pipeline import ShardReport, shard_corpus
+from dga_scale.corpus.sharding.pipeline import UNKNOWN_WARNED, ShardReport, shard_corpus
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.errors import run_main
@@ -31,18 +32,26 @@ def _shard(given: argparse.Namespace) -> int:
     report = shard_corpus(inputs, output, ShardSettings(**options), **run)
     if not (under_mpi() and report.index):
         print(summary(output, report))
+        if report.train.unknown > UNKNOWN_WARNED * report.train.tokens:
+            print(
+                f"warning: {report.train.unknown / report.train.tokens:.0%} of the tokens are unknown to the "
+                f"tokenizer of {report.train.tokenizer!r}: what they stand for is lost. A model whose "
+                "vocabulary was made for this script or language would see it",
+                file=sys.stderr,
+            )
     return 0
 
 
 def summary(output: Path, report: ShardReport) -> str:
     """Describe the content of the corpus for people."""
     train, held_out = report.train, report.validation
+    unknown = train.unknown / train.tokens
     dropped = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in train.dropped.items())
     lines = [
         f"corpus {output}" + ("" if report.text_bytes else " was complete already"),
         f"  documents  {train.documents_read:,} read, {train.documents:,} to train on; dropped: {dropped}",
         f"  rows       {train.rows:,} of up to {train.sequence_length} tokens, {train.packing} packing",
-        f"  tokens     {train.tokens:,} in {len(train.shards)} shards",
+        f"  tokens     {train.tokens:,} in {len(train.shards)} shards, {unknown:.1%} of them unknown",
     ]
     lines += [
         f"  excluded   {file['path']}: {file['found']:,} of {file['examples']:,} examples "

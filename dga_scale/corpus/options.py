@@ -10,7 +10,7 @@ from dga_scale.corpus.reading.files import COMPRESSIONS
 from dga_scale.corpus.reading.sources import FORMATS
 from dga_scale.corpus.sharding.executor import under_mpi
 from dga_scale.corpus.sharding.packing import PACKINGS
-from dga_scale.corpus.sharding.pipeline import DOCUMENT_MODES
+from dga_scale.corpus.sharding.pipeline import DOCUMENT_MODES, ON_BAD_RECORD
 from dga_scale.corpus.sharding.staging import ShardSettings
 from dga_scale.corpus.shards import VALIDATION
 
@@ -76,6 +76,19 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="end-task files (JSON lines with text, perhaps text_pair): documents that share eight words in "
         "a row with an example are dropped; says how many examples were found",
+    )
+    add(
+        "--on_bad_record",
+        choices=ON_BAD_RECORD,
+        default=defaults["on_bad_record"],
+        help="what a record does that can't be read (no JSON, no such field, no UTF-8): stop, or skip: it is "
+        "left out and counted in the summary and the manifest",
+    )
+    add(
+        "--max_document_mb",
+        type=float,
+        default=defaults["max_document_mb"],
+        help="largest size of a document, in megabytes; a larger one is a bad record",
     )
     add(
         "--shard_size",

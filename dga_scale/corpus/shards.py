@@ -23,7 +23,7 @@ from dga_scale.storage.checked_json import checked
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 """The version of the folder's layout and of the manifest's content."""
 
 MANIFEST = "manifest.json"
@@ -43,6 +43,8 @@ class Shard:
     """The number of ids in all rows, special ones included."""
     maskable: int
     """The number of ids that are not special."""
+    unknown: int
+    """The number of ids of what the tokenizer can't write."""
     bytes: int
     sha256: str
 
@@ -70,14 +72,16 @@ class Manifest:
     documents: int
     tokens: int
     maskable: int
+    unknown: int
     documents_read: int
     """The documents in all inputs, before any was dropped or held out; the same number in both splits."""
     dropped: dict[str, int]
-    """The numbers of dropped documents: "empty", "control_only", "duplicates", "excluded" (if requested)."""
+    """The numbers of dropped documents: "empty", "control_only", "duplicates", "excluded" (if requested),
+    "bad" (records that could not be read, if there were any)."""
     settings: dict[str, Any]
     """Every setting that determines the shards' bytes."""
     sources: tuple[dict[str, Any], ...]
-    """The path, bytes and fingerprint of each input file, in the order read."""
+    """The path, bytes, time of the last change, sha256... of each input, in the order read."""
     shards: tuple[Shard, ...]
     excluded: tuple[dict[str, Any], ...] = ()
     """The files of examples whose documents were dropped: path, sha256, examples, and how many were found."""

@@ -65,9 +65,45 @@ def test_summary(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"1,203 read, {corpus.documents:,} to train on" in printed
     assert f"{corpus.rows:,} of up to 64 tokens, document packing" in printed
     assert f"held out   {held_out.documents} documents" in printed
+    assert f"{corpus.tokens:,} in 1 shards, 0.0% of them unknown" in printed
     assert "MB/s" in printed
     assert main(arguments) == 0
     assert f"corpus {output} was complete already" in capsys.readouterr().out
+
+
+def test_unknown_tokens_and_bad_records_are_told(
+    wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny.write_jsonl(
+        tmp_path / "a.jsonl", [f"{text} ภาษา ไทย" for text in tiny.texts(50, words=(5, 6))]
+    )
+    path.write_text(path.read_text() + "{}\n")
+    arguments = [str(path), "--tokenizer", str(wordpiece), "--output", str(tmp_path / "corpus")]
+    assert main([*arguments, "--on_bad_record", "skip", "--num_workers", "1"]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"tokens .* shards, \d\d\.\d% of them unknown", printed.out)
+    assert re.search(r"warning: \d\d% of the tokens are unknown to the tokenizer of .*wordpiece", printed.err)
+    assert "dropped: 0 empty, 0 control only, 0 duplicates, 1 bad" in printed.out
+    assert "note: 1 bad records were left out. The first: " in printed.err
+
+
+def test_markers_are_told(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(wordpiece)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<GENE>"]})
+    tokenizer.save_pretrained(tmp_path / "marked")
+    tiny.write_jsonl(tmp_path / "a.jsonl", [f"the <GENE> of [MASK] number {n}" for n in range(40)])
+    arguments = [str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "marked"), "--num_workers", "1"]
+    assert main([*arguments, "--output", str(tmp_path / "corpus"), "--validation_share", "0"]) == 0
+    assert (
+        "note: 1 special tokens of the tokenizer (<GENE>) are tokens where they stand"
+        in capsys.readouterr().err
+    )
+    corpus = Corpus.open(tmp_path / "corpus")
+    ids = [int(i) for row in corpus.rows(range(len(corpus))) for i in row]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<GENE>")) == 40
+    assert ids.count(tokenizer.mask_token_id) == 0
+    maskable = sum(i not in tokenizer.all_special_ids for i in ids)
+    assert corpus.manifest.maskable == maskable
 
 
 def test_rows_longer_than_the_tokenizer_states_are_noted(

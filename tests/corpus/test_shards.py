@@ -149,7 +149,7 @@ def test_damaged_manifest(copy: Path) -> None:
         with pytest.raises(UserError, match=r"manifest\.json: damaged"):
             Corpus.open(copy)
     path.write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(UserError, match=r"corpus format 99, this version reads 1"):
+    with pytest.raises(UserError, match=r"corpus format 99, this version reads 2"):
         Corpus.open(copy)
 
 

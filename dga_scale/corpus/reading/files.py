@@ -7,7 +7,7 @@ import io
 import lzma
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -47,7 +47,25 @@ class Source:
     compression: str | None
     bytes: int
     fingerprint: str
-    """A hash over the size, the beginning and the end of the file, which changes when the content does."""
+    """A hash over the beginning and the end of the file, which most changes of its content change."""
+    modified: int
+    """The time of the last change, in nanoseconds since 1970."""
+
+    def check_unchanged(self) -> None:
+        """Refuse a source that is another one than when it was found.
+
+        Raises:
+            UserError: Its size or time of the last change differ, or it is gone.
+        """
+        try:
+            unchanged = (self.bytes, self.modified) == size_and_time(files_of(Path(self.path)))
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise UserError(
+                f"input {self.path} was changed while it was read. Wait until nothing writes to it, then run "
+                "the same command again: what was read of other files is kept"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,21 @@ class Segment:
     def whole(cls, source: Source, number: int = 0) -> "Segment":
         """Return all of a source as one segment."""
         return cls(number, 0, None, source.bytes)
+
+
+class BadRecord(UserError):
+    """A single document of a source that can't be read, where the others may be right."""
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return a file, or the files of a folder, sorted."""
+    return sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+
+
+def size_and_time(files: Sequence[Path]) -> tuple[int, int]:
+    """Return the bytes of some files, and the time of the last change, in nanoseconds."""
+    found = [file.stat() for file in files]
+    return sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)
 
 
 def compression_of(path: Path, start: bytes) -> str | None:
@@ -115,11 +148,12 @@ def blocks(source: Source) -> Iterator[bytes]:
             yield block
 
 
-def lines(source: Source, segment: Segment) -> Iterator[tuple["LineNumber", bytes]]:
+def lines(source: Source, segment: Segment, limit: int) -> Iterator[tuple["LineNumber", bytes]]:
     """Yield the lines whose first byte lies in the segment, without line break and byte order mark.
 
     A line ends with ``\\n``, ``\\r\\n`` or ``\\r``. Segments are cut at ``\\n`` only: a file that has none is
-    one segment's.
+    one segment's. Of a line longer than ``limit`` bytes only its beginning is held, which is longer too:
+    ``decode`` refuses it.
 
     Raises:
         UserError: The file can't be read, is damaged, or is empty once decompressed.
@@ -131,12 +165,18 @@ def lines(source: Source, segment: Segment) -> Iterator[tuple["LineNumber", byte
         if segment.start:
             file.seek(segment.start - 1)
             position += len(file.readline()) - 1
+
+        def read() -> bytes:
+            nonlocal position
+            block = _reading(path, compression, lambda: file.readline(limit + 1))
+            position += len(block)
+            return block
+
         while segment.stop is None or position < segment.stop:
-            line = _reading(path, compression, file.readline)
+            line = read()
             if not line:
                 break
-            position += len(line)
-            for part in line.rstrip(b"\r\n").split(b"\r"):
+            for part in _parts(line, read, limit):
                 number.read += 1
                 # Files with a mark of their own may have been put together.
                 yield number, part.removeprefix(codecs.BOM_UTF8)
@@ -144,16 +184,40 @@ def lines(source: Source, segment: Segment) -> Iterator[tuple["LineNumber", byte
             raise UserError(f"input file {path} is empty once decompressed. Remove it from the inputs")
 
 
-def decode(path: str, where: object, line: bytes) -> str:
+def _parts(line: bytes, read: Callable[[], bytes], limit: int) -> Iterator[bytes]:
+    """Split what ends with ``\\n`` at each ``\\r``, reading on until that end."""
+    while len(line) > limit and not line.endswith(b"\n") and (block := read()):
+        half = b"\r" if line.endswith(b"\r") else b""  # perhaps of a line break
+        *ended, rest = line.removesuffix(half).split(b"\r")
+        yield from ended
+        line = rest[: limit + 1] + half + block
+    yield from line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r")
+
+
+def check_size(where: object, size: int, limit: int) -> None:
+    """Refuse a document of more than ``limit`` bytes.
+
+    Raises:
+        BadRecord: It is larger.
+    """
+    if size > limit:
+        raise BadRecord(
+            f"{where} is a document of more than {limit / 1e6:g} MB. A line break may be missing; else raise "
+            "--max_document_mb"
+        )
+
+
+def decode(path: str, where: object, line: bytes, limit: int) -> str:
     """Decode a line of a file.
 
     Raises:
-        UserError: The line is no UTF-8; it says at which column.
+        BadRecord: The line is longer than ``limit`` bytes, or no UTF-8; it says at which column.
     """
+    check_size(where, len(line), limit)
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
+        raise BadRecord(
             f"{where} is not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}. "
             + _convert(path, "ENCODING")
             + ", with the file's own, for example ISO-8859-1"

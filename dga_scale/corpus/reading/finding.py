@@ -11,13 +11,18 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
 from dga_scale.corpus.reading.files import (
     COMPRESSIONS,
     FIRST_BYTES,
     Source,
     check_encoding,
     compression_of,
+    files_of,
     first_bytes,
+    size_and_time,
 )
 from dga_scale.corpus.reading.sources import FORMATS
 from dga_scale.corpus.shards import MANIFEST, WORK_FOLDER
@@ -27,6 +32,9 @@ _TEXTS = ("text", "jsonl", "csv", "tsv")
 _ARCHIVES = {".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"}
 _ARRAY = re.compile(rb"\s*\[\s*([{\]]|$)")
 """The beginning of one array of objects; a line of JSON lines is an object."""
+
+_MANY = 1000
+"""The number of inputs from which their finding shows its progress."""
 
 _NAMED = 3
 """The most paths that a line names of those that are not read, for each reason."""
@@ -70,7 +78,14 @@ def find_sources(inputs: Collection[str]) -> list[Source]:
     for item in inputs:
         for path, named in _expand(item, left_out):
             paths.setdefault(os.path.normpath(path), named)
-    sources = [source for path, named in paths.items() if (source := _source(Path(path), named, left_out))]
+    looked_at = track(
+        paths.items(),
+        "looking at inputs",
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty() or len(paths) < _MANY,
+    )
+    sources = [source for path, named in looked_at if (source := _source(Path(path), named, left_out))]
     if not sources:
         raise UserError(f"no text in {' '.join(inputs)}: {left_out}")
     if text := str(left_out):
@@ -166,18 +181,15 @@ def _format(path: Path) -> str | None:
 def _source(path: Path, named: bool, left_out: _LeftOut) -> Source | None:
     """Return the source at a path; None for an empty file that was found, not named."""
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file())
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(os.fsencode(f"{file.name} {_fingerprint(file)}\n"))
-        return Source(str(path), "saved", None, sum(p.stat().st_size for p in files), digest.hexdigest()[:32])
+        return Source(str(path), "saved", None, *_state(path))
     if not path.is_file():
         raise UserError(f"input {path} is a pipe or a device. Write it into a file first")
     if not os.access(path, os.R_OK):
         raise UserError(f"input file {path} can't be read: permission denied")
     if {suffix.lower() for suffix in path.suffixes} & _ARCHIVES:
         raise UserError(f"input file {path} is an archive. Unpack it first and name the folder")
-    file_format, size, start = _format(path) or "datasets", path.stat().st_size, first_bytes(str(path), None)
+    state = size, _, _ = _state(path)
+    file_format, start = _format(path) or "datasets", first_bytes(str(path), None)
     compression = compression_of(path, start)
     if compression and size:
         if file_format not in _TEXTS:
@@ -195,14 +207,19 @@ def _source(path: Path, named: bool, left_out: _LeftOut) -> Source | None:
         check_encoding(str(path), start)
     if file_format == "jsonl" and _ARRAY.match(start.removeprefix(codecs.BOM_UTF8)):
         file_format = "json"
-    return Source(str(path), file_format, compression, size, _fingerprint(path))
+    return Source(str(path), file_format, compression, *state)
 
 
-def _fingerprint(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(FIRST_BYTES))
-        file.seek(max(0, size - FIRST_BYTES))
-        digest.update(file.read(FIRST_BYTES))
-    return digest.hexdigest()[:32]
+def _state(path: Path) -> tuple[int, str, int]:
+    """Return the bytes, the fingerprint and the time of the last change of a file, or of a folder's files."""
+    files = files_of(path)
+    digest = hashlib.sha256()
+    for each in files:
+        size = each.stat().st_size
+        digest.update(os.fsencode(f"{each.relative_to(path)} {size}\n"))
+        with open(each, "rb") as file:
+            digest.update(file.read(FIRST_BYTES))
+            file.seek(max(0, size - FIRST_BYTES))
+            digest.update(file.read(FIRST_BYTES))
+    size, modified = size_and_time(files)
+    return size, digest.hexdigest()[:32], modified

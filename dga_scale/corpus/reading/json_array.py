@@ -3,30 +3,29 @@
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
-from dga_scale.corpus.reading.files import Source, blocks
+from dga_scale.corpus.reading.files import Source, blocks, check_size
 from dga_scale.errors import UserError
-
-T = TypeVar("T")
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _CUT = 16
 """An error so near to the end of what is read may be of a word that is cut there."""
 
 
-def read_array(source: Source, take: Callable[[Any, str], T]) -> Iterator[T]:
-    """Yield what ``take`` makes of each element and of where it stands (file and line).
+def read_array(source: Source, limit: int) -> Iterator[tuple[str, Any]]:
+    """Yield where each element stands (file and line), and the element.
 
     Raises:
-        UserError: The file can't be read, or is no JSON array; it names the line.
+        UserError: The file can't be read, is no JSON array, or has an element of more than ``limit`` bytes;
+            it names the line.
     """
-    text = _Text(source)
+    text = _Text(source, limit)
     text.expect("[")
     if not text.skip("]"):
         while True:
-            yield take(*text.element())
+            yield text.element()
             if not text.skip(","):
                 break
         text.expect("]")
@@ -46,8 +45,8 @@ def json_problem(error: Exception) -> str:
 class _Text:
     """The text of a file, of which only what is not parsed yet is held."""
 
-    def __init__(self, source: Source) -> None:
-        self._path, self._blocks = source.path, blocks(source)
+    def __init__(self, source: Source, limit: int) -> None:
+        self._path, self._blocks, self._limit = source.path, blocks(source), limit
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._json = json.JSONDecoder()
         self._text, self._place, self._line, self._ended = "", 0, 1, False
@@ -75,18 +74,20 @@ class _Text:
                 f"{self.where()} is not JSON: {sign!r} expected, {self.next() or 'the end'!r} found"
             )
 
-    def element(self) -> tuple[Any, str]:
-        """Take the next element; return it, and where it stands."""
+    def element(self) -> tuple[str, Any]:
+        """Take the next element; return where it stands, and what it is."""
         self.next()
         where = self.where()
         while True:
             try:
                 value, self._place = self._json.raw_decode(self._text, self._place)
             except (ValueError, RecursionError) as error:
-                if _may_be_cut(error, len(self._text)) and self._more():
-                    continue
+                if _may_be_cut(error, len(self._text)):
+                    check_size(where, len(self._text) - self._place, self._limit)
+                    if self._more():
+                        continue
                 raise UserError(f"{where} is not JSON: {json_problem(error)}") from error
-            return value, where
+            return where, value
 
     def _more(self) -> bool:
         """Read on: as much again as is held, so that a long element is not parsed for each block."""

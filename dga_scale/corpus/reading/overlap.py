@@ -19,7 +19,7 @@ import numpy as np
 
 from dga_scale.corpus.reading.cleaning import clean
 from dga_scale.corpus.reading.finding import find_sources
-from dga_scale.corpus.reading.sources import ReadOptions, read_segment, segments
+from dga_scale.corpus.reading.sources import ReadOptions, Records, read_segment, segments
 from dga_scale.corpus.shards import file_sha256
 from dga_scale.errors import UserError
 
@@ -133,7 +133,7 @@ def read_examples(path: Path) -> Iterator[tuple[str, ...]]:
                 continue
             try:
                 content = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 content = None
             fields: Any = content if isinstance(content, dict) else {}
             texts = tuple(fields[name] for name in ("text", "text_pair") if fields.get(name) is not None)
@@ -157,7 +157,7 @@ def found_in_text(overlap: Overlap, inputs: Sequence[str], options: ReadOptions)
     found: set[int] = set()
     for number, source in enumerate(find_sources(inputs)):
         for segment in segments(number, source, options, _TEXT_BYTES):
-            for text in read_segment(source, segment, options):
+            for text in read_segment(source, segment, options, Records()):
                 found.update(overlap.find(clean(text)).tolist())
     return overlap.counts(found)
 

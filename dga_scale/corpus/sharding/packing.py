@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from dga_scale.corpus.sharding.staging import Work, duplicates_of, load_document_batches, read_document_batch
 from dga_scale.corpus.shards import VALIDATION, Shard, file_sha256
-from dga_scale.corpus.tokenizer import Encoder, cached_encoder
+from dga_scale.corpus.tokenizer import Encoder, cached_encoder, unknown_id
 from dga_scale.errors import UserError
 from dga_scale.storage.atomic import atomic_file, write_json
 
@@ -42,6 +42,8 @@ class Layout:
     """The token between documents in a chunk: SEP, or EOS, which also ends a causal document's row."""
     causal: bool
     special_ids: tuple[int, ...]
+    unknown: int
+    """The token for what the tokenizer can't write; -1: it has none, or rows are built with it."""
     vocab_size: int
 
     @classmethod
@@ -69,6 +71,7 @@ class Layout:
             separator=last,
             causal=causal,
             special_ids=tuple(sorted(tokenizer.all_special_ids)),
+            unknown=unknown_id(tokenizer),
             vocab_size=len(tokenizer),
         )
 
@@ -177,6 +180,7 @@ def write_shard(folder: Path, task: ShardTask, threads: int) -> None:
         documents=documents,
         tokens=writer_of_rows.tokens,
         maskable=writer_of_rows.maskable,
+        unknown=writer_of_rows.unknown,
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
     )
@@ -245,7 +249,7 @@ class _RowWriter:
         self._ordinary = np.ones(layout.vocab_size, dtype=bool)
         self._ordinary[list(layout.special_ids)] = False
         self._waiting: list[np.ndarray] = []
-        self.rows = self.tokens = self.maskable = 0
+        self.rows = self.tokens = self.maskable = self.unknown = 0
 
     def add(self, contents: list[np.ndarray], writer: Any) -> None:
         self._waiting += contents
@@ -272,3 +276,4 @@ class _RowWriter:
         self.rows += len(contents)
         self.tokens += len(values)
         self.maskable += int(maskable.sum())
+        self.unknown += int(np.count_nonzero(values == self._layout.unknown))

@@ -16,7 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dga_scale.corpus.reading.cleaning import clean
+from dga_scale.corpus.reading.files import Source
 from dga_scale.corpus.reading.overlap import load_overlap
+from dga_scale.corpus.reading.sources import Records, read_segment
 from dga_scale.corpus.sharding.executor import ArrayTaskExecutor, Executor, MpiExecutor, Stage, under_mpi
 from dga_scale.corpus.sharding.packing import (
     PACKINGS,
@@ -33,6 +38,7 @@ from dga_scale.corpus.sharding.staging import (
     Plan,
     ShardSettings,
     Work,
+    content_hash,
     find_duplicates,
     load_document_batches,
     load_plan,
@@ -40,12 +46,27 @@ from dga_scale.corpus.sharding.staging import (
     read_input_split,
 )
 from dga_scale.corpus.shards import FORMAT, MANIFEST, VALIDATION, WORK_FOLDER, Manifest, Shard, read_manifest
-from dga_scale.corpus.tokenizer import encoder_spec, load_tokenizer, special_ids, tokenizer_hash
-from dga_scale.errors import UserError
+from dga_scale.corpus.tokenizer import (
+    Encoder,
+    check_unknown,
+    encoder_spec,
+    load_tokenizer,
+    markers,
+    special_ids,
+    tokenizer_hash,
+)
+from dga_scale.errors import UserError, one_line
 from dga_scale.storage.atomic import storage_errors, write_json
 from dga_scale.storage.checked_json import with_checksum
 
 DOCUMENT_MODES = ("line", "file")
+ON_BAD_RECORD = ("stop", "skip")
+
+UNKNOWN_WARNED = 0.05
+"""The share of unknown tokens from which a corpus is made with a warning."""
+
+_FIRST_CHARACTERS = 1 << 18
+"""The characters of text that are read and tokenised before any work begins."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,11 @@ def _check_settings(settings: ShardSettings, num_workers: int, array_task: tuple
         ),
         (settings.shard_size > 0, f"--shard_size {settings.shard_size}: must be above 0"),
         (settings.seed >= 0, f"--seed {settings.seed}: must be 0 or more"),
+        (
+            settings.on_bad_record in ON_BAD_RECORD,
+            f"--on_bad_record {settings.on_bad_record}: must be one of {', '.join(ON_BAD_RECORD)}",
+        ),
+        (settings.max_document_mb > 0, f"--max_document_mb {settings.max_document_mb}: must be above 0"),
         (num_workers >= 1, f"--num_workers {num_workers}: must be at least 1"),
     ]
     if array_task is not None:
@@ -178,24 +204,68 @@ def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished:
     plan = Plan.make(inputs, settings)
     output = work.output
     if finished.exists():
-        manifest = read_manifest(output)
-        _check_same(output, "holds", plan, manifest.settings, manifest.sources)
+        _check_same(output, plan, read_manifest(output))
         return
+    begun = None
     if work.plan_file.exists():
-        begun = json.loads(work.plan_file.read_text(encoding="utf-8"))
-        _check_same(output, "was begun with", plan, begun["settings"], begun["sources"])
-        if begun == plan.to_json():  # else the same inputs lie elsewhere now
+        begun = _read_plan(work.plan_file)
+        if begun == plan:
             return
     elif output.exists() and (not output.is_dir() or _unknown_files(output)):
         raise UserError(
             f"--output {output} is not empty and holds no corpus: {', '.join(_unknown_files(output)[:3])}. "
             "Choose a new folder"
         )
+    spec = encoder_spec(tokenizer, settings.tokenizer)
+    _try_first_documents(plan, spec, layout)
+    if others := markers(tokenizer):
+        done = "tokens" if tokenizer.is_fast else "written as text"
+        print(
+            f"note: {len(others)} special tokens of the tokenizer ({', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}) are {done} where they stand in the text; its "
+            f"{', '.join(special_ids(tokenizer))} are written as text",
+            file=sys.stderr,
+        )
     with storage_errors(output):
         work.folder.mkdir(parents=True, exist_ok=True)
-        spec = encoder_spec(tokenizer, settings.tokenizer)
+        if begun is not None and not _same_work(begun, plan):
+            kept = sum(work.input_split(key).exists() for key in plan.keys)
+            print(
+                f"note: {output} was begun with {'; '.join(_differences(begun, plan)) or 'other inputs'}: of "
+                f"{len(plan.keys)} parts of the input {kept} need not be read again",
+                file=sys.stderr,
+            )
+            work.remove_later_stages()
         write_tokenizer_file(work, spec, layout, special_ids(tokenizer))
         write_json(work.plan_file, plan.to_json(), work.scratch)
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the plan of unfinished work is damaged, or another version's. Remove {path.parent}", path
+        ) from error
+
+
+def _try_first_documents(plan: Plan, spec: str, layout: Layout) -> None:
+    """Read and tokenise the beginning of the inputs, so that what is wrong with all is told at once."""
+    settings = plan.settings
+    texts = (
+        clean(text)
+        for segment in plan.input_splits[0]
+        for text in read_segment(plan.sources[segment.source], segment, settings.read_options, Records())
+    )
+    first, left = [], _FIRST_CHARACTERS
+    for text in texts:
+        first.append(text[:left])
+        left -= len(first[-1])
+        if left <= 0:
+            break
+    ids = np.concatenate([np.empty(0, np.int32), *Encoder(spec)(first)])
+    unknown = int(np.count_nonzero(ids == layout.unknown))
+    check_unknown(unknown, len(ids), settings.tokenizer, f"the first {len(first)} documents")
 
 
 def _unknown_files(output: Path) -> list[str]:
@@ -204,26 +274,42 @@ def _unknown_files(output: Path) -> list[str]:
     return sorted(path.name for path in output.iterdir() if path.name != WORK_FOLDER)
 
 
-def _check_same(output: Path, state: str, plan: Plan, settings: dict, sources: Sequence[dict]) -> None:
-    """Refuse to resume with other settings or inputs than the folder's."""
-    ours = plan.to_json()
-    settings = {field.name: field.default for field in fields(ShardSettings)} | settings
-    differences = [
-        f"{name} {settings[name]!r}, now {value!r}"
-        for name, value in ours["settings"].items()
-        # The same tokenizer and examples may lie elsewhere now; their hashes tell.
-        if settings[name] != value and name not in ("tokenizer", "exclude")
-    ]
-    contents = [
-        [(source["bytes"], source["fingerprint"]) for source in side] for side in (sources, ours["sources"])
-    ]
-    if contents[0] != contents[1]:
-        differences.append(f"{len(contents[0])} input files, now {len(contents[1])} or others")
-    if differences:
+def _check_same(output: Path, plan: Plan, manifest: Manifest) -> None:
+    """Refuse to give a finished corpus for other settings or inputs than its own."""
+    settings: dict[str, Any] = {f.name: f.default for f in fields(ShardSettings)} | manifest.settings
+    held = replace(plan, settings=ShardSettings(**{**settings, "exclude": tuple(settings["exclude"])}))
+    if differences := _differences(held, plan) + _other_inputs(manifest.sources, plan.sources):
         raise UserError(
-            f"--output {output} {state} another corpus: {'; '.join(differences)}. Choose another --output, "
-            "or remove the folder first"
+            f"--output {output} holds another corpus: {'; '.join(differences)}. Choose another --output, or "
+            "remove the folder first"
         )
+
+
+def _differences(begun: Plan, plan: Plan) -> list[str]:
+    """List the settings in which two plans differ."""
+    before, now = asdict(begun.settings), asdict(plan.settings)
+    # The same tokenizer and examples may lie elsewhere now; their hashes tell.
+    names = [name for name in now if name not in ("tokenizer", "exclude")]
+    return [f"{n} {before[n]!r}, now {now[n]!r}" for n in names if before[n] != now[n]]
+
+
+def _same_work(begun: Plan, plan: Plan) -> bool:
+    """Return whether the same text becomes the same corpus, wherever it lies."""
+    return begun.keys == plan.keys and not _differences(begun, plan)
+
+
+def _other_inputs(before: Sequence[dict[str, Any]], now: Sequence[Source]) -> list[str]:
+    """Name the first input that is not the one that was read in its place, if there is one."""
+    for old, new in zip(before, now, strict=False):
+        same = (old["bytes"], old["fingerprint"]) == (new.bytes, new.fingerprint) and (
+            old["modified"] == new.modified or old["sha256"] == content_hash(new)
+        )
+        if not same:
+            changed = Path(old["path"]).name == Path(new.path).name
+            return [f"input {new.path} was changed" if changed else f"input {new.path}, not {old['path']}"]
+    if len(before) > len(now):
+        return [f"no input {before[len(now)]['path']}"]
+    return [f"one more input, {now[len(before)].path}"] if len(before) < len(now) else []
 
 
 # --- the work ---
@@ -234,7 +320,7 @@ def _complete(work: Work, executor: Executor, finished: Path) -> int:
     plan = load_plan(work.plan_file)
     numbers = range(len(plan.input_splits))
     calls = [partial(read_input_split, work.folder, number) for number in numbers]
-    executor.run(Stage("reading", calls, [work.input_split(number) for number in numbers], finished))
+    executor.run(Stage("reading", calls, [work.input_split(key) for key in plan.keys], finished))
     executor.on_first(lambda: _gather_document_batches(work, plan))
     document_batches = load_document_batches(work.document_batches_file)
 
@@ -255,18 +341,28 @@ def _complete(work: Work, executor: Executor, finished: Path) -> int:
 
 def _gather_document_batches(work: Work, plan: Plan) -> None:
     """Write the list of all document batches, in the order of the input."""
-    report, document_batches = InputSplitReport(), []
+    report, document_batches, first_bad = InputSplitReport(), [], ""
     found: set[int] = set()
-    for number in range(len(plan.input_splits)):
-        content = json.loads(work.input_split(number).read_text(encoding="utf-8"))
+    hashes: dict[int, str] = {}
+    for key, input_split in zip(plan.keys, plan.input_splits, strict=True):
+        content = json.loads(work.input_split(key).read_text(encoding="utf-8"))
         document_batches += content["document_batches"]
         found.update(content["examples_found"])
+        first_bad = first_bad or content["first_bad"]
+        begun = [segment.source for segment in input_split if not segment.start]
+        hashes.update(zip(begun, content["sha256"], strict=True))
         for name, value in content["report"].items():
             setattr(report, name, getattr(report, name) + value)
+    if first_bad:
+        print(
+            f"note: {report.bad:,} bad records were left out. The first: {one_line(first_bad)}",
+            file=sys.stderr,
+        )
     if not document_batches:
         raise UserError(
             f"no document with text in the inputs: {report.documents_read} read, {report.empty} of them "
-            f"empty, {report.control_only} of control characters only, {report.excluded} excluded"
+            f"empty, {report.control_only} of control characters only, {report.excluded} excluded, "
+            f"{report.bad} bad"
         )
     overlap = load_overlap(plan.settings.exclude)
     excluded = [
@@ -274,7 +370,13 @@ def _gather_document_batches(work: Work, plan: Plan) -> None:
         for file, count in zip(overlap.files, overlap.counts(found), strict=True)
     ]
     with storage_errors(work.output):
-        write_json(work.report_file, {**asdict(report), "excluded_files": excluded}, work.scratch)
+        sources = [
+            # A source without any row is in no input split.
+            {**asdict(source), "sha256": hashes.get(number) or content_hash(source)}
+            for number, source in enumerate(plan.sources)
+        ]
+        contents = {**asdict(report), "excluded_files": excluded, "sources": sources}
+        write_json(work.report_file, contents, work.scratch)
         write_json(work.document_batches_file, document_batches, work.scratch)
 
 
@@ -327,6 +429,8 @@ def _assemble(
     }
     if plan.settings.exclude:
         dropped["excluded"] = report["excluded"]
+    if report["bad"]:
+        dropped["bad"] = report["bad"]
     if not sum(shard.rows for shard in shards["train"]):
         raise UserError(
             f"nothing is left to train on: {report['documents_read']} documents read, dropped {dropped}, "
@@ -334,6 +438,13 @@ def _assemble(
             "--validation_share (0: hold out nothing)"
         )
     _, layout, special = load_tokenizer_file(work.tokenizer_file)
+    every = [shard for part in shards.values() for shard in part]
+    check_unknown(
+        sum(shard.unknown for shard in every),
+        sum(shard.tokens for shard in every),
+        plan.settings.tokenizer,
+        "the text",
+    )
     for split, records in shards.items():
         if not records:
             continue
@@ -352,10 +463,11 @@ def _assemble(
             documents=sum(shard.documents for shard in records),
             tokens=sum(shard.tokens for shard in records),
             maskable=sum(shard.maskable for shard in records),
+            unknown=sum(shard.unknown for shard in records),
             documents_read=report["documents_read"],
             dropped=dropped,
             settings=asdict(plan.settings),
-            sources=tuple(asdict(source) for source in plan.sources),
+            sources=tuple(report["sources"]),
             shards=records,
             excluded=tuple(report["excluded_files"]),
         )

@@ -7,9 +7,10 @@ never by the number of processes.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -17,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from dga_scale.corpus.reading.cleaning import clean
-from dga_scale.corpus.reading.files import Segment, Source
+from dga_scale.corpus.reading.files import Segment, Source, files_of
 from dga_scale.corpus.reading.finding import find_sources
 from dga_scale.corpus.reading.overlap import load_overlap
-from dga_scale.corpus.reading.sources import ReadOptions, read_segment, segments
-from dga_scale.corpus.shards import VALIDATION
+from dga_scale.corpus.reading.sources import ReadOptions, Records, read_segment, segments
+from dga_scale.corpus.shards import VALIDATION, file_sha256
 from dga_scale.storage.atomic import atomic_file, write_array, write_json
 
 BATCH_DOCUMENTS = 1 << 18
@@ -56,6 +57,10 @@ class ShardSettings:
     """The files of end-task examples: documents that share an 8-gram of words with one are dropped."""
     exclude_hash: str = ""
     """Filled in by ``shard_corpus``."""
+    on_bad_record: str = "stop"
+    """What a record that can't be read does: "stop", or "skip": it is left out and counted."""
+    max_document_mb: float = 256.0
+    """The largest size of a document, in megabytes: a larger one is a bad record."""
 
     @property
     def shard_bytes(self) -> int:
@@ -65,7 +70,12 @@ class ShardSettings:
     @property
     def read_options(self) -> ReadOptions:
         """The settings for reading the sources."""
-        return ReadOptions(text_field=self.text_field, whole_files=self.document == "file")
+        return ReadOptions(
+            text_field=self.text_field,
+            whole_files=self.document == "file",
+            skip_bad=self.on_bad_record == "skip",
+            max_bytes=int(self.max_document_mb * 1e6),
+        )
 
 
 @dataclass(frozen=True)
@@ -83,14 +93,36 @@ class Plan:
         target = 4 * settings.shard_bytes
         input_splits: list[tuple[Segment, ...]] = []
         input_split: list[Segment] = []
+        weight = 0
         for number, source in enumerate(sources):
             for segment in segments(number, source, settings.read_options, target):
-                if input_split and sum(s.weight for s in input_split) + segment.weight > target:
+                if input_split and weight + segment.weight > target:
                     input_splits.append(tuple(input_split))
-                    input_split = []
+                    input_split, weight = [], 0
                 input_split.append(segment)
+                weight += segment.weight
         input_splits.append(tuple(input_split))
         return cls(settings, tuple(sources), tuple(input_splits))
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The identity of each input split: a hash of what is read, and of all that decides what comes of it.
+
+        It does not depend on where the sources lie, so that work is found again under another plan.
+        """
+        settings = self.settings
+        reading = [
+            asdict(settings.read_options),
+            [settings.shard_bytes, settings.keep_duplicates, settings.seed, settings.exclude_hash],
+        ]
+        keys = []
+        for input_split in self.input_splits:
+            found = [
+                [{**asdict(self.sources[segment.source]), "path": ""}, segment.start, segment.stop]
+                for segment in input_split
+            ]
+            keys.append(hashlib.sha256(json.dumps([reading, found]).encode()).hexdigest()[:16])
+        return keys
 
     def to_json(self) -> dict:
         """Return plain data, the content of plan.json."""
@@ -123,9 +155,9 @@ class Work:
         self.document_batches_file = folder / "document_batches.json"
         self.report_file = folder / "report.json"
 
-    def input_split(self, number: int) -> Path:
+    def input_split(self, key: str) -> Path:
         """Return the path of the report that is written when an input split has been read."""
-        return self.folder / f"input-{number:05d}.json"
+        return self.folder / f"input-{key}.json"
 
     def document_batch(self, name: str) -> Path:
         """Return the path of the documents of a document batch."""
@@ -134,6 +166,15 @@ class Work:
     def hashes(self, name: str) -> Path:
         """Return the path of the hashes of a document batch."""
         return self.folder / f"documents-{name}.npy"
+
+    def remove_later_stages(self) -> None:
+        """Remove all that comes after reading: it depends on all input splits and settings."""
+        for pattern in ("document_batches.json", "report.json", "duplicates-*", "train-*", f"{VALIDATION}-*"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        for folder in (self.output, self.output / VALIDATION):
+            for path in folder.glob("data-*.arrow"):
+                path.unlink()
 
     def duplicates(self, number: int) -> Path:
         """Return the path of the duplicates in a partition of the hashes."""
@@ -184,6 +225,7 @@ class InputSplitReport:
     duplicates: int = 0
     """The duplicates within a document batch; others are found when all document batches exist."""
     excluded: int = 0
+    bad: int = 0
 
 
 def document_hash(text: bytes, seed: int) -> bytes:
@@ -195,31 +237,49 @@ def read_input_split(folder: Path, number: int) -> None:
     """Read input split ``number``: write its document batches, then the report that says it is done."""
     work = Work(folder)
     plan = load_plan(work.plan_file)
-    report = InputSplitReport()
+    report, records = InputSplitReport(), Records()
     found: set[int] = set()
-    documents = _documents(plan, number, report, found)
+    documents = _documents(plan, number, report, records, found)
     document_batches: list[DocumentBatch] = []
     while (first := next(documents, None)) is not None:
-        name = f"{number:05d}-{len(document_batches):04d}"
+        name = f"{plan.keys[number]}-{len(document_batches):04d}"
         document_batches.append(
             _write_document_batch(work, name, chain([first], documents), plan.settings, report)
         )
+    report.documents_read += records.bad
+    report.bad = records.bad
+    begun = [plan.sources[segment.source] for segment in plan.input_splits[number] if not segment.start]
     content = {
         "report": asdict(report),
         "document_batches": [asdict(document_batch) for document_batch in document_batches],
         "examples_found": sorted(found),
+        "first_bad": records.first_bad,
+        "sha256": [content_hash(source) for source in begun],
     }
-    write_json(work.input_split(number), content, work.scratch)
+    for index in {segment.source for segment in plan.input_splits[number]}:
+        plan.sources[index].check_unchanged()
+    write_json(work.input_split(plan.keys[number]), content, work.scratch)
 
 
-def _documents(plan: Plan, number: int, report: InputSplitReport, found: set[int]) -> Iterator[str]:
+def content_hash(source: Source) -> str:
+    """Return the sha256 of a source's content: of a folder, of its files' names and hashes."""
+    path = Path(source.path)
+    if not path.is_dir():
+        return file_sha256(path)
+    hashes = [f"{file_sha256(file)} {file.name}\n" for file in files_of(path)]
+    return hashlib.sha256(os.fsencode("".join(hashes))).hexdigest()
+
+
+def _documents(
+    plan: Plan, number: int, report: InputSplitReport, records: Records, found: set[int]
+) -> Iterator[str]:
     """Yield the cleaned documents of an input split; empty and excluded ones are counted and left out.
 
     Numbers of the excluded examples that stand in the documents are added to ``found``.
     """
     overlap = load_overlap(tuple(plan.settings.exclude)) if plan.settings.exclude else None
     for segment in plan.input_splits[number]:
-        for raw in read_segment(plan.sources[segment.source], segment, plan.settings.read_options):
+        for raw in read_segment(plan.sources[segment.source], segment, plan.settings.read_options, records):
             report.documents_read += 1
             text = clean(raw)
             if text and overlap is not None and len(examples := overlap.find(text)):

@@ -6,10 +6,13 @@ import gzip
 import json
 import lzma
 import os
+import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -18,7 +21,7 @@ import pytest
 
 from dga_scale.corpus.reading.files import Segment
 from dga_scale.corpus.reading.finding import find_sources
-from dga_scale.corpus.reading.sources import ReadOptions, read_segment, segments
+from dga_scale.corpus.reading.sources import ReadOptions, Records, read_segment, segments
 from dga_scale.errors import UserError
 from tests.helpers import tiny_corpora as tiny
 
@@ -29,15 +32,21 @@ SMALL = 400
 
 
 def read(
-    *inputs: Path | str, field: str = "text", whole_files: bool = False, target: int = SMALL
+    *inputs: Path | str,
+    field: str = "text",
+    whole_files: bool = False,
+    target: int = SMALL,
+    records: Records | None = None,
+    **options_of_records: Any,
 ) -> list[str]:
-    options = ReadOptions(text_field=field, whole_files=whole_files)
+    options = ReadOptions(field, whole_files, **options_of_records)
+    records = records or Records()
     sources = find_sources([*map(str, inputs)])
     return [
         text
         for number, source in enumerate(sources)
         for segment in segments(number, source, options, target)
-        for text in read_segment(source, segment, options)
+        for text in read_segment(source, segment, options, records)
     ]
 
 
@@ -308,9 +317,92 @@ def test_a_file_removed_after_planning(tmp_path: Path) -> None:
     (source,) = find_sources([str(tmp_path)])
     (tmp_path / "a.txt").unlink()
     with pytest.raises(UserError, match=r"a\.txt can't be read: .*No such file"):
-        list(read_segment(source, Segment(0, 0, None, 0), ReadOptions("text", False)))
+        list(read_segment(source, Segment(0, 0, None, 0), ReadOptions("text", False), Records()))
 
 
 def test_json_escapes_of_lone_surrogates_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x\ud800y"}) + "\n")
     assert read(tmp_path) == ["x\ud800y"]
+
+
+BAD = {
+    "a.txt": b"one\ntwo\n\xe9\nthree\n",
+    "a.jsonl": b'{"text": "one"}\n{"text": "two"}\n{"body": "x"}\n{"text": "three"}\n',
+    "b.jsonl": b'{"text": "one"}\n{"text": "two"}\n{"text": 3}\n{"text": "three"}\n',
+    "c.jsonl": b'{"text": "one"}\n{"text": "two"}\n{"text": "\xe9"}\n{"text": "three"}\n',
+    "d.jsonl": b'{"text": "one"}\n{"text": "two"}\n["text"]\n{"text": "three"}\n',
+    "e.jsonl": b'{"text": "one"}\n{"text": "two"}\n{"text": "\n{"text": "three"}\n',
+    "a.json": b'[{"text": "one"},\n{"text": "two"},\n{"body": "x"}, {"text": "three"}]',
+    "a.csv": b"text,n\none,1\ntwo,2\nx\nthree,3\n",
+    "a.tsv": b"text\tn\none\t1\ntwo\t2\nx\nthree\t3\n",
+}
+
+
+@pytest.mark.parametrize("target", [10, 10**6])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_record_stops_or_is_left_out_and_counted(name: str, target: int, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(BAD[name])
+    with pytest.raises(UserError, match=rf"{name}:[34]\W"):
+        read(tmp_path / name, target=target)
+    with pytest.raises(UserError, match=r" \(before it, good: 2\)\. To leave .*: --on_bad_record skip$"):
+        read(tmp_path / name, target=10**6)
+    records = Records()
+    assert read(tmp_path / name, target=target, skip_bad=True, records=records) == ["one", "two", "three"]
+    assert (records.good, records.bad) == (3, 1)
+    assert re.search(rf"{name}:[34]\W", records.first_bad)
+
+
+def test_values_of_tables_that_are_no_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: field 'text' holds a int, not text"):
+        read(tmp_path)
+    records = Records()
+    assert read(tmp_path, skip_bad=True, records=records) == []
+    assert records.bad == 2
+
+
+LONG = "x" * 101
+TOO_LONG: dict[str, Callable[[Path], object]] = {
+    "a.txt": lambda path: path.write_text(f"one\n{LONG}\ntwo\n"),
+    "b.txt": lambda path: path.write_bytes(f"one\r{LONG}\rtwo\r".encode()),
+    "c.txt": lambda path: path.write_text(
+        f"one\n{'ü' * 51}\ntwo\n"
+    ),  # 102 bytes, which may be cut inside one
+    "a.txt.gz": lambda path: path.write_bytes(gzip.compress(f"one\n{LONG}\ntwo\n".encode())),
+    "a.jsonl": lambda path: tiny.write_jsonl(path, ["one", LONG, "two"]),
+    "a.parquet": lambda path: pq.write_table(pa.table({"text": ["one", LONG, "two"]}), path),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_a_document_above_the_limit(name: str, tmp_path: Path) -> None:
+    TOO_LONG[name](tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}.* is a document of more than 0\.0001 MB.*max_document_mb"):
+        read(tmp_path / name, max_bytes=100)
+    assert read(tmp_path / name, max_bytes=100, skip_bad=True) == ["one", "two"]
+    assert len(read(tmp_path / name, max_bytes=150)) == 3
+
+
+def test_files_above_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n" * 26)
+    (tmp_path / "b.txt").write_text("one\n" * 25)
+    with pytest.raises(UserError, match=r"a\.txt is a document of more than"):
+        read(tmp_path, whole_files=True, max_bytes=100)
+    assert len(read(tmp_path, whole_files=True, max_bytes=100, skip_bad=True)) == 1
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 3_000_000}]))
+    with pytest.raises(UserError, match=r"a\.json:1 is a document of more than 1 MB"):
+        read(tmp_path / "a.json", max_bytes=1_000_000)
+    (tmp_path / "a.csv").write_text('text\n"' + "some\n" * 30 + '"\n')
+    with pytest.raises(UserError, match=r"a\.csv:2 is not valid csv: field larger than field limit \(100\)"):
+        read(tmp_path / "a.csv", max_bytes=100)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 10])
+def test_line_breaks_where_reading_is_cut(limit: int, tmp_path: Path) -> None:
+    """The lines that are within the limit, whatever stands around them."""
+    generator = random.Random(limit)
+    for _ in range(100):
+        content = "".join(generator.choices("a\r\n", k=30)).encode() + b"a"
+        (tmp_path / "a.txt").write_bytes(content)
+        expected = [line for line in re.split(rb"\r\n|\r|\n", content) if len(line) <= limit]
+        assert [line.encode() for line in read(tmp_path, max_bytes=limit, skip_bad=True)] == expected

@@ -20,6 +20,7 @@ def layout(packing: str, length: int, causal: bool = False) -> Layout:
         separator=EOS if causal else SEP,
         causal=causal,
         special_ids=(CLS, SEP, EOS),
+        unknown=-1,
         vocab_size=1000,
     )
 

@@ -314,7 +314,9 @@ def test_finished_is_finished(raw: Path, wordpiece: Path, expected: Path, tmp_pa
 # --- what is refused ---
 
 
-def test_output_of_another_corpus(raw: Path, wordpiece: Path, byte_bpe: Path, expected: Path) -> None:
+def test_output_of_another_corpus(
+    raw: Path, wordpiece: Path, byte_bpe: Path, expected: Path, tmp_path: Path
+) -> None:
     for changes, message in (
         ({"sequence_length": 64}, r"holds another corpus: sequence_length 32, now 64\. Choose another"),
         ({"packing": "document", "seed": 3}, r"packing 'chunk', now 'document'; seed 0, now 3"),
@@ -323,14 +325,116 @@ def test_output_of_another_corpus(raw: Path, wordpiece: Path, byte_bpe: Path, ex
             shard_corpus([str(raw)], expected, settings(wordpiece, **changes))
     with pytest.raises(UserError, match=r"tokenizer_hash"):
         shard_corpus([str(raw)], expected, settings(byte_bpe))
-    with pytest.raises(UserError, match=r"3 input files, now 1 or others"):
-        shard_corpus([str(raw / "a.jsonl")], expected, settings(wordpiece))
+    tiny.write_jsonl(tmp_path / "d.jsonl", ["one"])
+    a, b, c, d = *(str(raw / name) for name in ("a.jsonl", "b.txt", "c.jsonl")), str(tmp_path / "d.jsonl")
+    for inputs, message in (
+        ([a], rf"holds another corpus: no input {b}\."),
+        ([a, c, b], rf"holds another corpus: input {c}, not {b}\."),
+        ([a, b, c, d], rf"holds another corpus: one more input, {d}\."),
+    ):
+        with pytest.raises(UserError, match=message):
+            shard_corpus(inputs, expected, settings(wordpiece))
 
 
-def test_output_of_another_corpus_that_is_unfinished(raw: Path, wordpiece: Path, tmp_path: Path) -> None:
-    in_fork_killed_at(5, [str(raw)], tmp_path / "corpus", settings(wordpiece))
-    with pytest.raises(UserError, match=r"was begun with another corpus: text_field 'text', now 'body'"):
-        shard_corpus([str(raw)], tmp_path / "corpus", settings(wordpiece, text_field="body"))
+def test_inputs_that_were_changed_since(wordpiece: Path, tmp_path: Path) -> None:
+    """A change in the middle of a file, of the same length, which neither size nor ends tell."""
+    path, output = tmp_path / "a.txt", tmp_path / "corpus"
+    text = "".join(f"line {number} of a text about stones\n" for number in range(20_000))
+    path.write_text(text)
+    chosen = settings(wordpiece, shard_size=16)
+    shard_corpus([str(path)], output, chosen)
+    os.utime(path, ns=(0, 0))
+    assert shard_corpus([str(path)], output, chosen).text_bytes == 0, "a copy is the same corpus"
+    path.write_text(text.replace("line 10000 of", "lime 10000 of"))
+    with pytest.raises(UserError, match=r"holds another corpus: input .*a\.txt was changed"):
+        shard_corpus([str(path)], output, chosen)
+    datasets.Dataset.from_dict({"text": text.splitlines()}).save_to_disk(tmp_path / "saved")
+    shard_corpus([str(tmp_path / "saved")], tmp_path / "second", chosen)
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"line 10000 of", b"lime 10000 of"))
+    with pytest.raises(UserError, match=r"holds another corpus: input .*saved was changed"):
+        shard_corpus([str(tmp_path / "saved")], tmp_path / "second", chosen)
+
+
+def test_unfinished_work_is_kept_as_far_as_it_is_the_same(
+    raw: Path, wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an error told to do is done in the same folder, and gives the bytes of a new one."""
+    folder = tmp_path / "raw"
+    shutil.copytree(raw, folder)
+    bad = folder / "c.jsonl"
+    good = bad.read_text()
+    bad.write_text(good + '{"body": "x"}\n')
+    output, chosen = tmp_path / "corpus", settings(wordpiece)
+    with pytest.raises(UserError, match=r"c\.jsonl:\d+ has no field 'text'.*--on_bad_record skip"):
+        shard_corpus([str(folder)], output, chosen)
+    read = {path: path.stat().st_mtime_ns for path in (output / WORK_FOLDER).glob("input-*.json")}
+    assert read
+    # Another tokenisation needs no text to be read again.
+    with pytest.raises(UserError, match=r"c\.jsonl:\d+ has no field"):
+        shard_corpus([str(folder)], output, replace(chosen, sequence_length=64))
+    note = capsys.readouterr().err
+    assert f"was begun with sequence_length 32, now 64: of {len(read) + 1} parts of the input" in note
+    bad.write_text(good)
+    shard_corpus([str(folder)], tmp_path / "reference", chosen)
+    in_fork_killed_at(20, [str(folder)], output, chosen)  # some shards are written, and then not wanted
+    assert list(output.glob("data-*"))
+    assert read == {path: path.stat().st_mtime_ns for path in read}
+    shard_corpus([str(folder)], output, replace(chosen, shard_size=0.02))
+    shard_corpus([str(folder)], tmp_path / "larger", replace(chosen, shard_size=0.02))
+    assert contents(output) == contents(tmp_path / "larger")
+    assert contents(output) != contents(tmp_path / "reference")
+
+
+def test_another_field_in_a_folder_that_was_begun(wordpiece: Path, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(50), field="reviewText")
+    with pytest.raises(UserError, match=r"Fields present: id, reviewText\. Choose one with --text_field$"):
+        shard_corpus([str(path)], tmp_path / "corpus", settings(wordpiece))
+    report = shard_corpus([str(path)], tmp_path / "corpus", settings(wordpiece, text_field="reviewText"))
+    assert report.train.documents_read == 50
+
+
+def test_bad_records_are_counted(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(60))
+    path.write_text(path.read_text() + '{"text": 3}\n{"body": "x"}\n')
+    report = shard_corpus([str(path)], tmp_path / "corpus", settings(wordpiece, on_bad_record="skip"))
+    assert report.train.documents_read == 62
+    assert report.train.dropped == {"empty": 0, "control_only": 0, "duplicates": 0, "bad": 2}
+    assert "note: 2 bad records were left out. The first: " in capsys.readouterr().err
+    path.write_text('{"text": 3}\n{"body": "x"}\n')
+    with pytest.raises(UserError, match=r"no document with text in the inputs: 2 read, .*, 2 bad"):
+        shard_corpus([str(path)], tmp_path / "none", settings(wordpiece, on_bad_record="skip"))
+
+
+THAI = "ภาษาไทยเป็นภาษาที่ใช้ในประเทศ "
+
+
+def test_text_that_the_tokenizer_cannot_write(wordpiece: Path, byte_bpe: Path, tmp_path: Path) -> None:
+    """Unknown tokens are counted, and text of mostly these is refused, before any work or at its end."""
+    (tmp_path / "thai.txt").write_text("".join(f"{THAI * 5}{number}\n" for number in range(50)))
+    (tmp_path / "end.txt").write_text("".join(f"{THAI * 50}{number}\n" for number in range(9000)))
+    tiny.write_jsonl(
+        tmp_path / "mixed.jsonl", [*tiny.texts(90, words=(9, 10)), *[f"{THAI} {n}" for n in range(50)]]
+    )
+    unknown = r"\d\d% of the tokens of the first 50 documents are unknown to the tokenizer of .*wordpiece"
+    with pytest.raises(UserError, match=unknown):
+        shard_corpus([str(tmp_path / "thai.txt")], tmp_path / "thai", settings(wordpiece))
+    assert not (tmp_path / "thai").exists()
+
+    chosen = settings(wordpiece, validation_share=0.0, keep_duplicates=True)
+    report = shard_corpus([str(tmp_path / "mixed.jsonl")], tmp_path / "mixed", chosen)
+    corpus, unk = Corpus.open(tmp_path / "mixed"), AutoTokenizer.from_pretrained(wordpiece).unk_token_id
+    found = sum(int((row == unk).sum()) for row in corpus.rows(range(len(corpus))))
+    assert report.train.unknown == found == 50
+    assert sum(shard.unknown for shard in corpus.manifest.shards) == found
+
+    report = shard_corpus([str(tmp_path / "thai.txt")], tmp_path / "bytes", settings(byte_bpe))
+    assert report.train.unknown == 0
+    (tmp_path / "start.txt").write_text("".join(f"{text}\n" for text in tiny.texts(3000)))
+    with pytest.raises(UserError, match=r"\d\d% of the tokens of the text are unknown"):
+        shard_corpus(
+            [str(tmp_path / "start.txt"), str(tmp_path / "end.txt")], tmp_path / "end", settings(wordpiece)
+        )
 
 
 def test_output_with_other_files(raw: Path, wordpiece: Path, tmp_path: Path) -> None:
@@ -351,6 +455,8 @@ def test_output_with_other_files(raw: Path, wordpiece: Path, tmp_path: Path) -> 
         ({"seed": -1}, {}, r"--seed -1: must be 0 or more"),
         ({"packing": "bins"}, {}, r"--packing bins: must be one of chunk, document"),
         ({"document": "page"}, {}, r"--document page: must be one of line, file"),
+        ({"on_bad_record": "cry"}, {}, r"--on_bad_record cry: must be one of stop, skip"),
+        ({"max_document_mb": 0}, {}, r"--max_document_mb 0: must be above 0"),
         ({}, {"num_workers": 0}, r"--num_workers 0: must be at least 1"),
         ({}, {"array_task": (4, 4)}, r"--array_task 4/4: count from 0"),
     ],

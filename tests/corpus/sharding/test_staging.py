@@ -1,6 +1,8 @@
 """Document batches and duplicates, against a plain dictionary."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from dga_scale.corpus.sharding.staging import (
     read_document_batch,
     read_input_split,
 )
+from dga_scale.errors import UserError
 from dga_scale.storage.atomic import write_json
 from tests.helpers import tiny_corpora as tiny
 
@@ -39,7 +42,7 @@ def read_all(work: Work, documents: list[str], tmp_path: Path, shard_size: float
     document_batches = []
     for number in range(len(plan.input_splits)):
         read_input_split(work.folder, number)
-        document_batches += json.loads(work.input_split(number).read_text())["document_batches"]
+        document_batches += json.loads(work.input_split(plan.keys[number]).read_text())["document_batches"]
     write_json(work.document_batches_file, document_batches, work.scratch)
     return document_batches
 
@@ -89,3 +92,38 @@ def test_hashes_spread_evenly() -> None:
         counts = np.histogram(half / 2.0**64, bins=10, range=(0, 1))[0]
         assert abs(counts - 400).max() < 100
     assert document_hash(b"a", 0) != document_hash(b"a", 1)
+
+
+@pytest.mark.parametrize("change", ["content", "time", "gone"])
+def test_a_source_that_changes_while_it_is_read(change: str, work: Work, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(10))
+    plan = Plan.make([str(path)], ShardSettings("unused"))
+    write_json(work.plan_file, plan.to_json(), work.scratch)
+    match change:
+        case "content":
+            tiny.write_jsonl(path, tiny.texts(11))
+        case "time":
+            os.utime(path, ns=(0, plan.sources[0].modified + 1))
+        case "gone":
+            path.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl (was changed while it was read\. Wait|can't be read)"):
+        read_input_split(work.folder, 0)
+    assert not work.input_split(plan.keys[0]).exists()
+
+
+def test_the_plan_of_many_files_takes_linear_time(tmp_path: Path) -> None:
+    calls = []
+    for count in (200, 400):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{number}.txt").write_text("text\n")
+        calls.append(0)
+
+        def profile(_frame: object, event: str, _argument: object) -> None:
+            calls[-1] += event == "call"
+
+        sys.setprofile(profile)
+        Plan.make([str(folder)], ShardSettings("unused"))
+        sys.setprofile(None)
+    assert calls[1] < 2.2 * calls[0]
