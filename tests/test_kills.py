@@ -1,4 +1,4 @@
-"""A run that is killed 50 times, in the middle of saving too, ends with the same losses and the same model.
+"""A run that is killed 30 times, in the middle of saving too, ends with the same losses and the same model.
 
 The CI-sized form of ``benchmarks/kill_soak.py``.
 """
@@ -14,11 +14,11 @@ from tests.helpers.small import make_world
 
 pytestmark = pytest.mark.slow
 
-KILLS = 50
+KILLS = 30
 SEED = 5
 
 
-def test_fifty_kills(tmp_path: Path) -> None:
+def test_many_kills(tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()
     soak = Soak(make_world(tmp_path / "world"), tmp_path)
     soak.measure()

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,6 +23,8 @@ from dga_scale.launch.world import Cluster, join_cluster
 from dga_scale.preservation.importance import Importance
 from dga_scale.train.loop import train
 from dga_scale.train.trainer import Trainer
+from dga_scale.zero.optimizer_hooks import local_fragments
+from dga_scale.zero.shards import refresh_model_weights
 from tests.helpers.pictures import no_pictures
 from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
 from tests.helpers.small import SmallWorld
@@ -107,6 +110,22 @@ def run_into_nan(flags: list[str], step: int) -> int:
         handle.remove()
 
     with around_steps(poisoned):
+        return run_training(flags)
+
+
+def run_with_a_spoilt_weight(flags: list[str], step: int) -> int:
+    """After ``step`` a weight turns into NaNs."""
+
+    @contextlib.contextmanager
+    def spoilt(trainer: Trainer, batches: Any) -> Iterator[None]:
+        yield
+        if batches.step == step:
+            for fragment in local_fragments(trainer.engine):
+                if fragment.name.endswith("layer.1.output.dense.weight"):
+                    fragment.values.fill_(torch.nan)
+            refresh_model_weights(trainer.engine)
+
+    with around_steps(spoilt):
         return run_training(flags)
 
 
@@ -378,3 +397,19 @@ def test_steps_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoin
     assert {name for name, _ in caught.value.errors.values()} == {"UserError"}
     # Saved between refused steps, which leave the weights as they were: good, and the newest.
     assert all("step-000004" in text for _, text in caught.value.errors.values())
+    assert all("All weights are finite" in text for _, text in caught.value.errors.values())
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_an_evaluation_that_is_not_finite_stops_the_run_and_names_the_weight(
+    stage: str, world: SmallWorld, tmp_path: Path
+):
+    flags = arguments(
+        world, tmp_path / "r", method="mlm", ds_config=REPOSITORY / "ds_configs" / f"{stage}.json"
+    )
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, run_with_a_spoilt_weight, flags, 2)
+    said = r"after step 3: domain_loss is nan.* The weight bert\.\S*layer\.1\.output\.dense\.weight holds one"
+    assert len(caught.value.errors) == 2
+    assert all(re.search(said, text) for _, text in caught.value.errors.values())
+    assert not (tmp_path / "r" / "summary.json").exists()

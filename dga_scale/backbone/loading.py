@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -126,8 +127,8 @@ def load_model(
 
     Raises:
         UserError: What ``load_model_config`` refuses; weights that are missing, damaged, pickled, of other
-            shapes than the config says, or without an LM head; a tokenizer with more tokens than the model,
-            or without a mask token for a masked LM; an attention implementation that can't be had.
+            shapes than the config says, not finite, or without an LM head; a tokenizer with more tokens than
+            the model, or without a mask token for a masked LM; an attention implementation that can't be had.
 
     """
     found = load_model_config(name_or_path)
@@ -159,9 +160,30 @@ def load_model(
             f"{type(model).__name__}{_deberta_v3_hint(found)}",
             name_or_path,
         )
+    check_finite(model, name_or_path)
     if anatomy.causal:
         model.config.use_cache = False  # keys and values kept for generation would only cost memory here
     return LoadedModel(model, tokenizer, anatomy, published, tuple(new))
+
+
+def check_finite(model: PreTrainedModel, name_or_path: str) -> None:
+    """Refuse a model of which a weight is a NaN or infinity; what ZeRO-3 has partitioned is not looked at.
+
+    Raises:
+        UserError: It names the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not all_finite(parameter.detach()):
+            raise UserError(
+                f"{name} holds a NaN or infinity: its training went wrong, or the file was damaged. Give "
+                "another checkpoint of the model",
+                name_or_path,
+            )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether no entry of a tensor of any shape, which may be empty, is a NaN or infinity."""
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def has_dropout(config: PretrainedConfig) -> bool:

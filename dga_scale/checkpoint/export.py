@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from dga_scale.backbone.extended import model_class
+from dga_scale.backbone.loading import all_finite
 from dga_scale.backbone.peft.lora import FOLDER, WEIGHTS, LoraWeights
 from dga_scale.backbone.tied import tied_names
 from dga_scale.checkpoint.model_card import model_card
@@ -38,7 +39,7 @@ def consolidate(run_dir: Path, step: int | None, output: Path, dtype: str = "flo
 
     Raises:
         UserError: There is no such checkpoint, it is damaged (the message names the file), ``output`` exists,
-            or the disk is full.
+            or the disk is full; a weight is a NaN or infinity.
 
     """
     checkpoint = _chosen(run_dir, step)
@@ -78,7 +79,17 @@ def _write_weights(folder: Path, reader: SegmentReader, dtype: str) -> None:
         # What a module counts or averages is not rounded.
         kept = DTYPES[dtype] if parameter else torch.float32
         shape = reader.stored[f"{WEIGHT}{source}"].shape
-        return Entry(name, kept, shape, lambda: lora.merged(source, read) if lora else read(source))
+
+        def values() -> Tensor:
+            found = lora.merged(source, read) if lora else read(source)
+            if parameter and not all_finite(found):
+                raise UserError(
+                    f"{name} holds a NaN or infinity in the checkpoint: no model is written of it. Give an "
+                    "older step, and train on from there with a lower --learning_rate"
+                )
+            return found
+
+        return Entry(name, kept, shape, values)
 
     tensors = _tensors(folder, stored)
     write_model_files(folder, [entry(name, stored[name], parameter) for name, parameter in tensors])

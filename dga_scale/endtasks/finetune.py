@@ -1,5 +1,6 @@
 """Fine-tune a classifier (or regressor) on a pretrained trunk: one task, one seed, one process."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from transformers.utils import logging
 
 from dga_scale.backbone.architectures import LAYOUTS
 from dga_scale.backbone.extended import ExtendedPreTrainedModel
-from dga_scale.backbone.loading import load_model_config
-from dga_scale.corpus.tokenizer import load_tokenizer
+from dga_scale.backbone.loading import check_finite, load_model_config
+from dga_scale.corpus.tokenizer import check_unknown, load_tokenizer, unknown_id
 from dga_scale.endtasks.metrics import classification_scores, regression_scores
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.tasks import Example, Task
@@ -81,7 +82,8 @@ def finetune(
         ``sequence_length`` in tokens, and ``seconds``.
 
     Raises:
-        UserError: There is no model, or its weights lack the trunk.
+        UserError: There is no model, or its weights lack the trunk or are not finite; the tokenizer can't
+            write the task's text; the loss of an epoch is not finite.
     """
     started = time.perf_counter()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,6 +100,8 @@ def finetune(
     )
     assert train is not None
     assert test is not None
+    real, unknown = train.attention_mask.bool(), train.input_ids == unknown_id(tokenizer)
+    check_unknown(int((real & unknown).sum()), int(real.sum()), model, f"{task.path}/train.jsonl")
     steps = recipe.epochs * -(-len(train) // recipe.batch_size)
     optimizer = torch.optim.AdamW(
         classifier.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -113,6 +117,12 @@ def finetune(
     while epoch < recipe.epochs:
         epoch += 1
         loss = _train_epoch(classifier, train, recipe, optimizer, schedule, order)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of epoch {epoch} is {loss}: its fine-tuning has no score. Lower learning_rate in "
+                f"the recipe ({recipe.learning_rate:g} here), or take precision fp32.",
+                model,
+            )
         if dev is not None:
             dev_scores.append(score(classifier, dev, task, recipe)[recipe.metric])
             if dev_scores[-1] > max(dev_scores[:-1], default=float("-inf")):
@@ -177,6 +187,7 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
             "pretrained model, such as a run's model/.",
             model,
         )
+    check_finite(classifier, model)
     classifier.config.pad_token_id = tokenizer.pad_token_id
     return classifier
 

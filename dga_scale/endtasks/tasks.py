@@ -6,6 +6,8 @@ are names of classes (strings or whole numbers), or numbers with a decimal point
 
 import hashlib
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from dga_scale.corpus.reading.json_array import json_problem
 from dga_scale.errors import UserError
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""A lone surrogate: JSON can escape it, UTF-8 can't hold it."""
 
 SUBSET_SEED = 20_230_118
 """The seed that draws the examples of a smaller split: the same for every model and fine-tuning seed."""
@@ -168,19 +174,23 @@ def _read(file: Path) -> tuple[Example, ...]:
 def _example(line: str, where: str) -> Example:
     try:
         content = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}. Write one example a line.", where) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {json_problem(error)}. Write one example a line.", where) from None
     if not isinstance(content, dict) or not isinstance(content.get("text"), str):
         raise UserError('no "text" in it. Write {"text": "...", "label": "..."}.', where)
     pair = content.get("text_pair")
     if pair is not None and not isinstance(pair, str):
         raise UserError(f'"text_pair" is {json.dumps(pair)}, not a text.', where)
+    if half := _HALF.search(f"{content['text']} {pair}"):
+        raise UserError(f"half of a character, {half[0]!a}, in the text. Remove it.", where)
     return Example(content["text"], pair, _label(content.get("label"), where))
 
 
 def _label(label: Any, where: str) -> str | float:
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise UserError(f'"label" is {json.dumps(label)}, neither a class name nor a number.', where)
+    if isinstance(label, float) and not math.isfinite(label):
+        raise UserError(f'"label" is {json.dumps(label)}. A regression needs finite numbers.', where)
     return label if isinstance(label, float) else str(label)
 
 

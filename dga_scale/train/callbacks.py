@@ -10,12 +10,14 @@ What a callback needs it finds in the ``RunState``; what it has to say goes to `
 communicate, as every rank calls it at the same point, and may raise a ``UserError`` on every rank.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dga_scale.backbone.loading import all_finite
 from dga_scale.checkpoint.async_save import Saves
 from dga_scale.checkpoint.store import newest_complete
 from dga_scale.config.settings import TrainConfig
@@ -29,7 +31,7 @@ from dga_scale.train.inputs import Inputs
 from dga_scale.train.invariants import Invariants
 from dga_scale.train.protection import measure_after, protect
 from dga_scale.train.trainer import Trainer
-from dga_scale.zero.optimizer_hooks import step_was_refused
+from dga_scale.zero.optimizer_hooks import local_fragments, step_was_refused
 
 
 @dataclass
@@ -123,6 +125,10 @@ class Evaluate(Callback):
         figures = self._figures = self._evaluator.evaluate(run.trainer.engine.module)
         if not figures:
             return {}
+        bad = {name: value for name, value in figures.items() if not math.isfinite(value)}
+        if bad:
+            found = ", ".join(f"{name} is {value}" for name, value in bad.items())
+            raise UserError(f"evaluation after step {run.step}: {found}. {_not_finite(run)}")
         record = {**figures, TEXTS: run.inputs.evaluated_texts}
         run.log.event(EVALUATION, step=run.step, **record)
         losses = [f"{name.replace('_', ' ')} {v:.4f}" for name, v in figures.items() if "loss" in name]
@@ -254,7 +260,17 @@ class RefusedSteps(Callback):
             self._saver.commit(run)
             good = newest_complete(run.inputs.folder.path)
             raise UserError(
-                f"{self._in_a_row} steps in a row had a NaN or infinity, the last was {run.step}. Last good "
-                f"checkpoint: {good.path if good else 'none'}. Lower --learning_rate, or use --bf16 "
-                "instead of fp16."
+                f"{self._in_a_row} steps in a row had a NaN or infinity, the last was {run.step}. "
+                f"{_not_finite(run)} Last good checkpoint: {good.path if good else 'none'}. Lower "
+                f"--learning_rate{', or use --bf16' if run.inputs.resolved.precision == 'fp16' else ''}."
             )
+
+
+def _not_finite(run: RunState) -> str:
+    """Say which weight is a NaN or infinity, if one is; every rank has to call it."""
+    fragments = local_fragments(run.trainer.engine)
+    own = next((fragment.name for fragment in fragments if not all_finite(fragment.values)), None)
+    names = [name for name in run.cluster.all_gather_object(own) if name is not None]
+    return (
+        f"The weight {names[0]} holds one." if names else "All weights are finite: a loss or gradient is not."
+    )

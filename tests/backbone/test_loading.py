@@ -170,6 +170,17 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     assert "stored as (48,) where config.json asks for (40,)" in message
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    model = BertForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_parameter("bert.encoder.layer.1.output.dense.weight")[3, 4] = value
+    model.save_pretrained(folder)
+    message = refusal(lambda: load_model(str(folder)))
+    assert "bert.encoder.layer.1.output.dense.weight holds a NaN or infinity" in message
+
+
 def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
     write_tokenizer(folder, size=VOCAB + 1)

@@ -161,6 +161,24 @@ def test_a_chosen_step_and_what_is_refused(tmp_path: Path) -> None:
     assert not output.exists()
 
 
+def poisoned(folder: Path) -> None:
+    engine = tiny_engine(Setup(0))
+    train_step(engine, 0)
+    with torch.no_grad():
+        engine.module.lm.bert.encoder.layer[0].output.dense.bias[2] = float("inf")
+    save(engine, folder, 1)
+    engine.destroy()
+
+
+def test_weights_that_are_not_finite_are_not_handed_over(tmp_path: Path) -> None:
+    run_ranks(1, poisoned, tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"layer\.0\.output\.dense\.bias holds a NaN or infinity .*older step"
+    ):
+        consolidate(tmp_path / "run", 1, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_full_disk_leaves_nothing(runs: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     folder, _ = runs
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -209,3 +209,32 @@ def test_scores_by_hand():
     assert classification_scores(["x", "y"], ["y", "x"])["matthews"] == pytest.approx(-1)
     assert regression_scores([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx({"pearson": 1, "spearman": 1})
     assert regression_scores([1.0, 2.0], [5.0, 5.0]) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_a_loss_that_is_not_finite_is_no_score(model: str, task: Task):
+    """Where the label is not finite in fp32, and where the steps are far too large."""
+    examples = tuple(dataclasses.replace(example, label=float(n)) for n, example in enumerate(task.train))
+    huge = (dataclasses.replace(examples[0], label=1e300), *examples[1:])
+    regression = dataclasses.replace(task, labels=(), train=huge, test=examples)
+    with pytest.raises(
+        UserError, match=r"the loss of epoch 1 is (inf|nan): .* Lower learning_rate in the recipe"
+    ):
+        finetune(model, regression, dataclasses.replace(QUICK, metric="pearson"), 1)
+
+
+def test_weights_that_are_not_finite_are_refused(model: str, task: Task, tmp_path: Path):
+    broken = AutoModelForMaskedLM.from_pretrained(model)
+    with torch.no_grad():
+        next(broken.base_model.parameters())[5] = float("nan")
+    broken.save_pretrained(tmp_path)
+    load_tokenizer(model).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"word_embeddings\.weight holds a NaN or infinity"):
+        finetune(str(tmp_path), task, QUICK, 1)
+
+
+def test_a_task_that_the_tokenizer_cannot_write(model: str, task: Task):
+    examples = tuple(dataclasses.replace(example, text="ภาษา ไทย 語") for example in task.train)
+    with pytest.raises(
+        UserError, match=r"\d\d% of the tokens of .*/train\.jsonl are unknown to the tokenizer"
+    ):
+        finetune(model, dataclasses.replace(task, train=examples), QUICK, 1)

@@ -87,6 +87,11 @@ GOOD = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
         ({"train": GOOD, "test": [{"text": "a", "label": True}]}, r'test.jsonl:1: "label" is true'),
         ({"train": GOOD, "test": [{**GOOD[0], "text_pair": 3}]}, r'test.jsonl:1: "text_pair" is 3'),
         ({"train": GOOD, "test": [{**GOOD[0], "text_pair": "p"}]}, r'1 of 3 examples have a "text_pair"'),
+        ({"train": GOOD, "test": ['{"text": "", "label": NaN}']}, r'test.jsonl:1: "label" is NaN. .*finite'),
+        ({"train": GOOD, "test": ['{"text": "a", "label": 1e999}']}, r'test.jsonl:1: "label" is Infinity'),
+        ({"train": [{**GOOD[0], "text_pair": "\udc80"}], "test": GOOD}, r"train.jsonl:1: half of a .*udc80"),
+        ({"train": ['{"n": ' + "9" * 5000 + "}"], "test": GOOD}, r"train.jsonl:1: not JSON: Exceeds"),
+        ({"train": ["[" * 10**5], "test": GOOD}, r"train.jsonl:1: not JSON: it is nested too deeply"),
         ({"train": GOOD[:1], "test": GOOD[:1]}, r"all training examples are of the class 'x'"),
         (
             {"train": GOOD, "test": [GOOD[0], {"text": "c", "label": "z"}, {"text": "d", "label": "z"}]},
