@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,16 +19,31 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from dga_scale.backbone.anatomy import Anatomy, anatomy_of, check_known
+from dga_scale.backbone.architectures import LAYOUTS
 from dga_scale.backbone.extended import ExtendedConfig, is_masked
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
+from dga_scale.storage.checked_json import read_object
 from dga_scale.storage.hub import local_only
 
 _END_TASK_DROPOUT = ("classifier", "summary", "qa_", "seq_classif", "pooler", "cls_")
 """Beginnings of dropout settings that only heads of end tasks read; no LM has those."""
+
+_INDEX = "model.safetensors.index.json"
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+"""The names of fields that architectures call alike, or map to these."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ def load_model_config(name_or_path: str) -> ModelConfig:
     folder = Path(name_or_path)
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").exists():
         raise UserError(f"a run's folder, not a model's. Did you mean {folder / 'model'}?", name_or_path)
+    _check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=local_only(name_or_path)
@@ -100,7 +116,69 @@ def load_model_config(name_or_path: str) -> ModelConfig:
         )
         raise UserError(f"the model's config can't be loaded: {reason} {advice}", name_or_path) from error
     check_known(config.model_type)
+    _check_config(_of_base(config), name_or_path)
     return ModelConfig(name_or_path, config, causal=not is_masked(config))
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder of another format, which transformers would refuse in other words, or half load."""
+    weights = any(folder.glob("*.safetensors"))
+    if (adapter := folder / "adapter_config.json").is_file():
+        content = read_object(adapter)
+        base, task = content.get("base_model_name_or_path") or "BASE", content.get("task_type")
+        auto = "AutoModelForCausalLM" if task == "CAUSAL_LM" else "AutoModelForMaskedLM"
+        beside = " beside whole weights" if (folder / "config.json").is_file() and weights else ""
+        raise UserError(
+            f"it holds a PEFT adapter{beside}, which is not trained on. Merge it with its base first: "
+            f"python -c \"import peft, transformers as t; m = t.{auto}.from_pretrained('{base}'); "
+            f"peft.PeftModel.from_pretrained(m, '{folder}').merge_and_unload().save_pretrained('merged'); "
+            f"t.AutoTokenizer.from_pretrained('{base}').save_pretrained('merged')\" and give merged",
+            folder,
+        )
+    if (index := folder / _INDEX).is_file():
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError("no weight_map of tensors to files in it. Download it again", index)
+        if outside := next((name for name in names.values() if Path(name).name != name), None):
+            raise UserError(f"its weight_map names {outside!r}, which is no file of this folder", index)
+    if (folder / "config.json").is_file():
+        return
+    if any(folder.glob("*.gguf")):
+        raise UserError(
+            "its weights are GGUF, for inference. Give the folder of the model that they were made from",
+            folder,
+        )
+    if (nested := folder / "0_Transformer" / "config.json").is_file():
+        raise UserError(
+            f"a sentence-transformers folder of the old layout. Give {nested.parent}, its transformer", folder
+        )
+
+
+def _check_config(config: PretrainedConfig, name: str) -> None:
+    """Refuse a config with values that no model is built of, naming the field."""
+
+    def refuse(field: str, what: str) -> NoReturn:
+        raise UserError(f"config.json: {field} is {getattr(config, field)!r}: {what}", name)
+
+    for field in _SIZES:
+        size = getattr(config, field, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            refuse(field, "must be a whole number above 0")
+    for field in _ACTIVATIONS:
+        if isinstance(found := getattr(config, field, None), str) and found not in ACT2FN:
+            refuse(field, f"transformers knows {', '.join(sorted(ACT2FN))}")
+    padding, layout = getattr(config, "pad_token_id", None), LAYOUTS.get(config.model_type)
+    needed = layout is not None and layout.positions_after_padding
+    if (padding is None and needed) or not (padding is None or -1 <= padding < config.vocab_size):
+        refuse("pad_token_id", f"must be a token's id, from 0 to {config.vocab_size - 1}")
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(
+            f"its weights are quantised ({method or 'quantization_config'} in config.json), and can't be "
+            "trained. Give the model that they were made from",
+            name,
+        )
 
 
 def load_model(
@@ -136,7 +214,13 @@ def load_model(
     if dropout is not None:
         set_dropout(found.config, dropout)
     tokenizer = load_tokenizer(name_or_path)
-    _check_tokenizer(found, tokenizer)
+    check_vocabulary(found, tokenizer)
+    if not found.causal and tokenizer.mask_token_id is None:
+        raise UserError(
+            f"the tokenizer has no mask token, which a masked LM ({found.config.model_type}) needs; set "
+            "mask_token in its tokenizer_config.json",
+            name_or_path,
+        )
     if random_init:
         auto = AutoModelForCausalLM if found.causal else AutoModelForMaskedLM
         model = auto.from_config(found.config, dtype=dtype, attn_implementation=attn_implementation)
@@ -225,17 +309,16 @@ def _dropout_settings(config: PretrainedConfig) -> list[str]:
     ]
 
 
-def _check_tokenizer(found: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(found: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with more tokens than the model's embeddings.
+
+    Raises:
+        UserError: It has more: a text that holds one of these would end in an error of an index.
+    """
     if len(tokenizer) > found.config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {found.config.vocab_size}; "
             "put the tokenizer that the model was trained with beside its weights",
-            found.name_or_path,
-        )
-    if not found.causal and tokenizer.mask_token_id is None:
-        raise UserError(
-            f"the tokenizer has no mask token, which a masked LM ({found.config.model_type}) needs; set "
-            "mask_token in its tokenizer_config.json",
             found.name_or_path,
         )
 
@@ -271,13 +354,13 @@ def _load_weights(
             "(model.safetensors, or its shards with model.safetensors.index.json); copy or download it again",
             name,
         ) from error
-    except (ImportError, ValueError) as error:
-        if attn_implementation is None:
-            raise
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"attn_implementation {attn_implementation!r} can't be used with {name!r}: {reason}"
-        ) from error
+    except Exception as error:  # whatever a class of transformers says to a config that it can't be built of
+        if attn_implementation is not None and isinstance(error, ImportError | ValueError):
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"attn_implementation {attn_implementation!r} can't be used with {name!r}: {reason}"
+            ) from error
+        raise unloadable(name, error) from error
     if info["mismatched_keys"]:
         parameter, stored, expected = min(info["mismatched_keys"])
         raise UserError(
@@ -286,6 +369,16 @@ def _load_weights(
             name,
         )
     return model, set(info["missing_keys"])
+
+
+def unloadable(name: str, error: Exception) -> UserError:
+    """Return the refusal of a model that transformers can't build and load."""
+    reason = str(error).strip().split("\n")[0]
+    return UserError(
+        f"transformers can't load it ({type(error).__name__}: {reason}). Compare its config.json and weights "
+        "with those that were published",
+        name,
+    )
 
 
 def _has_pickles_only(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """Fine-tune a classifier (or regressor) on a pretrained trunk: one task, one seed, one process."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from dga_scale.backbone.architectures import LAYOUTS
 from dga_scale.backbone.extended import ExtendedPreTrainedModel
-from dga_scale.backbone.loading import check_finite, load_model_config
+from dga_scale.backbone.loading import check_finite, check_vocabulary, load_model_config, unloadable
 from dga_scale.corpus.tokenizer import check_unknown, load_tokenizer, unknown_id
 from dga_scale.endtasks.metrics import classification_scores, regression_scores
 from dga_scale.endtasks.recipes import Recipe
@@ -147,7 +148,7 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         UserError: There is no model, or its weights are pickled, damaged or lack the trunk.
     """
-    load_model_config(model)  # refuses a folder without a model
+    check_vocabulary(load_model_config(model), tokenizer)  # refuses a folder without a model, too
     labels = {"num_labels": 1} if task.regression else {"id2label": dict(enumerate(task.labels))}
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # transformers would warn that the head is new, as it has to be
@@ -160,6 +161,7 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
             trust_remote_code=False,
             local_files_only=local_only(model),
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # a head of other classes; the trunk's are refused below
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
@@ -169,13 +171,16 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
             "has them.",
             model,
         ) from None
+    except Exception as error:  # whatever a class of transformers says to a config that it can't be built of
+        raise unloadable(model, error) from error
     finally:
         logging.set_verbosity(verbosity)
         if progress:
             logging.enable_progress_bar()
     classifier, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     trunk = {id(parameter) for parameter in classifier.base_model.parameters()}
-    missing = set(info["missing_keys"])
+    other = {name: shape for name, *shape in info["mismatched_keys"]}
+    missing = set(info["missing_keys"]) | other.keys()
     absent = [
         name
         for name, parameter in classifier.named_parameters()
@@ -186,6 +191,13 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
             f"the weights lack {len(absent)} parameters of the trunk, {absent[0]} first. Give a whole "
             "pretrained model, such as a run's model/.",
             model,
+        )
+    if other:
+        name, (stored, expected) = min(other.items())
+        print(
+            f"note: {model} has a head of its own, {name} of {tuple(stored)} where the task needs "
+            f"{tuple(expected)}: a new head is trained in its place",
+            file=sys.stderr,
         )
     check_finite(classifier, model)
     classifier.config.pad_token_id = tokenizer.pad_token_id

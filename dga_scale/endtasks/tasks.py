@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dga_scale.corpus.reading.json_array import json_problem
 from dga_scale.errors import UserError
+from dga_scale.storage.checked_json import json_problem
 
 _HALF = re.compile("[\ud800-\udfff]")
 """A lone surrogate: JSON can escape it, UTF-8 can't hold it."""

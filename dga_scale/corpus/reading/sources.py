@@ -24,8 +24,9 @@ from dga_scale.corpus.reading.files import (
     decode,
     lines,
 )
-from dga_scale.corpus.reading.json_array import json_problem, read_array
+from dga_scale.corpus.reading.json_array import read_array
 from dga_scale.errors import UserError
+from dga_scale.storage.checked_json import json_problem
 
 FORMATS = {
     ".txt": "text",
