@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -84,9 +85,14 @@ class Parser(argparse.ArgumentParser):
         """
         words = list(sys.argv[1:] if args is None else args)
         self.refuse_unknown_flags(words)
+        self.refuse_doubled_flags(words)
         found, stray = self.parse_known_args(words, namespace)
         if stray:
             self.error(f"{stray[0]!r} belongs to no option")
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{action.option_strings[-1]} {value}: must be a finite number.")
         return found
 
     def refuse_unknown_flags(self, words: Sequence[str]) -> None:
@@ -97,8 +103,32 @@ class Parser(argparse.ArgumentParser):
             if flag.startswith("--") and " " not in word and flag not in {*self.flags(), "--"}:
                 raise UserError(f"unknown option {flag}.{nearest(flag, self.flags())} See --help")
 
+    def refuse_doubled_flags(self, words: Iterable[str]) -> None:
+        """Raise a ``UserError`` at the first flag that is given twice, unless its values add up."""
+        once = {
+            flag: action.option_strings[-1]
+            for action in self._actions
+            for flag in action.option_strings
+            if not isinstance(action, argparse._AppendAction)
+        }
+        given = [once[flag] for word in words if (flag := word.split("=", 1)[0]) in once]
+        refuse_doubled(given)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}{'' if message.endswith('?') else '.'} See --help")
+
+
+def refuse_doubled(flags: Iterable[str]) -> None:
+    """Refuse a flag that is given twice, of which only the last value would be taken.
+
+    Raises:
+        UserError: It names the first such flag.
+    """
+    seen = set()
+    for flag in flags:
+        if flag in seen:
+            raise UserError(f"{flag} is given twice. Give it once, with all that it takes.")
+        seen.add(flag)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@
 card and docs/settings.md read the declaration; none of them keeps a list of names of its own.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -56,6 +57,14 @@ BELOW_1 = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
 INSIDE_0_1 = Rule(lambda value: 0 < value < 1, "between 0 and 1")
 ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 
+SEED = Rule(lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
+
+_WORDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+}
 _KEY = "setting"
 
 
@@ -128,6 +137,23 @@ class Setting:
     source: str
     refers: Refers | None
     repeats: bool
+
+    def problem(self, value: Any) -> str | None:
+        """Say what a value has to be, wherever it comes from; None where it is, or stands for a default."""
+        if value is None:
+            return None
+        kinds: tuple[Any, ...] = (int, float) if self.type is float else (self.type,)
+        values: list[Any] = value if self.is_list and isinstance(value, list) else [value]
+        for each in values:
+            if not isinstance(each, kinds) or isinstance(each, bool) != (self.type is bool):
+                return _WORDS[self.type]
+            if isinstance(each, float) and not math.isfinite(each):
+                return "a finite number"
+            if self.rule and not self.rule.holds(each):
+                return self.rule.words
+            if self.choices and each not in self.choices:
+                return f"one of {', '.join(self.choices)}"
+        return None
 
     @property
     def is_set(self) -> bool:

@@ -4,16 +4,13 @@ Neither torch nor transformers is imported: help and a refused flag take no seco
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
-from dga_scale.config.arguments import Parser, nearest
+from dga_scale.config.arguments import Parser, nearest, refuse_doubled
 from dga_scale.config.declaration import Setting, declared
 from dga_scale.config.hints import HINTS
 from dga_scale.config.methods import DEFAULT, METHOD_SETTINGS, known_settings
@@ -24,7 +21,8 @@ from dga_scale.config.settings import (
     RunSettings,
     TrainConfig,
 )
-from dga_scale.errors import UserError
+from dga_scale.config.yaml_file import read_yaml
+from dga_scale.errors import GivenPath, UserError, naming_flags
 
 _LAUNCHER_FLAG = "local_rank"
 """deepspeed's launcher passes it to every program; the environment says the same, so nothing reads it."""
@@ -148,6 +146,7 @@ def read_config(arguments: Sequence[str] | None = None, also: Iterable[str] = ()
         name = _name(argument)
         if argument.startswith("--") and name not in {*takes_list, "config", "help"}:
             raise UserError(f"unknown setting --{name}.{_hint(name, known)} See --help.")
+    refuse_doubled(f"--{_name(argument)}" for argument in arguments if argument.startswith("--"))
     from_file = _yaml_arguments(_value_of("config", arguments), takes_list)
     given = [_normal(argument) for argument in (*from_file, *arguments)]
     method = _value_of("method", given) or DEFAULT
@@ -235,25 +234,22 @@ def _yaml_arguments(path: str | None, takes_list: Mapping[str, bool]) -> list[st
     """Turn the YAML file's settings into command-line arguments: one parser converts and checks both."""
     if path is None:
         return []
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}. Give the path of a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    with naming_flags([GivenPath("--config", path, path)]):
+        content, lines = read_yaml(Path(path))
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no settings. Write one `name: value` a line.")
     arguments = []
     for name, value in content.items():
+        where = f"{path}:{lines[(name,)]}"
         if name not in takes_list:
-            raise UserError(f"{path}: unknown setting {name!r}.{_hint(str(name), takes_list)}")
+            raise UserError(f"{where}: unknown setting {name!r}.{_hint(str(name), takes_list)}")
         if value is None:
             continue
         plain = isinstance(value, list) and not any(isinstance(entry, dict | list) for entry in value)
         if takes_list[name] and plain:
             arguments += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict | list):
-            raise UserError(f"{path}: {name} must be one value, not {json.dumps(value)}.")
+            raise UserError(f"{where}: {name} must be one value, not {str(value)[:60]}.")
         else:
             arguments.append(f"--{name}={value}")
     return arguments
@@ -268,8 +264,8 @@ def _check_values(config: TrainConfig) -> None:
 
     for each in config.settings():
         value = flat[each.name]
-        if each.rule and value is not None and not each.rule.holds(value):
-            refuse(each.name, each.rule.words)
+        if words := each.problem(value):
+            refuse(each.name, words)
         if each.is_set and value is not None and (twice := [v for v in value if value.count(v) > 1]):
             raise UserError(f"--{each.name} {' '.join(value)}: {twice[0]} is named twice; name it once.")
     if flat["mask_replace_prob"] + flat["random_replace_prob"] > 1:

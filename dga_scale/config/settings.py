@@ -16,6 +16,7 @@ from dga_scale.config.declaration import (
     AT_LEAST_1,
     BELOW_1,
     INSIDE_0_1,
+    SEED,
     SHARE,
     Setting,
     declared,
@@ -228,7 +229,7 @@ class RunSettings:
         "another run for a new folder, which then uses its companions.",
         affects="place",
     )
-    seed: int = setting(42, "Seed of the order, the masks and dropout.", repeats=True)
+    seed: int = setting(42, "Seed of the order, the masks and dropout.", rule=SEED, repeats=True)
     logging_steps: int = setting(
         1, "Steps between log lines and the points of curves.", rule=AT_LEAST_1, affects="place"
     )

@@ -15,25 +15,35 @@ def read_yaml(path: Path) -> tuple[Any, Lines]:
     """Read the file's content and the lines of its entries.
 
     Raises:
-        UserError: The file can't be read or is not YAML.
+        UserError: The file can't be read, is not YAML, or has a key twice in one mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
         lines: Lines = {}
-        _collect(yaml.compose(text, Loader=yaml.SafeLoader), (), lines)
-        return yaml.safe_load(text), lines
+        _collect(path, root, (), lines, set())
     except OSError as error:
         raise UserError(f"{error.strerror}. Give the path of a YAML file.", path) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number, a date, or too deep nesting
         raise UserError(f"not YAML: {' '.join(str(error).split())}", path) from None
+    return content, lines
 
 
-def _collect(node: yaml.Node | None, at: tuple[Any, ...], lines: Lines) -> None:
+def _collect(
+    path: Path, node: yaml.Node | None, at: tuple[Any, ...], lines: Lines, seen: set[yaml.Node]
+) -> None:
+    if node is None or node in seen:  # an alias, which may lead back to what holds it
+        return
+    seen.add(node)
     entries: list[tuple[Any, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         entries = [(yaml.safe_load(yaml.serialize(key)), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         entries = [(number, value, value) for number, value in enumerate(node.value)]
     for name, start, value in entries:
-        lines[(*at, name)] = start.start_mark.line + 1
-        _collect(value, (*at, name), lines)
+        line = start.start_mark.line + 1
+        if (*at, name) in lines:
+            raise UserError(f"{name!r} stands twice in one mapping. Remove one.", f"{path}:{line}")
+        lines[(*at, name)] = line
+        _collect(path, value, (*at, name), lines, seen)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dga_scale.config.arguments import nearest
+from dga_scale.config.yaml_file import Lines, read_yaml
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.endtasks.recipes import LIMITS, OVERRIDES, Recipe, load_with_recipe
 from dga_scale.endtasks.tasks import Task
-from dga_scale.config.yaml_file import Lines, read_yaml
 from dga_scale.errors import GivenPath, UserError
 
 CORPORA = ("domain_corpora", "general_corpora")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -46,9 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plan as ``arguments`` (None: the command line) say; exit code 1 if it does not fit as configured."""
     quiet_libraries()
     parser = build_parser()
-    options, settings = parser.parse_known_args(arguments)
-    # The corpus is not looked at, but training's parser wants one beside a model.
-    config = read_config(["--corpus", "any", *settings], also=parser.flags())
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser.refuse_doubled_flags(words)
+    options, settings = parser.parse_known_args(words)
+    if not any(word.split("=", 1)[0] == "--corpus" for word in settings):
+        # It is not looked at, but training's parser wants one beside a model.
+        settings += ["--corpus", "any"]
+    config = read_config(settings, also=parser.flags())
     with naming_flags(given_paths(config)):
         return _plan(options, config)
 

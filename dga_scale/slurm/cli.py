@@ -65,6 +65,7 @@ def parse_chain(arguments: Sequence[str] | None = None) -> tuple[list[Job], bool
             if not word.startswith("-") and (near := nearest(word, STAGES)):
                 raise UserError(f"no stage {word}.{near}")
     parser.refuse_unknown_flags(first)
+    parser.refuse_doubled_flags(first)
     shared = vars(parser.parse_known_args(everything)[0])  # a program's flags are left in ``rest``
     sections = [[shared.pop("stage")]]
     for word in shared.pop("rest"):
@@ -79,6 +80,7 @@ def parse_chain(arguments: Sequence[str] | None = None) -> tuple[list[Job], bool
             raise UserError(f"{THEN} {stage}: write one of {', '.join(STAGES)} after it")
         parser = Parser(prog="dga-submit", add_help=False, argument_default=argparse.SUPPRESS)
         _add_all(parser)
+        parser.refuse_doubled_flags(words)
         own, program = parser.parse_known_args(words)
         given = shared | vars(own)
         dry_run = given.pop("dry_run", False) or dry_run

@@ -6,11 +6,13 @@ flag (or a line of the YAML file) that the user gave.
 """
 
 import copy
+import json
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
 
+from dga_scale.config.methods import known_settings
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
 from dga_scale.zero.optimizers import optimizer_kind
@@ -69,8 +71,6 @@ def resolve_ds_config(
     resolver.optimizer()
     resolver.schedule()
     clipping = resolver.agree("gradient_clipping", "max_grad_norm")
-    if not clipping >= 0:
-        resolver.refuse("gradient_clipping", f"{clipping} is below 0", "0 switches clipping off")
     ds = resolver.ds
     ds["gradient_clipping"] = float(clipping)
     zero = ds["zero_optimization"]
@@ -115,6 +115,7 @@ class _Resolver:
         self.flags = config.as_dict()
         self.explicit = config.explicit
         self.decided: dict[str, Any] = {}
+        self.settings = known_settings()
 
     def refuse(self, key: str, what: str, do: str) -> NoReturn:
         raise UserError(f"{self.path}: {key}: {what}. {do[:1].upper()}{do[1:]}.")
@@ -138,7 +139,10 @@ class _Resolver:
         return self.decide(dotted, self.number(dotted), flag)
 
     def decide(self, dotted: str, value: Any, flag: str) -> Any:
-        setting = self.flags[flag]
+        """Decide between the JSON's value and the flag's, by the rule of the setting."""
+        setting, declared = self.flags[flag], self.settings[flag]
+        if words := declared.problem(value):
+            self.refuse(dotted, f"{json.dumps(value)} must be {words}", 'write that, or "auto"')
         if value is None or value == setting:
             return setting
         if flag in self.explicit:
@@ -151,6 +155,8 @@ class _Resolver:
 
     def zero(self, hidden_size: int) -> int:
         zero = self.ds.setdefault("zero_optimization", {})
+        if zero.get("stage") == "auto":
+            self.refuse("zero_optimization.stage", '"auto" has no meaning there', "choose 0, 1, 2 or 3")
         stage = self.number("zero_optimization.stage", whole=True)
         zero["stage"] = stage = 0 if stage is None else stage
         if stage not in (0, 1, 2, 3):
@@ -218,8 +224,6 @@ class _Resolver:
         given: dict[str, int | None] = {}
         for name, (key, flag) in names.items():
             value = self.number(key, whole=True)
-            if value is not None and value < 1:
-                self.refuse(key, f"{value} is below 1", 'write a number from 1 on or "auto"')
             said = value is not None or flag in self.explicit
             given[name] = self.decide(key, value, flag) if said else None
         micro, accumulation, total = given["micro"], given["accumulation"], given["total"]
@@ -272,10 +276,7 @@ class _Resolver:
             self.refuse("optimizer", what, "leave the section out")
         self.ds["optimizer"] = section  # for the look-ups
         kind = self.get("optimizer.type") or "AdamW"
-        if (
-            str(kind).lower() not in ("adam", "adamw")
-            or section.get("params", {}).get("adam_w_mode") is False
-        ):
+        if str(kind).lower() not in ("adam", "adamw") or self.get("optimizer.params.adam_w_mode") is False:
             what = f"{kind} is not supported: the masks are defined and tested with AdamW"
             self.refuse("optimizer.type", what, 'write "AdamW" or leave the section out')
         self.agree("optimizer.params.lr", "learning_rate")

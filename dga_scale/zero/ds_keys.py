@@ -5,22 +5,96 @@ drops it in others, and accepts features that this program does not work with.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
+
+from pydantic import TypeAdapter, ValidationError
 
 from dga_scale.config.arguments import nearest
+from dga_scale.config.declaration import ABOVE_0, AT_LEAST_1, Rule
 from dga_scale.errors import UserError
+from dga_scale.storage.checked_json import json_problem
+
+Check = Callable[[Any], str | None]
+"""What says what a value has to be; None where it is that."""
 
 Keys = Mapping[str, Any]
-"""The known keys of a section; the value is the section's own ``Keys``, or None where anything may stand."""
+"""The known keys of a section; the value is the section's own ``Keys``, or the ``Check`` of a value."""
 
-_FREE = (
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
-    "communication_data_type prescale_gradients gradient_predivide_factor disable_allgather "
-    "disable_python_gc steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level "
-    "vocabulary_size zero_allow_untested_optimizer zero_force_ds_cpu_optimizer"
-)
+
+def _anything(value: Any) -> str | None:
+    """Accept what ``resolve_ds_config`` checks, by the rule of the setting that it stands for."""
+    return None
+
+
+def _simple(value: Any) -> str | None:
+    return "a number, text, or true or false" if isinstance(value, dict | list | None) else None
+
+
+def _truth(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
+def _number(rule: Rule, whole: bool = False) -> Check:
+    kinds, words = ((int,), "a whole number") if whole else ((int, float), "a number")
+
+    def check(value: Any) -> str | None:
+        right = isinstance(value, kinds) and not isinstance(value, bool) and rule.holds(value)
+        return None if right else f"{words}, {rule.words}"
+
+    return check
+
+
+def _one_of(*names: str | None) -> Check:
+    return lambda value: None if value in names else f"one of {', '.join(filter(None, names))}"
+
+
+def _field(field: Any) -> Check:
+    """Return the check of a field of one of DeepSpeed's models, which itself takes "false" for a truth."""
+    limits = field.metadata
+    kind: Any = Annotated[(field.annotation, *limits)] if limits else field.annotation
+    adapter = TypeAdapter(kind)
+    truth = bool in (field.annotation, *get_args(field.annotation))
+
+    def check(value: Any) -> str | None:
+        if value is not None and truth != isinstance(value, bool):
+            return "true or false" if truth else "no truth value"
+        if isinstance(value, int | float) and value < 0 and field.default != value:
+            return "0 or more"
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            said: str = error.errors()[0]["msg"]
+            return said.removeprefix("Input should be ")
+        return None
+
+    return check
+
+
+_TOP: Keys = {
+    "train_batch_size": _anything,
+    "train_micro_batch_size_per_gpu": _anything,
+    "gradient_accumulation_steps": _anything,
+    "gradient_clipping": _anything,
+    "communication_data_type": _one_of("fp32", "fp16", "bf16", None),
+    "prescale_gradients": _truth,
+    "gradient_predivide_factor": _number(ABOVE_0),
+    "disable_allgather": _truth,
+    "disable_python_gc": _truth,
+    "steps_per_print": _number(AT_LEAST_1, whole=True),
+    "wall_clock_breakdown": _truth,
+    "memory_breakdown": _truth,
+    "dump_state": _truth,
+    "log_level": _one_of("debug", "info", "warning", "error", "critical"),
+    "vocabulary_size": _number(AT_LEAST_1, whole=True),
+    "zero_allow_untested_optimizer": _truth,
+    "zero_force_ds_cpu_optimizer": _truth,
+}
+_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+"""The package that each of DeepSpeed's monitors writes through."""
 _REFUSED = {
     "activation_checkpointing": "recomputing activations is --gradient_checkpointing",
     "autotuning": "the program does not run under DeepSpeed's autotuner",
@@ -77,21 +151,27 @@ def known_keys() -> Keys:
     )
     from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
-    def of(*names: str) -> dict[str, Any]:
-        return dict.fromkeys(names)
+    def of(*names: str, check: Check = _simple) -> dict[str, Any]:
+        return dict.fromkeys(names, check)
 
     def fields(model: Any) -> dict[str, Any]:
-        return {field.alias or name: None for name, field in model.model_fields.items()}
+        return {field.alias or name: _field(field) for name, field in model.model_fields.items()}
 
-    return of(*_FREE.split()) | {
+    return {
+        **_TOP,
         "optimizer": {
-            "type": None,
-            "params": of("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"),
+            "type": _simple,
+            "params": of("lr", "betas", "eps", "weight_decay", check=_anything)
+            | of("torch_adam", "adam_w_mode", check=_truth),
         },
-        "scheduler": of("type", "params"),
+        "scheduler": {
+            "type": _simple,
+            "params": lambda value: None if isinstance(value, dict) else "an object in braces",
+        },
         "fp16": fields(DeepSpeedFP16Config),
         "bf16": fields(DeepSpeedBF16Config),
-        "data_types": of("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+        "data_types": of("grad_accum_dtype", check=_one_of("fp32", "fp16", "bf16", None))
+        | of("param_dtype", "buffer_dtype", "keep_in_fp32_modules", check=_anything),
         "zero_optimization": fields(DeepSpeedZeroConfig)
         | {
             "offload_param": fields(DeepSpeedZeroOffloadParamConfig),
@@ -120,7 +200,7 @@ def load_ds_config(path: str) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, no JSON (with the line), a key that is unknown (with the line and
             the nearest right name), twice in a section, or asks for what does not work here (with the
-            reason).
+            reason); a value of another kind or out of range.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -140,13 +220,18 @@ def load_ds_config(path: str) -> dict[str, Any]:
             )
         return section
 
+    def constant(name: str) -> NoReturn:
+        raise UserError(f'{path}:{_line(text, name)}: {name} is no number in JSON. Write one, or "auto".')
+
     try:
-        content = json.loads(text, object_pairs_hook=unique)
+        content = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno}). "
             "No comments, no comma before a brace."
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {json_problem(error)}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no settings. DeepSpeed's JSON is one object in braces.")
 
@@ -162,11 +247,22 @@ def load_ds_config(path: str) -> dict[str, Any]:
             near = nearest(key, allowed or known)
             elsewhere = "" if near or key not in known else " It belongs at the top level."
             refuse(dotted, f"unknown key {dotted!r}.{near}{elsewhere}")
-        if isinstance(allowed[key], Mapping) and not isinstance(value, dict | None):
-            refuse(dotted, f"{dotted!r} is {value!r}, and must be an object in braces.")
+        if isinstance(allowed[key], Mapping):
+            words = None if isinstance(value, dict) else "an object in braces"
+        elif isinstance(value, float) and not math.isfinite(value):
+            words = "a finite number"
+        else:
+            words = None if value == "auto" else allowed[key](value)
+        if words:
+            refuse(dotted, f"{dotted!r} is {json.dumps(value)[:60]}, and must be {words}.")
         only, reason = _ONLY_VALUE.get(dotted, (value, ""))
         if value not in (only, "auto"):
             refuse(dotted, f"{dotted!r}: {json.dumps(value)} can't be used here: {reason}. Remove it.")
+    for section, package in _MONITORS.items():
+        if content.get(section, {}).get("enabled") is True and find_spec(package) is None:
+            refuse(
+                f"{section}.enabled", f"{package} is not installed. pip install {package}, or switch it off."
+            )
     return content
 
 
@@ -177,10 +273,12 @@ def _walk(
     for key, value in section.items():
         yield where, key, value, known
         inner = (known or {}).get(key)
-        if isinstance(value, dict) and inner is not None:
+        if isinstance(value, dict) and isinstance(inner, Mapping):
             yield from _walk(value, inner, f"{where}{key}.")
 
 
 def _line(text: str, key: str) -> int:
-    """Return the number of the line on which a key first stands."""
-    return next((n for n, line in enumerate(text.splitlines(), 1) if f'"{key}"' in line), 1)
+    """Return the number of the line on which a key, or else a word, first stands."""
+    lines = list(enumerate(text.splitlines(), 1))
+    named = (n for word in (f'"{key}"', key) for n, line in lines if word in line)
+    return next(named, 1)

@@ -11,8 +11,8 @@ from typing import Any, get_args, get_origin
 from dga_scale.config.arguments import nearest
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
-from dga_scale.endtasks.suite import BASE, CORPORA, TASKS, Suite, read_recipe
 from dga_scale.config.yaml_file import Lines, read_yaml
+from dga_scale.endtasks.suite import BASE, CORPORA, TASKS, Suite, read_recipe
 from dga_scale.errors import UserError
 
 Flags = Mapping[str, Any]
