@@ -13,6 +13,7 @@ import yaml
 
 from dga_scale.config.comparison import Difference, corpora_of, differences
 from dga_scale.config.settings import TrainConfig
+from dga_scale.config.yaml_file import read_yaml
 from dga_scale.corpus.shards import read_manifest
 from dga_scale.errors import UserError
 from dga_scale.storage.atomic import replace_file
@@ -179,10 +180,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file of a run folder that maps names to values."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Restore it or give another folder.") from None
+    content, _ = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it names nothing. Restore it or give another folder.")
     return content

@@ -5,13 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import dga_scale
 from dga_scale.backbone.extended import MODEL_TYPE
 from dga_scale.config.comparison import split_reference
 from dga_scale.config.declaration import Refers, as_typed
 from dga_scale.config.methods import known_settings
+from dga_scale.config.yaml_file import read_yaml
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.logging.evaluations import before_and_after, evaluations
 from dga_scale.logging.json_lines import LOG_FILE, read_log
@@ -62,7 +61,7 @@ def model_card(run_dir: Path, step: int, model_config: Path) -> str:
 
 def _settings(run_dir: Path) -> dict[str, Any]:
     path = RunFolder(run_dir).config
-    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings: dict[str, Any] = read_yaml(path)[0] if path.is_file() else {}
     known = known_settings()
     return {
         name: value if name not in known else _shown(value, known[name].refers)

@@ -3,10 +3,9 @@
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from dga_scale.config.arguments import nearest
-from dga_scale.errors import UserError
+from dga_scale.config.yaml_file import read_yaml
+from dga_scale.errors import GivenPath, UserError, naming_flags
 
 
 @dataclass(frozen=True)
@@ -77,23 +76,21 @@ def find_gpu(name: str) -> Gpu:
             f"--gpu {name}: not known (known: {', '.join(GPUS)}).{nearest(name.lower(), GPUS)} Describe "
             f"another one in a YAML file: {', '.join(f.name for f in fields(Gpu) if f.default is MISSING)}"
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--gpu {name}: {error.strerror}. Give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--gpu {name} is not YAML: {' '.join(str(error).split())}") from None
+    with naming_flags([GivenPath("--gpu", name, name)]):
+        content, lines = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"--gpu {name} holds no figures. Write one `name: number` a line")
     known = [f.name for f in fields(Gpu)]
     for key, value in content.items():
+        where = f"{name}:{lines[(key,)]}"
         if key not in known:
-            raise UserError(f"{name}: unknown figure {key!r}.{nearest(str(key), known)}")
+            raise UserError(f"{where}: unknown figure {key!r}.{nearest(str(key), known)}")
         least = 0 if key == "overlap" else 1e-9  # a machine may hide nothing
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-            raise UserError(f"{name}: {key} is {value!r}, and must be a number above 0")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not least <= value < float("inf"):
+            raise UserError(f"{where}: {key} is {value!r}, and must be a number above 0")
         if key in _SHARES and value > 1:
-            raise UserError(f"{name}: {key} is {value}, and must be a share from 0 to 1")
+            raise UserError(f"{where}: {key} is {value}, and must be a share from 0 to 1")
     missing = [f.name for f in fields(Gpu) if f.default is MISSING and f.name not in content]
     if missing:
         raise UserError(f"{name}: {', '.join(missing)} missing. Take them from the maker's data sheet")

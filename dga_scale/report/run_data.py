@@ -9,9 +9,9 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from dga_scale.config.yaml_file import read_yaml
 from dga_scale.errors import UserError
 from dga_scale.logging.evaluations import BeforeAfter, Texts, before_and_after, history, last_texts
 from dga_scale.logging.json_lines import read_log
@@ -123,10 +123,7 @@ class RunData:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        settings = None
+    settings, _ = read_yaml(path)
     if not isinstance(settings, dict):
         raise UserError("damaged: no settings in it. Restore it, or leave this run out.", path)
     return settings
