@@ -30,7 +30,8 @@ ZERO2 = str(Path(__file__).parents[2] / "ds_configs" / "zero2.json")
 
 
 def plan_of(model: str, *settings: str) -> PlannedModel:
-    arguments = ["--corpus", "any", "--ds_config", ZERO2, "--method", "mlm", *settings]
+    method = [] if any(word.startswith("--method") for word in settings) else ["--method", "mlm"]
+    arguments = ["--corpus", "any", "--ds_config", ZERO2, *method, *settings]
     return build_model(read_config(["--model", model, *arguments]))
 
 
