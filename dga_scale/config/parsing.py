@@ -139,7 +139,7 @@ def read_config(arguments: Sequence[str] | None = None, also: Iterable[str] = ()
         UserError: Unknown name (with the nearest right one), a setting of another method, a value of the
             wrong type or out of range, a YAML file that is missing or not a mapping.
     """
-    arguments = _without_launchers(list(sys.argv[1:] if arguments is None else arguments))
+    arguments = without_flag(_LAUNCHER_FLAG, sys.argv[1:] if arguments is None else arguments)
     takes_list = {"method": False} | {name: each.is_list for name, each in known_settings().items()}
     known = [*takes_list, *map(_name, also)]
     for argument in arguments:
@@ -193,12 +193,12 @@ def _hint(name: str, known: Iterable[str]) -> str:
     return f" Here {HINTS[name]}." if name in HINTS else nearest(name, known)
 
 
-def _without_launchers(arguments: list[str]) -> list[str]:
-    """Remove ``--local_rank N``, in one word or two."""
+def without_flag(name: str, arguments: Iterable[str]) -> list[str]:
+    """Remove a flag and its value, in one word or two."""
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
-        if word.startswith("--") and _name(word) == _LAUNCHER_FLAG:
+        if word.startswith("--") and _name(word) == name:
             if "=" not in word:
                 next(words, None)
         else:

@@ -96,7 +96,7 @@ def _shard(options: JobOptions, arguments: list[str], available: AvailableFolder
 
 
 def _train(options: JobOptions, arguments: list[str], available: AvailableFolders) -> Job:
-    from dga_scale.config.parsing import read_config
+    from dga_scale.config.parsing import read_config, without_flag
 
     job_flags = [field.name for field in fields(JobOptions)]
     config = read_config(arguments, job_flags)  # before torch is imported, which takes seconds
@@ -123,16 +123,18 @@ def _train(options: JobOptions, arguments: list[str], available: AvailableFolder
             if not available.is_written(folder):
                 read_manifest(Path(folder))
     output = config.run.output_dir or default_output_dir(config)
-    command = [*map(shlex.quote, ["dga-train", *arguments])]
     run_folder = shlex.quote(output)
     runs = [resolved.config.replace(output_dir=output)]
     if options.seeds:
         run_folder += f"/seed-{TASK}"
-        command += [f"--seed={TASK}", f"--output_dir={run_folder}"]
+        arguments = without_flag("output_dir", arguments)
         runs = [runs[0].replace(seed=n, output_dir=f"{output}/seed-{n}") for n in options.seed_numbers()]
     if config.data.corpus and not makes_several_runs(config):
         for run in runs:
             RunFolder(Path(run.run.output_dir or "")).check(run)
+    command = [*map(shlex.quote, ["dga-train", *arguments])]
+    if options.seeds:
+        command += [f"--seed={TASK}", f"--output_dir={run_folder}"]
     return Job("train", options, tuple(command), output, run_folder)
 
 
