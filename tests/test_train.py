@@ -203,6 +203,35 @@ def test_a_finished_run_says_so_and_changes_nothing(finished: Path, world: Small
     assert len(losses(finished)) == STEPS
 
 
+@pytest.mark.parametrize("damage", ["flipped", "emptied"])
+def test_a_damaged_model_of_a_finished_run_is_exported_again(
+    damage: str, finished: Path, world: SmallWorld, tmp_path: Path
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    weights = run / "model" / "model.safetensors"
+    expected = weights.read_bytes()
+    if damage == "flipped":
+        weights.write_bytes(expected[:-9] + bytes([expected[-9] ^ 1]) + expected[-8:])
+    else:
+        for path in (run / "model").iterdir():
+            path.unlink()
+    printed, _ = run_ranks(2, run_and_listen, arguments(world, run, soft_mask="update"))
+    assert "model.safetensors is not what was exported: the model is exported again" in printed
+    assert weights.read_bytes() == expected
+    assert (run / "model" / "config.json").exists()
+
+
+def test_a_finished_run_that_lost_its_log_keeps_its_summary(
+    finished: Path, world: SmallWorld, tmp_path: Path
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "log.jsonl").unlink()
+    printed, _ = run_ranks(2, run_and_listen, arguments(world, run, soft_mask="update"))
+    assert "log.jsonl has no steps any more: summary and report stay as they were" in printed
+    for name in ("summary.json", "report.html"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_any_rank_stops_all_and_the_run_resumes_bit_for_bit(
     finished: Path, world: SmallWorld, tmp_path: Path, rank: int

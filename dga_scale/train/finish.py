@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,11 +12,14 @@ from rich.table import Table
 
 from dga_scale.checkpoint.export import consolidate
 from dga_scale.config.methods.shared import soft_mask_of
+from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.evaluations import BeforeAfter, before_and_after, last_texts
 from dga_scale.logging.json_lines import LOG_FILE, read_log
 from dga_scale.report.report import write_report
 from dga_scale.run_folder import RunFolder, write_text
+from dga_scale.storage.checked_json import read_object
+from dga_scale.storage.safetensors_stream import record_of
 from dga_scale.train.inputs import Inputs
 
 
@@ -25,12 +30,16 @@ def finish(inputs: Inputs, cluster: Cluster) -> None:
 
 def _write(inputs: Inputs, cluster: Cluster) -> None:
     folder = inputs.folder
-    if not (folder.model.exists() and finished_steps(folder) == inputs.config.optimization.max_steps):
-        new = folder.model.with_name(folder.model.name + ".tmp")
-        shutil.rmtree(new, ignore_errors=True)
-        consolidate(folder.path, None, new)
-        shutil.rmtree(folder.model, ignore_errors=True)  # of fewer steps: the run was extended
-        new.rename(folder.model)
+    finished = _finished(folder)
+    if finished.get("steps") != inputs.config.optimization.max_steps:
+        _export(folder)  # where the run was extended, in place of the model of fewer steps
+    elif changed := _changed(folder.model, finished):
+        print(f"{changed} is not what was exported: the model is exported again from its checkpoint")
+        _export(folder)
+    elif not any("event" not in record for record in read_log(folder.log)):
+        print(f"{folder.log} has no steps any more: summary and report stay as they were")
+        print_summary(finished, folder)
+        return
     summary = summarize(inputs, cluster)
     write_text(folder.summary, json.dumps(summary, indent=2) + "\n")  # after the model that it describes
     unfinished = folder.report.with_name(folder.report.name + ".tmp")
@@ -39,13 +48,37 @@ def _write(inputs: Inputs, cluster: Cluster) -> None:
     print_summary(summary, folder)
 
 
+def _export(folder: RunFolder) -> None:
+    new = folder.model.with_name(folder.model.name + ".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    consolidate(folder.path, None, new)
+    shutil.rmtree(folder.model, ignore_errors=True)
+    new.rename(folder.model)
+
+
+def _finished(folder: RunFolder) -> dict[str, Any]:
+    """Return the summary of a finished run; empty where there is none that can be read."""
+    try:
+        return read_object(folder.summary)
+    except UserError:
+        return {}
+
+
 def finished_steps(folder: RunFolder) -> int | None:
     """Return how many steps a finished run has made; None if it is not finished."""
-    try:
-        steps: int = json.loads(folder.summary.read_text(encoding="utf-8"))["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return steps
+    return _finished(folder).get("steps")
+
+
+def _changed(model: Path, finished: dict[str, Any]) -> Path | None:
+    """Return the first file of the exported weights that is gone or not what it was, if there is one."""
+    recorded = finished.get("model_files")
+    if not isinstance(recorded, dict) or not recorded:
+        return model
+    for name, record in recorded.items():
+        path = model / Path(name).name
+        if not path.is_file() or asdict(record_of(path)) != record:
+            return path
+    return None
 
 
 def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
@@ -71,6 +104,9 @@ def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:
         "seconds_per_step": _median([r["step_seconds"] for r in steps if r.get("step_seconds")]),
         "refused_steps": sum(r.get("event") == "refused" for r in records),
         "texts": last_texts(records),
+        "model_files": {
+            path.name: asdict(record_of(path)) for path in sorted(inputs.folder.model.glob("*.safetensors"))
+        },
         **figures,
     }
 
