@@ -376,7 +376,9 @@ def test_a_corpus_longer_than_the_model(world: SmallWorld, tmp_path: Path):
 
 
 def test_held_out_text_longer_than_the_model(world: SmallWorld, tmp_path: Path):
-    words = [str(world.general_text), "--tokenizer", str(world.model), "--output", str(tmp_path / "long")]
+    AutoTokenizer.from_pretrained(world.model).save_pretrained(tmp_path / "tokenizer")  # without the model
+    words = [str(world.general_text), "--tokenizer", str(tmp_path / "tokenizer")]
+    words += ["--output", str(tmp_path / "long")]
     shard_corpus([*words, "--sequence_length", "96", "--num_workers", "1"])
     text = refusal(arguments(world, tmp_path / "r", general_eval_corpus=tmp_path / "long"))
     assert "long: it has rows of 96 tokens, the model takes at most 64" in text

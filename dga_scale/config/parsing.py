@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dga_scale.config.arguments import Parser, nearest, refuse_doubled
-from dga_scale.config.declaration import Setting, declared
+from dga_scale.config.declaration import Setting, as_typed, declared
 from dga_scale.config.hints import HINTS
 from dga_scale.config.methods import DEFAULT, METHOD_SETTINGS, known_settings
 from dga_scale.config.settings import (
@@ -78,8 +78,7 @@ def _argument(each: Setting) -> dict[str, Any]:
     if each.source:
         about.append(_sentence(f"Source: {each.source}"))
     if each.default is not None:
-        default = " ".join(each.default) if isinstance(each.default, list) else each.default
-        about.append(f"(default: {default})")
+        about.append(f"(default: {as_typed(each.default)})")
     argument: dict[str, Any] = {
         "default": each.default,
         "help": " ".join(about).replace("%", "%%"),  # argparse fills % in

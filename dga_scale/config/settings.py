@@ -115,7 +115,7 @@ class DataSettings:
     )
     max_eval_samples: int = setting(
         2000,
-        "Rows of each evaluation corpus that are scored (the first ones).",
+        "Rows of each evaluation corpus that are scored: a random sample, always the same.",
         rule=AT_LEAST_1,
         affects="evaluation",
     )

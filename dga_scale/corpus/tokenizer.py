@@ -5,12 +5,14 @@ import json
 import os
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from dga_scale.errors import UserError
+from dga_scale.storage.checked_json import read_object
 from dga_scale.storage.hub import local_only
 
 TYPE_CHECKING = False
@@ -119,6 +121,15 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
             content["sentencepiece"] = hashlib.sha256(processor.serialized_model_proto()).hexdigest()
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def positions_beside(name_or_path: str) -> int | None:
+    """Return the positions of the model in a tokenizer's folder; None where it does not say, or none is."""
+    path = Path(name_or_path) / "config.json"
+    if not path.is_file():
+        return None
+    stated = read_object(path).get("max_position_embeddings")
+    return stated if isinstance(stated, int) and stated > 0 else None
 
 
 def markers(tokenizer: "PreTrainedTokenizerBase") -> list[str]:

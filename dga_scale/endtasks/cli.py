@@ -41,7 +41,7 @@ def finetune(arguments: Sequence[str] | None = None) -> int:
         help="of a task with two folders, TASK and TASK_dga_split (the papers' partition): which; default: "
         "the folder as given")  # fmt: skip
     add("--output_dir", required=True, type=Path, metavar="DIR",
-        help="seed-1.json, ..., summary.json go here")  # fmt: skip
+        help="seed-1.json, seed-1.predictions.jsonl, ..., summary.json go here")  # fmt: skip
     add_options(parser)
     return parser.run(_finetune, arguments)
 

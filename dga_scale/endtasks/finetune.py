@@ -79,8 +79,8 @@ def finetune(
         on_epoch: Called after each epoch with its number (from 1), mean training loss and score on dev.
 
     Returns:
-        ``scores`` on the test split by name, ``dev_scores`` of each epoch, the chosen ``epoch``,
-        ``sequence_length`` in tokens, and ``seconds``.
+        ``scores`` on the test split by name, its ``predictions`` in order, ``dev_scores`` of each epoch, the
+        chosen ``epoch``, ``sequence_length`` in tokens, and ``seconds``.
 
     Raises:
         UserError: There is no model, or its weights lack the trunk or are not finite; the tokenizer can't
@@ -104,9 +104,15 @@ def finetune(
     real, unknown = train.attention_mask.bool(), train.input_ids == unknown_id(tokenizer)
     check_unknown(int((real & unknown).sum()), int(real.sum()), model, f"{task.path}/train.jsonl")
     steps = recipe.epochs * -(-len(train) // recipe.batch_size)
+    matrices = [parameter for parameter in classifier.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in classifier.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        classifier.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )  # fused: a quarter less of a small model's step on a CPU
+        # As in training, biases and norms do not decay.
+        cast(Any, [{"params": matrices}, {"params": others, "weight_decay": 0.0}]),
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        fused=True,  # a quarter less of a small model's step on a CPU
+    )
     warmup = recipe.warmup_ratio * steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (warmup + 1), (steps - step) / max(1.0, steps - warmup))
@@ -133,8 +139,10 @@ def finetune(
             break
     if best is not None:
         classifier.load_state_dict(best)
+    predictions = predict(classifier, test, task, recipe)
     return {
-        "scores": score(classifier, test, task, recipe),
+        "scores": scores_of(predictions, test, task),
+        "predictions": predictions,
         "dev_scores": dev_scores,
         "epoch": chosen,
         "sequence_length": length,
@@ -236,9 +244,21 @@ def encode(
     )
 
 
-@torch.no_grad()
 def score(classifier: PreTrainedModel, data: Encoded, task: Task, recipe: Recipe) -> dict[str, float]:
-    """Predict all examples in eval mode, and return the scores by name."""
+    """Predict all examples, and return the scores by name."""
+    return scores_of(predict(classifier, data, task, recipe), data, task)
+
+
+def scores_of(predictions: Sequence[Any], data: Encoded, task: Task) -> dict[str, float]:
+    """Compare predictions with the labels, and return the scores by name."""
+    if task.regression:
+        return regression_scores(data.labels.tolist(), predictions)
+    return classification_scores([task.labels[number] for number in data.labels.tolist()], predictions)
+
+
+@torch.no_grad()
+def predict(classifier: PreTrainedModel, data: Encoded, task: Task, recipe: Recipe) -> list[Any]:
+    """Predict all examples in eval mode: the class of each, or the number of a regression."""
     classifier.eval()
     by_length = data.lengths.argsort(stable=True)
     sorted_logits = []
@@ -246,9 +266,9 @@ def score(classifier: PreTrainedModel, data: Encoded, task: Task, recipe: Recipe
         sorted_logits.append(_logits(classifier, data, index, recipe)[: int(weights.sum())])  # (B, labels)
     logits = torch.cat(sorted_logits).cpu()[by_length.argsort()]  # (N, labels)
     if task.regression:
-        return regression_scores(data.labels.tolist(), logits.squeeze(-1).tolist())
-    predicted = [task.labels[number] for number in logits.argmax(dim=-1).tolist()]
-    return classification_scores([task.labels[number] for number in data.labels.tolist()], predicted)
+        numbers: list[float] = logits.squeeze(-1).tolist()
+        return numbers
+    return [task.labels[number] for number in logits.argmax(dim=-1).tolist()]
 
 
 def _train_epoch(

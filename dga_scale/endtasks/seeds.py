@@ -152,6 +152,11 @@ def _run(fine_tuning: FineTuning, seed: int, identity: dict[str, Any], slot: int
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", slot % gpus) if gpus else torch.device("cpu")
     result = finetune(model, task, recipe, seed, device=device, on_epoch=print_epoch)
+    lines = [
+        json.dumps({**dataclasses.asdict(example), "prediction": prediction}, ensure_ascii=False) + "\n"
+        for example, prediction in zip(task.test, result.pop("predictions"), strict=True)
+    ]
+    write_text(_file(fine_tuning.output, seed).with_suffix(".predictions.jsonl"), "".join(lines))
     content = {
         "model": model,
         "task": task.name,

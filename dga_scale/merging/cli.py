@@ -30,7 +30,8 @@ def build_parser() -> Parser:
         help="adapted from it; linear and ties take several")  # fmt: skip
     add("--method", choices=METHODS, default="linear", help="formula; default: linear")
     add("--weight", type=float, default=0.5, help="0: the base, 1: the adapted model; default: 0.5")
-    add("--density", type=float, default=0.2, help="ties: share of each update that is kept; default: 0.2")
+    add("--density", type=float, default=0.2,
+        help="ties: share of each tensor's update that is kept, the largest; default: 0.2")  # fmt: skip
     add("--output", type=Path, metavar="DIR", help="new folder for the merged model")
     add("--sweep", type=_numbers, metavar="W,W,...", help="score these weights, such as 0,0.25,0.5,0.75,1; "
         "with --output a model of each is written, DIR/weight-0.25 and so on")  # fmt: skip

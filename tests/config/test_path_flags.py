@@ -52,7 +52,8 @@ def places(world: SmallWorld, tmp_path: Path) -> Places:
 
 
 def shard(p: Places) -> list[str]:
-    return [str(p.world.domain_text), "--tokenizer", str(p.world.model), "--output", str(p.root / "new")]
+    words = [str(p.world.domain_text), "--tokenizer", str(p.world.model), "--output", str(p.root / "new")]
+    return [*words, "--sequence_length", "32"]
 
 
 def train(p: Places) -> list[str]:

@@ -1,12 +1,14 @@
 """The command line: its help, its summary, its errors."""
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig
 
 from dga_scale.corpus.cli import build_parser, main
 from dga_scale.corpus.reading.files import COMPRESSIONS
@@ -85,6 +87,20 @@ def test_unknown_tokens_and_bad_records_are_told(
     assert re.search(r"warning: \d\d% of the tokens are unknown to the tokenizer of .*wordpiece", printed.err)
     assert "dropped: 0 empty, 0 control only, 0 duplicates, 1 bad" in printed.out
     assert "note: 1 bad records were left out. The first: " in printed.err
+
+
+def test_rows_longer_than_the_models_positions_are_refused(wordpiece: Path, tmp_path: Path) -> None:
+    shutil.copytree(wordpiece, tmp_path / "model")
+    BertConfig(max_position_embeddings=128).save_pretrained(tmp_path / "model")
+    tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(20))
+    arguments = [str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "model"), "--num_workers", "1"]
+    arguments += ["--output", str(tmp_path / "corpus"), "--sequence_length"]
+    with pytest.raises(
+        UserError, match=r"--sequence_length 99999999999: .* has 128 positions\. Give 128 or less"
+    ):
+        main([*arguments, "99999999999"])
+    assert not (tmp_path / "corpus").exists()
+    assert main([*arguments, "128"]) == 0
 
 
 def test_markers_are_told(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

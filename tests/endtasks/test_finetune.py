@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from dga_scale.backbone.anatomy import Anatomy
 from dga_scale.backbone.extended import extend, register_extension
 from dga_scale.corpus.tokenizer import load_tokenizer
-from dga_scale.endtasks.finetune import encode, finetune, load_classifier, score
+from dga_scale.endtasks.finetune import encode, finetune, load_classifier, predict, score
 from dga_scale.endtasks.metrics import classification_scores, regression_scores
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.tasks import Example, Task, load_task
@@ -73,7 +73,12 @@ def test_the_weights_of_the_chosen_epoch_are_scored(model: str, task: Task, monk
         seen.append(weights)
         return {"accuracy": next(told, 0.5)}
 
+    def watched_at_last(classifier, data, task, recipe):
+        seen.append(next(classifier.parameters()).detach().clone())
+        return predict(classifier, data, task, recipe)
+
     monkeypatch.setattr("dga_scale.endtasks.finetune.score", watched)
+    monkeypatch.setattr("dga_scale.endtasks.finetune.predict", watched_at_last)
     recipe = dataclasses.replace(QUICK, epochs=3)
     finetune(model, dataclasses.replace(task, dev=task.test[:8]), recipe, 1)
     assert len(seen) == 4  # three times dev, once test
@@ -102,6 +107,7 @@ def test_padding_and_the_filled_up_batch_change_no_score(
     assert data.rows(data.lengths.argmin()[None])["input_ids"].shape == (1, 8)
     expected = classification_scores([str(e.label) for e in task.test], predicted)
     assert score(classifier, data, task, fp32) == expected
+    assert predict(classifier, data, task, fp32) == predicted
 
 
 def test_regression_learns_how_many_words_are_of_one_kind(model: str, tmp_path: Path):
@@ -221,6 +227,22 @@ def test_more_tokens_than_embeddings_are_refused(model: str, task: Task, tmp_pat
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model's embeddings"):
         finetune(str(tmp_path / "model"), task, QUICK, 1)
+
+
+def test_biases_and_norms_do_not_decay(model: str, task: Task):
+    """With a learning rate that leaves the decay alone in sight, only matrices get smaller."""
+    seen: list[torch.optim.AdamW] = []
+    original = torch.optim.AdamW.__init__
+
+    def watched(self: torch.optim.AdamW, *arguments: Any, **settings: Any) -> None:
+        original(self, *arguments, **settings)
+        seen.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "__init__", watched)
+        finetune(model, task, dataclasses.replace(QUICK, epochs=1, weight_decay=0.3), 1)
+    decays = {p.dim() > 1: g["weight_decay"] for g in seen[0].param_groups for p in g["params"]}
+    assert decays == {True: 0.3, False: 0.0}
 
 
 def test_scores_by_hand():

@@ -54,6 +54,12 @@ def test_finished_seeds_are_not_run_again(
 ):
     run(model, task, tmp_path / "out", "--seeds", "1")
     before = (tmp_path / "out" / "seed-1.json").read_text()
+    lines = (tmp_path / "out" / "seed-1.predictions.jsonl").read_text().splitlines()
+    predicted = [json.loads(line) for line in lines]
+    right = sum(record["prediction"] == record["label"] for record in predicted)
+    assert right / len(predicted) == json.loads(before)["scores"]["accuracy"]
+    examples = [json.loads(line) for line in (task / "test.jsonl").read_text().splitlines()]
+    assert [record["text"] for record in predicted] == [example["text"] for example in examples]
     ran = []
     one = module._run
     monkeypatch.setattr(module, "_run", lambda *args: (ran.append(args[1]), one(*args)))

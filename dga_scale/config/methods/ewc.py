@@ -19,7 +19,8 @@ class EWCSettings(GeneralTextSettings):
     ewc_weight: float = setting(
         0.1,
         "Lambda of the penalty (lambda / 2) * sum of F * squared distance from the starting weights. It "
-        "depends on the scale of F: see fisher_normalize.",
+        "depends on the scale of F: see fisher_normalize. The penalty's gradient is added after clipping: it "
+        "weighs more beside a gradient that was clipped.",
         rule=AT_LEAST_0,
     )
     fisher_samples: int = setting(

@@ -19,6 +19,7 @@ class L2Settings(MethodSettings):
     l2_weight: float = setting(
         0.1,
         "Lambda of the penalty (lambda / 2) * sum of squared distances from the starting weights. For a "
-        "weight at distance d its gradient is lambda * d; gradients of a pretrained model are about 1e-4.",
+        "weight at distance d its gradient is lambda * d; gradients of a pretrained model are about 1e-4. "
+        "It is added after clipping: it weighs more beside a gradient that was clipped.",
         rule=AT_LEAST_0,
     )

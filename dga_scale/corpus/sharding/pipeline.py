@@ -52,6 +52,7 @@ from dga_scale.corpus.tokenizer import (
     encoder_spec,
     load_tokenizer,
     markers,
+    positions_beside,
     special_ids,
     tokenizer_hash,
 )
@@ -195,6 +196,12 @@ def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished:
     if settings.exclude:
         settings = replace(settings, exclude_hash=load_overlap(settings.exclude).content_hash)
     layout = Layout.of(tokenizer, settings.tokenizer, settings.packing, settings.sequence_length)
+    positions = positions_beside(settings.tokenizer)
+    if positions is not None and settings.sequence_length > positions:
+        raise UserError(
+            f"--sequence_length {settings.sequence_length}: the model in {settings.tokenizer} has "
+            f"{positions} positions. Give {positions} or less"
+        )
     if settings.sequence_length > tokenizer.model_max_length:
         print(
             f"note: --sequence_length {settings.sequence_length} is above {tokenizer.model_max_length}, the "
