@@ -16,6 +16,7 @@ from dga_scale.experts.consistency import (
     sequence_gradients,
     shared_direction,
 )
+from tests.helpers.flags import changed
 from tests.helpers.small import make_world
 from tests.helpers.tiny_models import TINY, batch
 
@@ -107,4 +108,4 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (output / "consistency.json").read_text()
     )
     with pytest.raises(UserError, match="--rows 1: must be at least 2"):
-        main([*arguments, "--rows", "1"])
+        main(changed(arguments, "--rows", "1"))

@@ -15,6 +15,7 @@ from dga_scale.slurm.cli import build_parser, main, parse_chain
 from dga_scale.slurm.options import JobOptions, seconds
 from dga_scale.slurm.render import render
 from dga_scale.slurm.stages import Job
+from tests.helpers.flags import changed
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.small import SmallWorld, make_world
 
@@ -32,10 +33,10 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def train(world: SmallWorld, *more: str) -> list[str]:
-    return [
+    return changed([
         "train", "--ds_config", ZERO2, "--model", str(world.model), "--corpus", str(world.corpus),
-        "--method", "mlm", "--output_dir", "runs/mine", *more,
-    ]  # fmt: skip
+        "--method", "mlm", "--output_dir", "runs/mine",
+    ], *more)  # fmt: skip
 
 
 def shard(world: SmallWorld, *more: str) -> list[str]:

@@ -27,6 +27,7 @@ from dga_scale.storage.checked_json import CHECKSUM
 from dga_scale.storage.checked_tensors import load_tensors
 from dga_scale.train.inputs import check_inputs
 from tests.helpers.damage import DAMAGES, every_damage, flip
+from tests.helpers.flags import changed
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small import SmallWorld, make_world
 from tests.helpers.training import Setup, save, tiny_engine, train_step
@@ -128,7 +129,7 @@ def runs(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Finished runs of the methods that keep files of their own, with their flags."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
     for method in METHODS:
-        flags = [*flags_of(world, folder / method, method, 2), "--max_steps=2", "--save_steps=1"]
+        flags = changed(flags_of(world, folder / method, method, 2), "--max_steps=2", "--save_steps=1")
         assert run_ranks(2, run_training, flags) == [0, 0]
         found[method] = (folder / method, flags)
     return found
@@ -137,8 +138,12 @@ def runs(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def readers(run: Path, flags: list[str]) -> dict[str, Callable[[], Any]]:
     """Return how a resumed run reads each of its files, besides its checkpoints."""
     found: dict[str, Callable[[], Any]] = {
-        "config.yaml": lambda: check_inputs(read_config([*flags, f"--output_dir={run}"]), ALONE).config.run,
-        "corpora.json": lambda: check_inputs(read_config([*flags, f"--output_dir={run}"]), ALONE).config.run,
+        "config.yaml": lambda: (
+            check_inputs(read_config(changed(flags, f"--output_dir={run}")), ALONE).config.run
+        ),
+        "corpora.json": lambda: (
+            check_inputs(read_config(changed(flags, f"--output_dir={run}")), ALONE).config.run
+        ),
         "log.jsonl": lambda: read_log(run / "log.jsonl"),
         "importance.safetensors": lambda: Importance.load(run / "importance.safetensors").values,
         "experts.json": lambda: read_experts(run / "experts.json"),
@@ -229,7 +234,7 @@ def test_a_run_resumes_with_its_output_damaged_and_not_without_its_importance(
 ) -> None:
     original, flags = runs["dga"]
     run = Path(shutil.copytree(original, tmp_path / "run"))
-    flags = [*flags, f"--output_dir={run}"]
+    flags = changed(flags, f"--output_dir={run}")
     shutil.rmtree(run / "checkpoints" / "step-000002")
     for path in run.rglob("*"):
         if path.is_file() and str(path.relative_to(run)).startswith(OUTPUT):
@@ -277,9 +282,9 @@ def test_a_lost_checksum_is_refused(
     run = Path(shutil.copytree(original, tmp_path / "run"))
     without_checksum(run / file)
     if file.startswith("checkpoints"):
-        flags = [*flags, f"--resume={(run / file).parent}"]
+        flags = changed(flags, f"--resume={(run / file).parent}")
     with pytest.raises(UserError, match=f"{Path(file).name}.*has no checksum"):
-        resumed(run, [*flags, f"--output_dir={run}"], file)
+        resumed(run, changed(flags, f"--output_dir={run}"), file)
 
 
 def resumed(run: Path, flags: list[str], file: str) -> None:
