@@ -289,9 +289,13 @@ def open_corpus(path: str | os.PathLike[str], tokenizer: "PreTrainedTokenizerBas
     """Open a corpus for a model with this tokenizer.
 
     Raises:
-        UserError: No corpus there, or one of another tokenizer.
+        UserError: No corpus there, one of another tokenizer, or one without a token to predict.
     """
     corpus = Corpus.open(path)
+    if not corpus.manifest.maskable:
+        raise UserError(
+            "none of its tokens can be predicted: all are special or unknown. Shard other text", corpus.path
+        )
     check_matches(corpus, tokenizer)
     return corpus
 

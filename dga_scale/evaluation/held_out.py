@@ -16,6 +16,7 @@ from dga_scale.corpus.loading.batches import Batch
 from dga_scale.corpus.loading.masking import MaskingPolicy
 from dga_scale.corpus.loading.streams import EvalBatches
 from dga_scale.corpus.shards import VALIDATION, Corpus, open_corpus
+from dga_scale.errors import UserError
 from dga_scale.objectives.training_model import TrainingModel, evaluate_rows
 from dga_scale.preservation.fragments import Reduce
 
@@ -107,6 +108,9 @@ class Evaluator:
         Returns:
             ``NAME_loss`` (nats a predicted token) and ``NAME_accuracy`` of each corpus.
 
+        Raises:
+            UserError: On every rank, for text without a token to predict.
+
         """
         figures = {}
         for name in self.corpora:
@@ -114,6 +118,11 @@ class Evaluator:
             for _, of_rows in self._scored(model, self._batches(name)):
                 sums += of_rows.sum(dim=0)
             loss, labels, correct = self._reduce(sums).tolist()
+            if not labels:
+                raise UserError(
+                    f"none of the scored rows of the held-out text {name} has a token to predict: all are "
+                    "special or unknown. Score more rows, or other text"
+                )
             figures[f"{name}_loss"], figures[f"{name}_accuracy"] = loss / labels, correct / labels
         return figures
 

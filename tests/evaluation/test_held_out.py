@@ -1,5 +1,9 @@
 """Held-out losses against a plain forward pass of the Hugging Face model, on one rank and on two."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +13,15 @@ from transformers import AutoModelForMaskedLM
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.corpus.loading.masking import IGNORED, MaskingPolicy
 from dga_scale.corpus.loading.streams import EvalBatches
-from dga_scale.corpus.shards import Corpus
+from dga_scale.corpus.sharding.pipeline import shard_corpus
+from dga_scale.corpus.sharding.staging import ShardSettings
+from dga_scale.corpus.shards import Corpus, open_corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
 from dga_scale.evaluation.held_out import Evaluator, open_held_out
 from dga_scale.objectives.methods import METHODS
 from dga_scale.objectives.training_model import TrainingModel
+from dga_scale.storage.checked_json import with_checksum
 from tests.helpers.small import SmallWorld
 
 ROWS = 30
@@ -73,3 +80,26 @@ def test_figures_and_batch_sums_are_those_of_plain_forward_passes(world: SmallWo
 def test_a_folder_that_holds_no_corpus_is_named_with_its_setting(world: SmallWorld) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
         open_held_out(str(world.corpus / "nowhere"), load_tokenizer(world.model))
+
+
+def test_text_without_a_token_to_predict(world: SmallWorld, tmp_path: Path) -> None:
+    """Rows of unknown tokens only, of a corpus with others, and a corpus that has nothing else."""
+    (tmp_path / "a.txt").write_text("".join(f"{'语' * n}\n" for n in range(1, 60)) + "the model learns " * 90)
+    tokenizer = load_tokenizer(world.model)
+    settings = ShardSettings(str(world.model), 32, "document", validation_share=0.0)
+    shard_corpus([str(tmp_path / "a.txt")], tmp_path / "corpus", settings)
+    corpus = open_corpus(tmp_path / "corpus", tokenizer)
+    lm = AutoModelForMaskedLM.from_pretrained(world.model).eval()
+    model = TrainingModel(lm, anatomy_of(lm), METHODS["mlm"](METHODS["mlm"].Settings()))
+    evaluator = Evaluator.of_one_process(model, {"text": corpus}, batch_size=8, max_rows=3)
+    with pytest.raises(
+        UserError, match="none of the scored rows of the held-out text text has a token to predict"
+    ):
+        evaluator.evaluate(model)
+
+    manifest = dataclasses.replace(corpus.manifest, maskable=0)
+    (corpus.path / "manifest.json").write_text(json.dumps(with_checksum(manifest.to_json())))
+    with pytest.raises(
+        UserError, match="corpus: none of its tokens can be predicted: all are special or unknown"
+    ):
+        open_corpus(corpus.path, tokenizer)
