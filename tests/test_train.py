@@ -171,6 +171,9 @@ def test_a_run_leaves_all_that_it_promises(finished: Path, world: SmallWorld):
     assert list((finished / "tensorboard").glob("events*"))
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["domain_loss"]["after"] < summary["domain_loss"]["before"]
+    steps = [record for record in records if "event" not in record]
+    assert len(steps) == STEPS
+    assert summary["tokens"] == round(sum(s["tokens_per_second"] * s["step_seconds"] for s in steps))
 
 
 def test_update_masks_hold_what_they_ask_for(finished: Path):
@@ -256,6 +259,27 @@ def test_a_run_resumes_on_another_number_of_ranks(world: SmallWorld, tmp_path: P
     # The exported model is set up as the one that was given, whatever the run needed.
     saved = BertConfig.from_pretrained(tmp_path / "two" / "model")
     assert saved.hidden_dropout_prob == BertConfig.from_pretrained(world.model).hidden_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize("method", ["mlm", "kl"])
+def test_a_source_without_a_row_in_a_step_has_no_loss_there(method: str, world: SmallWorld, tmp_path: Path):
+    """Two rows a step, of which one in ten is general text: most steps have none."""
+    mix = f"{world.general_corpus}:0.1"
+    flags = arguments(world, tmp_path / "run", method=method, mix=mix, global_batch_size=2, max_steps=12)
+    assert run_ranks(2, run_training, flags) == [0, 0]
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "event" not in record]
+    general = [r["loss/mlm/general_corpus"] for r in steps if "loss/mlm/general_corpus" in r]
+    assert 0 < len(general) < len(steps) == 12
+    if method == "kl":
+        assert [s["step"] for s in steps if "loss/kl" in s] == [
+            s["step"] for s in steps if "loss/mlm/general_corpus" in s
+        ]
+    assert all(3 < loss < 9 for loss in general)
+    domain = [record["loss/mlm/corpus"] for record in steps if "loss/mlm/corpus" in record]
+    assert all(3 < loss < 9 for loss in domain)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["tokens"] == round(sum(s["tokens_per_second"] * s["step_seconds"] for s in steps))
 
 
 def test_gradient_masks_come_with_a_word_about_adam_once(world: SmallWorld, tmp_path: Path):

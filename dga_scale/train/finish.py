@@ -22,6 +22,9 @@ from dga_scale.storage.checked_json import read_object
 from dga_scale.storage.safetensors_stream import record_of
 from dga_scale.train.inputs import Inputs
 
+_ROWS = 1 << 20
+"""The rows whose tokens are counted at a time."""
+
 
 def finish(inputs: Inputs, cluster: Cluster) -> None:
     """Write ``model/``, ``summary.json`` and ``report.html``, and print the change of the losses."""
@@ -133,8 +136,11 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
 
 
 def _tokens(inputs: Inputs) -> int:
+    """Count the tokens of all rows that the run has read, again where it has read them again."""
     rows = inputs.config.optimization.max_steps * inputs.resolved.global_batch_size
-    return round(rows * inputs.corpus.manifest.tokens / len(inputs.corpus))
+    mixture = inputs.mixture
+    parts = (mixture.picks(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+    return sum(int(mixture.lengths(part).sum()) for part in parts)
 
 
 def _median(values: list[float]) -> float | None:

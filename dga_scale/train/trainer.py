@@ -9,7 +9,7 @@ from dga_scale.backbone.packed_rows import can_pack
 from dga_scale.checkpoint.companions import record_companions
 from dga_scale.checkpoint.state import Save, load_checkpoint
 from dga_scale.config.methods.shared import ProtectionSettings, soft_mask_of
-from dga_scale.corpus.loading.batches import Batch
+from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.corpus.loading.streams import BatchStream, StepBatches
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.run_log import RunLog
@@ -134,7 +134,8 @@ class Trainer:
             loss, terms = self.engine(inputs, batches.counts, cached=cached)
             backward(self.engine, loss)
             self.engine.step()
-            for name, value in {"total": loss.detach(), **self._by_corpus(terms)}.items():
+            named = self._by_corpus(terms, batches.counts)
+            for name, value in {"total": loss.detach(), **named}.items():
                 sums[name] = sums.get(name, 0.0) + value / resolved.accumulation_steps
         return sums, learning_rate
 
@@ -182,7 +183,11 @@ class Trainer:
             )
             yield from zip(together, cached, strict=True)
 
-    def _by_corpus(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the terms, with a mixture's sources called by their names."""
+    def _by_corpus(self, terms: dict[str, Tensor], counts: Counts) -> dict[str, Tensor]:
+        """Return the terms, with a mixture's sources called by their names.
+
+        A source that has no label in the whole step has no loss: its term, of 0, is left out.
+        """
         names = {f"mlm/{k}": f"mlm/{name}" for k, name in enumerate(self.inputs.source_names)}
-        return {names.get(name, name): value for name, value in terms.items()}
+        absent = {f"mlm/{k}" for k, labels in enumerate(counts.labels_per_source) if not labels}
+        return {names.get(name, name): value for name, value in terms.items() if name not in absent}

@@ -28,6 +28,9 @@ class KL(Method[KLSettings]):
 
     def terms(self, output: ForwardOutput) -> dict[str, Term]:
         inputs, counts, temperature = output.inputs, output.counts, self.settings.kl_temperature
+        mixed = sum(counts.labels_per_source[1:])
+        if not mixed:  # in the whole step, on every rank
+            return {}
         rows, labels, tokens = inputs.mixed_rows, inputs.mixed_label_indices, inputs.input_ids.shape[1]
         hidden = output.teacher(True, rows)  # (G, T, H)
         # Padding is a label index of -1: it takes whatever the last one holds, and doesn't count.
@@ -36,6 +39,5 @@ class KL(Method[KLSettings]):
         base = output.teacher_logits(hidden, own * tokens + positions % tokens)  # (K, V)
         divergences = kl_divergence(base.float() / temperature, student.float() / temperature)  # (K,)
         total = divergences.masked_fill(labels < 0, 0).sum()
-        mixed = sum(counts.labels_per_source[1:])
-        mean = total * temperature**2 * (counts.num_micro_batches / max(1, mixed))
+        mean = total * temperature**2 * (counts.num_micro_batches / mixed)
         return {"kl": Term(mean, self.settings.kl_weight)}
