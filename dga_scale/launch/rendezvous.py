@@ -7,6 +7,8 @@ the master address (torchrun serves one itself). Rank 0 checks the entries, and 
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +21,8 @@ from dga_scale.launch.environment import LaunchInfo
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 """How long the ranks wait for the last of them to start, and then for their connections."""
+_SAYS_AFTER = timedelta(seconds=10)
+"""How long a rank waits for others in silence."""
 _RESULT_TIMEOUT = timedelta(seconds=10)
 """How long rank 0 keeps a store with an error open for the others, and how much longer these wait for it."""
 
@@ -45,7 +49,15 @@ def rendezvous(info: LaunchInfo, address: str, port: int, gpu: str | None, timeo
     """
     if info.world_size == 1:
         return dist.HashStore()
-    store = _open_store(info, address, port, timeout)
+    said = threading.Timer(
+        _SAYS_AFTER.total_seconds(), _say_waiting, [info, f"rank 0 at {address}:{port}", timeout]
+    )
+    said.daemon = True
+    said.start()
+    try:
+        store = _open_store(info, address, port, timeout)
+    finally:
+        said.cancel()
     host = socket.gethostname()
     own = RankInfo(info.launcher, info.world_size, host, _address_of(host), gpu)
     if store.add(f"joined/{info.rank}", 1) > 1:
@@ -57,7 +69,13 @@ def rendezvous(info: LaunchInfo, address: str, port: int, gpu: str | None, timeo
         )
     store.set(f"rank/{info.rank}", json.dumps(asdict(own)))
     if info.rank == 0:
-        problem = _find_problem(store, info.world_size, timeout)
+        missing = _missing(store, info.world_size, min(timeout, _SAYS_AFTER))
+        if missing and timeout > _SAYS_AFTER:
+            _say_waiting(
+                info, f"ranks {_some(missing)} of {info.world_size}, to join at {address}:{port}", timeout
+            )
+            missing = _missing(store, info.world_size, timeout - _SAYS_AFTER)
+        problem = _find_problem(store, info.world_size, missing, timeout)
         store.set("problem", problem)
     else:
         store.set_timeout(timeout + _RESULT_TIMEOUT)
@@ -97,15 +115,34 @@ def _open_store(info: LaunchInfo, address: str, port: int, timeout: timedelta) -
     return dist.PrefixStore(f"dga_scale/{attempt}", store)
 
 
-def _find_problem(store: dist.Store, world_size: int, timeout: timedelta) -> str:
-    """Describe what is wrong with the ranks that joined in time; empty where all is well."""
+def _say_waiting(info: LaunchInfo, awaited: str, timeout: timedelta) -> None:
+    set_by = (
+        "RANK and WORLD_SIZE come from the environment: unset them for a single process"
+        if info.launcher == "environment"
+        else f"started by {info.launcher}"
+    )
+    print(
+        f"rank {info.rank} on {socket.gethostname()} waits for {awaited}, {timeout.total_seconds():g} s at "
+        f"most ({set_by})",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _missing(store: dist.Store, world_size: int, timeout: timedelta) -> list[int]:
+    """Wait for all ranks to join, and return those that have not."""
     keys = [f"rank/{rank}" for rank in range(world_size)]
-    missing = []
     try:
         store.wait(keys, timeout)
     except dist.DistError:
         # Asked one by one, not waited for: a short wait may end before a busy store has answered.
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        return [rank for rank, key in enumerate(keys) if not store.check([key])]
+    return []
+
+
+def _find_problem(store: dist.Store, world_size: int, missing: Sequence[int], timeout: timedelta) -> str:
+    """Describe what is wrong with the ranks that joined in time; empty where all is well."""
+    keys = [f"rank/{rank}" for rank in range(world_size)]
     ranks = {
         rank: RankInfo(**json.loads(store.get(key))) for rank, key in enumerate(keys) if rank not in missing
     }

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dga_scale.errors import UserError
 from dga_scale.launch.environment import LaunchInfo
-from dga_scale.launch.rendezvous import RankInfo, _contradiction, _find_problem, rendezvous
+from dga_scale.launch.rendezvous import RankInfo, _contradiction, _find_problem, _missing, rendezvous
 from tests.helpers.ranks import free_port
 
 HERE = socket.gethostname()
@@ -66,8 +66,23 @@ def test_a_rank_that_joined_counts_however_late_the_store_answers() -> None:
     store = Slow()
     for rank in (0, 2):
         store.set(f"rank/{rank}", json.dumps(asdict(RankInfo("srun", 4, HERE, "10.0.0.1", None))))
-    found = _find_problem(store, 4, timedelta(seconds=0.1))
+    patience = timedelta(seconds=0.1)
+    found = _find_problem(store, 4, _missing(store, 4, patience), patience)
     assert found.startswith("2 of 4 ranks did not join within 0.1 s: 1, 3 missing, joined: 0 on")
+
+
+def test_a_long_wait_says_for_whom_and_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dga_scale.launch.rendezvous._SAYS_AFTER", timedelta(seconds=0.2))
+    together(info(0, 4), info(2, 4), seconds=1.5)
+    assert f"rank 0 on {HERE} waits for ranks 1, 3 of 4, to join at 127.0.0.1:" in capsys.readouterr().err
+    stale = replace(info(1, 2), launcher="environment")
+    with pytest.raises(UserError, match="can't reach rank 0"):
+        rendezvous(stale, "127.0.0.1", free_port(), None, timedelta(seconds=1.5))
+    said = capsys.readouterr().err
+    assert f"rank 1 on {HERE} waits for rank 0 at 127.0.0.1:" in said
+    assert "RANK and WORLD_SIZE come from the environment: unset them for a single process" in said
 
 
 def test_rank_0_out_of_reach() -> None:
