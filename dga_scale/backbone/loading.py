@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,31 +18,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from dga_scale.backbone.anatomy import Anatomy, anatomy_of, check_known
-from dga_scale.backbone.architectures import LAYOUTS
+from dga_scale.backbone.checks import check_config, check_finite, check_folder, unloadable
 from dga_scale.backbone.extended import ExtendedConfig, is_masked
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
-from dga_scale.storage.checked_json import read_object
 from dga_scale.storage.hub import local_only
 
 _END_TASK_DROPOUT = ("classifier", "summary", "qa_", "seq_classif", "pooler", "cls_")
 """Beginnings of dropout settings that only heads of end tasks read; no LM has those."""
-
-_INDEX = "model.safetensors.index.json"
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-)
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
-"""The names of fields that architectures call alike, or map to these."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +86,7 @@ def load_model_config(name_or_path: str) -> ModelConfig:
     folder = Path(name_or_path)
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").exists():
         raise UserError(f"a run's folder, not a model's. Did you mean {folder / 'model'}?", name_or_path)
-    _check_folder(folder)
+    check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=local_only(name_or_path)
@@ -116,69 +101,8 @@ def load_model_config(name_or_path: str) -> ModelConfig:
         )
         raise UserError(f"the model's config can't be loaded: {reason} {advice}", name_or_path) from error
     check_known(config.model_type)
-    _check_config(_of_base(config), name_or_path)
+    check_config(_of_base(config), name_or_path)
     return ModelConfig(name_or_path, config, causal=not is_masked(config))
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder of another format, which transformers would refuse in other words, or half load."""
-    weights = any(folder.glob("*.safetensors"))
-    if (adapter := folder / "adapter_config.json").is_file():
-        content = read_object(adapter)
-        base, task = content.get("base_model_name_or_path") or "BASE", content.get("task_type")
-        auto = "AutoModelForCausalLM" if task == "CAUSAL_LM" else "AutoModelForMaskedLM"
-        beside = " beside whole weights" if (folder / "config.json").is_file() and weights else ""
-        raise UserError(
-            f"it holds a PEFT adapter{beside}, which is not trained on. Merge it with its base first: "
-            f"python -c \"import peft, transformers as t; m = t.{auto}.from_pretrained('{base}'); "
-            f"peft.PeftModel.from_pretrained(m, '{folder}').merge_and_unload().save_pretrained('merged'); "
-            f"t.AutoTokenizer.from_pretrained('{base}').save_pretrained('merged')\" and give merged",
-            folder,
-        )
-    if (index := folder / _INDEX).is_file():
-        names = read_object(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise UserError("no weight_map of tensors to files in it. Download it again", index)
-        if outside := next((name for name in names.values() if Path(name).name != name), None):
-            raise UserError(f"its weight_map names {outside!r}, which is no file of this folder", index)
-    if (folder / "config.json").is_file():
-        return
-    if any(folder.glob("*.gguf")):
-        raise UserError(
-            "its weights are GGUF, for inference. Give the folder of the model that they were made from",
-            folder,
-        )
-    if (nested := folder / "0_Transformer" / "config.json").is_file():
-        raise UserError(
-            f"a sentence-transformers folder of the old layout. Give {nested.parent}, its transformer", folder
-        )
-
-
-def _check_config(config: PretrainedConfig, name: str) -> None:
-    """Refuse a config with values that no model is built of, naming the field."""
-
-    def refuse(field: str, what: str) -> NoReturn:
-        raise UserError(f"config.json: {field} is {getattr(config, field)!r}: {what}", name)
-
-    for field in _SIZES:
-        size = getattr(config, field, 1)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            refuse(field, "must be a whole number above 0")
-    for field in _ACTIVATIONS:
-        if isinstance(found := getattr(config, field, None), str) and found not in ACT2FN:
-            refuse(field, f"transformers knows {', '.join(sorted(ACT2FN))}")
-    padding, layout = getattr(config, "pad_token_id", None), LAYOUTS.get(config.model_type)
-    needed = layout is not None and layout.positions_after_padding
-    if (padding is None and needed) or not (padding is None or -1 <= padding < config.vocab_size):
-        refuse("pad_token_id", f"must be a token's id, from 0 to {config.vocab_size - 1}")
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise UserError(
-            f"its weights are quantised ({method or 'quantization_config'} in config.json), and can't be "
-            "trained. Give the model that they were made from",
-            name,
-        )
 
 
 def load_model(
@@ -248,26 +172,6 @@ def load_model(
     if anatomy.causal:
         model.config.use_cache = False  # keys and values kept for generation would only cost memory here
     return LoadedModel(model, tokenizer, anatomy, published, tuple(new))
-
-
-def check_finite(model: PreTrainedModel, name_or_path: str) -> None:
-    """Refuse a model of which a weight is a NaN or infinity; what ZeRO-3 has partitioned is not looked at.
-
-    Raises:
-        UserError: It names the first such parameter.
-    """
-    for name, parameter in model.named_parameters():
-        if not all_finite(parameter.detach()):
-            raise UserError(
-                f"{name} holds a NaN or infinity: its training went wrong, or the file was damaged. Give "
-                "another checkpoint of the model",
-                name_or_path,
-            )
-
-
-def all_finite(values: Tensor) -> bool:
-    """Return whether no entry of a tensor of any shape, which may be empty, is a NaN or infinity."""
-    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def has_dropout(config: PretrainedConfig) -> bool:
@@ -369,16 +273,6 @@ def _load_weights(
             name,
         )
     return model, set(info["missing_keys"])
-
-
-def unloadable(name: str, error: Exception) -> UserError:
-    """Return the refusal of a model that transformers can't build and load."""
-    reason = str(error).strip().split("\n")[0]
-    return UserError(
-        f"transformers can't load it ({type(error).__name__}: {reason}). Compare its config.json and weights "
-        "with those that were published",
-        name,
-    )
 
 
 def _has_pickles_only(folder: Path) -> bool:

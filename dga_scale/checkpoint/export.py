@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from dga_scale.backbone.checks import all_finite
 from dga_scale.backbone.extended import model_class
-from dga_scale.backbone.loading import all_finite
 from dga_scale.backbone.peft.lora import FOLDER, WEIGHTS, LoraWeights
 from dga_scale.backbone.tied import tied_names
 from dga_scale.checkpoint.model_card import model_card

@@ -15,8 +15,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.utils import logging
 
 from dga_scale.backbone.architectures import LAYOUTS
+from dga_scale.backbone.checks import check_finite, unloadable
 from dga_scale.backbone.extended import ExtendedPreTrainedModel
-from dga_scale.backbone.loading import check_finite, check_vocabulary, load_model_config, unloadable
+from dga_scale.backbone.loading import check_vocabulary, load_model_config
 from dga_scale.corpus.tokenizer import check_unknown, load_tokenizer, unknown_id
 from dga_scale.endtasks.metrics import classification_scores, regression_scores
 from dga_scale.endtasks.recipes import Recipe

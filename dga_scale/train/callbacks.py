@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dga_scale.backbone.loading import all_finite
+from dga_scale.backbone.checks import all_finite
 from dga_scale.checkpoint.async_save import Saves
 from dga_scale.checkpoint.store import newest_complete
 from dga_scale.config.settings import TrainConfig

@@ -11,26 +11,20 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dga_scale.corpus.reading.cleaning import clean
-from dga_scale.corpus.reading.files import Source
 from dga_scale.corpus.reading.overlap import load_overlap
-from dga_scale.corpus.reading.sources import Records, read_segment
+from dga_scale.corpus.sharding.begin import begin
 from dga_scale.corpus.sharding.executor import ArrayTaskExecutor, Executor, MpiExecutor, Stage, under_mpi
 from dga_scale.corpus.sharding.packing import (
     PACKINGS,
-    Layout,
     ShardTask,
     features,
     load_tokenizer_file,
     write_shard,
-    write_tokenizer_file,
 )
 from dga_scale.corpus.sharding.staging import (
     DocumentBatch,
@@ -47,14 +41,7 @@ from dga_scale.corpus.sharding.staging import (
 )
 from dga_scale.corpus.shards import FORMAT, MANIFEST, VALIDATION, WORK_FOLDER, Manifest, Shard, read_manifest
 from dga_scale.corpus.tokenizer import (
-    Encoder,
     check_unknown,
-    encoder_spec,
-    load_tokenizer,
-    markers,
-    positions_beside,
-    special_ids,
-    tokenizer_hash,
 )
 from dga_scale.errors import UserError, one_line
 from dga_scale.storage.atomic import storage_errors, write_json
@@ -65,9 +52,6 @@ ON_BAD_RECORD = ("stop", "skip")
 
 UNKNOWN_WARNED = 0.05
 """The share of unknown tokens from which a corpus is made with a warning."""
-
-_FIRST_CHARACTERS = 1 << 18
-"""The characters of text that are read and tokenised before any work begins."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +104,7 @@ def shard_corpus(
     executor = _executor(num_workers, output, array_task, array_task_patience, work)
     with executor:
         resumed = work.plan_file.exists() or finished.exists()
-        executor.on_first(lambda: _begin(inputs, settings, work, finished))
+        executor.on_first(lambda: begin(inputs, settings, work, finished))
         text_bytes = 0
         try:
             if not finished.exists():
@@ -184,139 +168,6 @@ def _executor(
     if array_task is not None:
         return ArrayTaskExecutor(num_workers, output, *array_task, patience, work.scratch)
     return Executor(num_workers, output)
-
-
-# --- the plan ---
-
-
-def _begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: Path) -> None:
-    """Make the plan and write it, or check that it is the plan of the work that was begun here."""
-    tokenizer = load_tokenizer(settings.tokenizer)
-    settings = replace(settings, tokenizer_hash=tokenizer_hash(tokenizer))
-    if settings.exclude:
-        settings = replace(settings, exclude_hash=load_overlap(settings.exclude).content_hash)
-    layout = Layout.of(tokenizer, settings.tokenizer, settings.packing, settings.sequence_length)
-    positions = positions_beside(settings.tokenizer)
-    if positions is not None and settings.sequence_length > positions:
-        raise UserError(
-            f"--sequence_length {settings.sequence_length}: the model in {settings.tokenizer} has "
-            f"{positions} positions. Give {positions} or less"
-        )
-    if settings.sequence_length > tokenizer.model_max_length:
-        print(
-            f"note: --sequence_length {settings.sequence_length} is above {tokenizer.model_max_length}, the "
-            f"longest input that the tokenizer of {settings.tokenizer!r} states for its model",
-            file=sys.stderr,
-        )
-    plan = Plan.make(inputs, settings)
-    output = work.output
-    if finished.exists():
-        _check_same(output, plan, read_manifest(output))
-        return
-    begun = None
-    if work.plan_file.exists():
-        begun = _read_plan(work.plan_file)
-        if begun == plan:
-            return
-    elif output.exists() and (not output.is_dir() or _unknown_files(output)):
-        raise UserError(
-            f"--output {output} is not empty and holds no corpus: {', '.join(_unknown_files(output)[:3])}. "
-            "Choose a new folder"
-        )
-    spec = encoder_spec(tokenizer, settings.tokenizer)
-    _try_first_documents(plan, spec, layout)
-    if others := markers(tokenizer):
-        done = "tokens" if tokenizer.is_fast else "written as text"
-        print(
-            f"note: {len(others)} special tokens of the tokenizer ({', '.join(others[:3])}"
-            f"{', ...' if len(others) > 3 else ''}) are {done} where they stand in the text; its "
-            f"{', '.join(special_ids(tokenizer))} are written as text",
-            file=sys.stderr,
-        )
-    with storage_errors(output):
-        work.folder.mkdir(parents=True, exist_ok=True)
-        if begun is not None and not _same_work(begun, plan):
-            kept = sum(work.input_split(key).exists() for key in plan.keys)
-            print(
-                f"note: {output} was begun with {'; '.join(_differences(begun, plan)) or 'other inputs'}: of "
-                f"{len(plan.keys)} parts of the input {kept} need not be read again",
-                file=sys.stderr,
-            )
-            work.remove_later_stages()
-        write_tokenizer_file(work, spec, layout, special_ids(tokenizer))
-        write_json(work.plan_file, plan.to_json(), work.scratch)
-
-
-def _read_plan(path: Path) -> Plan:
-    try:
-        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the plan of unfinished work is damaged, or another version's. Remove {path.parent}", path
-        ) from error
-
-
-def _try_first_documents(plan: Plan, spec: str, layout: Layout) -> None:
-    """Read and tokenise the beginning of the inputs, so that what is wrong with all is told at once."""
-    settings = plan.settings
-    texts = (
-        clean(text)
-        for segment in plan.input_splits[0]
-        for text in read_segment(plan.sources[segment.source], segment, settings.read_options, Records())
-    )
-    first, left = [], _FIRST_CHARACTERS
-    for text in texts:
-        first.append(text[:left])
-        left -= len(first[-1])
-        if left <= 0:
-            break
-    ids = np.concatenate([np.empty(0, np.int32), *Encoder(spec)(first)])
-    unknown = int(np.count_nonzero(ids == layout.unknown))
-    check_unknown(unknown, len(ids), settings.tokenizer, f"the first {len(first)} documents")
-
-
-def _unknown_files(output: Path) -> list[str]:
-    if not output.is_dir():
-        return ["it is a file"]
-    return sorted(path.name for path in output.iterdir() if path.name != WORK_FOLDER)
-
-
-def _check_same(output: Path, plan: Plan, manifest: Manifest) -> None:
-    """Refuse to give a finished corpus for other settings or inputs than its own."""
-    settings: dict[str, Any] = {f.name: f.default for f in fields(ShardSettings)} | manifest.settings
-    held = replace(plan, settings=ShardSettings(**{**settings, "exclude": tuple(settings["exclude"])}))
-    if differences := _differences(held, plan) + _other_inputs(manifest.sources, plan.sources):
-        raise UserError(
-            f"--output {output} holds another corpus: {'; '.join(differences)}. Choose another --output, or "
-            "remove the folder first"
-        )
-
-
-def _differences(begun: Plan, plan: Plan) -> list[str]:
-    """List the settings in which two plans differ."""
-    before, now = asdict(begun.settings), asdict(plan.settings)
-    # The same tokenizer and examples may lie elsewhere now; their hashes tell.
-    names = [name for name in now if name not in ("tokenizer", "exclude")]
-    return [f"{n} {before[n]!r}, now {now[n]!r}" for n in names if before[n] != now[n]]
-
-
-def _same_work(begun: Plan, plan: Plan) -> bool:
-    """Return whether the same text becomes the same corpus, wherever it lies."""
-    return begun.keys == plan.keys and not _differences(begun, plan)
-
-
-def _other_inputs(before: Sequence[dict[str, Any]], now: Sequence[Source]) -> list[str]:
-    """Name the first input that is not the one that was read in its place, if there is one."""
-    for old, new in zip(before, now, strict=False):
-        same = (old["bytes"], old["fingerprint"]) == (new.bytes, new.fingerprint) and (
-            old["modified"] == new.modified or old["sha256"] == content_hash(new)
-        )
-        if not same:
-            changed = Path(old["path"]).name == Path(new.path).name
-            return [f"input {new.path} was changed" if changed else f"input {new.path}, not {old['path']}"]
-    if len(before) > len(now):
-        return [f"no input {before[len(now)]['path']}"]
-    return [f"one more input, {now[len(before)].path}"] if len(before) < len(now) else []
 
 
 # --- the work ---

@@ -1,0 +1,125 @@
+"""What can't be used of a model's folder, its config and its weights, each told in one line."""
+
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from dga_scale.backbone.architectures import LAYOUTS
+from dga_scale.errors import UserError
+from dga_scale.storage.checked_json import read_object
+
+_INDEX = "model.safetensors.index.json"
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+"""The names of fields that architectures call alike, or map to these."""
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder of another format, which transformers would refuse in other words, or half load.
+
+    Raises:
+        UserError: An adapter, GGUF or a nested folder, or an index of weights that lie elsewhere; it says
+            what to give instead.
+    """
+    weights = any(folder.glob("*.safetensors"))
+    if (adapter := folder / "adapter_config.json").is_file():
+        content = read_object(adapter)
+        base, task = content.get("base_model_name_or_path") or "BASE", content.get("task_type")
+        auto = "AutoModelForCausalLM" if task == "CAUSAL_LM" else "AutoModelForMaskedLM"
+        beside = " beside whole weights" if (folder / "config.json").is_file() and weights else ""
+        raise UserError(
+            f"it holds a PEFT adapter{beside}, which is not trained on. Merge it with its base first: "
+            f"python -c \"import peft, transformers as t; m = t.{auto}.from_pretrained('{base}'); "
+            f"peft.PeftModel.from_pretrained(m, '{folder}').merge_and_unload().save_pretrained('merged'); "
+            f"t.AutoTokenizer.from_pretrained('{base}').save_pretrained('merged')\" and give merged",
+            folder,
+        )
+    if (index := folder / _INDEX).is_file():
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError("no weight_map of tensors to files in it. Download it again", index)
+        if outside := next((name for name in names.values() if Path(name).name != name), None):
+            raise UserError(f"its weight_map names {outside!r}, which is no file of this folder", index)
+    if (folder / "config.json").is_file():
+        return
+    if any(folder.glob("*.gguf")):
+        raise UserError(
+            "its weights are GGUF, for inference. Give the folder of the model that they were made from",
+            folder,
+        )
+    if (nested := folder / "0_Transformer" / "config.json").is_file():
+        raise UserError(
+            f"a sentence-transformers folder of the old layout. Give {nested.parent}, its transformer", folder
+        )
+
+
+def check_config(config: PretrainedConfig, name: str) -> None:
+    """Refuse a config with values that no model is built of.
+
+    Raises:
+        UserError: It names the field, its value and what it must be; or the weights are quantised.
+    """
+
+    def refuse(field: str, what: str) -> NoReturn:
+        raise UserError(f"config.json: {field} is {getattr(config, field)!r}: {what}", name)
+
+    for field in _SIZES:
+        size = getattr(config, field, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            refuse(field, "must be a whole number above 0")
+    for field in _ACTIVATIONS:
+        if isinstance(found := getattr(config, field, None), str) and found not in ACT2FN:
+            refuse(field, f"transformers knows {', '.join(sorted(ACT2FN))}")
+    padding, layout = getattr(config, "pad_token_id", None), LAYOUTS.get(config.model_type)
+    needed = layout is not None and layout.positions_after_padding
+    if (padding is None and needed) or not (padding is None or -1 <= padding < config.vocab_size):
+        refuse("pad_token_id", f"must be a token's id, from 0 to {config.vocab_size - 1}")
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(
+            f"its weights are quantised ({method or 'quantization_config'} in config.json), and can't be "
+            "trained. Give the model that they were made from",
+            name,
+        )
+
+
+def check_finite(model: PreTrainedModel, name_or_path: str) -> None:
+    """Refuse a model of which a weight is a NaN or infinity; what ZeRO-3 has partitioned is not looked at.
+
+    Raises:
+        UserError: It names the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not all_finite(parameter.detach()):
+            raise UserError(
+                f"{name} holds a NaN or infinity: its training went wrong, or the file was damaged. Give "
+                "another checkpoint of the model",
+                name_or_path,
+            )
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether no entry of a tensor of any shape, which may be empty, is a NaN or infinity."""
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def unloadable(name: str, error: Exception) -> UserError:
+    """Return the refusal of a model that transformers can't build and load."""
+    reason = str(error).strip().split("\n")[0]
+    return UserError(
+        f"transformers can't load it ({type(error).__name__}: {reason}). Compare its config.json and weights "
+        "with those that were published",
+        name,
+    )
