@@ -118,6 +118,11 @@ class RunFolder:
         if not self.config.exists():
             names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
             others = [name for name in names if name not in FIRST_FILES]
+            if self.checkpoints.is_dir():
+                raise UserError(
+                    f"--output_dir {self.path} holds a run whose {self.config.name} is gone. Restore that, "
+                    f"or go on in a new folder: --resume {self.checkpoints}/step-N --output_dir NEW"
+                )
             if others:
                 raise UserError(
                     f"--output_dir {self.path} holds other files ({others[0]}, ...) and no run. "

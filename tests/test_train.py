@@ -224,6 +224,40 @@ def test_a_damaged_model_of_a_finished_run_is_exported_again(
     assert (run / "model" / "config.json").exists()
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_anew(
+    finished: Path, world: SmallWorld, tmp_path: Path
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    printed, _ = run_ranks(2, run_and_listen, arguments(world, run, soft_mask="update"))
+    assert "is finished; its checkpoints were removed" in printed
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    said = refusal(arguments(world, run, soft_mask="update", max_steps=STEPS + 1))
+    assert f"holds a finished run of {STEPS} steps whose checkpoints" in said
+    (run / "model" / "model.safetensors").unlink()
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, run_training, arguments(world, run, soft_mask="update"))
+    texts = [text for _, text in caught.value.errors.values()]
+    assert any(f"holds a finished run of {STEPS} steps whose checkpoints" in text for text in texts)
+
+
+def test_a_run_whose_settings_are_gone_and_a_corpus_without_its_held_out_part(
+    finished: Path, world: SmallWorld, tmp_path: Path
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "config.yaml").unlink()
+    said = refusal(arguments(world, run, soft_mask="update"))
+    assert (
+        f"holds a run whose config.yaml is gone. Restore that, or go on in a new folder: --resume {run}"
+        in said
+    )
+    corpus = shutil.copytree(world.corpus, tmp_path / "corpus")
+    shutil.rmtree(corpus / "validation")
+    said = refusal(arguments(world, tmp_path / "new", corpus=corpus))
+    assert f"{corpus}: its held-out part is gone: validation/. Copy it again" in said
+
+
 def test_a_finished_run_that_lost_its_log_keeps_its_summary(
     finished: Path, world: SmallWorld, tmp_path: Path
 ):

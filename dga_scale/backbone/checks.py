@@ -62,6 +62,8 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"a sentence-transformers folder of the old layout. Give {nested.parent}, its transformer", folder
         )
+    if folder.is_dir():
+        raise UserError("no config.json in it. Give a folder that save_pretrained wrote", folder)
 
 
 def check_config(config: PretrainedConfig, name: str) -> None:

@@ -84,6 +84,13 @@ def load_model_config(name_or_path: str) -> ModelConfig:
             name_or_path,
         )
     folder = Path(name_or_path)
+    if checkpoint := next((each for each in (folder, folder.parent) if _is_checkpoint(each)), None):
+        run, step = checkpoint.parent.parent, checkpoint.name.removeprefix("step-").lstrip("0")
+        raise UserError(
+            "a checkpoint, not a model. Write the model first: tools/consolidate_checkpoint.py "
+            f"{run} --step {step} --output DIR, and give DIR",
+            name_or_path,
+        )
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").exists():
         raise UserError(f"a run's folder, not a model's. Did you mean {folder / 'model'}?", name_or_path)
     check_folder(folder)
@@ -103,6 +110,10 @@ def load_model_config(name_or_path: str) -> ModelConfig:
     check_known(config.model_type)
     check_config(_of_base(config), name_or_path)
     return ModelConfig(name_or_path, config, causal=not is_masked(config))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "trainer_state.json").is_file() and (folder / "manifest.json").is_file()
 
 
 def load_model(
@@ -250,7 +261,7 @@ def _load_weights(
             )
         model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         if "cannot be loaded with `safetensors`" in reason:  # transformers' words for a hub model without any
             raise _pickled(name, auto.__name__) from error
         raise UserError(
@@ -260,9 +271,10 @@ def _load_weights(
         ) from error
     except Exception as error:  # whatever a class of transformers says to a config that it can't be built of
         if attn_implementation is not None and isinstance(error, ImportError | ValueError):
-            reason = str(error).strip().split("\n")[0]
+            reason = str(error).strip().split("\n")[0].rstrip(".")
             raise UserError(
-                f"attn_implementation {attn_implementation!r} can't be used with {name!r}: {reason}"
+                f"--attn_implementation {attn_implementation} can't be used with {name}: {reason}. Leave it "
+                "out, or give sdpa or eager"
             ) from error
         raise unloadable(name, error) from error
     if info["mismatched_keys"]:

@@ -59,7 +59,7 @@ ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 SEED = Rule(lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 
-_WORDS: dict[type, str] = {
+WORDS: dict[type, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -146,7 +146,7 @@ class Setting:
         values: list[Any] = value if self.is_list and isinstance(value, list) else [value]
         for each in values:
             if not isinstance(each, kinds) or isinstance(each, bool) != (self.type is bool):
-                return _WORDS[self.type]
+                return WORDS[self.type]
             if isinstance(each, float) and not math.isfinite(each):
                 return "a finite number"
             if self.rule and not self.rule.holds(each):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dga_scale.config.arguments import Parser, nearest, refuse_doubled
-from dga_scale.config.declaration import Setting, as_typed, declared
+from dga_scale.config.declaration import WORDS, Setting, as_typed, declared
 from dga_scale.config.hints import HINTS
 from dga_scale.config.methods import DEFAULT, METHOD_SETTINGS, known_settings
 from dga_scale.config.settings import (
@@ -237,13 +237,15 @@ def _yaml_arguments(path: str | None, takes_list: Mapping[str, bool]) -> list[st
         content, lines = read_yaml(Path(path))
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no settings. Write one `name: value` a line.")
-    arguments = []
+    arguments, known = [], known_settings()
     for name, value in content.items():
         where = f"{path}:{lines[(name,)]}"
         if name not in takes_list:
             raise UserError(f"{where}: unknown setting {name!r}.{_hint(str(name), takes_list)}")
         if value is None:
             continue
+        if name in known:
+            _check_kind(known[name], value, where)
         plain = isinstance(value, list) and not any(isinstance(entry, dict | list) for entry in value)
         if takes_list[name] and plain:
             arguments += [f"--{name}", *map(str, value)]
@@ -252,6 +254,21 @@ def _yaml_arguments(path: str | None, takes_list: Mapping[str, bool]) -> list[st
         else:
             arguments.append(f"--{name}={value}")
     return arguments
+
+
+def _check_kind(each: Setting, value: Any, where: str) -> None:
+    """Refuse a value of the YAML file that a flag would not take, with its line."""
+    if isinstance(value, dict) or (isinstance(value, list) != each.is_list and isinstance(value, list)):
+        return  # refused by what it is, below
+    try:
+        entries = value if isinstance(value, list) else [value]
+        parsed = [_argument(each)["type"](str(entry)) for entry in entries]
+    except (ValueError, argparse.ArgumentTypeError):
+        words = f"one of {', '.join(each.choices)}" if each.choices else WORDS[each.type]
+    else:
+        words = each.problem(parsed if each.is_list else parsed[0]) or ""
+    if words:
+        raise UserError(f"{where}: {each.name} is {str(value)[:60]!r}, and must be {words}.")
 
 
 def _check_values(config: TrainConfig) -> None:

@@ -25,6 +25,11 @@ def read_yaml(path: Path) -> tuple[Any, Lines]:
         _collect(path, root, (), lines, set())
     except OSError as error:
         raise UserError(f"{error.strerror}. Give the path of a YAML file.", path) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"not UTF-8: byte 0x{error.object[error.start]:02x}. Write it as UTF-8.", f"{path}:{line}"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a number, a date, or too deep nesting
         raise UserError(f"not YAML: {' '.join(str(error).split())}", path) from None
     return content, lines

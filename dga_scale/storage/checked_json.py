@@ -37,7 +37,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def json_problem(error: Exception) -> str:
     """Say in words what is wrong with JSON text that could not be parsed."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return str(error).partition(";")[0]  # a number of thousands of digits

@@ -51,6 +51,27 @@ def _write(inputs: Inputs, cluster: Cluster) -> None:
     print_summary(summary, folder)
 
 
+def has_ended(inputs: Inputs) -> bool:
+    """Return whether nothing is left to do in a folder of a finished run that has no checkpoints any more.
+
+    Raises:
+        UserError: More steps are asked for, or the model was changed: without checkpoints no step can follow,
+            and what there is would be overwritten.
+    """
+    folder, finished = inputs.folder, _finished(inputs.folder)
+    if not finished or inputs.config.run.resume != "auto" or any(folder.checkpoints.glob("step-*")):
+        return False
+    if finished.get("steps") == inputs.config.optimization.max_steps and not _changed(folder.model, finished):
+        print(f"the run in {folder.path} is finished; its checkpoints were removed")
+        print_summary(finished, folder)
+        return True
+    raise UserError(
+        f"--output_dir {folder.path} holds a finished run of {finished.get('steps')} steps whose "
+        "checkpoints, from which it would go on, were removed. Give another --output_dir, and perhaps "
+        f"--model {folder.model}"
+    )
+
+
 def _export(folder: RunFolder) -> None:
     new = folder.model.with_name(folder.model.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)

@@ -156,6 +156,16 @@ def _evaluations(
 ) -> dict[str, Corpus]:
     found = {}
     held_out = config.data.eval_corpus or held_out_part(corpus.path)
+    if (
+        not held_out
+        and corpus.manifest.settings.get("validation_share")
+        and corpus.manifest.split != VALIDATION
+    ):
+        raise UserError(
+            f"its held-out part is gone: {VALIDATION}/. Copy it again, shard the text again, or give "
+            "--eval_corpus",
+            corpus.path,
+        )
     if held_out:
         found["domain"] = open_corpus(held_out, tokenizer)
     if config.data.general_eval_corpus:

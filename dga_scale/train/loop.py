@@ -25,7 +25,7 @@ from dga_scale.train.callbacks import (
     SaveCheckpoints,
 )
 from dga_scale.train.dry_run import dry_run
-from dga_scale.train.finish import finish
+from dga_scale.train.finish import finish, has_ended
 from dga_scale.train.inputs import Inputs, check_inputs, verify_corpora
 from dga_scale.train.resume import Start, bring, find_start
 from dga_scale.train.same_run import check_same_data, check_shared_folder
@@ -59,6 +59,8 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
         cluster.run_on_all(lambda: verify_corpora(inputs, cluster))
         if config.run.dry_run:
             return dry_run(inputs, cluster)
+        if cluster.run_on_first(lambda: has_ended(inputs)):
+            return 0
         start = _open_folder(inputs, cluster)
         done, total = start.step, inputs.config.optimization.max_steps
 

@@ -85,6 +85,13 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
             )
         names = _checked(config)
         folders = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
+        others = [path for path in sorted(root.glob("[0-9]*-*")) if path not in folders]
+        if other := next((path for path in others if RunFolder(path).begun), None):
+            raise UserError(
+                f"--output_dir {root} holds another sequence: {other.name} is none of "
+                f"{', '.join(folder.name for folder in folders)}. Give another --output_dir, or the corpora "
+                "of that one in their order"
+            )
         return [_domain(config, folders, number) for number in range(len(names))]
     dense = dataclasses.replace(config, method=MLMSettings()).replace(
         output_dir=str(root / "1-dense"), max_steps=warmup, lr_scheduler_type="constant"

@@ -260,8 +260,8 @@ class _Resolver:
             ranks = " or ".join(map(str, fewer[-1:] + more[:1]))
             raise UserError(
                 f"a global batch of {total} rows does not divide into {into} on each of {world_size} ranks. "
-                f"Set --global_batch_size to {choice}, or change the other batch settings"
-                + (f"; or, to resume a run, start {ranks} ranks." if ranks else ".")
+                f"Set --global_batch_size to {choice}, or change the other batch settings (of flags and of "
+                f"{self.path})" + (f"; or, to resume a run, start {ranks} ranks." if ranks else ".")
             )
         return total // by
 

@@ -174,6 +174,7 @@ def known_keys() -> Keys:
         | of("param_dtype", "buffer_dtype", "keep_in_fp32_modules", check=_anything),
         "zero_optimization": fields(DeepSpeedZeroConfig)
         | {
+            "stage": _anything,
             "offload_param": fields(DeepSpeedZeroOffloadParamConfig),
             "offload_optimizer": fields(DeepSpeedZeroOffloadOptimizerConfig),
         },

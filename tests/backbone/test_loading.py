@@ -247,9 +247,16 @@ def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     message = refusal(lambda: load_model("no-such-organisation/no-such-model"))  # HF_HUB_OFFLINE in the tests
     assert "There is no folder of that name either" in message
     assert "hf download no-such-organisation/no-such-model" in message
-    assert "the model's config can't be loaded" in refusal(
+    assert "no config.json in it. Give a folder that save_pretrained wrote" in refusal(
         lambda: load_model(str(tmp_path))
     )  # an empty folder
+    step = tmp_path / "runs" / "other" / "checkpoints" / "step-000004"
+    (step / "model").mkdir(parents=True)
+    for name in ("trainer_state.json", "manifest.json", "model/config.json"):
+        (step / name).write_text("{}")
+    for folder in (step, step / "model"):
+        message = refusal(lambda folder=folder: load_model(str(folder)))
+        assert f"consolidate_checkpoint.py {tmp_path}/runs/other --step 4 --output DIR" in message
     run = tmp_path / "runs" / "mine"
     (run / "model").mkdir(parents=True)
     (run / "model" / "config.json").write_text("{}")
@@ -362,7 +369,7 @@ def test_attention_implementation_is_passed_on_and_a_wrong_one_refused(tmp_path:
     folder = str(checkpoint(tmp_path))
     assert load_model(folder, attn_implementation="eager").model.config._attn_implementation == "eager"
     message = refusal(lambda: load_model(folder, attn_implementation="fast"))
-    assert "attn_implementation 'fast' can't be used" in message
+    assert "--attn_implementation fast can't be used with" in message
     assert "FlashAttention2" in refusal(lambda: load_model(folder, attn_implementation="flash_attention_2"))
 
 

@@ -155,6 +155,16 @@ def test_what_makes_no_sense_for_a_sequence_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_another_sequence_in_the_folder_is_refused(world: SmallWorld, tmp_path: Path) -> None:
+    """The same domains in another order, for example: they would share the report."""
+    earlier = tmp_path / "run" / "1-elsewhere"
+    earlier.mkdir(parents=True)
+    (earlier / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(RankError, match="holds another sequence: 1-elsewhere is none of 1-"):
+        run_ranks(1, run_sequence, flags_of(world, tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["1-elsewhere"]
+
+
 def test_a_missing_later_corpus_is_refused_before_the_first_is_trained(
     world: SmallWorld, tmp_path: Path
 ) -> None:

@@ -131,7 +131,7 @@ def test_a_number_in_the_json_wins_over_a_default_and_reaches_the_settings() -> 
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "", r"both are enabled"),
         ({}, "--bf16 true --fp16 true", r"both are enabled"),
         ({"fp16": {"enabled": True}}, "", r"fp16 with ZeRO-0: DeepSpeed 0.19 divides the update"),
-        ({"zero_optimization": {"stage": 4}}, "", r"there is no stage 4"),
+        ({"zero_optimization": {"stage": 4}}, "", r"there is no stage 4. Choose 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "auto"}}, "", r'stage: "auto" has no meaning there. Choose 0, 1, 2'),
         (
             {"optimizer": {"params": {"lr": -0.01}}},

@@ -159,3 +159,8 @@ def test_deepspeed_takes_every_key_of_its_sections_that_we_take() -> None:
     assert {"stage", "overlap_comm", "stage3_prefetch_bucket_size"} <= set(known["zero_optimization"])
     assert {"device", "pin_memory"} <= set(known["zero_optimization"]["offload_optimizer"])
     assert {"enabled", "initial_scale_power"} <= set(known["fp16"])
+
+
+def test_the_stage_is_left_to_the_resolver(tmp_path: Path) -> None:
+    """DeepSpeed's own words name a stage twice."""
+    assert load_ds_config(written(tmp_path, {"zero_optimization": {"stage": 4}}))

@@ -15,7 +15,7 @@ from dga_scale.corpus.reading.overlap import load_overlap
 from dga_scale.corpus.reading.sources import Records, read_segment
 from dga_scale.corpus.sharding.packing import Layout, write_tokenizer_file
 from dga_scale.corpus.sharding.staging import Plan, ShardSettings, Work, content_hash
-from dga_scale.corpus.shards import WORK_FOLDER, Manifest, read_manifest
+from dga_scale.corpus.shards import MANIFEST, VALIDATION, WORK_FOLDER, Corpus, Manifest, read_manifest
 from dga_scale.corpus.tokenizer import (
     Encoder,
     check_unknown,
@@ -56,13 +56,18 @@ def begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: 
     output = work.output
     if finished.exists():
         _check_same(output, plan, read_manifest(output))
-        return
+        if _is_whole(output, settings):
+            return
+        finished.unlink()
+        (output / VALIDATION / MANIFEST).unlink(missing_ok=True)
+        with storage_errors(output):
+            work.folder.mkdir(exist_ok=True)
     begun = None
     if work.plan_file.exists():
         begun = _read_plan(work.plan_file)
         if begun == plan:
             return
-    elif output.exists() and (not output.is_dir() or _unknown_files(output)):
+    elif not work.folder.exists() and output.exists() and (not output.is_dir() or _unknown_files(output)):
         raise UserError(
             f"--output {output} is not empty and holds no corpus: {', '.join(_unknown_files(output)[:3])}. "
             "Choose a new folder"
@@ -89,6 +94,17 @@ def begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: 
             work.remove_later_stages()
         write_tokenizer_file(work, spec, layout, special_ids(tokenizer))
         write_json(work.plan_file, plan.to_json(), work.scratch)
+
+
+def _is_whole(output: Path, settings: ShardSettings) -> bool:
+    """Return whether a finished corpus has all its shards as they were written; what has not is told."""
+    try:
+        for folder in [output, *([output / VALIDATION] if settings.validation_share else [])]:
+            Corpus.open(folder, verify="sha256")
+    except UserError as error:
+        print(f"note: the corpus is made again: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _read_plan(path: Path) -> Plan:
@@ -150,14 +166,20 @@ def _same_work(begun: Plan, plan: Plan) -> bool:
 
 
 def _other_inputs(before: Sequence[dict[str, Any]], now: Sequence[Source]) -> list[str]:
-    """Name the first input that is not the one that was read in its place, if there is one."""
-    for old, new in zip(before, now, strict=False):
-        same = (old["bytes"], old["fingerprint"]) == (new.bytes, new.fingerprint) and (
-            old["modified"] == new.modified or old["sha256"] == content_hash(new)
-        )
-        if not same:
-            changed = Path(old["path"]).name == Path(new.path).name
-            return [f"input {new.path} was changed" if changed else f"input {new.path}, not {old['path']}"]
-    if len(before) > len(now):
-        return [f"no input {before[len(now)]['path']}"]
-    return [f"one more input, {now[len(before)].path}"] if len(before) < len(now) else []
+    """Name an input that is not among those that were read, or that is not any more, if there is one."""
+    old = [(source["bytes"], source["fingerprint"]) for source in before]
+    new = [(source.bytes, source.fingerprint) for source in now]
+    gone = [source["path"] for source, state in zip(before, old, strict=True) if state not in new]
+    for source, state in zip(now, new, strict=True):
+        if state not in old:
+            changed = Path(source.path).name in [Path(path).name for path in gone]
+            return [f"input {source.path} {'was changed' if changed else 'is new'}"]
+    if gone:
+        return [f"input {gone[0]} is missing"]
+    if old != new:
+        return ["the same inputs in another order, or a number of times"]
+    return [
+        f"input {source.path} was changed"
+        for read, source in zip(before, now, strict=True)
+        if read["modified"] != source.modified and read["sha256"] != content_hash(source)
+    ][:1]

@@ -311,6 +311,31 @@ def test_finished_is_finished(raw: Path, wordpiece: Path, expected: Path, tmp_pa
     assert not (output / WORK_FOLDER).exists()
 
 
+@pytest.mark.parametrize("damage", ["flipped", "gone", "validation"])
+def test_a_finished_corpus_that_is_damaged_is_made_again(
+    damage: str,
+    raw: Path,
+    wordpiece: Path,
+    expected: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The command that an error of training advises."""
+    output = Path(shutil.copytree(expected, tmp_path / "corpus"))
+    shard = output / "data-00001.arrow"
+    if damage == "flipped":
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-200] + bytes([content[-200] ^ 1]) + content[-199:])
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        shutil.rmtree(output / "validation")
+    report = shard_corpus([str(raw)], output, settings(wordpiece))
+    assert report.text_bytes > 0
+    assert "note: the corpus is made again: " in capsys.readouterr().err
+    assert contents(output) == contents(expected)
+
+
 # --- what is refused ---
 
 
@@ -328,9 +353,9 @@ def test_output_of_another_corpus(
     tiny.write_jsonl(tmp_path / "d.jsonl", ["one"])
     a, b, c, d = *(str(raw / name) for name in ("a.jsonl", "b.txt", "c.jsonl")), str(tmp_path / "d.jsonl")
     for inputs, message in (
-        ([a], rf"holds another corpus: no input {b}\."),
-        ([a, c, b], rf"holds another corpus: input {c}, not {b}\."),
-        ([a, b, c, d], rf"holds another corpus: one more input, {d}\."),
+        ([a], rf"holds another corpus: input {b} is missing\."),
+        ([a, c, b], r"holds another corpus: the same inputs in another order"),
+        ([d, a, b, c], rf"holds another corpus: input {d} is new\."),
     ):
         with pytest.raises(UserError, match=message):
             shard_corpus(inputs, expected, settings(wordpiece))
