@@ -29,7 +29,7 @@ README = PAGES["README.md"]
 SMALLER = {
     "--num_workers 8": "--num_workers 1",
     "--max_steps 2500": "--max_steps 3",
-    "--step 2500": "--step 3",
+    "--step 2000": "--step 3",
     "--global_batch_size 256 --": "--global_batch_size 8 --",
     "--seeds 2": "--seeds 1 --epochs 1 --batch_size 8 --learning_rate 1e-3",
 }
