@@ -20,6 +20,7 @@ from dga_scale.corpus.cli import main as shard_corpus
 from dga_scale.errors import UserError
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import Cluster, join_cluster
+from dga_scale.logging.run_log import RunLog
 from dga_scale.preservation.importance import Importance
 from dga_scale.train.loop import train
 from dga_scale.train.trainer import Trainer
@@ -94,6 +95,24 @@ def run_until(flags: list[str], step: int, rank: int) -> int:
 
     with around_steps(signalled):
         return run_training(flags)
+
+
+def run_stopped_while_measuring(flags: list[str], name: str) -> int:
+    """Rank 1 gets SIGTERM at the second batch of what is measured under this name."""
+    original, rank = RunLog.track, join_cluster().rank
+
+    def track(self: RunLog, items: Any, total: int, what: str) -> Iterator[Any]:
+        for number, item in enumerate(original(self, items, total, what)):
+            if what == name and number == 1 and rank == 1:
+                ask_to_stop()
+            assert what != name or number < 3, "the stop was not heard"
+            yield item
+
+    RunLog.track = track  # type: ignore[method-assign]
+    try:
+        return run_training(flags)
+    finally:
+        RunLog.track = original  # type: ignore[method-assign]
 
 
 def run_into_nan(flags: list[str], step: int) -> int:
@@ -280,6 +299,20 @@ def test_a_signal_to_any_rank_stops_all_and_the_run_resumes_bit_for_bit(
     assert 3 <= len(stopped) <= 4  # within one step of the signal
     assert run_ranks(2, run_training, flags) == [0, 0]
     assert losses(tmp_path / "run") == losses(finished)
+
+
+@pytest.mark.parametrize(("name", "method"), [("importance", "dga"), ("Fisher", "ewc")])
+def test_a_signal_is_heard_between_the_batches_of_a_measurement(
+    name: str, method: str, world: SmallWorld, tmp_path: Path
+):
+    own = {"general_corpus": world.general_corpus, "fisher_samples": 12} if method == "ewc" else {}
+    own |= {"method": method, "max_steps": 2, "dropout": 0.1}
+    flags = arguments(world, tmp_path / "run", **own)
+    assert run_ranks(2, run_stopped_while_measuring, flags, name) == [EXIT_STOPPED, EXIT_STOPPED]
+    assert not list((tmp_path / "run").glob("importance*")) + list((tmp_path / "run").glob("fisher"))
+    assert run_ranks(2, run_training, flags) == [0, 0]
+    assert run_ranks(2, run_training, arguments(world, tmp_path / "whole", **own)) == [0, 0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_a_run_resumes_on_another_number_of_ranks(world: SmallWorld, tmp_path: Path):

@@ -104,6 +104,10 @@ def _restore_handlers_in_child() -> None:
 os.register_at_fork(after_in_child=_restore_handlers_in_child)
 
 
+class Stopped(Exception):
+    """What ends work that no checkpoint holds, on every rank alike, where a run was asked to stop."""
+
+
 class StopConsensus:
     """Makes all ranks stop after the same step, whichever of them received the signal.
 

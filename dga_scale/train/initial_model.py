@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,12 @@ class StartingModel:
 
 
 def starting_model(
-    inputs: Inputs, cluster: Cluster, log: RunLog, method: Method[Any], resuming: bool
+    inputs: Inputs,
+    cluster: Cluster,
+    log: RunLog,
+    method: Method[Any],
+    resuming: bool,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> StartingModel:
     """Load the model with its starting weights, the same whether a run begins or resumes.
 
@@ -58,7 +63,7 @@ def starting_model(
     loaded = _load(inputs, cluster, method, resuming)
     _check_sequence_lengths(inputs, loaded.anatomy)
     if loaded.missing_head:
-        _give_head(loaded, inputs, cluster, log, resuming)
+        _give_head(loaded, inputs, cluster, log, resuming, check_stop)
     teacher = None
     if method.needs_teacher:
         partitioned = any(hasattr(p, "ds_id") for p in loaded.model.parameters())
@@ -138,7 +143,14 @@ def _context(
     )
 
 
-def _give_head(loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLog, resuming: bool) -> None:
+def _give_head(
+    loaded: LoadedModel,
+    inputs: Inputs,
+    cluster: Cluster,
+    log: RunLog,
+    resuming: bool,
+    check_stop: Callable[[], None],
+) -> None:
     """Warm up an LM head for a checkpoint without one, on the run's corpus, before anything is measured."""
     path = inputs.folder.head
     if resuming:
@@ -149,6 +161,7 @@ def _give_head(loaded: LoadedModel, inputs: Inputs, cluster: Cluster, log: RunLo
     log.print(f"{settings.model} has no LM head: training one for {steps} steps")
 
     def on_step(step: int, loss: Tensor) -> None:
+        check_stop()
         if (step + 1) % max(1, steps // 10) == 0:
             log.print(f"head warm-up {step + 1}/{steps}: loss {loss:.4f}")
 

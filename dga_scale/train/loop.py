@@ -1,5 +1,6 @@
 """The run, readable from top to bottom: build, evaluate, protect, train, save, finish."""
 
+import contextlib
 import socket
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import torch
 from dga_scale.checkpoint.store import prune, remove_leftovers
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.streams import StepBatches
-from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus, StopRequest
+from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus, Stopped, StopRequest
 from dga_scale.launch.watchdog import note_step
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.environment import describe_environment, device_name, write_environment
@@ -48,7 +49,7 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
         UserError: On every rank, with the checkpoints written before intact.
 
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, contextlib.suppress(Stopped):
         consensus = StopConsensus(cluster)
         if consensus.now(stop.requested):  # while the ranks started, or in the domain before
             return EXIT_STOPPED
@@ -70,8 +71,13 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
         ) as log:  # fmt: skip
             log.settings(inputs.config.as_dict())
 
+            def check_stop() -> None:
+                if consensus.now(stop.requested):
+                    log.print("stopped as asked; the same command begins this measurement again")
+                    raise Stopped
+
             # Build, with all that happens beside the steps in one list.
-            trainer = Trainer(inputs, cluster, log, start)
+            trainer = Trainer(inputs, cluster, log, start, check_stop)
             run = RunState(trainer, log, step=done)
             saver = SaveCheckpoints(background=inputs.config.run.async_save)
             callbacks: list[Callback] = [
@@ -123,7 +129,8 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
             for callback in callbacks:
                 callback.on_end(run)
         finish(inputs, cluster)
-    return 0
+        return 0
+    return EXIT_STOPPED
 
 
 def _open_folder(inputs: Inputs, cluster: Cluster) -> Start:

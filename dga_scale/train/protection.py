@@ -59,6 +59,7 @@ def measure(trainer: Trainer, loss: str, path: Path) -> Importance:
 
     def on_device() -> Iterator[Batch]:
         for batch in trainer.log.track(batches, len(batches), "importance"):
+            trainer.check_stop()
             yield batch.to(cluster.device)
 
     rows = min(settings.importance_samples, len(inputs.corpus))

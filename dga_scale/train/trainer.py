@@ -1,6 +1,6 @@
 """The trainer: a run's model and its DeepSpeed engine on one rank, built and stepped."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -40,6 +40,8 @@ class Trainer:
         cluster: The ranks.
         log: The log of the run.
         start: The run's start, with a checkpoint whose state is loaded; None: the model's weights.
+        check_stop: A function that is called between the batches of what is measured before and after the
+            steps, on every rank at the same point; it raises what ends the work.
 
     Attributes:
         method: The objective.
@@ -55,14 +57,21 @@ class Trainer:
 
     """
 
-    def __init__(self, inputs: Inputs, cluster: Cluster, log: RunLog, start: Start | None = None) -> None:
-        self.inputs, self.cluster, self.log = inputs, cluster, log
+    def __init__(
+        self,
+        inputs: Inputs,
+        cluster: Cluster,
+        log: RunLog,
+        start: Start | None = None,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.inputs, self.cluster, self.log, self.check_stop = inputs, cluster, log, check_stop
         self.config = config = inputs.config
         self.method = build_method(config)
         self.start = start or Start(None, Schedule.of(config.optimization), config.optimization.optimizer)
         self.before = self.start.before
         self._companions: dict[str, FileRecord] | None = None
-        initial = starting_model(inputs, cluster, log, self.method, resuming=self.resuming)
+        initial = starting_model(inputs, cluster, log, self.method, self.resuming, check_stop)
         self.anatomy, self._published_config = initial.anatomy, initial.config
         self._pack = can_pack(initial.lm, initial.anatomy)
         settings = config.method
@@ -90,7 +99,9 @@ class Trainer:
         if self.protection.soft_mask != "none":
             self.protection.attach(EngineWeights(self.engine))
         plan = self.method.weight_regularisation()
-        self._weight_penalty = build_weight_penalty(self.engine, plan, inputs, cluster, log) if plan else None
+        self._weight_penalty = (
+            build_weight_penalty(self.engine, plan, inputs, cluster, log, check_stop) if plan else None
+        )
         for line in self.start.lines:
             log.print(line)
         if self.start.checkpoint is not None:

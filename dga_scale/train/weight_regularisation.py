@@ -1,6 +1,6 @@
 """Build a run's weight penalty at its starting weights, with a Fisher where the method asks for one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,12 @@ from dga_scale.zero.optimizer_hooks import add_to_gradients, local_fragments
 
 
 def build_weight_penalty(
-    engine: Engine, plan: WeightRegularisation, inputs: Inputs, cluster: Cluster, log: RunLog
+    engine: Engine,
+    plan: WeightRegularisation,
+    inputs: Inputs,
+    cluster: Cluster,
+    log: RunLog,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> WeightPenalty:
     """Regularise the weights towards their present values at each step; every rank has to call it.
 
@@ -46,7 +51,7 @@ def build_weight_penalty(
         elif cluster.run_on_first(folder.is_dir):
             fisher = load_fisher(folder, fragments, cluster)
         else:
-            fisher = _measured(engine, plan, inputs, cluster, log, fragments, folder, copies)
+            fisher = _measured(engine, plan, inputs, cluster, log, fragments, folder, copies, check_stop)
     penalty = WeightPenalty(fragments, plan.weight, fisher, copies)
     add_to_gradients(engine, penalty.add_gradient)
     mebibytes = penalty.bytes_per_rank() / 2**20
@@ -63,6 +68,7 @@ def _measured(
     fragments: Sequence[Fragment],
     folder: Path,
     copies: int,
+    check_stop: Callable[[], None],
 ) -> dict[FragmentKey, Tensor]:
     assert inputs.general is not None, "the method's check sees to it"
     assert plan.fisher_samples is not None
@@ -77,6 +83,7 @@ def _measured(
 
     def on_device() -> Iterator[Batch]:
         for batch in log.track(batches, len(batches), "Fisher"):
+            check_stop()
             yield batch.to(cluster.device)
 
     log.print(f"measuring the Fisher on {min(plan.fisher_samples, len(inputs.general))} rows of general text")

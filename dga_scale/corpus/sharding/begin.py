@@ -58,10 +58,10 @@ def begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: 
         _check_same(output, plan, read_manifest(output))
         if _is_whole(output, settings):
             return
-        finished.unlink()
-        (output / VALIDATION / MANIFEST).unlink(missing_ok=True)
         with storage_errors(output):
-            work.folder.mkdir(exist_ok=True)
+            work.folder.mkdir(exist_ok=True)  # first: by it the folder is known to be ours
+            finished.unlink(missing_ok=True)
+            (output / VALIDATION / MANIFEST).unlink(missing_ok=True)
     begun = None
     if work.plan_file.exists():
         begun = _read_plan(work.plan_file)
@@ -177,7 +177,7 @@ def _other_inputs(before: Sequence[dict[str, Any]], now: Sequence[Source]) -> li
     if gone:
         return [f"input {gone[0]} is missing"]
     if old != new:
-        return ["the same inputs in another order, or a number of times"]
+        return ["the same inputs in another order or number"]
     return [
         f"input {source.path} was changed"
         for read, source in zip(before, now, strict=True)
