@@ -434,10 +434,11 @@ def test_bad_records_are_counted(wordpiece: Path, tmp_path: Path, capsys: pytest
 THAI = "ภาษาไทยเป็นภาษาที่ใช้ในประเทศ "
 
 
-def test_text_that_the_tokenizer_cannot_write(wordpiece: Path, byte_bpe: Path, tmp_path: Path) -> None:
+def test_text_that_the_tokenizer_cannot_write(
+    wordpiece: Path, byte_bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Unknown tokens are counted, and text of mostly these is refused, before any work or at its end."""
     (tmp_path / "thai.txt").write_text("".join(f"{THAI * 5}{number}\n" for number in range(50)))
-    (tmp_path / "end.txt").write_text("".join(f"{THAI * 50}{number}\n" for number in range(9000)))
     tiny.write_jsonl(
         tmp_path / "mixed.jsonl", [*tiny.texts(90, words=(9, 10)), *[f"{THAI} {n}" for n in range(50)]]
     )
@@ -455,10 +456,11 @@ def test_text_that_the_tokenizer_cannot_write(wordpiece: Path, byte_bpe: Path, t
 
     report = shard_corpus([str(tmp_path / "thai.txt")], tmp_path / "bytes", settings(byte_bpe))
     assert report.train.unknown == 0
-    (tmp_path / "start.txt").write_text("".join(f"{text}\n" for text in tiny.texts(3000)))
+    monkeypatch.setattr("dga_scale.corpus.sharding.begin._FIRST_CHARACTERS", 100)
+    (tmp_path / "start.txt").write_text("".join(f"{text}\n" for text in tiny.texts(5)))
     with pytest.raises(UserError, match=r"\d\d% of the tokens of the text are unknown"):
         shard_corpus(
-            [str(tmp_path / "start.txt"), str(tmp_path / "end.txt")], tmp_path / "end", settings(wordpiece)
+            [str(tmp_path / "start.txt"), str(tmp_path / "thai.txt")], tmp_path / "end", settings(wordpiece)
         )
 
 
