@@ -438,7 +438,7 @@ def test_text_that_the_tokenizer_cannot_write(
     wordpiece: Path, byte_bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unknown tokens are counted, and text of mostly these is refused, before any work or at its end."""
-    (tmp_path / "thai.txt").write_text("".join(f"{THAI * 5}{number}\n" for number in range(50)))
+    (tmp_path / "thai.txt").write_text("".join(f"{THAI * 20}{number}\n" for number in range(50)))
     tiny.write_jsonl(
         tmp_path / "mixed.jsonl", [*tiny.texts(90, words=(9, 10)), *[f"{THAI} {n}" for n in range(50)]]
     )
