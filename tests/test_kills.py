@@ -1,4 +1,4 @@
-"""A run that is killed 30 times, in the middle of saving too, ends with the same losses and the same model.
+"""A run that is killed 20 times, in the middle of saving too, ends with the same losses and the same model.
 
 The CI-sized form of ``benchmarks/kill_soak.py``.
 """
@@ -14,7 +14,7 @@ from tests.helpers.small import make_world
 
 pytestmark = pytest.mark.slow
 
-KILLS = 30
+KILLS = 20
 SEED = 5
 
 

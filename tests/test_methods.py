@@ -21,7 +21,7 @@ from tests.test_train import arguments, run_training
 
 pytestmark = pytest.mark.slow
 
-STEPS = 20
+STEPS = 10
 OWN: dict[str, dict[str, Any]] = {
     "das": {
         "soft_mask": "update",
@@ -54,7 +54,7 @@ def flags_of(world: SmallWorld, run: Path, method: str, stage: int) -> list[str]
         eval_steps=STEPS,
         general_eval_corpus=None,
         max_eval_samples=16,
-        protection_steps=10,
+        protection_steps=STEPS // 2,
         **settings,
     )
 
@@ -66,7 +66,7 @@ def losses(run: Path) -> list[dict[str, float]]:
 
 
 def cut(whole: Path, parts: Path) -> None:
-    """What a run leaves that was killed between its 10th step's checkpoint and the end."""
+    """What a run leaves that was killed between its 5th step's checkpoint and the end."""
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / f"step-{STEPS:06d}")
     (parts / "checkpoints" / "latest").write_text(f"step-{STEPS // 2:06d}\n")
@@ -80,7 +80,7 @@ def cut(whole: Path, parts: Path) -> None:
 def test_a_run_that_is_cut_resumes_bit_for_bit(
     method: str, stage: int, world: SmallWorld, tmp_path: Path
 ) -> None:
-    """Losses and weights of a run that resumes after 10 steps are those of one that was not cut."""
+    """Losses and weights of a run that resumes after 5 steps are those of one that was not cut."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_ranks(2, run_training, flags_of(world, whole, method, stage)) == [0, 0]
     cut(whole, parts)

@@ -81,7 +81,7 @@ def test_the_walk_on_ones_own_data(tmp_path: Path) -> None:
         assert large in script, f"the pages have no {large}"
         script = script.replace(large, small)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580
     )
