@@ -1,9 +1,9 @@
 """Run a function on several real ranks (gloo, CPU) without paying for a launch each time.
 
 ``run_ranks(2, fn, *args)`` calls ``fn(*args)`` on both ranks of a two-process group and returns
-``[result of rank 0, result of rank 1]``. The processes of each world size are started once a test session
-and kept; ``fn`` is pickled by reference, so it has to stand at the top level of an importable module
-(``tests/<room>/test_x.py`` is one), and arguments and results have to pickle.
+``[result of rank 0, result of rank 1]``. The processes of each world size are forked once a test session
+(``tests/helpers/forks.py``) and kept; ``fn`` is pickled by reference, so it has to stand at the top level of
+an importable module (``tests/<room>/test_x.py`` is one), and arguments and results have to pickle.
 
 An exception on any rank comes back as ``RankError`` with each failing rank's traceback. Warnings are errors,
 and an error in a thread or in ``__del__`` (a file left open), which Python would only print, fails the call.
@@ -17,26 +17,25 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Client, Listener, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.helpers.strict import collect_lost_errors
+
+if TYPE_CHECKING:
+    from tests.helpers.forks import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GRACE = 5.0
 """Seconds the other ranks get to answer once one has failed; then they are taken to wait for it."""
 START_TIMEOUT = 240.0
 TAIL = 3000
-_FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC_", "MPI_")
 
 
 class RankError(Exception):
@@ -60,6 +59,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     pool = _pools.get(world_size)
     if pool is None:
         pool = _pools[world_size] = _Pool(world_size)
+        atexit.register(close_pools)  # before the end of the template, which came first
     return pool.call(fn, args, timeout)
 
 
@@ -84,39 +84,14 @@ def close_pools() -> None:
 
 class _Pool:
     def __init__(self, world_size: int) -> None:
+        from tests.helpers.forks import launch  # it imports this module
+
         self.world_size = world_size
-        self.folder = tempfile.TemporaryDirectory(prefix=f"ranks{world_size}-")
-        self.connections: list[Connection] = []
-        self.processes: list[subprocess.Popen[bytes]] = []
-        port = free_port()
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN_LAUNCHERS)}
-        for rank in range(world_size):
-            ours, theirs = Pipe()
-            environment = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world_size,
-                "LOCAL_WORLD_SIZE": world_size,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": 1,
-                "CUDA_VISIBLE_DEVICES": "",
-                "DS_ACCELERATOR": "cpu",
-                "TOKENIZERS_PARALLELISM": "false",
-            }
-            with open(self._log(rank), "wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.helpers.ranks", str(theirs.fileno())],
-                    cwd=REPOSITORY,
-                    env=inherited | {k: str(v) for k, v in environment.items()},
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
+        with Listener(family="AF_UNIX") as listener:
+            self.ranks: Launch = launch(world_size, _serve, str(listener.address))
+            connected = [listener.accept() for _ in range(world_size)]
+        by_rank = {connection.recv(): connection for connection in connected}
+        self.connections = [by_rank[rank] for rank in range(world_size)]
         self._collect("the start of the process group", START_TIMEOUT)
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
@@ -136,7 +111,9 @@ class _Pool:
                 try:
                     ok, answer = pickle.loads(pending[rank].recv_bytes())
                 except (EOFError, ConnectionError):
-                    code = self.processes[rank].wait()
+                    while rank not in self.ranks.codes:
+                        self.ranks.ended(GRACE)
+                    code = self.ranks.codes[rank]
                     ok, answer = False, ("ProcessDied", f"exit code {code}", self._tail(rank))
                 if ok:
                     results[rank] = answer
@@ -165,7 +142,7 @@ class _Pool:
     def _where(self, rank: int) -> str:
         """Ask for the Python stack of a rank that does not answer, innermost call first."""
         before = self._log(rank).stat().st_size
-        self.processes[rank].send_signal(signal.SIGUSR1)
+        self.ranks.kill(rank, signal.SIGUSR1)
         deadline = time.monotonic() + 20
         while self._log(rank).stat().st_size == before and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -178,7 +155,7 @@ class _Pool:
         return "\n  ".join(stack) or "no Python frame"
 
     def _log(self, rank: int) -> Path:
-        return Path(self.folder.name) / f"rank{rank}.log"
+        return self.ranks.logs[rank]
 
     def _tail(self, rank: int) -> str:
         text = self._log(rank).read_text(errors="replace")
@@ -187,23 +164,22 @@ class _Pool:
     def kill(self) -> None:
         for connection in self.connections:
             connection.close()
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        self.folder.cleanup()
+        for rank in range(self.world_size):
+            self.ranks.kill(rank)
+        self.ranks.wait()
 
 
 _pools: dict[int, _Pool] = {}
-atexit.register(close_pools)
 
 
-def _serve(fd: int) -> None:
-    """Be a rank: join the group, then answer calls until the parent closes the pipe or dies."""
+def _serve(address: str) -> None:
+    """Be a rank: join the group, then answer calls until the pool closes the connection or dies."""
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     lost = collect_lost_errors()
     parent = os.getppid()
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
-    connection = Connection(fd)
+    connection = Client(address)
+    connection.send(int(os.environ["RANK"]))
 
     def answer(work: Callable[[], Any]) -> None:
         try:
@@ -256,7 +232,3 @@ def _exit_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
