@@ -17,9 +17,10 @@ from dga_scale.config.yaml_file import read_yaml
 from dga_scale.corpus.shards import read_manifest
 from dga_scale.errors import UserError
 from dga_scale.storage.atomic import replace_file
+from dga_scale.storage.lock import LOCK_FILE
 
 LOG_FILE = "log.jsonl"
-FIRST_FILES = ("config.yaml.tmp", "corpora.json", "corpora.json.tmp", ".shared")
+FIRST_FILES = ("config.yaml.tmp", "corpora.json", "corpora.json.tmp", LOCK_FILE)
 """What a run that was killed right at its start may have left."""
 
 

@@ -152,7 +152,7 @@ def remove_leftovers(run_dir: Path) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.rename(replaced.with_suffix(""))
-    for path in (*run_dir.glob("*.tmp"), *run_dir.glob(".shared"), *checkpoints.glob("*.tmp")):
+    for path in (*run_dir.glob("*.tmp"), *checkpoints.glob("*.tmp")):
         if path.is_dir():
             shutil.rmtree(path)
         else:

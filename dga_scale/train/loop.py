@@ -29,7 +29,8 @@ from dga_scale.train.dry_run import dry_run
 from dga_scale.train.finish import finish, has_ended
 from dga_scale.train.inputs import Inputs, check_inputs, verify_corpora
 from dga_scale.train.resume import Start, bring, find_start
-from dga_scale.train.same_run import check_same_data, check_shared_folder
+from dga_scale.train.same_run import check_same_data, own_folder
+from dga_scale.train.schedule import may_extend
 from dga_scale.train.trainer import Trainer
 from dga_scale.zero.engine import global_grad_norm
 
@@ -49,14 +50,18 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
         UserError: On every rank, with the checkpoints written before intact.
 
     """
-    with StopRequest() as stop, contextlib.suppress(Stopped):
+    with StopRequest() as stop, contextlib.suppress(Stopped), contextlib.ExitStack() as held:
         consensus = StopConsensus(cluster)
         if consensus.now(stop.requested):  # while the ranks started, or in the domain before
             return EXIT_STOPPED
 
-        # Everything that a user gave is checked before any long work.
+        # Everything that a user gave is checked before any long work, and the folder owned before it is read.
         inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
         check_same_data(inputs, cluster)
+        if not config.run.dry_run:
+            held.enter_context(own_folder(inputs.folder.path, cluster))
+            # Another run may have begun and ended here since the inputs were checked.
+            cluster.run_on_first(lambda: inputs.folder.check(inputs.config, allowed=may_extend))
         cluster.run_on_all(lambda: verify_corpora(inputs, cluster))
         if config.run.dry_run:
             return dry_run(inputs, cluster)
@@ -151,7 +156,6 @@ def _open_folder(inputs: Inputs, cluster: Cluster) -> Start:
         write_environment(folder.environment, environment)
 
     cluster.run_on_first(write)
-    check_shared_folder(folder.path, cluster)
     bring(start, inputs, cluster)
     return start
 

@@ -7,10 +7,10 @@ worse, in a model.
 
 import json
 import platform
-import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.tokenizer import tokenizer_hash
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
+from dga_scale.storage.lock import owned, token_in
 from dga_scale.train.inputs import Inputs
 from dga_scale.zero.ds_keys import load_ds_config
 
@@ -54,32 +55,30 @@ def check_same_data(inputs: Inputs, cluster: Cluster) -> None:
     _compare(cluster, lambda: _data(inputs), "put them on a file system that all nodes share, or copy again")
 
 
-def check_shared_folder(folder: Path, cluster: Cluster, patience: float = _PATIENCE) -> None:
-    """Check that ``folder``, which rank 0 has made, is one and the same for all ranks.
+@contextmanager
+def own_folder(folder: Path, cluster: Cluster, patience: float = _PATIENCE) -> Iterator[None]:
+    """Be the only run that writes ``folder``, the same for all ranks, inside the context; rank 0 locks it.
 
     Raises:
-        UserError: On every rank, naming one that does not see what rank 0 wrote.
+        UserError: On every rank: another process writes there, or a rank does not see what rank 0 wrote.
     """
-    if cluster.world_size == 1:
-        return
-    mark = folder / ".shared"
-    host, token = cluster.broadcast_object((socket.gethostname(), secrets.token_hex(8)))
+    with ExitStack() as held:
+        token = cluster.run_on_first(lambda: held.enter_context(owned(folder)))
+        host = cluster.broadcast_object(socket.gethostname())
 
-    def check() -> None:
-        deadline = time.monotonic() + patience
-        while not (mark.is_file() and mark.read_text() == token):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"--output_dir {folder} is not the folder that rank 0 on {host} writes to: give one on a "
-                    "file system that all nodes share"
-                )
-            time.sleep(0.1)
+        def check() -> None:
+            deadline = time.monotonic() + patience
+            while token_in(folder) != token:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"--output_dir {folder} is not the folder that rank 0 on {host} writes to: give one "
+                        "on a file system that all nodes share"
+                    )
+                time.sleep(0.1)
 
-    cluster.run_on_first(lambda: mark.write_text(token))
-    try:
-        cluster.run_on_all(check)
-    finally:
-        cluster.run_on_first(mark.unlink)
+        if cluster.world_size > 1:
+            cluster.run_on_all(check)
+        yield
 
 
 def _compare(cluster: Cluster, facts: Callable[[], dict[str, Any]], fix: str) -> None:

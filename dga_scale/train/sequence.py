@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from dga_scale.train.inputs import (
     makes_several_runs,
 )
 from dga_scale.train.loop import train
+from dga_scale.train.same_run import own_folder
 from dga_scale.train.schedule import may_extend
 
 
@@ -50,12 +52,19 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
     stages = cluster.run_on_all(lambda: _stages(config))
     if len(stages) == 1:
         return train(config, cluster)
-    if config.run.dry_run:  # from what is there: earlier domains would leave the model and importances
-        start: dict[str, Any] = {"model": config.model.model, "random_init": config.model.random_init}
-        if isinstance(config.method, PriorImportanceSettings):
-            start["prior_importance"] = config.method.prior_importance
-        return train(stages[-1].replace(**start), cluster)
-    with StopRequest():  # what is asked for in a run's last steps ends the next before it begins
+    root = Path(stages[0].run.output_dir or "").parent
+    several = len(config.data.corpus or []) > 1
+    # What is asked for in a run's last steps ends the next before it begins.
+    with StopRequest(), ExitStack() as held:
+        if not config.run.dry_run:
+            held.enter_context(own_folder(root, cluster))
+        if several:
+            cluster.run_on_first(lambda: _check_same_sequence(root, stages))
+        if config.run.dry_run:  # from what is there: earlier domains would leave the model and importances
+            start: dict[str, Any] = {"model": config.model.model, "random_init": config.model.random_init}
+            if isinstance(config.method, PriorImportanceSettings):
+                start["prior_importance"] = config.method.prior_importance
+            return train(stages[-1].replace(**start), cluster)
         for settings in stages:
             if cluster.run_on_first(partial(_complete, settings, stages)):
                 continue
@@ -65,8 +74,8 @@ def train_sequence(config: TrainConfig, cluster: Cluster) -> int:
             gc.collect()  # the engine holds itself in cycles: its memory is needed by the next
             if cluster.device.type == "cuda":
                 torch.cuda.empty_cache()
-    if len(config.data.corpus or []) > 1:
-        cluster.run_on_first(lambda: _finish(config, stages))
+        if several:
+            cluster.run_on_first(lambda: _finish(config, stages))
     return 0
 
 
@@ -85,13 +94,6 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
             )
         names = _checked(config)
         folders = [root / f"{number}-{name}" for number, name in enumerate(names, 1)]
-        others = [path for path in sorted(root.glob("[0-9]*-*")) if path not in folders]
-        if other := next((path for path in others if RunFolder(path).begun), None):
-            raise UserError(
-                f"--output_dir {root} holds another sequence: {other.name} is none of "
-                f"{', '.join(folder.name for folder in folders)}. Give another --output_dir, or the corpora "
-                "of that one in their order"
-            )
         return [_domain(config, folders, number) for number in range(len(names))]
     dense = dataclasses.replace(config, method=MLMSettings()).replace(
         output_dir=str(root / "1-dense"), max_steps=warmup, lr_scheduler_type="constant"
@@ -103,6 +105,17 @@ def _stages(config: TrainConfig) -> list[TrainConfig]:
         head_warmup_steps=0,
     )
     return [dense, own]
+
+
+def _check_same_sequence(root: Path, stages: Sequence[TrainConfig]) -> None:
+    """Refuse a folder with runs of another sequence."""
+    names = [Path(stage.run.output_dir or "").name for stage in stages]
+    others = [path for path in sorted(root.glob("[0-9]*-*")) if path.name not in names]
+    if other := next((path for path in others if RunFolder(path).begun), None):
+        raise UserError(
+            f"--output_dir {root} holds another sequence: {other.name} is none of {', '.join(names)}. Give "
+            "another --output_dir, or the corpora of that one in their order"
+        )
 
 
 def _checked(config: TrainConfig) -> list[str]:
