@@ -38,6 +38,7 @@ ELSEWHERE = {
     "make test": "tests/test_pages.py",
     "python tools/forgetting.py": "tests/endtasks/test_seeds.py",
     "python tools/evaluate.py": "tests/endtasks/test_evaluate.py",
+    "python tools/extend_vocabulary.py": "tests/vocabulary/test_extend.py",
     "python tools/report.py": "tests/report/test_report.py",
     "python -m benchmarks.experiments.paper_tables": "tests/benchmarks/test_paper_tables.py",
     "dga-submit": "tests/slurm/test_jobs.py",

@@ -233,7 +233,8 @@ def check_vocabulary(found: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> 
     if len(tokenizer) > found.config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {found.config.vocab_size}; "
-            "put the tokenizer that the model was trained with beside its weights",
+            "put the tokenizer that the model was trained with beside its weights. "
+            "tools/extend_vocabulary.py adds terms to both",
             found.name_or_path,
         )
 

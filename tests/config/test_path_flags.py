@@ -43,6 +43,7 @@ class Places:
 def places(world: SmallWorld, tmp_path: Path) -> Places:
     write_task(tmp_path / "task")
     (tmp_path / "suite.yaml").write_text(f"general_corpora: {world.general_corpus}\n")
+    (tmp_path / "terms").write_text("river town\n")
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("method: mlm\nmax_steps: 1\n")
@@ -88,6 +89,10 @@ def merge(p: Places) -> list[str]:
     return ["--base", model, "--model", model, "--output", str(p.root / "new")]
 
 
+def extend(p: Places) -> list[str]:
+    return ["--model", str(p.world.model), "--terms", str(p.root / "terms"), "--output", str(p.root / "new")]
+
+
 def sweep(p: Places) -> list[str]:
     corpora = ["--corpus", str(p.world.corpus), "--general_corpus", str(p.world.general_corpus)]
     return [*merge(p)[:-2], "--sweep", "0", *corpora, "--max_eval_samples", "4"]
@@ -120,6 +125,7 @@ CASES: list[tuple[str, Callable[[Places], list[str]], str]] = [
     *(("dga-finetune", finetune, flag) for flag in ("--model", "--task", "--output_dir")),
     *(("dga-forgetting", forgetting, flag) for flag in ("RUN", "--task")),
     *(("dga-merge", merge, flag) for flag in ("--base", "--model", "--output")),
+    *(("dga-extend-vocabulary", extend, flag) for flag in ("--model", "--terms", "--output")),
     *(("dga-merge", sweep, flag) for flag in ("--corpus", "--general_corpus", "--results")),
     *(("dga-consistency", consistency, flag) for flag in ("--model", "--corpus", "--output")),
     *(("dga-report", report, flag) for flag in ("RUN", "--output", "--figures", "--evaluation")),
