@@ -3,16 +3,20 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dga_scale.backbone.architectures import LAYOUTS, Layout, layout_of
+from dga_scale.backbone.block_channels import Sizes, projections_of_a_block
 from dga_scale.errors import UserError
 from dga_scale.unit_kinds import Channels, Role, Side, unit_kind
+
+NO_LIMIT = 2**31 - 1
+"""``Anatomy.max_positions`` of a model that takes texts of any length."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,8 @@ class Projection:
     transposed: bool
     """The weight is stored as (inputs, outputs): GPT-2's Conv1D."""
     bias: bool
+    flat: bool = False
+    """It is called with (batch * tokens, channels): OPT's FFN."""
 
     def channels(self, side: Side) -> Channels:
         """Return the channels of one side."""
@@ -63,6 +69,7 @@ class Anatomy:
     architecture: str
     """The config's ``model_type``."""
     num_layers: int
+    """Blocks with weights of their own; ALBERT calls each of them ``layer_uses`` times."""
     num_heads: int
     """Query heads a layer; grouped key/value heads are fewer, and each belongs to several of these."""
     head_dim: int
@@ -86,6 +93,10 @@ class Anatomy:
     """Entries of the LM head's weight matrices, the decoder included, tied or not."""
     relative_columns: int
     """Columns of attention scores against relative positions, per token and layer (DeBERTa)."""
+    layer_uses: int = 1
+    """How often a forward pass calls each layer."""
+    logit_softcap: float | None = None
+    """The bound c of logits that are taken as c tanh(logits / c): Gemma 2."""
 
     @property
     def attention_outputs(self) -> tuple[str, ...]:
@@ -143,7 +154,7 @@ class Anatomy:
         Called with ``input_ids`` and ``attention_mask`` (batch, tokens); gives ``.last_hidden_state``
         (batch, tokens, hidden_size).
         """
-        return model.base_model
+        return trunk_of(model)
 
     def lm_logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         """Compute logits (..., vocab_size) of last hidden states (..., hidden_size) with the model's LM head.
@@ -155,7 +166,10 @@ class Anatomy:
             hidden = module(hidden)
         if self.head_takes_embeddings:
             return last(hidden, model.get_input_embeddings())
-        return last(hidden)
+        logits: Tensor = last(hidden)
+        if self.logit_softcap is not None:  # in transformers' order: the bits are the model's
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+        return logits
 
     def forward_flops(self, tokens: int, sequence_length: int, head_tokens: int) -> float:
         """Count the floating-point operations of matrix products in one forward pass.
@@ -171,8 +185,17 @@ class Anatomy:
 
         """
         score_columns = 2 * sequence_length + self.relative_columns  # queries by keys, scores by values
-        attention = self.num_layers * self.num_heads * self.head_dim * score_columns
+        attention = self.num_layers * self.layer_uses * self.num_heads * self.head_dim * score_columns
         return 2.0 * (tokens * (self.trunk_weights + attention) + head_tokens * self.head_weights)
+
+
+def trunk_of(model: PreTrainedModel) -> nn.Module:
+    """Return the module of a model, with whatever head, that makes its last hidden states.
+
+    OPT's is the decoder inside the base model, which the causal LM calls past it.
+    """
+    base: Any = model.base_model
+    return cast(nn.Module, base.decoder if model.config.model_type == "opt" else base)
 
 
 _registered: dict[str, Callable[[PreTrainedModel], Anatomy]] = {}
@@ -185,18 +208,18 @@ def register(model_type: str, describe_model: Callable[[PreTrainedModel], Anatom
 
     >>> from dga_scale.backbone.anatomy import describe, register
     >>> from dga_scale.backbone.architectures import Layout
-    >>> mpnet = Layout(
-    ...     block="mpnet.encoder.layer.{}",
-    ...     query="attention.attn.q",
-    ...     key="attention.attn.k",
-    ...     value="attention.attn.v",
-    ...     output="attention.attn.o",
-    ...     up=("intermediate.dense",),
-    ...     down="output.dense",
+    >>> starcoder2 = Layout(
+    ...     block="model.layers.{}",
+    ...     query="self_attn.q_proj",
+    ...     key="self_attn.k_proj",
+    ...     value="self_attn.v_proj",
+    ...     output="self_attn.o_proj",
+    ...     up=("mlp.c_fc",),
+    ...     down="mlp.c_proj",
     ...     head=("lm_head",),
-    ...     positions_after_padding=True,
+    ...     causal=True,
     ... )
-    >>> register("mpnet", lambda model: describe(model, mpnet))
+    >>> register("starcoder2", lambda model: describe(model, starcoder2))
 
     One whose units lie differently builds its own ``Anatomy``. A later call for the same type wins.
     """
@@ -208,14 +231,25 @@ def is_known(model_type: str) -> bool:
     return model_type in _registered or model_type in LAYOUTS
 
 
-def check_known(model_type: str) -> None:
-    """Raise the ``UserError`` that says how to register an unknown architecture."""
-    if not is_known(model_type):
-        known = ", ".join(sorted({*LAYOUTS, *_registered}))
+def check_known(config: PretrainedConfig) -> None:
+    """Raise the ``UserError`` that says what to do about an architecture without anatomy."""
+    if is_known(config.model_type):
+        return
+    known = ", ".join(sorted({*LAYOUTS, *_registered} - {"dga_extended"}))
+    if getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"architecture {model_type!r} is not known here (known: {known}); name its modules in about 15 "
-            "lines with dga_scale.backbone.anatomy.register, whose docstring shows an example"
+            f"{config.model_type} models are encoder-decoders, which are not trained here; encoders are, as "
+            f"masked LMs, and decoders, as causal LMs. Give a model of one of these: {known}"
         )
+    if hasattr(config, "text_config"):
+        raise UserError(
+            f"{config.model_type} models read more than text, and are not trained here. Give a model of text "
+            f"alone, of one of these: {known}"
+        )
+    raise UserError(
+        f"architecture {config.model_type!r} is not known here (known: {known}); name its modules in about "
+        "15 lines with dga_scale.backbone.anatomy.register, whose docstring shows an example"
+    )
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
@@ -230,7 +264,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
 
     """
     model_type = model.config.model_type
-    check_known(model_type)
+    check_known(model.config)
     if model_type in _registered:
         return _registered[model_type](model)
     return describe(model, layout_of(model.config))
@@ -244,8 +278,9 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
 
     """
     config = model.config
-    blocks = [layout.block.format(layer) for layer in range(config.num_hidden_layers)]
-    sizes = _Sizes(
+    num_layers = config.num_hidden_layers // layout.layer_uses
+    blocks = [layout.block.format(layer) for layer in range(num_layers)]
+    sizes = Sizes(
         heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -253,9 +288,10 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
         intermediate=_matrix_shape(_module(model, f"{blocks[0]}.{layout.down}"))[0],
     )
     head = [_module(model, name) for name in layout.head]
-    in_a_block = _projections_of_a_block(layout, sizes)
+    in_a_block = projections_of_a_block(layout, sizes)
     relative = [name for name in (layout.relative_query, layout.relative_key) if name]
     first_position = config.pad_token_id + 1 if layout.positions_after_padding else 0
+    positions = NO_LIMIT if layout.unlimited_positions else config.max_position_embeddings - first_position
     # By identity: named_parameters() may name tied embeddings by the decoder (XLM-R's head comes first).
     trunk = {id(parameter) for parameter in model.base_model.parameters()}
     return Anatomy(
@@ -267,10 +303,10 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
         intermediate_size=sizes.intermediate,
         vocab_size=config.vocab_size,
         causal=layout.causal or getattr(config, "is_decoder", False),
-        max_positions=config.max_position_embeddings - first_position,
+        max_positions=positions,
         first_position=first_position if layout.packs else None,
         projections=tuple(
-            _projection(model, f"{block}.{name}", role, layer, inputs, outputs)
+            _projection(model, f"{block}.{name}", role, layer, inputs, outputs, layout)
             for layer, block in enumerate(blocks)
             for name, role, inputs, outputs in in_a_block
         ),
@@ -282,81 +318,24 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
         head_modules=layout.head,
         head_takes_embeddings=layout.head_takes_embeddings,
         trunk_weights=_matrix_entries(model.base_model)
-        - sum(_matrix_entries(_module(model, f"{block}.{name}")) for block in blocks for name in relative),
+        - sum(_matrix_entries(_module(model, f"{block}.{name}")) for block in blocks for name in relative)
+        + (layout.layer_uses - 1) * sum(_matrix_entries(_module(model, block)) for block in blocks),
         head_weights=sum(_matrix_entries(module) for module in head)
         + (config.vocab_size * sizes.hidden if layout.head_takes_embeddings else 0),
         relative_columns=layout.relative_columns,
+        layer_uses=layout.layer_uses,
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
     )
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-
-
-_ProjectionOfABlock = tuple[str, Role, Channels, Channels]
-"""Module name inside the block, role, inputs, outputs."""
-
-
-def _projections_of_a_block(layout: Layout, sizes: _Sizes) -> list[_ProjectionOfABlock]:
-    # device="cpu" everywhere: a caller may build its model inside torch.device("meta").
-    heads = torch.arange(sizes.heads, device="cpu")
-    hidden = _channels(sizes.hidden)
-    queries = _channels(sizes.heads * sizes.head_dim, heads.view(-1, 1))
-    keys = _channels(sizes.kv_heads * sizes.head_dim, heads.view(sizes.kv_heads, -1))
-    intermediate = _channels(sizes.intermediate)
-    outputs: dict[Role, Channels] = {"query": queries, "key": keys, "value": keys}
-    modules: dict[Role, str] = {"query": layout.query, "key": layout.key, "value": layout.value}
-    if layout.qkv:
-        outputs = _fused(outputs, layout.qkv_order, sizes.heads)
-        modules = dict.fromkeys(modules, layout.qkv)
-    found: list[_ProjectionOfABlock] = [(modules[role], role, hidden, outputs[role]) for role in modules]
-    if layout.relative_query:
-        found.append((layout.relative_query, "query", hidden, queries))
-    if layout.relative_key:
-        found.append((layout.relative_key, "key", hidden, keys))
-    found.append((layout.output, "output", queries, hidden))
-    # One projection may stack gate and up: rows u and intermediate + u then both make unit u.
-    stacked = Channels(intermediate.numbers.repeat(layout.stacked_up))
-    found += [(name, "up", hidden, stacked) for name in layout.up]
-    found.append((layout.down, "down", intermediate, hidden))
-    return found
-
-
-def _channels(size: int, heads: Tensor | None = None) -> Channels:
-    """Number ``size`` channels; ``heads`` (n, k) use equal shares of them, one share after the other."""
-    if heads is not None:
-        heads = heads.repeat_interleave(size // len(heads), dim=0)
-    return Channels(torch.arange(size, device="cpu"), heads)
-
-
-def _fused(
-    outputs: dict[Role, Channels], order: Literal["parts", "heads"], num_heads: int
-) -> dict[Role, Channels]:
-    """Spread each role's outputs over one projection of queries, keys and values; -1 on others' rows."""
-    sizes = [len(channels.numbers) for channels in outputs.values()]
-    index = torch.arange(sum(sizes), device="cpu")
-    rows = (
-        index.split(sizes)
-        if order == "parts"
-        else index.view(num_heads, 3, -1).transpose(0, 1).flatten(1).unbind()
-    )
-    fused = {}
-    for (role, channels), own in zip(outputs.items(), rows, strict=True):
-        assert channels.heads is not None
-        numbers = torch.full((len(index),), -1, device="cpu")
-        heads = torch.full((len(index), channels.heads.shape[1]), -1, device="cpu")
-        numbers[own], heads[own] = channels.numbers, channels.heads
-        fused[role] = Channels(numbers, heads)
-    return fused
 
 
 def _projection(
-    model: PreTrainedModel, name: str, role: Role, layer: int, inputs: Channels, outputs: Channels
+    model: PreTrainedModel,
+    name: str,
+    role: Role,
+    layer: int,
+    inputs: Channels,
+    outputs: Channels,
+    layout: Layout,
 ) -> Projection:
     """Find a projection in the model, and see that it has the size that the config gives it."""
     module = _module(model, name)
@@ -369,7 +348,8 @@ def _projection(
             "dga_scale.backbone.anatomy.register"
         )
     transposed, bias = isinstance(module, Conv1D), module.bias is not None
-    return Projection(name, role, layer, inputs, outputs, transposed, bias)
+    flat = layout.flat_ffn and role in ("up", "down")
+    return Projection(name, role, layer, inputs, outputs, transposed, bias, flat)
 
 
 def _module(model: PreTrainedModel, name: str) -> nn.Module:

@@ -36,6 +36,10 @@ class Layout:
     """2 where one ``up`` projection stacks gate and up, each of all intermediate units."""
     down: str
     """FFN projection back to the hidden size."""
+    flat_ffn: bool = False
+    """The FFN's projections are called with (batch * tokens, width), not (batch, tokens, width)."""
+    layer_uses: int = 1
+    """How many blocks in a row have the same weights (ALBERT): ``block`` numbers those that differ."""
     head: tuple[str, ...]
     """Modules of the LM head in the order they are applied to the last hidden state."""
     head_takes_embeddings: bool = False
@@ -43,6 +47,8 @@ class Layout:
     causal: bool = False
     positions_after_padding: bool = False
     """Position ids start at ``pad_token_id + 1``, so the table holds that many positions no token can use."""
+    unlimited_positions: bool = False
+    """Attention is biased by distance (ALiBi): there is no table of positions, and no longest sequence."""
     packs: bool = False
     """Takes position ids, and masks of queries by keys, so that several rows can be read in one."""
 
@@ -135,17 +141,57 @@ LAYOUTS: dict[str, Layout] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "phi3": Layout(
-        block="model.layers.{}",
-        qkv="self_attn.qkv_proj",
-        output="self_attn.o_proj",
-        up=("mlp.gate_up_proj",),
-        stacked_up=2,
-        down="mlp.down_proj",
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "eurobert": replace(_LLAMA, causal=False),
+    "phi": replace(_LLAMA, output="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2"),
+    "phi3": replace(
+        _LLAMA, query="", key="", value="", qkv="self_attn.qkv_proj", up=("mlp.gate_up_proj",), stacked_up=2
+    ),
+    "opt": replace(
+        _LLAMA,
+        block="model.decoder.layers.{}",
+        output="self_attn.out_proj",
+        up=("fc1",),
+        down="fc2",
+        flat_ffn=True,
+    ),
+    "bloom": Layout(
+        block="transformer.h.{}",
+        qkv="self_attention.query_key_value",
+        qkv_order="heads",
+        output="self_attention.dense",
+        up=("mlp.dense_h_to_4h",),
+        down="mlp.dense_4h_to_h",
         head=("lm_head",),
         causal=True,
+        unlimited_positions=True,
+    ),
+    "mpnet": Layout(
+        block="mpnet.encoder.layer.{}",
+        query="attention.attn.q",
+        key="attention.attn.k",
+        value="attention.attn.v",
+        output="attention.attn.o",
+        up=("intermediate.dense",),
+        down="output.dense",
+        head=("lm_head",),
+        positions_after_padding=True,
         packs=True,
     ),
+    "albert": Layout(
+        block="albert.encoder.albert_layer_groups.{}.albert_layers.0",
+        query="attention.query",
+        key="attention.key",
+        value="attention.value",
+        output="attention.dense",
+        up=("ffn",),
+        down="ffn_output",
+        head=("predictions",),
+        packs=True,
+    ),
+    "nomic_bert": replace(_LLAMA, block="nomic_bert.layers.{}", head=("cls",), causal=False),
 }
 """Layout of each architecture by its ``config.model_type``."""
 
@@ -153,7 +199,11 @@ LAYOUTS: dict[str, Layout] = {
 def layout_of(config: PretrainedConfig) -> Layout:
     """Return the layout of a known architecture, completed by what its config says."""
     layout = LAYOUTS[config.model_type]
-    return _deberta_v2(layout, config) if config.model_type == "deberta-v2" else layout
+    if config.model_type == "deberta-v2":
+        return _deberta_v2(layout, config)
+    if config.model_type == "albert":
+        return replace(layout, layer_uses=config.num_hidden_layers // config.num_hidden_groups)
+    return layout
 
 
 def _deberta_v2(layout: Layout, config: PretrainedConfig) -> Layout:

@@ -1,5 +1,7 @@
 """What can't be used of a model's folder, its config and its weights, each told in one line."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +22,26 @@ _SIZES = (
     "intermediate_size",
     "vocab_size",
     "max_position_embeddings",
+)
+_OPTIONAL_SIZES = (
+    "num_key_value_heads",
+    "head_dim",
+    "embedding_size",
+    "ffn_dim",
+    "word_embed_proj_dim",
+    "num_hidden_groups",
+    "sliding_window",
+    "local_attention",
+    "n_inner",
+)
+_ABOVE_0 = (
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+    "norm_eps",
+    "query_pre_attn_scalar",
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
 )
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 """The names of fields that architectures call alike, or map to these."""
@@ -74,12 +96,22 @@ def check_config(config: PretrainedConfig, name: str) -> None:
     """
 
     def refuse(field: str, what: str) -> NoReturn:
-        raise UserError(f"config.json: {field} is {getattr(config, field)!r}: {what}", name)
+        stored = config.attribute_map.get(field, field)
+        raise UserError(f"config.json: {stored} is {getattr(config, field)!r}: {what}", name)
 
-    for field in _SIZES:
+    for field in (*_SIZES, *_OPTIONAL_SIZES):
         size = getattr(config, field, 1)
+        if size is None and field in _OPTIONAL_SIZES:
+            continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             refuse(field, "must be a whole number above 0")
+    for field in _ABOVE_0:
+        if (number := getattr(config, field, None)) is not None and not 0 < number < math.inf:
+            refuse(field, "must be above 0")
+    for field, number in config.to_dict().items():
+        dropout = "dropout" in field or field.endswith("_pdrop")
+        if dropout and isinstance(number, int | float) and not 0 <= number <= 1:
+            refuse(field, "must be from 0 to 1")
     for field in _ACTIVATIONS:
         if isinstance(found := getattr(config, field, None), str) and found not in ACT2FN:
             refuse(field, f"transformers knows {', '.join(sorted(ACT2FN))}")
@@ -87,6 +119,8 @@ def check_config(config: PretrainedConfig, name: str) -> None:
     needed = layout is not None and layout.positions_after_padding
     if (padding is None and needed) or not (padding is None or -1 <= padding < config.vocab_size):
         refuse("pad_token_id", f"must be a token's id, from 0 to {config.vocab_size - 1}")
+    for field, rule in _of_architecture(config):
+        refuse(field, rule)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -95,6 +129,35 @@ def check_config(config: PretrainedConfig, name: str) -> None:
             "trained. Give the model that they were made from",
             name,
         )
+
+
+def _of_architecture(config: PretrainedConfig) -> Iterator[tuple[str, str]]:
+    """Yield the fields that an architecture can't have as they are, and what they must be."""
+    kind, heads = config.model_type, config.num_attention_heads
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        yield "num_attention_heads", f"must divide hidden_size, which is {config.hidden_size}"
+    if heads % (getattr(config, "num_key_value_heads", None) or heads):
+        yield "num_key_value_heads", f"must divide num_attention_heads, which is {heads}"
+    if getattr(config, "use_bidirectional_attention", False):
+        yield "use_bidirectional_attention", "a model that sees what it should predict can't be trained to"
+    if kind == "albert":
+        if config.inner_group_num != 1:
+            yield "inner_group_num", "must be 1, as in all published ALBERT models"
+        if config.num_hidden_layers % config.num_hidden_groups:
+            yield "num_hidden_groups", f"must divide num_hidden_layers, which is {config.num_hidden_layers}"
+    if kind == "bloom" and config.pretraining_tp > 1 and config.slow_but_exact:
+        yield "slow_but_exact", "must be false: it goes past the modules in which units are found"
+    if kind == "mpnet":
+        if config.pad_token_id != 1:
+            yield "pad_token_id", "must be 1, from which MPNet counts positions"
+        if config.relative_attention_num_buckets < 32:
+            yield "relative_attention_num_buckets", "must be at least 32, all of which transformers reads"
+    if kind == "opt" and config.layerdrop:
+        yield "layerdrop", "must be 0: ranks would drop different layers"
+    layout = LAYOUTS.get(kind)
+    after_padding = layout is not None and layout.positions_after_padding
+    if after_padding and config.max_position_embeddings <= config.pad_token_id + 1:
+        yield "max_position_embeddings", "must be above pad_token_id + 1, where positions begin"
 
 
 def check_finite(model: PreTrainedModel, name_or_path: str) -> None:

@@ -19,7 +19,7 @@ JSON data and stored in ``config.json``::
     model = extend(base, "adapter", {"size": 64})
 
 - ``anatomy`` is that of the base model with its LM head; its module names hold in ``base``, whatever head
-  ``base`` has (``base.get_submodule(anatomy.ffn_outputs[0])``). ``base.base_model`` is the trunk; training
+  ``base`` has (``base.get_submodule(anatomy.ffn_outputs[0])``). ``trunk_of(base)`` is the trunk; training
   calls the trunk itself, not the wrapper, so hooks belong on the trunk or on modules inside it.
 - Make modules with the dtype of ``base`` and initialise them in ``apply``: transformers leaves them as they
   are. Their weights are read from the checkpoint afterwards, so random values are no harm; under
@@ -55,7 +55,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from dga_scale.backbone.anatomy import Anatomy, anatomy_of, register
+from dga_scale.backbone.anatomy import Anatomy, anatomy_of, register, trunk_of
 from dga_scale.errors import UserError
 
 Settings = dict[str, Any]
@@ -177,8 +177,7 @@ class ExtendedPreTrainedModel(PreTrainedModel):
     @property
     def base_model(self) -> nn.Module:
         """The base model's trunk; a call of it goes through the extension."""
-        trunk: nn.Module = self.base.base_model
-        return trunk
+        return trunk_of(self.base)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -307,7 +306,7 @@ def keep_no_cache(base: PreTrainedModel, extension: str) -> None:
     if base.can_generate():
         assert base.generation_config is not None
         base.generation_config.use_cache = False
-    base.base_model.register_forward_pre_hook(partial(_refuse_cache, extension), with_kwargs=True)
+    trunk_of(base).register_forward_pre_hook(partial(_refuse_cache, extension), with_kwargs=True)
 
 
 def _refuse_cache(extension: str, trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.anatomy import Anatomy, Projection
 from dga_scale.errors import UserError
 from dga_scale.unit_kinds import unit_kind
 
@@ -58,7 +58,7 @@ class Gates:
                 units = _UnitOfChannel(
                     gate.units(projection.channels(gate.side)), anatomy.unit_shape(kind)[1]
                 )
-                gated_units = kind, projection.layer, units
+                gated_units = kind, projection, units
                 if gate.side == "input":
                     hook = module.register_forward_pre_hook(partial(self._gate_input, *gated_units))
                 else:
@@ -102,21 +102,30 @@ class Gates:
         self._hooks.clear()
 
     def _gate_input(
-        self, kind: str, layer: int, units: "_UnitOfChannel", module: nn.Module, args: Args
+        self, kind: str, place: Projection, units: "_UnitOfChannel", module: nn.Module, args: Args
     ) -> Args | None:
         if kind not in self._rows:
             return None
-        return (self._gated(kind, layer, units, args[0]), *args[1:])
+        return (self._gated(kind, place, units, args[0]), *args[1:])
 
     def _gate_output(
-        self, kind: str, layer: int, units: "_UnitOfChannel", module: nn.Module, args: Args, output: Tensor
+        self,
+        kind: str,
+        place: Projection,
+        units: "_UnitOfChannel",
+        module: nn.Module,
+        args: Args,
+        output: Tensor,
     ) -> Tensor | None:
         if kind not in self._rows:
             return None
-        return self._gated(kind, layer, units, output)
+        return self._gated(kind, place, units, output)
 
-    def _gated(self, kind: str, layer: int, units: "_UnitOfChannel", activations: Tensor) -> Tensor:
-        gates = self._rows[kind][:, layer]  # (batch, units)
+    def _gated(self, kind: str, place: Projection, units: "_UnitOfChannel", activations: Tensor) -> Tensor:
+        gates = self._rows[kind][:, place.layer]  # (batch, units)
+        shape = activations.shape
+        if place.flat and shape[0] % len(gates) == 0:
+            activations = activations.unflatten(0, (len(gates), -1))
         if activations.dim() != 3 or activations.shape[0] != gates.shape[0]:
             raise UserError(
                 f"activations of shape {tuple(activations.shape)} can't be matched with the gates of "
@@ -124,7 +133,7 @@ class Gates:
                 "implementation that keeps the batch axis (attn_implementation sdpa, or flash_attention_2 on "
                 "padded batches)"
             )
-        return units.multiply(activations, gates.to(activations.dtype))
+        return units.multiply(activations, gates.to(activations.dtype)).view(shape)
 
 
 class _UnitOfChannel:

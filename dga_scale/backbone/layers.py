@@ -12,6 +12,19 @@ from dga_scale.errors import UserError
 EMBEDDINGS = 0
 """Depth of the embeddings; the blocks follow from 1, then the final norm and the LM head."""
 
+_TOP = -1
+_ELSEWHERE = {
+    # Relative positions, read by all blocks, with their norm; a convolution adds to the first block's output.
+    "deberta-v2": {
+        "encoder.rel_embeddings.": EMBEDDINGS,
+        "encoder.LayerNorm.": EMBEDDINGS,
+        "encoder.conv.": 1,
+    },
+    "mpnet": {"encoder.relative_attention_bias.": EMBEDDINGS},
+    "opt": {"final_layer_norm.": _TOP, "project_out.": _TOP},
+}
+"""Depth of a trunk's modules that are not registered in the order they run, by part of their name."""
+
 
 def parameter_layers(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, int]:
     """Return the depth of each of ``model.named_parameters()``.
@@ -75,11 +88,10 @@ def _trunk_depths(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[nn
         depth = block_of.get(id(parameter))
         passed_blocks = passed_blocks or depth is not None
         if depth is None:
-            depth = anatomy.num_layers + 1 if passed_blocks else EMBEDDINGS
-            if anatomy.architecture == "deberta-v2":
-                # Registered after the blocks: relative positions, read by all of them, with their norm; and
-                # a convolution that adds to the first block's output.
-                depth = 1 if "encoder.conv." in name else EMBEDDINGS
+            top = anatomy.num_layers + 1
+            elsewhere = _ELSEWHERE.get(anatomy.architecture, {})
+            usual = top if passed_blocks else EMBEDDINGS
+            depth = next((own for part, own in elsewhere.items() if part in name), usual) % (top + 1)
         yield parameter, depth
 
 

@@ -107,7 +107,7 @@ def load_model_config(name_or_path: str) -> ModelConfig:
             f"elsewhere (hf download {name_or_path} --local-dir DIR) and give the folder"
         )
         raise UserError(f"the model's config can't be loaded: {reason} {advice}", name_or_path) from error
-    check_known(config.model_type)
+    check_known(config)
     check_config(_of_base(config), name_or_path)
     return ModelConfig(name_or_path, config, causal=not is_masked(config))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.anatomy import Anatomy, trunk_of
 from dga_scale.backbone.extended import (
     ExtendedPreTrainedModel,
     Settings,
@@ -20,7 +20,7 @@ from dga_scale.backbone.extended import (
 from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters
 from dga_scale.experts.routing import ForwardState, Router, SparseSublayer, project
-from dga_scale.experts.sublayers import SUBLAYERS, Sublayer, block_of, sublayer_modules
+from dga_scale.experts.sublayers import SUBLAYERS, Sublayer, block_of, check_sublayers, sublayer_modules
 
 EXPERTS = "experts"
 CHILD = "sparse"
@@ -64,6 +64,7 @@ def sublayer_ids(anatomy: Anatomy, layers: int, which: str) -> tuple[SublayerId,
             f"--cse_layers {layers}: the model has {anatomy.num_layers} layers; give 1 to that many"
         )
     kinds = SUBLAYERS if which == "both" else tuple(kind for kind in SUBLAYERS if kind == which)
+    check_sublayers(anatomy, kinds)
     return tuple(
         SublayerId(layer, kind)
         for layer in range(anatomy.num_layers - layers, anatomy.num_layers)
@@ -189,7 +190,7 @@ def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anato
             "before transformers' ZeRO-3 integration is active"
         )
     keep_no_cache(base, "experts")  # a route is chosen for a whole sequence, not for its next token
-    state = ForwardState(base.base_model)
+    state = ForwardState(trunk_of(base))
     for entry in settings["sublayers"]:
         layer, sublayer = entry["layer"], entry["sublayer"]
         block = block_of(anatomy, layer)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dga_scale.errors import UserError
 
-BATCHED = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
+BATCHED = ("hidden_states", "attention_mask", "position_embeddings", "position_ids", "position_bias")
 """The keyword arguments of sublayers that have one entry an example (or one for all)."""
 SHARED = ("relative_pos", "rel_embeddings")
 """The keyword arguments of sublayers that are the same for all examples (DeBERTa)."""

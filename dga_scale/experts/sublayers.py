@@ -1,5 +1,6 @@
 """Find the modules of the attention sublayer and the FFN sublayer of a block, for every architecture."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from dga_scale.backbone.anatomy import Anatomy
@@ -7,6 +8,12 @@ from dga_scale.errors import UserError
 
 Sublayer = Literal["attention", "ffn"]
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "ffn")
+
+_NO_EXPERTS: dict[str, tuple[Sublayer, ...]] = {
+    "albert": SUBLAYERS,  # all layers have the same: an expert would be each layer's
+    "bloom": ("attention",),  # its biases of heads are not one entry an example
+    "opt": ("ffn",),  # it is called with all tokens of a batch in one axis
+}
 
 _ROLES = {"attention": ("query", "key", "value", "output"), "ffn": ("up", "down")}
 
@@ -29,6 +36,20 @@ def sublayer_modules(anatomy: Anatomy, layer: int, sublayer: Sublayer) -> tuple[
     if not found:
         raise _unknown(anatomy, layer)
     return tuple(found)
+
+
+def check_sublayers(anatomy: Anatomy, kinds: Sequence[Sublayer]) -> None:
+    """Refuse sublayers that can't have experts.
+
+    Raises:
+        UserError: It says which of the architecture's can.
+    """
+    without = _NO_EXPERTS.get(anatomy.architecture, ())
+    if refused := [kind for kind in kinds if kind in without]:
+        others = [kind for kind in SUBLAYERS if kind not in without]
+        fix = f"Give --cse_experts {others[0]}" if others else "Take another method, or another model"
+        words = " and the ".join(refused)
+        raise UserError(f"the {words} sublayers of {anatomy.architecture} models can't have experts. {fix}")
 
 
 def block_of(anatomy: Anatomy, layer: int) -> str:

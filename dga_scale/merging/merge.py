@@ -141,6 +141,11 @@ class Merge:
 
 def _found(folder: ModelFolder, names: list[str]) -> StoredTensor:
     stored = folder.find(names)
+    if stored is None and folder.settings.config.model_type == "nomic_bert":
+        raise UserError(
+            f"model {folder.name} is a nomic_bert model, whose files hold other tensors than transformers "
+            "computes with, and merging works on files. Merge models of another architecture"
+        )
     if stored is None:
         raise UserError(
             f"model {folder.name} has no tensor {' or '.join(names)}. Only models of one architecture with "

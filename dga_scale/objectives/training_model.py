@@ -14,6 +14,7 @@ from dga_scale.backbone.gates import Gates
 from dga_scale.backbone.packed_rows import last_hidden_states
 from dga_scale.corpus.loading.batches import Batch, Counts
 from dga_scale.corpus.loading.masking import IGNORED
+from dga_scale.errors import UserError
 from dga_scale.objectives.cross_entropy import cross_entropies
 from dga_scale.objectives.grad_cache import CachedContrast
 from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method
@@ -70,7 +71,17 @@ class TrainingModel(nn.Module):
         return self
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass, under its forward pass's gates and dropout draws."""
+        """Recompute each block in the backward pass, under its forward pass's gates and dropout draws.
+
+        Raises:
+            UserError: Transformers can't recompute the blocks of this architecture (ALBERT, MPNet).
+        """
+        base: Any = getattr(self.lm, "base", self.lm)  # of an extended model
+        if not base.supports_gradient_checkpointing:
+            raise UserError(
+                f"--gradient_checkpointing true: transformers can't recompute the blocks of "
+                f"{base.config.model_type} models. Leave it out"
+            )
         options = {"use_reentrant": False, "context_fn": self.gates.checkpoint_contexts}
         with warnings.catch_warnings():
             # The name that replaces it came after transformers 5.20; this one stays until 6.

@@ -190,7 +190,7 @@ def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, micro_steps: i
     entries = (10 if model.gated else 5) * f + 12 * h + 10 * h * (4 if model.fp32_norms else 1)
     entries += 3 * 2 * (anatomy.num_heads * anatomy.head_dim + model.kv_size)
     a_token = entries * w + (8 * w + 4) * h * model.dropout
-    blocks = batch.tokens * batch.views * anatomy.num_layers * a_token
+    blocks = batch.tokens * batch.views * anatomy.num_layers * anatomy.layer_uses * a_token
     head = batch.head_positions * anatomy.vocab_size * (4 * w + 36)
     travels = 2 * (w + zero.communication_bytes) * (zero.communication_bytes != w and zero.ranks > 1)
     gradients = model.trained_parameters * (w + (2 * w + travels if zero.stage else 0))

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
 from dga_scale.backbone.anatomy import Anatomy, ParameterSlice, anatomy_of, check_known
+from dga_scale.backbone.checks import check_config
 from dga_scale.backbone.extended import is_masked
 from dga_scale.backbone.layers import EMBEDDINGS, freeze, parameter_layers
 from dga_scale.backbone.loading import has_dropout, load_model_config, set_dropout
@@ -69,6 +70,8 @@ class PlannedModel:
         trained: The names of the parameters that the optimizer steps.
         decayed: The names of the matrices among them, which have a group of their own with weight decay.
         trained_layers: The number of blocks from the lowest one with a gradient up: they keep activations.
+            ALBERT's count as often as they are called.
+        checkpoints: Whether activations can be recomputed.
         kv_size: The width of the keys, and of the values, in a layer.
         fused_rotary: Whether queries and keys that share a projection with the values are rotated.
         gated: Whether the FFN multiplies its up projection by an activated gate.
@@ -85,6 +88,7 @@ class PlannedModel:
     trained: frozenset[str]
     decayed: frozenset[str]
     trained_layers: int
+    checkpoints: bool
     kv_size: int
     fused_rotary: bool
     gated: bool
@@ -143,9 +147,7 @@ def find_config(name: str) -> PretrainedConfig:
 def _from_file(path: Path) -> PretrainedConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        model_type = values.pop("model_type")
-        check_known(model_type)
-        return AutoConfig.for_model(model_type, **values)
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
     except OSError as error:
         raise UserError(f"{error.strerror}. Give the config.json of a model", path) from None
     except (KeyError, AttributeError):
@@ -153,6 +155,9 @@ def _from_file(path: Path) -> PretrainedConfig:
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"no config of a model: {reason}", path) from None
+    check_known(config)
+    check_config(config, str(path))
+    return config
 
 
 def build_model(config: TrainConfig) -> PlannedModel:
@@ -164,7 +169,6 @@ def build_model(config: TrainConfig) -> PlannedModel:
     """
     name = config.model.model or ""
     sizes = find_config(name)
-    check_known(sizes.model_type)
     if config.model.dropout is not None:
         set_dropout(sizes, config.model.dropout)
     auto = AutoModelForMaskedLM if is_masked(sizes) else AutoModelForCausalLM
@@ -175,7 +179,7 @@ def build_model(config: TrainConfig) -> PlannedModel:
             "the dense model, and measure with dga-train --dry_run true"
         )
     with torch.device("meta"):
-        model = auto.from_config(sizes, attn_implementation="sdpa")
+        model = auto.from_config(sizes)
         anatomy = anatomy_of(model)
         freeze(model, anatomy, config.optimization.freeze_layers, config.optimization.freeze_embeddings)
         method.check(config, anatomy.causal)
@@ -230,7 +234,8 @@ def _describe(name: str, model: Any, anatomy: Anatomy, method: Method[Any]) -> P
         sizes=sizes,
         trained=trained,
         decayed=frozenset(key for key in trained if parameters[key].dim() > 1),
-        trained_layers=anatomy.num_layers + 1 - max(1, min(lowest)),
+        trained_layers=(anatomy.num_layers + 1 - max(1, min(lowest))) * anatomy.layer_uses,
+        checkpoints=getattr(model, "base", model).supports_gradient_checkpointing,
         kv_size=anatomy.width("key"),
         fused_rotary=bool(keys & queries) and any("Rotary" in type(m).__name__ for m in model.modules()),
         gated=_is_gated(anatomy),

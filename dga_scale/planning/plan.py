@@ -189,7 +189,7 @@ class Planner:
         Returns:
             The plan; None where nothing fits, not even one row under ZeRO-3.
         """
-        settings = sorted({self.config.model.gradient_checkpointing, True})
+        settings = sorted({self.config.model.gradient_checkpointing, self.model.checkpoints})
         found = [plan for plan in map(self._largest, settings) if plan is not None]
         return min(found, key=lambda plan: plan.time.step, default=None)
 
@@ -214,7 +214,9 @@ class Planner:
 
     def smallest(self) -> Plan:
         """Plan the run with the least memory: one row, ZeRO-3, everything recomputed."""
-        return self.of(Choice(3, 1, True), self.resolved().global_batch_size, self.cluster.gpus)
+        return self.of(
+            Choice(3, 1, self.model.checkpoints), self.resolved().global_batch_size, self.cluster.gpus
+        )
 
     def scaling(self) -> Iterator[tuple[int, list[Plan]]]:
         """Plan weak scaling: the configured rows a rank on 1, 2, 4, ... 1,024 GPUs, under each stage."""

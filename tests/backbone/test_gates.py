@@ -79,8 +79,7 @@ def test_gate_zero_removes_the_unit(name: str) -> None:
 @every_architecture
 @torch.no_grad()
 def test_gates_of_one_or_none_change_no_bit(name: str) -> None:
-    # transformers has no sdpa path for DeBERTa
-    kernels = ["eager"] if TINY[name].model_type == "deberta-v2" else ["eager", "sdpa"]
+    kernels = ["eager", "sdpa"] if TINY[name].sdpa else ["eager"]
     for dtype, attn_implementation in itertools.product((torch.float32, torch.bfloat16), kernels):
         model = TINY[name].model(attn_implementation=attn_implementation).to(dtype)
         bare = model(**batch()).logits
@@ -165,11 +164,13 @@ def enable_checkpointing(model: PreTrainedModel, context_fn: Callable[[], object
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-@every_architecture
+@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.checkpoints])
 def test_activation_checkpointing_recomputes_with_the_gates_of_each_forward(name: str) -> None:
     tiny = TINY[name]
     probabilities = [
-        key for key, value in tiny.config().to_dict().items() if "drop" in key and value is not None
+        key
+        for key, value in tiny.config().to_dict().items()
+        if "drop" in key and key != "layerdrop" and value is not None
     ]
     dropout = dict.fromkeys(probabilities, 0.1)
     model = tiny.model(**dropout)
@@ -193,8 +194,10 @@ def test_activation_checkpointing_recomputes_with_the_gates_of_each_forward(name
     torch.testing.assert_close(again_loss, loss, rtol=1e-6, atol=0)
     assert set(again_parameters) == set(parameters)
     for again, before in ((again_parameters, parameters), (again_gate_gradients, gate_gradients)):
+        largest = max(gradient.abs().max().item() for gradient in before.values())
         for key, gradient in before.items():
-            rounding = 3e-6 * gradient.abs().max().item()
+            # A key bias has rounding noise for a gradient: softmax ignores a shift.
+            rounding = max(3e-6 * gradient.abs().max().item(), 1e-7 * largest)
             torch.testing.assert_close(again[key], gradient, rtol=1e-6, atol=rounding)
 
 

@@ -69,6 +69,10 @@ def test_final_norms_and_relative_positions():
             "deberta.encoder.LayerNorm.weight": 0,
             "deberta.encoder.conv.conv.weight": 1,
         },
+        "opt": {"model.decoder.final_layer_norm.weight": 3, "model.decoder.embed_positions.weight": 0},
+        "opt narrow": {"model.decoder.project_out.weight": 3, "model.decoder.project_in.weight": 0},
+        "mpnet": {"mpnet.encoder.relative_attention_bias.weight": 0, "lm_head.dense.weight": 3},
+        "albert": {"albert.encoder.embedding_hidden_mapping_in.weight": 0, "predictions.dense.weight": 3},
         "xlm-roberta": {"lm_head.decoder.weight": 0, "lm_head.dense.weight": 3},  # the first is tied
     }
     for name, values in expected.items():

@@ -14,5 +14,5 @@ def with_prompt(name: str) -> ExtendedPreTrainedModel:
     torch.manual_seed(0)
     model = extend(TINY[name].model(), "prompt", {"tokens": TOKENS})
     with torch.no_grad():
-        model.base_model.soft_prompt.weight.copy_(model.get_input_embeddings().weight[WORDS])
+        model.base_model.soft_prompt.weight.copy_(model.get_input_embeddings()(WORDS))
     return model

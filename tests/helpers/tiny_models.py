@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dga_scale.backbone.anatomy import NO_LIMIT
+
 VOCAB = 96
 COMMON = {
     "vocab_size": VOCAB,
@@ -40,6 +42,10 @@ class Tiny:
     causal: bool = False
     max_positions: int = 34
     kv_heads: int = 4
+    sdpa: bool = True
+    """Whether transformers has more than plain products for its attention."""
+    checkpoints: bool = True
+    """Whether transformers can recompute its blocks."""
 
     def config(self, **values: Any) -> PretrainedConfig:
         return AutoConfig.for_model(self.model_type, **{**COMMON, **self.values, **values})
@@ -81,8 +87,8 @@ TINY: dict[str, Tiny] = {
     "modernbert with biases": Tiny(
         "modernbert", {**SIZES, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}
     ),
-    "deberta-v2": Tiny("deberta-v2"),
-    "deberta-v2 relative": Tiny("deberta-v2", DEBERTA_RELATIVE),
+    "deberta-v2": Tiny("deberta-v2", sdpa=False),
+    "deberta-v2 relative": Tiny("deberta-v2", DEBERTA_RELATIVE, sdpa=False),
     "deberta-v3": Tiny(
         "deberta-v2",
         {
@@ -93,6 +99,7 @@ TINY: dict[str, Tiny] = {
             "conv_kernel_size": 3,
             "legacy": False,
         },
+        sdpa=False,
     ),
     "gpt2": Tiny("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 34}, causal=True),
     "llama": LLAMA,
@@ -107,6 +114,55 @@ TINY: dict[str, Tiny] = {
     "qwen3": Tiny("qwen3", {**GROUPED, "head_dim": 12}, causal=True, kv_heads=2),
     "gpt_neox": Tiny("gpt_neox", SIZES, causal=True),
     "phi3": Tiny("phi3", GROUPED, causal=True, kv_heads=2),
+    "phi": Tiny("phi", {**GROUPED, "qk_layernorm": True}, causal=True, kv_heads=2),
+    "gemma": Tiny("gemma", {**GROUPED, "num_key_value_heads": 1, "head_dim": 12}, causal=True, kv_heads=1),
+    "gemma2": Tiny(
+        "gemma2",
+        {**GROUPED, "head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 12},
+        causal=True,
+        kv_heads=2,
+        sdpa=False,
+    ),
+    "gemma3": Tiny(
+        "gemma3_text",
+        {
+            **GROUPED,
+            "head_dim": 12,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+            "final_logit_softcapping": 20.0,
+        },
+        causal=True,
+        kv_heads=2,
+    ),
+    "opt": Tiny("opt", {**SIZES, "ffn_dim": 48, "init_std": 0.3, "activation_function": "gelu"}, causal=True),
+    "opt narrow": Tiny(
+        "opt",
+        {
+            **SIZES,
+            "ffn_dim": 48,
+            "init_std": 0.3,
+            "activation_function": "gelu",
+            "word_embed_proj_dim": 24,
+            "do_layer_norm_before": False,
+        },
+        causal=True,
+    ),
+    "bloom": Tiny(
+        "bloom",
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        causal=True,
+        max_positions=NO_LIMIT,
+        sdpa=False,
+    ),
+    "mpnet": Tiny("mpnet", max_positions=32, sdpa=False, checkpoints=False),
+    "albert": Tiny(
+        "albert",
+        {**SIZES, "num_hidden_layers": 6, "num_hidden_groups": 2, "embedding_size": 24},
+        checkpoints=False,
+    ),
+    "nomic_bert": Tiny("nomic_bert"),
+    "eurobert": Tiny("eurobert", GROUPED, kv_heads=2),
 }
 
 

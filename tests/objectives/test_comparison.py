@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dga_scale.backbone.anatomy import anatomy_of
+from dga_scale.errors import UserError
 from dga_scale.objectives.training_model import TrainingModel
 from tests.helpers.batches import rows_of
 from tests.helpers.comparison import (
@@ -91,6 +92,10 @@ def test_every_architecture_takes_every_loss(name: str) -> None:
     for method in (*METHODS, "taco"):
         lm = TINY[name].model(random_biases=False)
         made = method_of(method)
+        if (name, method) == ("opt narrow", "taco"):
+            with pytest.raises(UserError, match="hidden_size 32, word_embed_proj_dim 24"):
+                made.prepare(method_context(lm, config_of(method)))
+            continue
         if method != "simcse":
             made.prepare(method_context(lm, config_of(method)))
         teacher = TINY[name].model() if made.needs_teacher else None

@@ -88,7 +88,7 @@ def test_experts_are_not_planned() -> None:
         ("missing.json", None, "No such file"),
         ("x.json", "{}", "no model_type"),
         ("x.json", "{", "x.json: no config"),
-        ("x.json", '{"model_type": "clip"}', "architecture 'clip' is not known"),
+        ("x.json", '{"model_type": "clip"}', "clip models read more than text"),
     ],
 )
 def test_models_that_cannot_be_found(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.anatomy import Anatomy, trunk_of
 from dga_scale.backbone.extended import Settings, keep_no_cache, register_extension
 from dga_scale.errors import UserError
 
@@ -66,14 +66,19 @@ def apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anatom
             f"{tokens} soft tokens leave no room for text: the model has {anatomy.max_positions} positions. "
             "Set --prompt_tokens to fewer"
         )
-    trunk: Any = base.base_model
+    trunk: Any = trunk_of(base)
     width = trunk.get_input_embeddings().embedding_dim
-    std = getattr(base.config, "initializer_range", 0.02)
-    trunk.add_module(PROMPT, SoftPrompt(tokens, width, std, base.dtype))
+    trunk.add_module(PROMPT, SoftPrompt(tokens, width, embedding_std(base), base.dtype))
     keep_no_cache(base, "a soft prompt")
     trunk.register_forward_pre_hook(_put_before, with_kwargs=True)
     trunk.register_forward_hook(_take_off)
     return dataclasses.replace(anatomy, max_positions=anatomy.max_positions - tokens, first_position=None)
+
+
+def embedding_std(model: PreTrainedModel) -> float:
+    """Return the standard deviation of a new word's embedding as blocks read it: Gemma scales its own."""
+    scale = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
+    return float(getattr(model.config, "initializer_range", 0.02) * scale)
 
 
 def _put_before(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dga_scale.backbone.peft.prompt import embedding_std
 from dga_scale.config.methods.adapted_deit import AdaptedDeiTSettings
 from dga_scale.objectives.method import ForwardOutput, Method, MethodContext, Term
 from dga_scale.objectives.views import mean_pool
@@ -48,7 +49,7 @@ class AdaptedDeiT(Method[AdaptedDeiTSettings]):
     def prepare(self, context: MethodContext) -> None:
         lm: Any = context.lm
         size = lm.get_input_embeddings().embedding_dim
-        self.token = DistillationToken(size, getattr(lm.config, "initializer_range", 0.02), lm.dtype)
+        self.token = DistillationToken(size, embedding_std(lm), lm.dtype)
         self.max_positions = context.anatomy.max_positions
 
     def terms(self, output: ForwardOutput) -> dict[str, Term]:

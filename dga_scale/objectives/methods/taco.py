@@ -9,7 +9,7 @@ from torch import Tensor
 from dga_scale.config.methods.taco import TaCoSettings
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
-from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method, Term
+from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method, MethodContext, Term
 from dga_scale.objectives.views import View
 
 
@@ -27,6 +27,15 @@ class TaCo(Method[TaCoSettings]):
     def check(self, config: TrainConfig, causal: bool) -> None:
         if config.optimization.per_device_train_batch_size == 1:
             raise _no_other_sequence()
+
+    def prepare(self, context: MethodContext) -> None:
+        config = context.lm.config
+        width = getattr(config, "word_embed_proj_dim", config.hidden_size)
+        if width != config.hidden_size:
+            raise UserError(
+                f"--method taco subtracts embeddings from last hidden states, which this model has of other "
+                f"widths: hidden_size {config.hidden_size}, word_embed_proj_dim {width}. Take another method"
+            )
 
     def views(self) -> tuple[View, ...]:
         return (replace(LM_VIEW, embeddings=True),)
