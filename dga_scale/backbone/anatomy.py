@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dga_scale.backbone.architectures import LAYOUTS, Layout, layout_of
+from dga_scale.backbone.architectures import LAYOUTS, Layout, first_position, layout_of
 from dga_scale.backbone.block_channels import Sizes, projections_of_a_block
 from dga_scale.errors import UserError
 from dga_scale.unit_kinds import Channels, Role, Side, unit_kind
@@ -290,8 +290,8 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
     head = [_module(model, name) for name in layout.head]
     in_a_block = projections_of_a_block(layout, sizes)
     relative = [name for name in (layout.relative_query, layout.relative_key) if name]
-    first_position = config.pad_token_id + 1 if layout.positions_after_padding else 0
-    positions = NO_LIMIT if layout.unlimited_positions else config.max_position_embeddings - first_position
+    first = first_position(config, layout)
+    positions = NO_LIMIT if layout.unlimited_positions else config.max_position_embeddings - first
     # By identity: named_parameters() may name tied embeddings by the decoder (XLM-R's head comes first).
     trunk = {id(parameter) for parameter in model.base_model.parameters()}
     return Anatomy(
@@ -304,7 +304,7 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
         vocab_size=config.vocab_size,
         causal=layout.causal or getattr(config, "is_decoder", False),
         max_positions=positions,
-        first_position=first_position if layout.packs else None,
+        first_position=first if layout.packs else None,
         projections=tuple(
             _projection(model, f"{block}.{name}", role, layer, inputs, outputs, layout)
             for layer, block in enumerate(blocks)

@@ -47,6 +47,8 @@ class Layout:
     causal: bool = False
     positions_after_padding: bool = False
     """Position ids start at ``pad_token_id + 1``, so the table holds that many positions no token can use."""
+    positions_from: int = 0
+    """Position id of a row's first token, otherwise."""
     unlimited_positions: bool = False
     """Attention is biased by distance (ALiBi): there is no table of positions, and no longest sequence."""
     packs: bool = False
@@ -177,7 +179,7 @@ LAYOUTS: dict[str, Layout] = {
         up=("intermediate.dense",),
         down="output.dense",
         head=("lm_head",),
-        positions_after_padding=True,
+        positions_from=2,
         packs=True,
     ),
     "albert": Layout(
@@ -194,6 +196,11 @@ LAYOUTS: dict[str, Layout] = {
     "nomic_bert": replace(_LLAMA, block="nomic_bert.layers.{}", head=("cls",), causal=False),
 }
 """Layout of each architecture by its ``config.model_type``."""
+
+
+def first_position(config: PretrainedConfig, layout: Layout) -> int:
+    """Return the position id of a row's first token: the table's entries before it are no token's."""
+    return config.pad_token_id + 1 if layout.positions_after_padding else layout.positions_from
 
 
 def layout_of(config: PretrainedConfig) -> Layout:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from dga_scale.backbone.architectures import LAYOUTS
+from dga_scale.backbone.architectures import LAYOUTS, first_position
 from dga_scale.errors import UserError
 from dga_scale.storage.checked_json import read_object
 
@@ -147,17 +147,15 @@ def _of_architecture(config: PretrainedConfig) -> Iterator[tuple[str, str]]:
             yield "num_hidden_groups", f"must divide num_hidden_layers, which is {config.num_hidden_layers}"
     if kind == "bloom" and config.pretraining_tp > 1 and config.slow_but_exact:
         yield "slow_but_exact", "must be false: it goes past the modules in which units are found"
-    if kind == "mpnet":
-        if config.pad_token_id != 1:
-            yield "pad_token_id", "must be 1, from which MPNet counts positions"
-        if config.relative_attention_num_buckets < 32:
-            yield "relative_attention_num_buckets", "must be at least 32, all of which transformers reads"
+    if kind == "mpnet" and config.relative_attention_num_buckets < 32:
+        yield "relative_attention_num_buckets", "must be at least 32, all of which transformers reads"
     if kind == "opt" and config.layerdrop:
         yield "layerdrop", "must be 0: ranks would drop different layers"
     layout = LAYOUTS.get(kind)
-    after_padding = layout is not None and layout.positions_after_padding
-    if after_padding and config.max_position_embeddings <= config.pad_token_id + 1:
-        yield "max_position_embeddings", "must be above pad_token_id + 1, where positions begin"
+    if layout is not None and not layout.unlimited_positions:
+        first = first_position(config, layout)
+        if config.max_position_embeddings <= first:
+            yield "max_position_embeddings", f"must be above {first}, where positions begin"
 
 
 def check_finite(model: PreTrainedModel, name_or_path: str) -> None:

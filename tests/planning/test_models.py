@@ -8,6 +8,7 @@ import pytest
 from dga_scale.errors import UserError
 from dga_scale.planning.gpus import GPUS, find_gpu
 from dga_scale.planning.models import PRESETS, find_config
+from tests.helpers.tiny_models import TINY
 from tests.planning.test_memory import plan_of
 
 
@@ -73,6 +74,17 @@ def test_frozen_and_added_parameters() -> None:
     assert lora.trained_parameters == 12 * 4 * 2 * 8 * 768  # four projections, two factors
     # Gradients of soft tokens go through all blocks.
     assert plan_of("roberta-base", "--method", "prompt").trained_layers == 12
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parameters_of_an_architecture_are_those_torch_has(name: str, tmp_path: Path) -> None:
+    lm = TINY[name].model()
+    TINY[name].config().to_json_file(tmp_path / "config.json", use_diff=False)
+    model = plan_of(str(tmp_path / "config.json"))
+    assert model.parameters == lm.num_parameters()
+    calls = {"albert": 6}.get(name, 2)  # ALBERT's two layers are called three times each
+    assert model.trained_layers == calls
+    assert model.checkpoints == TINY[name].checkpoints
 
 
 def test_experts_are_not_planned() -> None:
