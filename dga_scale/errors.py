@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from dga_scale.streams import keep_streams, write_stderr
+
 EXIT_USER_ERROR = 2
 """Exit code of every command that stopped because of a user's mistake."""
 
@@ -39,6 +41,14 @@ class UserError(Exception):
         super().__init__(problem if path is None else f"{path}: {problem}")
         self.problem = problem
         self.path = None if path is None else str(path)  # a Path would fold an address's two slashes
+        self.reported = False
+        """Whether it was printed, by this rank or by rank 0 for all."""
+
+    def report(self) -> None:
+        """Print the error line, unless that was done."""
+        if not self.reported:
+            print(f"error: {one_line(str(self))}", file=sys.stderr, flush=True)
+        self.reported = True
 
 
 class GivenPath(NamedTuple):
@@ -81,22 +91,43 @@ def origins_of(path: str, given: Iterable[GivenPath]) -> list[GivenPath]:
     return [each for each in around if len(Path(each.path).parts) == depth]
 
 
-def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+def run_main(
+    main: Callable[[], int | None],
+    end: Callable[[int], NoReturn] = sys.exit,
+    *,
+    prints_result: bool = False,
+) -> NoReturn:
     """Run an entry point and end with its code; a ``UserError`` prints one line and gives code 2.
 
     The umask is tightened, so that no other user can write the files of a run whatever the caller's umask.
+    Where stdout can't be written (any more), the work goes on and a line on stderr says so once; a command
+    whose result it was ends with code 1 then, and says nothing where its reader has closed a pipe.
 
     Args:
         main: The entry point. It returns the exit code; None is 0.
         end: What ends the process with that code.
+        prints_result: Whether the command's result is what it prints.
     """
     os.umask(os.umask(0o077) | 0o002)
+    lost: list[OSError] = []
+
+    def on_loss(error: OSError) -> None:
+        lost.append(error)
+        if prints_result and not isinstance(error, BrokenPipeError):
+            write_stderr(f"error: stdout: {error.strerror}")
+        elif not prints_result:
+            write_stderr(f"note: nothing is printed any more (stdout: {error.strerror}); the work goes on")
+
+    keep_streams(on_loss)
     try:
-        code = main()
+        code = main() or 0
     except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
+        error.report()
         code = EXIT_USER_ERROR
-    end(code or 0)
+    except SystemExit as done:  # --help
+        code = int(done.code or 0)
+    sys.stdout.flush()
+    end(1 if prints_result and lost and code == 0 else code)
 
 
 def end_rank(code: int) -> NoReturn:
@@ -107,9 +138,8 @@ def end_rank(code: int) -> NoReturn:
     the run is complete.
     """
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 

@@ -76,6 +76,8 @@ def rendezvous(info: LaunchInfo, address: str, port: int, gpu: str | None, timeo
             )
             missing = _missing(store, info.world_size, timeout - _SAYS_AFTER)
         problem = _find_problem(store, info.world_size, missing, timeout)
+        if problem:  # before any rank leaves: the launcher ends the others then
+            UserError(problem).report()
         store.set("problem", problem)
     else:
         store.set_timeout(timeout + _RESULT_TIMEOUT)
@@ -84,7 +86,9 @@ def rendezvous(info: LaunchInfo, address: str, port: int, gpu: str | None, timeo
     if problem:
         if info.rank == 0:
             _wait_for_readers(store, info.world_size)
-        raise UserError(problem)
+        error = UserError(problem)
+        error.reported = True  # by rank 0, for all
+        raise error
     first = RankInfo(**json.loads(store.get("rank/0")))
     if own.world_size != first.world_size:
         raise UserError(_other_size(info.rank, own, first))

@@ -18,7 +18,6 @@ import resource
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import torch.distributed as dist
 
 from dga_scale.errors import UserError, one_line
 from dga_scale.launch.world import Cluster, RankFailed
+from dga_scale.streams import write_stderr
 
 EXIT_RANK_LOST = 76
 """Exit code of a rank that ended because another one was lost; the same command resumes the run."""
@@ -288,7 +288,7 @@ class Watchdog:
         # One line is printed on each node; rank 1 prints it where rank 0 was lost.
         if cluster.local_rank == 0 or (cluster.rank == 1 and text.startswith("rank 0 ")):
             advice = "The other ranks end too; the same command resumes from the newest checkpoint."
-            os.write(sys.stderr.fileno(), f"error: {one_line(text)}. {advice}\n".encode())
+            write_stderr(f"error: {one_line(text)}. {advice}")
         os._exit(EXIT_RANK_LOST)
 
 

@@ -1,12 +1,12 @@
 """The ranks of a run, whichever launcher started them, and the communication between them."""
 
+import contextlib
 import errno
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,11 +19,16 @@ from dga_scale.launch.cpu_malloc import keep_freed_memory
 from dga_scale.launch.cpu_threads import share_cores
 from dga_scale.launch.environment import LaunchInfo, read_launch_info
 from dga_scale.launch.rendezvous import JOIN_TIMEOUT, rendezvous
+from dga_scale.streams import write_stderr
 
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """How long a rank waits in a collective: long enough for rank 0 to convert a large checkpoint meanwhile."""
+
+_REPORT_SECONDS = 5.0
+"""How long a rank that ends on a mistake waits to hear whether rank 0 has the same: less than the watchdog's
+grace, which then ends those that have none."""
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """The error numbers of a disk that is full, read-only or broken."""
@@ -43,6 +48,8 @@ class Cluster:
     local_rank: int
     local_world_size: int
     device: torch.device
+    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    """The key-value store through which the ranks met; None: there was a process group before."""
 
     def __enter__(self) -> "Cluster":
         return self
@@ -53,9 +60,32 @@ class Cluster:
         """Destroy the process group where all ranks leave together: without an error, or on a ``UserError``.
 
         NCCL prints warnings otherwise. Gloo's threads live on: see :func:`~dga_scale.errors.end_rank`.
+        A mistake that all ranks share is printed once, by rank 0.
         """
+        if isinstance(error, UserError) and self.store is not None and self.world_size > 1:
+            self._report(error, self.store)
         if dist.is_initialized() and (error is None or isinstance(error, UserError)):
             dist.destroy_process_group()
+
+    def _report(self, error: UserError, store: dist.Store) -> None:
+        """Print a mistake unless rank 0 has printed the same.
+
+        No rank leaves before rank 0 has printed it: a launcher ends all ranks when the first one leaves.
+        """
+        patience = timedelta(seconds=_REPORT_SECONDS)
+        if self.rank == 0:
+            error.report()
+        with contextlib.suppress(dist.DistError):  # rank 0, or another one, is not here
+            if self.rank == 0:
+                store.set("mistake", str(error))
+            else:
+                store.wait(["mistake"], patience)
+                error.reported = store.get("mistake").decode() == str(error)
+            if store.add("heard", 1) == self.world_size:
+                store.set("all heard", "")
+            if self.rank == 0:
+                store.wait(["all heard"], patience)
+        error.report()
 
     def describe(self) -> str:
         """Describe the ranks, their launcher and rank 0's address in one line; every rank has to call it."""
@@ -170,11 +200,12 @@ def join_cluster(timeout: timedelta = JOIN_TIMEOUT) -> Cluster:
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
+    store = None
     if not dist.is_initialized():
         store = rendezvous(info, address, port, _gpu_id(device), timeout)
         _start_group(info, device, store, timeout)
     cluster = Cluster(
-        info.launcher, info.rank, info.world_size, info.local_rank, info.local_world_size, device
+        info.launcher, info.rank, info.world_size, info.local_rank, info.local_world_size, device, store
     )
     share_cores(cluster.all_gather_object)
     if device.type == "cpu":
@@ -220,8 +251,7 @@ def _connection_failure(info: LaunchInfo) -> str:
 
 def _give_up(info: LaunchInfo, timeout: timedelta) -> None:
     # The main thread hangs in a call that nothing ends.
-    text = f"error: {_connection_failure(info)} (waited for {timeout.total_seconds():g} s)\n"
-    os.write(sys.stderr.fileno(), text.encode())
+    write_stderr(f"error: {_connection_failure(info)} (waited for {timeout.total_seconds():g} s)")
     os._exit(EXIT_USER_ERROR)
 
 

@@ -17,7 +17,7 @@ from dga_scale.logging.quiet import quiet_libraries
 
 def plan_command() -> NoReturn:
     """Entry point of ``dga-plan``."""
-    run_main(main)
+    run_main(main, prints_result=True)
 
 
 def build_parser() -> Parser:

@@ -19,7 +19,7 @@ THEN = "--then"
 
 def submit_command() -> NoReturn:
     """Entry point of ``dga-submit``."""
-    run_main(main)
+    run_main(main, prints_result=True)
 
 
 def build_parser() -> Parser:

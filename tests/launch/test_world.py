@@ -4,13 +4,16 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
 
-from dga_scale.errors import EXIT_USER_ERROR, UserError
+from dga_scale.errors import EXIT_USER_ERROR, UserError, run_main
 from dga_scale.launch.environment import LaunchInfo
 from dga_scale.launch.world import Cluster, _rendezvous_address, join_cluster
+from tests.helpers.forks import launch
 from tests.helpers.ranks import REPOSITORY, RankError, free_port, run_ranks, without_gloo
 
 
@@ -125,3 +128,48 @@ def test_a_rank_ends_with_its_code_while_threads_of_gloo_hold_tensors() -> None:
         for rank in ranks:
             said, _ = rank.communicate(timeout=300)
             assert (rank.returncode, without_gloo(said)) == (3, "left\n")
+
+
+# --- what ranks print of a mistake -------------------------------------------------------------------------
+
+
+def one_finds_a_mistake_for_all() -> None:
+    def check() -> None:
+        if os.environ["RANK"] == "1":
+            raise UserError("no such\nfolder")
+
+    def main() -> None:
+        with join_cluster() as cluster:
+            cluster.run_on_all(check)
+
+    run_main(main, end=sys.exit)
+
+
+def both_wait_for_a_third() -> None:
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = "3"
+    run_main(lambda: join_cluster(timedelta(seconds=1)) and None)
+
+
+def both_have_a_wrong_flag() -> None:
+    from dga_scale.train import cli
+
+    cli.end_rank = sys.exit  # type: ignore[assignment]
+    sys.argv = ["dga_train.py", "--max_stepps", "3"]
+    cli.train_command()
+
+
+@pytest.mark.parametrize(
+    ("behave", "said"),
+    [
+        (one_finds_a_mistake_for_all, f"error: rank 1 on {socket.gethostname()}: no such\\nfolder\n"),
+        (both_wait_for_a_third, "error: 1 of 3 ranks did not join within 1 s: 2 missing"),
+        (both_have_a_wrong_flag, "error: unknown setting --max_stepps"),
+    ],
+)
+def test_a_mistake_that_is_everybodys_is_said_once(behave: Callable[[], None], said: str) -> None:
+    launched = launch(2, behave)
+    assert launched.wait() == [EXIT_USER_ERROR] * 2
+    errors = [line for line in launched.output(0).splitlines(keepends=True) if line.startswith("error")]
+    assert len(errors) == 1
+    assert errors[0].startswith(said)
+    assert "error" not in launched.output(1)
