@@ -229,10 +229,11 @@ def _port_of(job: str) -> int:
 
 def _ancestor_without(variable: str) -> str:
     """Return the id of the nearest ancestor without the variable, which all ranks of a node share."""
-    return next((str(p.pid) for p in psutil.Process().parents() if not _knows(p, variable)), "")
+    return next((str(p.pid) for p in psutil.Process().parents() if not has_variable(p, variable)), "")
 
 
-def _knows(process: psutil.Process, variable: str) -> bool:
+def has_variable(process: psutil.Process, variable: str) -> bool:
+    """Return whether a process was started with the variable in its environment, as far as we may see."""
     try:
         return variable in process.environ()
     except psutil.Error:  # another user's: none of the launcher's processes

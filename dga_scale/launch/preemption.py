@@ -6,7 +6,7 @@ import socket
 import time
 from threading import Thread
 from types import FrameType
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -81,13 +81,21 @@ class StopRequest:
                 if heard[0] in STOP_SIGNALS:
                     self._handle(heard[0])
 
-    def _handle(self, number: int) -> None:
-        now = time.monotonic()
+    def ask(self) -> None:
+        """Ask for the stop, as the first signal does."""
         if not self.joined:
-            os._exit(EXIT_STOPPED)
+            self.end()
         if not self.requested:
-            self.requested, self._since = True, now
-        elif now - self._since > ONE_REQUEST and not self._scheduler_kills:
+            self.requested, self._since = True, time.monotonic()
+
+    def end(self) -> NoReturn:
+        """End the process at once, as one that was stopped."""
+        os._exit(EXIT_STOPPED)
+
+    def _handle(self, number: int) -> None:
+        if not self.requested:
+            self.ask()
+        elif time.monotonic() - self._since > ONE_REQUEST and not self._scheduler_kills:
             os._exit(128 + number)
 
 

@@ -12,6 +12,7 @@ from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError, end_rank, naming_flags, run_main
 from dga_scale.launch.environment import read_launch_info
+from dga_scale.launch.launcher_watch import LauncherWatch
 from dga_scale.logging.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -34,19 +35,21 @@ def consolidate_command() -> NoReturn:
 
 def _train() -> NoReturn:
     quiet_libraries()
+    info = read_launch_info(os.environ)
+    launcher = LauncherWatch(info)  # before the imports, which take longer than a launcher may live
     settings = _outcome(read_config)
-    if read_launch_info(os.environ).world_size == 1:
+    if info.world_size == 1:
         settings()
-    run_main(lambda: _train_as_rank(settings), end=end_rank)
+    run_main(lambda: _train_as_rank(settings, launcher), end=end_rank)
 
 
-def _train_as_rank(settings: Callable[[], TrainConfig]) -> int:
+def _train_as_rank(settings: Callable[[], TrainConfig], launcher: LauncherWatch) -> int:
     # Torch's import takes a second, DeepSpeed's and transformers' more: after the flags are checked.
     from dga_scale.launch.preemption import StopRequest
     from dga_scale.launch.watchdog import Watchdog
     from dga_scale.launch.world import join_cluster
 
-    with StopRequest(joined=False) as stop, join_cluster() as cluster:
+    with StopRequest(joined=False) as stop, launcher.asking(stop), join_cluster() as cluster:
         stop.joined = True
         line = cluster.describe()
         if cluster.rank == 0:
