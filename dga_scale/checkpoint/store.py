@@ -27,7 +27,7 @@ FORMAT = 2
 MANIFEST, LATEST = "manifest.json", "latest"
 MAX_VERIFY_THREADS = 4
 """The most files that a rank verifies at once: more take memory, and the disk is the limit."""
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-([0-9]+)")
 
 
 @dataclass(frozen=True)

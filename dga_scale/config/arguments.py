@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,34 @@ from dga_scale.errors import GivenPath, UserError, naming_flags, origins_of
 
 _WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """The errors of the operating system that say that a path is the wrong one."""
+
+
+_WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # Python converts no more digits than 4,300
+_NUMBER = re.compile(r"[+-]?([0-9]{1,4000}\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.I)
+_NOTHING = re.compile(r"--[\w-]+=")
+"""A flag with an empty value."""
+
+
+def whole_number(text: str) -> int:
+    """Parse a whole number of plain digits: Python's ``int`` takes ``1_0``, spaces and all scripts' digits.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is none.
+    """
+    if not _WHOLE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number, such as 1000")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """Parse a number of plain digits, as ``whole_number``; infinity and NaN are refused where they are used.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is none.
+    """
+    if not _NUMBER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a number, such as 0.5 or 1e-4")
+    return float(text)
 
 
 class PathText(str):
@@ -38,6 +67,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.allow_abbrev = False
+        self.register("type", int, whole_number)
+        self.register("type", float, number)
 
     def flags(self) -> list[str]:
         """Return the flags that the parser knows, with their dashes."""
@@ -94,6 +125,21 @@ class Parser(argparse.ArgumentParser):
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{action.option_strings[-1]} {value}: must be a finite number.")
         return found
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse what the parser knows of the arguments (None: the command line), and return the others too.
+
+        Raises:
+            UserError: A flag with an empty value, which is what an unset variable of a script gives; a
+                missing or wrong value.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        for word, behind in zip(words, [*words[1:], None], strict=True):
+            if _NOTHING.fullmatch(word) or (word.startswith("--") and behind == ""):
+                raise UserError(
+                    f"{word.removesuffix('=')} '': is empty. Give a value, or leave the flag out."
+                )
+        return super().parse_known_args(words, namespace)
 
     def refuse_unknown_flags(self, words: Sequence[str]) -> None:
         """Raise a ``UserError`` with the nearest known flag at the first unknown one."""

@@ -147,6 +147,8 @@ class Setting:
         for each in values:
             if not isinstance(each, kinds) or isinstance(each, bool) != (self.type is bool):
                 return WORDS[self.type]
+            if each == "":
+                return "text that is not empty"
             if isinstance(each, float) and not math.isfinite(each):
                 return "a finite number"
             if self.rule and not self.rule.holds(each):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dga_scale.config.arguments import Parser, nearest, refuse_doubled
+from dga_scale.config.arguments import Parser, nearest, number, refuse_doubled, whole_number
 from dga_scale.config.declaration import WORDS, Setting, as_typed, declared
 from dga_scale.config.hints import HINTS
 from dga_scale.config.methods import DEFAULT, METHOD_SETTINGS, known_settings
@@ -86,7 +86,8 @@ def _argument(each: Setting) -> dict[str, Any]:
     }
     if each.type is bool:  # a bare flag switches it on
         return argument | {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
-    kind = partial(_choice, each.choices) if each.choices else each.type
+    plain: Any = {int: whole_number, float: number}.get(each.type, each.type)
+    kind = partial(_choice, each.choices) if each.choices else plain
     return argument | {"type": kind, "nargs": "+" if each.is_list else None}
 
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from dga_scale.config.arguments import Count, Parser, PathText
+from dga_scale.config.arguments import Count, Parser, PathText, whole_number
 from dga_scale.corpus.reading.files import COMPRESSIONS
 from dga_scale.corpus.reading.sources import FORMATS
 from dga_scale.corpus.sharding.executor import under_mpi
@@ -120,7 +120,8 @@ def build_parser() -> Parser:
 
 
 def _array_task(text: str) -> tuple[int, int]:
-    index, slash, size = text.partition("/")
-    if not (slash and index.isdecimal() and size.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/N, for example 0/8")
-    return int(index), int(size)
+    index, _, size = text.partition("/")
+    try:
+        return whole_number(index), whole_number(size)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not of the form i/N, for example 0/8") from None

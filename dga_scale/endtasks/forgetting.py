@@ -18,7 +18,7 @@ from dga_scale.errors import UserError
 from dga_scale.logging.plots import forgetting_figure, save_png
 from dga_scale.run_folder import write_text
 
-_STAGE = re.compile(r"(\d+)-(.+)")
+_STAGE = re.compile(r"([0-9]+)-(.+)")
 
 
 def forgetting_rate(scores: Sequence[Sequence[float]]) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dga_scale.config.arguments import Count, Parser, PathText
+from dga_scale.config.arguments import Count, Parser, PathText, number
 from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.merging.settings import METHODS, MergeSettings
@@ -83,8 +83,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
+        return [number(each) for each in text.split(",")]
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of numbers such as 0,0.25,0.5,0.75,1"
         ) from None

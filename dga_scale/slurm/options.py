@@ -12,10 +12,19 @@ from dga_scale.errors import UserError
 
 STAGES = ("shard", "train", "evaluate")
 
-_GPUS = re.compile(r"(?:([\w.-]+):)?(\d+)")
-_ARRAY = re.compile(r"\d+(?:-\d+(?::[1-9]\d*)?)?(?:,\d+(?:-\d+(?::[1-9]\d*)?)?)*(?:%[1-9]\d*)?")
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
-_NAME = re.compile(r"[\w.,:@+-]+")
+# Digits are those of ASCII, and no more of them than SLURM takes.
+_GPUS = re.compile(r"(?:([\w.-]+):)?(\d{1,4})", re.ASCII)
+_TASKS = r"\d{1,7}(?:-\d{1,7}(?::[1-9]\d{0,6})?)?"
+_ARRAY = re.compile(rf"{_TASKS}(?:,{_TASKS})*(?:%[1-9]\d{{0,6}})?", re.ASCII)
+_ITEM = re.compile(r"(?P<first>\d+)(?:-(?P<last>\d+)(?::(?P<step>\d+))?)?", re.ASCII)
+_TIME = re.compile(
+    r"(?:(?P<days>\d{1,5})-)?(?P<first>\d{1,7})(?::(?P<second>\d{1,7}))?(?::(?P<third>\d{1,7}))?", re.ASCII
+)
+_NAME = re.compile(r"[\w.,:@+-]+", re.ASCII)
+_LARGEST_TASK = 4_000_000
+"""The largest number of a task in SLURM's arrays, whatever a site's ``MaxArraySize``."""
+_MOST_SEEDS = 1000
+"""The most seeds of a job: the tasks of an array that SLURM takes where a site sets no other number."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,7 @@ class JobOptions:
 
     def seed_numbers(self) -> list[int]:
         """Return every seed in ``seeds``."""
-        numbers: list[int] = []
-        for item in (self.seeds or "").partition("%")[0].split(","):
-            if found := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", item):
-                numbers += range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
-        return numbers
+        return [number for part in _ranges(self.seeds or "") for number in part]
 
 
 def add_options(parser: Parser) -> None:
@@ -116,10 +121,12 @@ def make_options(stage: str, given: dict[str, Any]) -> JobOptions:
     rules: list[tuple[str, Callable[[Any], object], str]] = [
         ("nodes", lambda v: v >= 1, "must be at least 1"),
         ("cpus_per_task", lambda v: v >= 1, "must be at least 1"),
-        ("array_tasks", lambda v: v >= 1, "must be at least 1"),
+        ("array_tasks", lambda v: 1 <= v <= _LARGEST_TASK, f"must be from 1 to {_LARGEST_TASK}"),
         ("gpus_per_node", _GPUS.fullmatch, "write a number, or TYPE:NUMBER as in h100:4"),
         ("time", seconds, "write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"),
         ("seeds", _ARRAY.fullmatch, "write numbers and ranges, as in 1-5, 1,2,7 or 1-9%3"),
+        ("seeds", _are_seeds,
+         f"write ranges upwards, each seed once, at most {_MOST_SEEDS} of them, none above {_LARGEST_TASK}"),
         ("stop_minutes", lambda v: 1 <= v <= 1000, "must be from 1 to 1000"),
         *((name, _NAME.fullmatch, "letters, digits and .,:@+- only") for name in
           ("account", "partition", "qos", "job_name")),
@@ -139,6 +146,25 @@ def make_options(stage: str, given: dict[str, Any]) -> JobOptions:
         )
     _check_paths(options, "venv" in values)
     return options
+
+
+def _ranges(seeds: str) -> list[range]:
+    """Return the numbers that SLURM's notation of an array names, as ranges."""
+    items = (_ITEM.fullmatch(item) for item in seeds.partition("%")[0].split(","))
+    return [
+        range(int(found["first"]), int(found["last"] or found["first"]) + 1, int(found["step"] or 1))
+        for found in items
+        if found
+    ]
+
+
+def _are_seeds(text: str) -> bool:
+    """Return whether each range goes upwards, and all together are some numbers, each there once."""
+    parts = _ranges(text)
+    if not all(parts) or sum(map(len, parts)) > _MOST_SEEDS:
+        return False
+    numbers = [number for part in parts for number in part]
+    return len(set(numbers)) == len(numbers) and max(numbers) <= _LARGEST_TASK
 
 
 def _check_belonging(stage: str, values: dict[str, Any]) -> None:

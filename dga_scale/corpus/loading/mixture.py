@@ -9,6 +9,7 @@ within about a row of share_k of all tokens (weighted fair queuing; Demers, Kesh
 and the merge of any stretch is one sort.
 """
 
+import argparse
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dga_scale.config.arguments import number
 from dga_scale.corpus.loading.order import SampleOrder
 from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
@@ -81,8 +83,8 @@ class Mixture:
         assert len(corpora) == len(shares) + 1, (len(corpora), len(shares))
         self.corpora = tuple(corpora)
         _check_shares(self.corpora, shares)
-        for number, corpus in enumerate(self.corpora):
-            _check_goes_with(self.corpora[:number], corpus)
+        for index, corpus in enumerate(self.corpora):
+            _check_goes_with(self.corpora[:index], corpus)
         self.shares = (1.0 - sum(shares), *shares)
         self.orders = tuple(
             SampleOrder(len(corpus), source_seed(seed, source)) for source, corpus in enumerate(self.corpora)
@@ -207,20 +209,20 @@ def parse_mix(spec: str) -> tuple[Path, float]:
     """
     path, colon, share = spec.rpartition(":")
     try:
-        number = float(share)
-    except ValueError:
-        number = math.nan
-    if not colon or not path or math.isnan(number):
+        part = number(share)
+    except argparse.ArgumentTypeError:
+        part = math.nan
+    if not colon or not path or math.isnan(part):
         raise UserError(
             f"--mix {spec}: not of the form PATH:SHARE. Write the folder of a corpus and its share of the "
             "tokens, for example corpora/general:0.05"
         )
-    if not 0 < number < 1:
+    if not 0 < part < 1:
         raise UserError(
-            f"--mix {spec}: the share must lie between 0 and 1, it is {number:g}. It is the part of all "
+            f"--mix {spec}: the share must lie between 0 and 1, it is {part:g}. It is the part of all "
             "tokens that comes from this corpus"
         )
-    return Path(path), number
+    return Path(path), part
 
 
 def _check_shares(corpora: Sequence[Corpus], shares: Sequence[float]) -> None:
