@@ -112,12 +112,19 @@ def _expand(item: str, left_out: _LeftOut) -> Iterator[tuple[str, bool]]:
     elif path.is_symlink():
         raise UserError(f"a link to {os.readlink(path)}, which is not there. Mend it, or give text", item)
     else:
-        matches = sorted(glob.glob(item, recursive=True))
+        matches = _matches(path)
         if not matches:
             kind = "pattern matches no file" if glob.has_magic(item) else "no such file or folder"
             raise UserError(f"{kind}. Give the path of text", item)
         for match in matches:
             yield from ((found, False) for found, _ in _expand(match, left_out))
+
+
+def _matches(pattern: Path) -> list[str]:
+    """Return the sorted paths that match; folders that are there as the pattern begins are no pattern."""
+    folder = next((parent for parent in pattern.parents if parent.is_dir()), Path())
+    found = glob.glob(str(pattern.relative_to(folder)), root_dir=folder, recursive=True)
+    return sorted(str(folder / each) for each in found)
 
 
 def _walk(folder: Path, left_out: _LeftOut) -> Iterator[Path]:

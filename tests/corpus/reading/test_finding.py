@@ -25,6 +25,14 @@ def test_order_hidden_files_and_repeats(tmp_path: Path) -> None:
     assert read(f"{tmp_path}/**/*.txt") == ["a/9.txt", "b/1.txt", "b/2.txt"]
 
 
+def test_a_pattern_in_a_folder_whose_name_looks_like_one(tmp_path: Path) -> None:
+    for name in ("texts [1]/b/1.txt", "texts [1]/c/2.txt", "texts 1/b/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(f"{tmp_path}/texts [1]/[bc]/*.txt") == ["texts [1]/b/1.txt", "texts [1]/c/2.txt"]
+    assert read(f"{tmp_path}/texts ?/*/*.txt") == ["texts 1/b/3.txt"]
+
+
 def test_missing_inputs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.txt: no such file or folder"):
         find_sources([str(tmp_path / "nothing.txt")])
