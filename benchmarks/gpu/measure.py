@@ -34,7 +34,8 @@ from dga_scale.launch.world import Cluster, join_cluster
 from dga_scale.logging.environment import describe_environment, device_name
 from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.logging.run_log import open_log
-from dga_scale.logging.throughput import device_peak, measured_flops, memory_gib, step_flops, wait_for
+from dga_scale.logging.throughput import device_peak, measured_flops, memory_gib, wait_for
+from dga_scale.objectives.flops import step_flops
 from dga_scale.preservation.importance import measure_importance
 from dga_scale.train.inputs import check_inputs
 from dga_scale.train.protection import protect
@@ -240,13 +241,7 @@ class Bench:
     def _figures(self, trainer: Trainer, seconds: list[float]) -> dict[str, Any]:
         """Rates at the median of the rounds, and memory since they began."""
         rows = trainer.inputs.resolved.global_batch_size
-        views = len(trainer.model.views)
-        flops = step_flops(
-            trainer.anatomy,
-            views=views,
-            rows_by_length=self.last.rows_by_length,
-            head_tokens=self.last.head_positions,
-        )
+        flops = step_flops(trainer.method, trainer.flops, self.last.shape)
         median = statistics.median(seconds)
         reserved = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
         return {
@@ -254,7 +249,7 @@ class Bench:
             "tokens_per_second": sum(self.last.tokens_per_source) / median,
             "rows_per_second": rows / median,
             "mfu": flops / (median * self.peak),
-            "views": views,
+            "views": len(trainer.model.views),
             "tflop": flops / 1e12,
             "memory_gib": memory_gib(self.device),
             "reserved_gib": reserved,

@@ -1,8 +1,8 @@
 """The anatomy of a language model: its heads, FFN units and LM head, found from its module names."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,8 @@ from dga_scale.backbone.block_channels import Sizes, projections_of_a_block
 from dga_scale.errors import UserError
 from dga_scale.unit_kinds import Channels, Role, Side, unit_kind
 
+MATRICES = (nn.Linear, Conv1D, nn.Conv1d)
+"""The modules that multiply what they are given by a weight matrix."""
 NO_LIMIT = 2**31 - 1
 """``Anatomy.max_positions`` of a model that takes texts of any length."""
 
@@ -87,10 +89,14 @@ class Anatomy:
     """Parameters that only the LM head has; a decoder tied to the embeddings is not among them."""
     head_modules: tuple[str, ...]
     head_takes_embeddings: bool
-    trunk_weights: int
-    """Entries of the trunk's weight matrices: each token is multiplied by every one of them."""
-    head_weights: int
-    """Entries of the LM head's weight matrices, the decoder included, tied or not."""
+    relative_projections: tuple[str, ...]
+    """Modules among the projections that project a table of relative positions, not tokens (DeBERTa)."""
+    other_matrices: tuple[str, ...]
+    """Modules of the trunk beside the projections whose weight matrices every token is multiplied by."""
+    attention_norms: tuple[str, ...]
+    """For each layer, the norm that stands in front of its attention; empty where norms stand behind."""
+    parallel: bool
+    """Attention and FFN of a block read the same states."""
     relative_columns: int
     """Columns of attention scores against relative positions, per token and layer (DeBERTa)."""
     layer_uses: int = 1
@@ -170,23 +176,6 @@ class Anatomy:
         if self.logit_softcap is not None:  # in transformers' order: the bits are the model's
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits
-
-    def forward_flops(self, tokens: int, sequence_length: int, head_tokens: int) -> float:
-        """Count the floating-point operations of matrix products in one forward pass.
-
-        A multiply-add is two operations. Attention counts the full square of scores, for causal and windowed
-        attention too (as PaLM does, arXiv 2204.02311, appendix B). A backward pass costs twice as much.
-        DeBERTa's projections of its relative position table, made once a batch, are left out.
-
-        Args:
-            tokens: The rows of the trunk's input, padding included (batch * sequence_length).
-            sequence_length: The keys that each token attends to.
-            head_tokens: The rows that the LM head is applied to.
-
-        """
-        score_columns = 2 * sequence_length + self.relative_columns  # queries by keys, scores by values
-        attention = self.num_layers * self.layer_uses * self.num_heads * self.head_dim * score_columns
-        return 2.0 * (tokens * (self.trunk_weights + attention) + head_tokens * self.head_weights)
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
@@ -287,13 +276,16 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
         hidden=config.hidden_size,
         intermediate=_matrix_shape(_module(model, f"{blocks[0]}.{layout.down}"))[0],
     )
-    head = [_module(model, name) for name in layout.head]
+    for name in layout.head:
+        _module(model, name)
     in_a_block = projections_of_a_block(layout, sizes)
-    relative = [name for name in (layout.relative_query, layout.relative_key) if name]
+    of_relative = layout.relative_query, layout.relative_key
+    projected = {f"{block}.{name}" for block in blocks for name, *_ in in_a_block}
     first = first_position(config, layout)
     positions = NO_LIMIT if layout.unlimited_positions else config.max_position_embeddings - first
     # By identity: named_parameters() may name tied embeddings by the decoder (XLM-R's head comes first).
     trunk = {id(parameter) for parameter in model.base_model.parameters()}
+    modules = set(trunk_of(model).modules())
     return Anatomy(
         architecture=config.model_type,
         num_layers=len(blocks),
@@ -317,11 +309,16 @@ def describe(model: PreTrainedModel, layout: Layout) -> Anatomy:
         ),
         head_modules=layout.head,
         head_takes_embeddings=layout.head_takes_embeddings,
-        trunk_weights=_matrix_entries(model.base_model)
-        - sum(_matrix_entries(_module(model, f"{block}.{name}")) for block in blocks for name in relative)
-        + (layout.layer_uses - 1) * sum(_matrix_entries(_module(model, block)) for block in blocks),
-        head_weights=sum(_matrix_entries(module) for module in head)
-        + (config.vocab_size * sizes.hidden if layout.head_takes_embeddings else 0),
+        relative_projections=tuple(f"{block}.{name}" for block in blocks for name in of_relative if name),
+        other_matrices=tuple(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, MATRICES)
+            and module in modules
+            and projected.isdisjoint(accumulate(name.split("."), "{}.{}".format))
+        ),
+        attention_norms=tuple(f"{block}.{layout.norm}" for block in blocks if layout.norm),
+        parallel=layout.parallel,
         relative_columns=layout.relative_columns,
         layer_uses=layout.layer_uses,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
@@ -363,18 +360,12 @@ def _module(model: PreTrainedModel, name: str) -> nn.Module:
         ) from None
 
 
-def _shape(parameter: Tensor) -> tuple[int, ...]:
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return the shape of the whole parameter; ``deepspeed.zero.Init`` leaves ``shape`` empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _matrix_shape(module: nn.Module) -> tuple[int, int]:
     """Return (inputs, outputs) of a Linear, or of GPT-2's Conv1D, which stores the transpose."""
-    first, second = _shape(module.get_parameter("weight"))
+    first, second = whole_shape(module.get_parameter("weight"))
     return (first, second) if isinstance(module, Conv1D) else (second, first)
-
-
-def _matrix_entries(module: nn.Module) -> int:
-    """Count the entries of all weight matrices in a module: what one token is multiplied by."""
-    matrices = (part for part in module.modules() if isinstance(part, (nn.Linear, Conv1D, nn.Conv1d)))
-    return sum(math.prod(_shape(matrix.weight)) for matrix in matrices)

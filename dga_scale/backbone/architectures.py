@@ -40,10 +40,14 @@ class Layout:
     """The FFN's projections are called with (batch * tokens, width), not (batch, tokens, width)."""
     layer_uses: int = 1
     """How many blocks in a row have the same weights (ALBERT): ``block`` numbers those that differ."""
+    norm: str = ""
+    """Norm in front of the attention; left out where norms stand behind the sublayers (BERT)."""
     head: tuple[str, ...]
     """Modules of the LM head in the order they are applied to the last hidden state."""
     head_takes_embeddings: bool = False
     """The last head module is called with the input embedding module as its second argument."""
+    parallel: bool = False
+    """Attention and FFN of a block read the same states, instead of the FFN what attention made of them."""
     causal: bool = False
     positions_after_padding: bool = False
     """Position ids start at ``pad_token_id + 1``, so the table holds that many positions no token can use."""
@@ -75,6 +79,7 @@ _LLAMA = Layout(
     output="self_attn.o_proj",
     up=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
+    norm="input_layernorm",
     head=("lm_head",),
     causal=True,
     packs=True,
@@ -84,7 +89,7 @@ LAYOUTS: dict[str, Layout] = {
     "bert": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
-    "xlm-roberta-xl": _ROBERTA,
+    "xlm-roberta-xl": replace(_ROBERTA, norm="attention.self_attn_layer_norm"),
     "camembert": _ROBERTA,
     "electra": replace(
         _BERT, block="electra.encoder.layer.{}", head=("generator_predictions", "generator_lm_head")
@@ -107,6 +112,7 @@ LAYOUTS: dict[str, Layout] = {
         up=("mlp.Wi",),
         stacked_up=2,
         down="mlp.Wo",
+        norm="attn_norm",
         head=("head", "decoder"),
         packs=True,
     ),
@@ -124,6 +130,7 @@ LAYOUTS: dict[str, Layout] = {
         output="attn.c_proj",
         up=("mlp.c_fc",),
         down="mlp.c_proj",
+        norm="ln_1",
         head=("lm_head",),
         causal=True,
         packs=True,
@@ -135,6 +142,7 @@ LAYOUTS: dict[str, Layout] = {
         output="attention.dense",
         up=("mlp.dense_h_to_4h",),
         down="mlp.dense_4h_to_h",
+        norm="input_layernorm",
         head=("lm_head",),
         causal=True,
         packs=True,
@@ -147,7 +155,7 @@ LAYOUTS: dict[str, Layout] = {
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "eurobert": replace(_LLAMA, causal=False),
-    "phi": replace(_LLAMA, output="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2"),
+    "phi": replace(_LLAMA, output="self_attn.dense", up=("mlp.fc1",), down="mlp.fc2", parallel=True),
     "phi3": replace(
         _LLAMA, query="", key="", value="", qkv="self_attn.qkv_proj", up=("mlp.gate_up_proj",), stacked_up=2
     ),
@@ -157,6 +165,7 @@ LAYOUTS: dict[str, Layout] = {
         output="self_attn.out_proj",
         up=("fc1",),
         down="fc2",
+        norm="self_attn_layer_norm",
         flat_ffn=True,
     ),
     "bloom": Layout(
@@ -166,6 +175,7 @@ LAYOUTS: dict[str, Layout] = {
         output="self_attention.dense",
         up=("mlp.dense_h_to_4h",),
         down="mlp.dense_4h_to_h",
+        norm="input_layernorm",
         head=("lm_head",),
         causal=True,
         unlimited_positions=True,
@@ -193,7 +203,7 @@ LAYOUTS: dict[str, Layout] = {
         head=("predictions",),
         packs=True,
     ),
-    "nomic_bert": replace(_LLAMA, block="nomic_bert.layers.{}", head=("cls",), causal=False),
+    "nomic_bert": replace(_LLAMA, block="nomic_bert.layers.{}", norm="", head=("cls",), causal=False),
 }
 """Layout of each architecture by its ``config.model_type``."""
 
@@ -210,6 +220,10 @@ def layout_of(config: PretrainedConfig) -> Layout:
         return _deberta_v2(layout, config)
     if config.model_type == "albert":
         return replace(layout, layer_uses=config.num_hidden_layers // config.num_hidden_groups)
+    if config.model_type == "gpt_neox":
+        return replace(layout, parallel=config.use_parallel_residual)
+    if config.model_type == "opt" and not config.do_layer_norm_before:
+        return replace(layout, norm="")
     return layout
 
 

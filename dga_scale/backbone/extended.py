@@ -370,6 +370,9 @@ def _prefixed(anatomy: Anatomy) -> Anatomy:
         projections=tuple(dataclasses.replace(p, module=PREFIX + p.module) for p in anatomy.projections),
         lm_head_parameters=names(anatomy.lm_head_parameters),
         head_modules=names(anatomy.head_modules),
+        relative_projections=names(anatomy.relative_projections),
+        other_matrices=names(anatomy.other_matrices),
+        attention_norms=names(anatomy.attention_norms),
     )
 
 

@@ -1,23 +1,17 @@
 """The speed of a run against its devices' peak, and its memory.
 
-Model FLOPs utilisation (MFU) as PaLM defines it (arXiv 2204.02311, appendix B): the operations that the
-model's matrix products need for forward and backward, over what the devices could have done in that time.
-Recomputed activations (gradient checkpointing) are not counted: they are no progress.
+Model FLOPs utilisation (MFU) as PaLM defines it (arXiv 2204.02311, appendix B): the operations of the matrix
+products that a step needs, which ``objectives.flops`` counts, over what the devices could have done in that
+time.
 """
 
 import functools
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psutil
 import torch
-
-from dga_scale.backbone.anatomy import Anatomy
-
-BACKWARD_AND_FORWARD = 3.0
-"""A backward pass costs twice the forward: one product for the inputs' gradients, one for the weights'."""
 
 _DENSE_BF16_PEAK = (
     # Name of the device as CUDA gives it, FLOP/s of dense bf16 products (fp16 where it has no bf16) from the
@@ -96,30 +90,13 @@ def measured_flops(
             return 2.0 * size**3 / best
 
 
-def step_flops(anatomy: Anatomy, *, views: int, rows_by_length: Mapping[int, int], head_tokens: int) -> float:
-    """Count the model FLOPs of one optimizer step, forward and backward, over all ranks.
-
-    Args:
-        anatomy: The anatomy, which counts one forward pass.
-        views: The number of forward passes of each row through the trunk (1 for plain masked LM; DGA's
-            contrast adds three).
-        rows_by_length: The sequences of the global batch, by the tokens that they are padded to: what is left
-            of padding counts as it is computed, what was cut off does not.
-        head_tokens: The positions that go through the LM head, over the global batch (one view has them).
-    """
-    rows_of = rows_by_length.items()
-    trunk = (anatomy.forward_flops(views * rows * length, length, 0) for length, rows in rows_of)
-    forward = sum(trunk) + anatomy.forward_flops(0, 0, head_tokens)
-    return BACKWARD_AND_FORWARD * forward
-
-
 def rates(*, tokens: int, seconds: float, flops: float, peak_flops: float) -> dict[str, float]:
     """Return ``tokens_per_second``, ``step_seconds`` and ``mfu`` of a step.
 
     Args:
         tokens: The real tokens of the global batch, each row counted once whatever its views.
         seconds: The wall time of the step.
-        flops: The FLOPs of the step, from :func:`step_flops`.
+        flops: The FLOPs of the step, from ``objectives.flops.step_flops``.
         peak_flops: The peak FLOP/s of all ranks' devices together.
     """
     return {

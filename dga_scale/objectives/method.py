@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.flops import ModelFlops
 from dga_scale.config.settings import MethodSettings, TrainConfig
-from dga_scale.corpus.loading.batches import Batch, Counts
+from dga_scale.corpus.loading.batches import Batch, Counts, StepShape
 from dga_scale.objectives.contrast import Contrast
 from dga_scale.objectives.views import View
 from dga_scale.preservation.weight_regularisation import WeightRegularisation
@@ -96,6 +97,11 @@ class MethodContext:
     all_gather_object: Callable[[Any], list[Any]]
     run_on_first: Callable[[Callable[[], Any]], Any]
     print: Callable[[str], None]
+
+
+def teacher_flops(model: ModelFlops, step: StepShape) -> float:
+    """Count the FLOPs of the teacher's forward pass of the trunk on all rows of a step."""
+    return sum(model.forward.trunk(rows.taken, length) for length, rows in step.rows_by_length.items())
 
 
 class Method(Generic[S], nn.Module):
@@ -188,3 +194,11 @@ class Method(Generic[S], nn.Module):
     def terms(self, output: ForwardOutput) -> dict[str, Term]:
         """Return the terms added to the LM loss beside the contrast, by the names they are logged under."""
         return {}
+
+    def term_flops(self, model: ModelFlops, step: StepShape) -> float:
+        """Count the model FLOPs, over all ranks, of what the method computes beside views and contrast.
+
+        These are the matrix products of ``terms``, a teacher's forward passes among them, and of modules that
+        ``backbone.flops`` does not know; asked for after ``prepare``. See ``objectives.flops``.
+        """
+        return 0.0

@@ -21,8 +21,10 @@ all at once, and scatters their gradients back: the only term that grows with th
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from dga_scale.logging.throughput import step_flops
+from dga_scale.corpus.loading.batches import RowCounts, StepShape
+from dga_scale.objectives.flops import step_flops
 from dga_scale.planning.activations import Batch, gather_bytes
 from dga_scale.planning.gpus import Gpu
 from dga_scale.planning.memory import Zero, share
@@ -140,32 +142,44 @@ class Time:
         return self.exposed / self.step
 
 
+class StepFlops(NamedTuple):
+    """The FLOPs of a step over all ranks.
+
+    Attributes:
+        model: The model FLOPs, by which MFU is defined (``objectives.flops``).
+        computed: The FLOPs that are computed. They are more by what is recomputed (the forward pass of the
+            trunk; where a contrast goes over all micro-batches, that of its views) and by padding of the LM
+            head's positions, the teacher's too.
+        views: Those of the views' passes, of the LM head and of the contrast, nothing recomputed.
+
+    """
+
+    model: float
+    computed: float
+    views: float
+
+
 def forward_backward_flops(
     model: PlannedModel, batch: Batch, *, micro_steps: int, ranks: int, checkpointing: bool
-) -> tuple[float, float]:
-    """Count the model FLOPs of a step over all ranks (by which MFU is defined), and the computed FLOPs.
-
-    Recomputed blocks add a forward pass; a teacher a forward pass of one view; a contrast over all
-    micro-batches one of its views. A model whose lower layers are frozen is counted as if they were not.
-    """
-    rows, head_positions = batch.rows * micro_steps * ranks, batch.head_positions * micro_steps * ranks
-    counted = step_flops(
-        model.anatomy,
-        views=batch.views,
-        rows_by_length={batch.length: rows},
-        head_tokens=head_positions,
-    )
-    computed = counted
+) -> StepFlops:
+    """Count the FLOPs of a step's forward and backward passes over all ranks."""
+    rows, labels = batch.rows * micro_steps * ranks, batch.rows * batch.labels * micro_steps * ranks
+    mixed, mixed_labels = round(rows * model.mixed), round(labels * model.mixed)
+    rows_by_length = {batch.length: RowCounts(rows, rows, mixed)}
+    step = StepShape(rows_by_length, (labels - mixed_labels, mixed_labels), micro_steps)
+    forward, training = model.flops.forward, model.flops.training
+    counted = step_flops(model.method, model.flops, step)
+    padding = batch.head_positions * micro_steps * ranks - labels
+    views = counted + training.head(padding) - model.method.term_flops(model.flops, step)
+    computed = counted + training.head(padding)
+    if model.method.compares_vocabulary:
+        computed += forward.head(padding)
     if checkpointing:
-        tokens = batch.views * rows * batch.length
-        computed += model.anatomy.forward_flops(tokens, batch.length, 0)
+        computed += forward.trunk(batch.views * rows, batch.length)
     contrast = model.method.contrast()
     if contrast is not None and contrast.spans(micro_steps):
-        tokens = len(contrast.sides) * rows * batch.length
-        computed += model.anatomy.forward_flops(tokens, batch.length, 0)
-    if model.method.needs_teacher:
-        computed += model.anatomy.forward_flops(rows * batch.length, batch.length, head_positions)
-    return counted, computed
+        computed += forward.trunk(len(contrast.sides) * rows, batch.length)
+    return StepFlops(counted, computed, views)
 
 
 def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, micro_steps: int, computed: float) -> float:
@@ -183,7 +197,8 @@ def moved_bytes(model: PlannedModel, zero: Zero, batch: Batch, *, micro_steps: i
     A prediction takes 4 w + 36 bytes for each token of the vocabulary: logits; float32 and log-softmax;
     float32 and softmax again, weighted and rounded.
     A trained weight's gradient is written, and copied into a bucket and what it travels in.
-    ``computed`` is the ratio of computed FLOPs to model FLOPs, since recomputed activations are moved again.
+    ``computed`` is the ratio of computed FLOPs to those of the views, since recomputed activations are moved
+    again, and a teacher's are moved too.
     """
     anatomy, w = model.anatomy, zero.weight_bytes
     h, f = anatomy.hidden_size, anatomy.intermediate_size
@@ -260,7 +275,7 @@ def time(
     passes, as it prefetches; at most ``overlap`` of a pass. What follows the step, and the contrast's keys,
     which the loss waits for, do not hide.
     """
-    counted, flops = forward_backward_flops(
+    _, flops, views = forward_backward_flops(
         model, batch, micro_steps=micro_steps, ranks=zero.ranks, checkpointing=checkpointing
     )
     peak = (gpu.fp32_tflops if zero.weight_bytes == 4 else gpu.bf16_tflops) * 1e12
@@ -268,7 +283,7 @@ def time(
     if gpu.mfu:
         compute = flops / zero.ranks / (peak * gpu.mfu)
     else:
-        moved_here = moved_bytes(model, zero, batch, micro_steps=micro_steps, computed=flops / counted)
+        moved_here = moved_bytes(model, zero, batch, micro_steps=micro_steps, computed=flops / views)
         compute = flops / zero.ranks / (peak * gpu.product_efficiency) + moved_here / bandwidth
     entries = share(model, zero) * (48 + zero.weight_bytes)
     if zero.offload_optimizer:

@@ -12,11 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from dga_scale.backbone.anatomy import Anatomy, ParameterSlice, anatomy_of, check_known
 from dga_scale.backbone.checks import check_config
 from dga_scale.backbone.extended import is_masked
+from dga_scale.backbone.flops import ModelFlops, model_flops
 from dga_scale.backbone.layers import EMBEDDINGS, freeze, parameter_layers
 from dga_scale.backbone.loading import has_dropout, load_model_config, set_dropout
 from dga_scale.backbone.peft.prompt import PROMPT
 from dga_scale.config.arguments import nearest
 from dga_scale.config.settings import TrainConfig
+from dga_scale.corpus.loading.mixture import parse_mix
 from dga_scale.errors import UserError
 from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.objectives.methods import build_method
@@ -68,6 +70,8 @@ class PlannedModel:
         method: The method of the run.
         sizes: The number of entries of each parameter, by name; tied ones once.
         trained: The names of the parameters that the optimizer steps.
+        flops: The FLOPs of the model's passes.
+        mixed: The share of the text that is mixed in.
         decayed: The names of the matrices among them, which have a group of their own with weight decay.
         trained_layers: The number of blocks from the lowest one with a gradient up: they keep activations.
             ALBERT's count as often as they are called.
@@ -86,6 +90,8 @@ class PlannedModel:
     method: Method[Any]
     sizes: Mapping[str, int]
     trained: frozenset[str]
+    flops: ModelFlops
+    mixed: float
     decayed: frozenset[str]
     trained_layers: int
     checkpoints: bool
@@ -186,7 +192,8 @@ def build_model(config: TrainConfig) -> PlannedModel:
         changed = method.prepare(_context(model, anatomy, config))
     if changed is not None:
         model, anatomy = changed, anatomy_of(changed)
-    return _describe(name, model, anatomy, method)
+    mixed = sum(parse_mix(spec)[1] for spec in config.data.mix or ())
+    return _describe(name, model, anatomy, method, mixed)
 
 
 def _context(model: Any, anatomy: Anatomy, config: TrainConfig) -> MethodContext:
@@ -210,7 +217,7 @@ def _context(model: Any, anatomy: Anatomy, config: TrainConfig) -> MethodContext
     )
 
 
-def _describe(name: str, model: Any, anatomy: Anatomy, method: Method[Any]) -> PlannedModel:
+def _describe(name: str, model: Any, anatomy: Anatomy, method: Method[Any], mixed: float) -> PlannedModel:
     parameters = dict(model.named_parameters())
     sizes = {key: parameter.numel() for key, parameter in parameters.items()}
     trained = frozenset(key for key, parameter in parameters.items() if parameter.requires_grad)
@@ -233,6 +240,8 @@ def _describe(name: str, model: Any, anatomy: Anatomy, method: Method[Any]) -> P
         method=method,
         sizes=sizes,
         trained=trained,
+        flops=model_flops(model, anatomy),
+        mixed=mixed,
         decayed=frozenset(key for key in trained if parameters[key].dim() > 1),
         trained_layers=(anatomy.num_layers + 1 - max(1, min(lowest))) * anatomy.layer_uses,
         checkpoints=getattr(model, "base", model).supports_gradient_checkpointing,

@@ -151,7 +151,7 @@ class Planner:
             ranks_per_node=cluster.per_node,
             checkpointing=checkpointing,
         )
-        counted, _ = forward_backward_flops(
+        flops = forward_backward_flops(
             model, batch, micro_steps=micro_steps, ranks=gpus, checkpointing=checkpointing
         )
         peak = cluster.gpu.fp32_tflops if zero.weight_bytes == 4 else cluster.gpu.bf16_tflops
@@ -163,7 +163,7 @@ class Planner:
             memory=need,
             traffic=traffic(model, zero, batch, micro_steps=micro_steps),
             time=seconds,
-            mfu=counted / (seconds.step * gpus * peak * 1e12),
+            mfu=flops.model / (seconds.step * gpus * peak * 1e12),
             fits=need.total <= cluster.room and need.host_total <= cluster.host_room,
         )
 

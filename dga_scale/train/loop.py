@@ -15,7 +15,8 @@ from dga_scale.launch.watchdog import note_step
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.environment import describe_environment, device_name, write_environment
 from dga_scale.logging.run_log import Value, open_log
-from dga_scale.logging.throughput import device_peak, memory_gib, rates, step_flops
+from dga_scale.logging.throughput import device_peak, memory_gib, rates
+from dga_scale.objectives.flops import step_flops
 from dga_scale.train.callbacks import (
     Callback,
     CheckInvariants,
@@ -167,10 +168,5 @@ def _peak_flops(inputs: Inputs, cluster: Cluster) -> float:
 
 
 def _rates(trainer: Trainer, batches: StepBatches, seconds: float, peak_flops: float) -> dict[str, float]:
-    flops = step_flops(
-        trainer.anatomy,
-        views=len(trainer.model.views),
-        rows_by_length=batches.rows_by_length,
-        head_tokens=batches.head_positions,
-    )
+    flops = step_flops(trainer.method, trainer.flops, batches.shape)
     return rates(tokens=sum(batches.tokens_per_source), seconds=seconds, flops=flops, peak_flops=peak_flops)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from dga_scale.backbone.flops import model_flops
 from dga_scale.backbone.layers import learning_rate_scales
 from dga_scale.backbone.packed_rows import can_pack
 from dga_scale.checkpoint.companions import record_companions
@@ -47,6 +48,7 @@ class Trainer:
         method: The objective.
         model: The training model; ``engine.module`` is the same.
         anatomy: The places of the language model's units.
+        flops: The FLOPs of the language model's passes.
         protection: The protection of those units, for methods that have some.
         engine: The DeepSpeed engine.
         start: The run's start, and the schedule of its learning rate.
@@ -73,6 +75,7 @@ class Trainer:
         self._companions: dict[str, FileRecord] | None = None
         initial = starting_model(inputs, cluster, log, self.method, self.resuming, check_stop)
         self.anatomy, self._published_config = initial.anatomy, initial.config
+        self.flops = model_flops(initial.lm, initial.anatomy)
         self._pack = can_pack(initial.lm, initial.anatomy)
         settings = config.method
         self.protection = Protection(

@@ -92,7 +92,7 @@ def _put_before(
     if mask is None:
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
     prompt = trunk.get_submodule(PROMPT)
-    tokens = _prompt_length(trunk)
+    tokens = prompt_length(trunk)
     given["inputs_embeds"] = prompt(embeddings)
     given["attention_mask"] = torch.cat([mask.new_ones(len(mask), tokens), mask], dim=1)
     if given.get("token_type_ids") is not None:
@@ -105,14 +105,14 @@ def _put_before(
     return (), given
 
 
-def _prompt_length(trunk: nn.Module) -> int:
+def prompt_length(trunk: nn.Module) -> int:
     """Return the number of soft tokens, also where ZeRO-3 has partitioned them."""
     weight: Any = trunk.get_submodule(PROMPT).weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def _take_off(trunk: Any, args: tuple[Any, ...], output: ModelOutput) -> ModelOutput:
-    tokens = _prompt_length(trunk)
+    tokens = prompt_length(trunk)
     output["last_hidden_state"] = output["last_hidden_state"][:, tokens:]
     if output.get("hidden_states") is not None:
         output["hidden_states"] = tuple(states[:, tokens:] for states in output["hidden_states"])

@@ -4,6 +4,7 @@ The mask of a row is decided by (seed, epoch, row) alone, so every number of ran
 the same masks for each global batch.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +81,35 @@ class Counts(NamedTuple):
     @property
     def num_labels(self) -> int:
         """The number of labels of the global batch, of all sources."""
+        return sum(self.labels_per_source)
+
+
+class RowCounts(NamedTuple):
+    """The numbers of rows, of a global batch, that are padded to one length."""
+
+    taken: int
+    """The rows that a view's forward pass takes: packed ones where they are packed."""
+    rows: int
+    mixed: int
+    """The rows of the corpora mixed in, which are among them."""
+
+
+class StepShape(NamedTuple):
+    """The shapes of the micro-batches of one optimizer step, of all ranks together."""
+
+    rows_by_length: Mapping[int, RowCounts]
+    labels_per_source: tuple[int, ...]
+    """As in ``Counts``."""
+    micro_steps: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the global batch."""
+        return sum(counts.rows for counts in self.rows_by_length.values())
+
+    @property
+    def num_labels(self) -> int:
+        """The number of labels of the global batch, of all sources, without padding."""
         return sum(self.labels_per_source)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dga_scale.corpus.loading.batches import Batch, Counts, build_batch, mixed_batch
+from dga_scale.corpus.loading.batches import Batch, Counts, RowCounts, StepShape, build_batch, mixed_batch
 from dga_scale.corpus.loading.masking import MaskingPolicy, label_counts
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.loading.order import SampleOrder
@@ -16,7 +16,6 @@ from dga_scale.corpus.loading.shapes import (
     num_packed_rows,
     pack_rows,
     padded_length,
-    rounded_up,
 )
 from dga_scale.corpus.shards import Corpus
 from dga_scale.errors import UserError
@@ -32,11 +31,8 @@ class StepBatches:
     """The counts of the global batch that they are a part of."""
     tokens_per_source: tuple[int, ...]
     """The number of real tokens of the global batch, by source."""
-    rows_by_length: dict[int, int]
-    """The number of rows of the global batch that a view's forward pass takes, packed where they are, by
-    length."""
-    head_positions: int
-    """The number of positions of the global batch that go through the LM head, padding included."""
+    shape: StepShape
+    """The shapes of the global batch."""
 
 
 class BatchStream:
@@ -106,11 +102,11 @@ class BatchStream:
         mixture, masking = self._mixture, self._masking
         manifest = mixture.corpora[0].manifest  # packing and length are those of all
         picks = mixture.picks(step * self._global, (step + 1) * self._global)
-        lengths, labels = mixture.lengths(picks), np.empty(len(picks.rows), dtype=np.int64)
+        lengths = mixture.lengths(picks)
         labels_per_source, tokens = [0] * len(mixture.corpora), [0] * len(mixture.corpora)
         for source, where in mixture.by_source(picks):
-            labels[where] = label_counts(mixture.corpora[source], picks.rows[where], masking)
-            labels_per_source[source] = int(labels[where].sum())
+            labels = label_counts(mixture.corpora[source], picks.rows[where], masking)
+            labels_per_source[source] = int(labels.sum())
             tokens[source] = int(lengths[where].sum())
         rows = self._world_size * self._micro  # of one micro-step of all ranks
         parts = np.stack(
@@ -119,13 +115,16 @@ class BatchStream:
                 for first in range(0, self._global, rows)
             ]
         )  # (accumulation steps, ranks, micro-batch)
-        rows_by_length: dict[int, int] = {}
-        for own in lengths[parts].reshape(-1, self._micro):
+        rows_by_length: dict[int, RowCounts] = {}
+        for part in parts.reshape(-1, self._micro):
+            own = lengths[part]
             length = padded_length(own, manifest.sequence_length)
             taken = self._micro
             if self._pack:
                 taken = num_packed_rows(len(pack_rows(own.tolist(), length)), self._micro)
-            rows_by_length[length] = rows_by_length.get(length, 0) + taken
+            before = rows_by_length.get(length, RowCounts(0, 0, 0))
+            more = RowCounts(taken, self._micro, int(np.count_nonzero(picks.sources[part])))
+            rows_by_length[length] = RowCounts(*map(sum, zip(before, more, strict=True)))
         return StepBatches(
             step=step,
             micro_batches=[
@@ -134,8 +133,7 @@ class BatchStream:
             ],
             counts=Counts(tuple(labels_per_source), parts.shape[0] * parts.shape[1]),
             tokens_per_source=tuple(tokens),
-            rows_by_length=rows_by_length,
-            head_positions=int(rounded_up(labels[parts].sum(axis=2)).sum()),
+            shape=StepShape(rows_by_length, tuple(labels_per_source), len(parts)),
         )
 
     def __iter__(self) -> Iterator[StepBatches]:

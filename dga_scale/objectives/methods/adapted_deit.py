@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dga_scale.backbone.flops import ModelFlops
 from dga_scale.backbone.peft.prompt import embedding_std
 from dga_scale.config.methods.adapted_deit import AdaptedDeiTSettings
-from dga_scale.objectives.method import ForwardOutput, Method, MethodContext, Term
+from dga_scale.corpus.loading.batches import StepShape
+from dga_scale.objectives.method import ForwardOutput, Method, MethodContext, Term, teacher_flops
 from dga_scale.objectives.views import mean_pool
 
 
@@ -65,3 +67,10 @@ class AdaptedDeiT(Method[AdaptedDeiTSettings]):
         teachers = mean_pool(output.teacher(False), inputs.attention_mask)
         losses = 1 - F.cosine_similarity(states, teachers, dim=-1)
         return {"adapted_deit": Term(losses.mean(), self.settings.deit_weight)}
+
+    def term_flops(self, model: ModelFlops, step: StepShape) -> float:
+        students = sum(
+            model.from_embeddings.trunk(rows.rows, min(length + 1, self.max_positions))
+            for length, rows in step.rows_by_length.items()
+        )
+        return students + teacher_flops(model, step)

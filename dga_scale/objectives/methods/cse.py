@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dga_scale.backbone.extended import ExtendedPreTrainedModel, Settings, extend
+from dga_scale.backbone.flops import ModelFlops
 from dga_scale.config.methods.cse import CSESettings
 from dga_scale.config.settings import TrainConfig
+from dga_scale.corpus.loading.batches import StepShape
 from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters, NoClusters, find_clusters
 from dga_scale.experts.extension import (
@@ -21,6 +23,7 @@ from dga_scale.experts.extension import (
     add_experts,
     collect_features,
     settings_of,
+    sparse_sublayers,
     sublayer_ids,
     update_centres_every,
 )
@@ -55,7 +58,11 @@ class CSE(Method[CSESettings]):
         model = self._with_experts(context)
         # The accumulation steps of a step: the settings were completed before this.
         update_centres_every(model, context.config.optimization.gradient_accumulation_steps or 1)
+        self.projections = [sparse.router.projection.numel() for sparse in sparse_sublayers(model).values()]
         return model
+
+    def term_flops(self, model: ModelFlops, step: StepShape) -> float:
+        return 2.0 * step.rows * sum(self.projections)  # each sequence is projected, to choose its experts
 
     def _with_experts(self, context: MethodContext) -> ExtendedPreTrainedModel:
         if isinstance(context.lm, ExtendedPreTrainedModel) and context.lm.config.extension == EXPERTS:

@@ -1,8 +1,10 @@
 """MLM + KD: the vocabulary distributions of the starting model are distilled into the one that is trained."""
 
+from dga_scale.backbone.flops import ModelFlops
 from dga_scale.config.methods.kd import KDSettings
+from dga_scale.corpus.loading.batches import StepShape
 from dga_scale.corpus.loading.masking import IGNORED
-from dga_scale.objectives.method import ForwardOutput, Method, Term
+from dga_scale.objectives.method import ForwardOutput, Method, Term, teacher_flops
 from dga_scale.preservation.divergence import kl_divergence
 
 
@@ -25,3 +27,6 @@ class KD(Method[KDSettings]):
         total = divergences.masked_fill(labels == IGNORED, 0).sum()
         mean = total * temperature**2 * (output.counts.num_micro_batches / output.counts.num_labels)
         return {"kd": Term(mean, self.settings.kd_weight)}
+
+    def term_flops(self, model: ModelFlops, step: StepShape) -> float:
+        return teacher_flops(model, step) + model.forward.head(step.num_labels)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from dga_scale.backbone.flops import ModelFlops
 from dga_scale.config.methods.kl import KLSettings
+from dga_scale.corpus.loading.batches import StepShape
 from dga_scale.objectives.method import ForwardOutput, Method, Term
 from dga_scale.objectives.methods.rehearsal import weighted_means
 from dga_scale.preservation.divergence import kl_divergence
@@ -41,3 +43,10 @@ class KL(Method[KLSettings]):
         total = divergences.masked_fill(labels < 0, 0).sum()
         mean = total * temperature**2 * (counts.num_micro_batches / mixed)
         return {"kl": Term(mean, self.settings.kl_weight)}
+
+    def term_flops(self, model: ModelFlops, step: StepShape) -> float:
+        mixed = sum(step.labels_per_source[1:])
+        if not mixed:
+            return 0.0
+        trunk = sum(model.forward.trunk(rows.mixed, length) for length, rows in step.rows_by_length.items())
+        return trunk + model.forward.head(mixed)

@@ -2,11 +2,13 @@
 
 import torch.nn.functional as F
 
+from dga_scale.backbone.flops import ModelFlops
 from dga_scale.config.methods.tacl import TaCLSettings
 from dga_scale.config.settings import TrainConfig
+from dga_scale.corpus.loading.batches import StepShape
 from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
-from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method, Term
+from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method, Term, teacher_flops
 
 
 class TaCL(Method[TaCLSettings]):
@@ -40,3 +42,8 @@ class TaCL(Method[TaCLSettings]):
         total = F.cross_entropy(similarities, targets, ignore_index=IGNORED, reduction="sum")
         mean = total * (output.counts.num_micro_batches / output.counts.num_labels)
         return {"tacl": Term(mean, self.settings.tacl_weight)}
+
+    def term_flops(self, model: ModelFlops, step: StepShape) -> float:
+        pairs = sum(rows.rows * length**2 for length, rows in step.rows_by_length.items())
+        # The similarities, and their gradient for the student's states alone.
+        return teacher_flops(model, step) + 2 * 2.0 * pairs * model.hidden_size

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dga_scale.backbone.flops import ModelFlops
 from dga_scale.config.methods.taco import TaCoSettings
 from dga_scale.config.settings import TrainConfig
+from dga_scale.corpus.loading.batches import StepShape
 from dga_scale.errors import UserError
 from dga_scale.objectives.method import LM_VIEW, ForwardOutput, Method, MethodContext, Term
 from dga_scale.objectives.views import View
@@ -58,6 +60,11 @@ class TaCo(Method[TaCoSettings]):
         counts = (output.inputs.attention_mask == 1) & (lengths > 1)[:, None]
         by_row = losses.masked_fill(~counts, 0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
         return {"taco": Term(by_row.mean(), settings.taco_weight)}
+
+    def term_flops(self, model: ModelFlops, step: StepShape) -> float:
+        tokens = sum(rows.rows * length for length, rows in step.rows_by_length.items())
+        # The similarities to the negatives, and their gradient for the anchors alone.
+        return 2 * 2.0 * tokens * self.settings.taco_negatives * model.hidden_size
 
 
 def near_tokens(lengths: Tensor, tokens: int, window: int) -> Tensor:

@@ -218,9 +218,11 @@ def test_all_world_sizes_see_the_same(
         assert step.counts.labels_per_source == ((reference.labels != IGNORED).sum(),)
         assert step.tokens_per_source == (reference.attention_mask.sum(),)
         parts = [batch for own in seen for batch in own.micro_batches]
-        assert step.head_positions == sum(len(batch.labels) for batch in parts)
+        assert (step.shape.rows, step.shape.micro_steps) == (GLOBAL, accumulation)
+        assert step.shape.num_labels == step.counts.num_labels
         lengths_taken = [batch.input_ids.shape[1] for batch in parts for _ in range(micro)]
-        assert step.rows_by_length == {width: lengths_taken.count(width) for width in set(lengths_taken)}
+        rows = {width: lengths_taken.count(width) for width in set(lengths_taken)}
+        assert step.shape.rows_by_length == {width: (count, count, 0) for width, count in rows.items()}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -248,7 +250,10 @@ def test_documents_are_distributed_by_length(world_size: int, corpus: Corpus, ma
             real = batch.attention_mask.flatten().nonzero().flatten()
             assert batch.packed_positions[batch.packed_positions >= 0].sort().values.equal(real)
             read[width] = read.get(width, 0) + len(batch.packed_positions)
-        assert all(step.rows_by_length == read for step in steps)
+        by_length = steps[0].shape.rows_by_length
+        assert {width: rows.taken for width, rows in by_length.items()} == read
+        assert steps[0].shape.rows == GLOBAL
+        assert all(step.shape == steps[0].shape for step in steps)
 
 
 def test_rows_are_put_where_they_leave_least_room() -> None:

@@ -133,6 +133,10 @@ def test_all_world_sizes_see_the_same(world_size: int, corpora: list[Corpus], ma
             for part in (whole, *parts):
                 assert part.counts.labels_per_source[source] == masked
                 assert part.tokens_per_source[source] == tokens
+        for part in (whole, *parts):
+            assert part.shape.labels_per_source == part.counts.labels_per_source
+            mixed = sum(rows.mixed for rows in part.shape.rows_by_length.values())
+            assert mixed == (expected.sources > 0).sum()
 
 
 def test_a_step_follows_from_its_number_alone(
