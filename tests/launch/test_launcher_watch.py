@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dga_scale.launch.environment import LaunchInfo, read_launch_info
 from dga_scale.launch.launcher_watch import LauncherWatch
 from dga_scale.launch.preemption import EXIT_STOPPED, StopRequest
 from tests.helpers.forks import launch
+from tests.helpers.launches import fork_rank
 from tests.helpers.mpi import PROGRAMS
 from tests.helpers.pictures import no_pictures
 from tests.helpers.ranks import REPOSITORY, free_port
@@ -45,8 +45,7 @@ def killed_launcher(ranks: int, behave: Behave, *args: Any) -> int:
     launcher = os.fork()
     if launcher == 0:
         for rank in range(ranks):
-            if os.fork() == 0:
-                _be_rank(rank, ranks, port, behave, lambda: os.write(said, b"."), *args)
+            fork_rank(rank, ranks, port, behave, lambda: os.write(said, b"."), *args)
         signal.pause()
     os.close(said)
     assert sum(bool(os.read(heard, 1)) for _ in range(ranks)) == ranks, "a rank ended early"
@@ -57,21 +56,6 @@ def killed_launcher(ranks: int, behave: Behave, *args: Any) -> int:
         codes += [] if pid == launcher else [os.waitstatus_to_exitcode(status)]
     assert len(set(codes)) == 1, codes
     return codes[0]
-
-
-def _be_rank(rank: int, ranks: int, port: int, behave: Behave, *args: Any) -> None:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    os.environ.update({name: str(value) for name, value in numbers.items()})
-    os.environ.update(TORCHELASTIC_RUN_ID="none", MASTER_PORT=str(port))
-    code = 1
-    try:
-        code = behave(*args) or 0
-    except SystemExit as end:
-        code = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
 
 
 def trains(ready: Callable[[], None], flags: list[str]) -> None:
