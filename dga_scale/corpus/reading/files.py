@@ -148,12 +148,16 @@ def blocks(source: Source) -> Iterator[bytes]:
             yield block
 
 
-def lines(source: Source, segment: Segment, limit: int) -> Iterator[tuple["LineNumber", bytes]]:
+Line = bytes | bytearray
+"""The bytes of a line; what was put together of several blocks stays a bytearray, which is not copied."""
+
+
+def lines(source: Source, segment: Segment, limit: int) -> Iterator[tuple["LineNumber", Line]]:
     """Yield the lines whose first byte lies in the segment, without line break and byte order mark.
 
-    A line ends with ``\\n``, ``\\r\\n`` or ``\\r``. Segments are cut at ``\\n`` only: a file that has none is
+    A line ends with ``\n``, ``\r\n`` or ``\r``. Segments are cut at ``\\n`` only: a file that has none is
     one segment's. Of a line longer than ``limit`` bytes only its beginning is held, which is longer too:
-    ``decode`` refuses it.
+    ``decode`` refuses it. A line that was yielded is not held here any more.
 
     Raises:
         UserError: The file can't be read, is damaged, or is empty once decompressed.
@@ -168,30 +172,44 @@ def lines(source: Source, segment: Segment, limit: int) -> Iterator[tuple["LineN
 
         def read() -> bytes:
             nonlocal position
-            block = _reading(path, compression, lambda: file.readline(limit + 1))
+            block = _reading(path, compression, lambda: file.readline(_BUFFER))
             position += len(block)
             return block
 
         while segment.stop is None or position < segment.stop:
-            line = read()
-            if not line:
+            before = position
+            yield from map(number.count, _parts(read, limit))
+            if position == before:
                 break
-            for part in _parts(line, read, limit):
-                number.read += 1
-                # Files with a mark of their own may have been put together.
-                yield number, part.removeprefix(codecs.BOM_UTF8)
         if position == 0:
             raise UserError(f"input file {path} is empty once decompressed. Remove it from the inputs")
 
 
-def _parts(line: bytes, read: Callable[[], bytes], limit: int) -> Iterator[bytes]:
-    """Split what ends with ``\\n`` at each ``\\r``, reading on until that end."""
-    while len(line) > limit and not line.endswith(b"\n") and (block := read()):
-        half = b"\r" if line.endswith(b"\r") else b""  # perhaps of a line break
-        *ended, rest = line.removesuffix(half).split(b"\r")
-        yield from ended
-        line = rest[: limit + 1] + half + block
-    yield from line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r")
+def _parts(read: Callable[[], bytes], limit: int) -> Iterator[Line]:
+    """Read blocks up to the next ``\\n``, and yield what is between its ``\\r``; nothing at a file's end."""
+    held = bytearray()  # of a line that goes on in the next block
+    half = b""  # perhaps of a line break
+    begun = False
+    while block := read():
+        ended = block.endswith(b"\n")
+        if ended and not begun and b"\r" not in block:  # as nearly all are
+            yield block[:-1]
+            return
+        begun = True
+        block = half + block.removesuffix(b"\n")
+        half = b"\r" if block.endswith(b"\r") and not ended else b""
+        *whole, rest = block.removesuffix(b"\r").split(b"\r")
+        for part in whole:
+            held += part
+            done, held = [held], bytearray()
+            yield done.pop()  # held by the reader alone, which may have no memory for two
+        if len(held) <= limit:
+            held += rest
+        if ended:
+            break
+    if begun:
+        done, held = [held], bytearray()
+        yield done.pop()
 
 
 def check_size(where: object, size: int, limit: int) -> None:
@@ -207,7 +225,7 @@ def check_size(where: object, size: int, limit: int) -> None:
         )
 
 
-def decode(path: str, where: object, line: bytes, limit: int) -> str:
+def decode(path: str, where: object, line: Line, limit: int) -> str:
     """Decode a line of a file.
 
     Raises:
@@ -230,6 +248,12 @@ class LineNumber:
     def __init__(self, source: Source, start: int) -> None:
         self._source, self._start = source, start
         self.read = 0
+
+    def count(self, line: Line) -> tuple["LineNumber", Line]:
+        """Count the next line, and return its number with it, without byte order mark."""
+        self.read += 1
+        # Files with a mark of their own may have been put together.
+        return self, line[len(codecs.BOM_UTF8) :] if line.startswith(codecs.BOM_UTF8) else line
 
     def __str__(self) -> str:
         before = 0

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from dga_scale.corpus.reading.files import (
     COMPRESSIONS,
     BadRecord,
+    Line,
     Segment,
     Source,
     check_size,
@@ -115,6 +116,7 @@ def read_segment(source: Source, segment: Segment, options: ReadOptions, records
             records.first_bad = records.first_bad or str(error)
         else:
             records.good += 1
+            del record  # it may be as large as the text
             yield text
 
 
@@ -148,7 +150,7 @@ def _whole_file(source: Source, limit: int) -> str:
 
 
 def _jsonl(source: Source, segment: Segment, options: ReadOptions) -> Reader:
-    def read(number: object, line: bytes) -> str:
+    def read(number: object, line: Line) -> str:
         try:
             record = json.loads(decode(source.path, number, line, options.max_bytes))
         except (ValueError, RecursionError) as error:
@@ -158,7 +160,10 @@ def _jsonl(source: Source, segment: Segment, options: ReadOptions) -> Reader:
             ) from error
         return _record_text(number, record, options.text_field)
 
-    return ((n, line) for n, line in lines(source, segment, options.max_bytes) if line.strip()), read
+    def filled(numbered: tuple[object, Line]) -> bool:
+        return bool(numbered[1]) and not numbered[1].isspace()
+
+    return filter(filled, lines(source, segment, options.max_bytes)), read
 
 
 def _array(source: Source, _: Segment, options: ReadOptions) -> Reader:
