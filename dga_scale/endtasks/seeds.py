@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dga_scale.corpus.sharding.executor import end_with_parent
 from dga_scale.corpus.shards import file_sha256
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.tasks import Task, majority_share
 from dga_scale.errors import UserError
 from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.run_folder import write_text
+from dga_scale.streams import keep_streams
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def model_fingerprint(model: str) -> str:
 def _start_worker(jobs: int) -> None:
     import torch
 
+    end_with_parent()
+    keep_streams(lambda error: None)  # the first process says so
     quiet_libraries()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
 

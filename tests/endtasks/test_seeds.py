@@ -1,16 +1,22 @@
 """Several seeds: what is written, what is skipped, what is refused; and forgetting over stages."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import statistics
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dga_scale.endtasks import seeds as module
 from dga_scale.endtasks.cli import finetune, forgetting
 from dga_scale.endtasks.forgetting import find_stages, forgetting_rate
 from dga_scale.errors import UserError
+from tests.helpers.forks import launch
 from tests.helpers.tiny_tasks import tiny_model, write_task
 
 FLAGS = ["--epochs", "2", "--learning_rate", "3e-3", "--metric", "accuracy"]
@@ -152,3 +158,25 @@ def test_sequences_and_tasks_that_do_not_go_together(sequence: Path, task: Path)
         find_stages(sequence)
     with pytest.raises(UserError, match="no such folder"):
         find_stages(sequence / "nowhere")
+
+
+def work_for_ever(folder: Path) -> None:
+    module._start_worker(1)
+    (folder / "tmp").write_text(str(os.getpid()))
+    (folder / "tmp").rename(folder / "pid")
+    time.sleep(600)
+
+
+def be_killed_beside_a_worker(folder: Path) -> None:
+    multiprocessing.get_context("fork").Process(target=work_for_ever, args=(folder,)).start()
+    while not (folder / "pid").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    assert launch(1, be_killed_beside_a_worker, tmp_path).wait() == [-signal.SIGKILL]
+    pid, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 120
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < deadline, "the worker lives on"
+        time.sleep(0.05)

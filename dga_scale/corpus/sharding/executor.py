@@ -142,16 +142,22 @@ def _run(call: Callable[[], None], output: Path) -> None:
 
 
 def _start_worker() -> None:
-    """A worker leaves interrupts to its parent, and ends when the parent is gone, killed for example."""
+    """A worker leaves interrupts to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _exit_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this worker process when the one that started it is gone, killed for example."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    sentinel = parent.sentinel
+
+    def wait() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class MpiExecutor(Executor):
