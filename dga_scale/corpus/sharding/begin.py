@@ -92,6 +92,7 @@ def begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: 
                 file=sys.stderr,
             )
             work.remove_later_stages()
+            work.plan_file.unlink()  # before what it goes with is written: killed now, no plan is taken up
         write_tokenizer_file(work, spec, layout, special_ids(tokenizer))
         write_json(work.plan_file, plan.to_json(), work.scratch)
 

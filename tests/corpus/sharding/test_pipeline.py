@@ -411,6 +411,17 @@ def test_unfinished_work_is_kept_as_far_as_it_is_the_same(
     assert contents(output) != contents(tmp_path / "reference")
 
 
+def test_killed_while_other_settings_take_over(
+    raw: Path, wordpiece: Path, expected: Path, tmp_path: Path
+) -> None:
+    """Killed before its plan is in place, it leaves nothing that the former settings would take up."""
+    output = tmp_path / "corpus"
+    in_fork_killed_at(3, [str(raw)], output, settings(wordpiece))  # with tokenizer.json and plan.json
+    in_fork_killed_at(2, [str(raw)], output, settings(wordpiece, sequence_length=64))
+    shard_corpus([str(raw)], output, settings(wordpiece))
+    assert contents(output) == contents(expected)
+
+
 def test_another_field_in_a_folder_that_was_begun(wordpiece: Path, tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(50), field="reviewText")
     with pytest.raises(UserError, match=r"Fields present: id, reviewText\. Choose one with --text_field$"):
