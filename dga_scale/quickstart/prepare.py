@@ -95,7 +95,7 @@ def defaults(folder: Path = FOLDER) -> dict[str, Any]:
 
 def prepare(folder: Path) -> None:
     """Run the steps that are not complete yet, and print each."""
-    with _locked(folder):
+    with _locked(folder) as lock:
         encoder = folder / "encoder"
         _once(encoder, "verify the weights of all-MiniLM-L6-v2", _link_encoder)
         _once(folder / "text", "collect text from installed packages", _write_text)
@@ -105,7 +105,7 @@ def prepare(folder: Path) -> None:
                 text = folder / "text" / f"{name}.jsonl"
                 run_command(
                     "dga-shard", text, "--tokenizer", encoder, "--output", output,
-                    "--sequence_length", SEQUENCE_LENGTH, "--validation_share", 0,
+                    "--sequence_length", SEQUENCE_LENGTH, "--validation_share", 0, lock=lock,
                 )  # fmt: skip
         base = folder / "base"
         if not (base / "report.html").exists():
@@ -114,7 +114,7 @@ def prepare(folder: Path) -> None:
                 "--corpus", folder / "corpora" / "general",
                 "--eval_corpus", folder / "corpora" / "domain_heldout",
                 "--general_eval_corpus", folder / "corpora" / "general_heldout", "--output_dir", base,
-                *(word for name, value in BASE_SETTINGS.items() for word in (f"--{name}", value)),
+                *(word for name, value in BASE_SETTINGS.items() for word in (f"--{name}", value)), lock=lock,
             )  # fmt: skip
 
 
@@ -134,8 +134,13 @@ def repository() -> Path:
     return root.relative_to(here) if root.is_relative_to(here) else root
 
 
-def run_command(*command: object, environment: dict[str, str] | None = None) -> None:
+def run_command(*command: object, environment: dict[str, str] | None = None, lock: int | None = None) -> None:
     """Print a command as a user would type it, and run it.
+
+    Args:
+        command: The words of the command.
+        environment: The variables that it gets besides.
+        lock: The file that the command keeps locked too: where this process is killed, it works on.
 
     Raises:
         UserError: The command failed; it has printed the reason itself.
@@ -145,7 +150,9 @@ def run_command(*command: object, environment: dict[str, str] | None = None) -> 
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
     # The programs that pip installed beside this Python, whether or not its environment is activated.
     inherited["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])
-    code = subprocess.run(words, env=inherited | (environment or {}), check=False).returncode
+    kept = () if lock is None else (lock,)
+    done = subprocess.run(words, env=inherited | (environment or {}), pass_fds=kept, check=False)
+    code = done.returncode
     if code != 0:
         raise UserError(
             f"`{words[0]}` ended with exit code {code} (see above). Complete steps are kept: the same "
@@ -198,8 +205,8 @@ def _once(target: Path, what: str, make: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the demo's folder for this process; the system releases the lock if the process dies."""
+def _locked(folder: Path) -> Iterator[int]:
+    """Lock the demo's folder for this process, and for what gets the file; when all are gone it is free."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
@@ -207,4 +214,4 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting for another process that is making the demo in {folder} ready", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock.fileno()

@@ -1,5 +1,8 @@
 """Making the demo ready: each step once, whole or not at all, by one process at a time."""
 
+import fcntl
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -71,6 +74,26 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert together == [1, 1, 1, 1]
+
+
+def test_where_the_demo_is_killed_its_command_keeps_the_folder(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    def work() -> None:
+        with prepare._locked(tmp_path / "demo") as lock:
+            prepare.run_command("sh", "-c", f"echo > {fifo}; read line < {fifo}", lock=lock)
+
+    demo = multiprocessing.get_context("fork").Process(target=work)
+    demo.start()
+    fifo.read_text()  # the command is there
+    demo.kill()
+    demo.join()
+    with open(tmp_path / "demo" / ".lock") as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fifo.write_text("\n")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the command has ended
 
 
 def test_encoder_is_the_published_one(tmp_path: Path) -> None:
