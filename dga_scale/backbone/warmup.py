@@ -82,10 +82,28 @@ def warm_up_head(
     model.train(was_training)
 
 
-def save_head(model: PreTrainedModel, anatomy: Anatomy, path: Path) -> None:
-    """Save the LM head's own parameters, or nothing: a resumed run starts from the same model."""
+def save_head(model: PreTrainedModel, anatomy: Anatomy, path: Path, base_model: str = "") -> None:
+    """Save the LM head's own parameters, or nothing: a run that starts again starts from the same model.
+
+    Args:
+        model: The model with its head.
+        anatomy: The model's anatomy.
+        path: The file to be written.
+        base_model: The hash of the weights that the head was trained on.
+
+    """
     own = set(anatomy.lm_head_parameters)
-    save_tensors({n: p for n, p in model.named_parameters() if n in own}, path, {"format": "pt"})
+    metadata = {"format": "pt", "base_model": base_model}
+    save_tensors({n: p for n, p in model.named_parameters() if n in own}, path, metadata)
+
+
+def head_is_of(path: Path, base_model: str) -> bool:
+    """Return whether ``path`` is a whole file of a head that was trained on weights of this hash."""
+    try:
+        _, metadata = load_tensors(path)
+    except (OSError, SafetensorError, ValueError):
+        return False
+    return metadata.get("base_model") == base_model
 
 
 @torch.no_grad()

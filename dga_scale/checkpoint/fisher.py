@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,17 @@ from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.preservation.fragments import Fragment
 from dga_scale.preservation.weight_regularisation import FragmentKey, key_of
-from dga_scale.storage.safetensors_stream import Entry, FileRecord, SegmentReader, write_safetensors
+from dga_scale.run_folder import write_text
+from dga_scale.storage.checked_json import read_object
+from dga_scale.storage.safetensors_stream import (
+    Entry,
+    FileRecord,
+    SegmentReader,
+    record_of,
+    write_safetensors,
+)
+
+MEASURED = "measured.json"
 
 
 def save_fisher(
@@ -27,6 +38,7 @@ def save_fisher(
     fragments: Sequence[Fragment],
     cluster: Cluster,
     copies: int = 1,
+    measured: Mapping[str, Any] | None = None,
 ) -> None:
     """Write F of all fragments; every rank has to call it.
 
@@ -36,6 +48,7 @@ def save_fisher(
         fragments: This rank's fragments.
         cluster: The ranks.
         copies: The number of ranks that hold each entry (ZeRO-0: all of them; else 1).
+        measured: What ``read_measured`` returns of it, as plain data.
 
     Raises:
         UserError: Any rank could not write; raised on all.
@@ -63,7 +76,10 @@ def save_fisher(
             ) from None
 
     def publish() -> None:
+        write_text(temporary / MEASURED, json.dumps(measured or {}, indent=2) + "\n")
+        files[MEASURED] = record_of(temporary / MEASURED)
         write_manifest(temporary, files, 0, cluster.world_size)
+        shutil.rmtree(folder, ignore_errors=True)  # of other weights
         os.replace(temporary, folder)
 
     cluster.run_on_first(prepare)
@@ -74,6 +90,14 @@ def save_fisher(
 
 def _entry(name: str, values: Tensor) -> Entry:
     return Entry(name, torch.float32, tuple(values.shape), lambda: values)
+
+
+def read_measured(folder: Path) -> dict[str, Any]:
+    """Return what ``save_fisher`` was told about the Fisher; empty where there is none that can be read."""
+    try:
+        return read_object(folder / MEASURED)
+    except UserError:
+        return {}
 
 
 def load_fisher(folder: Path, fragments: Sequence[Fragment], cluster: Cluster) -> dict[FragmentKey, Tensor]:

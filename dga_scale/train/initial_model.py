@@ -16,7 +16,7 @@ from dga_scale.backbone.extended import ExtendedConfig
 from dga_scale.backbone.layers import freeze
 from dga_scale.backbone.loading import LoadedModel, load_model, load_model_config
 from dga_scale.backbone.packed_rows import can_pack
-from dga_scale.backbone.warmup import load_head, save_head, warm_up_head
+from dga_scale.backbone.warmup import head_is_of, load_head, save_head, warm_up_head
 from dga_scale.corpus.loading.batches import Batch, mixed_batch
 from dga_scale.corpus.loading.mixture import Mixture
 from dga_scale.corpus.loading.streams import BatchStream
@@ -25,6 +25,7 @@ from dga_scale.launch.world import Cluster
 from dga_scale.logging.run_log import RunLog
 from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.train.inputs import Inputs
+from dga_scale.train.resume import Start
 from dga_scale.train.seeds import INITIAL_STREAM, PREPARE_STREAM, WARMUP_STREAM, seed_everything
 from dga_scale.zero.engine import partitioned_loading
 
@@ -52,7 +53,7 @@ def starting_model(
     cluster: Cluster,
     log: RunLog,
     method: Method[Any],
-    resuming: bool,
+    start: Start,
     check_stop: Callable[[], None] = lambda: None,
 ) -> StartingModel:
     """Load the model with its starting weights, the same whether a run begins or resumes.
@@ -60,10 +61,11 @@ def starting_model(
     Raises:
         UserError: On every rank, for a model that can't be loaded or that the method can't work with.
     """
+    resuming = start.checkpoint is not None
     loaded = _load(inputs, cluster, method, resuming)
     _check_sequence_lengths(inputs, loaded.anatomy)
     if loaded.missing_head:
-        _give_head(loaded, inputs, cluster, log, resuming, check_stop)
+        _give_head(loaded, inputs, cluster, log, start, check_stop)
     teacher = None
     if method.needs_teacher:
         partitioned = any(hasattr(p, "ds_id") for p in loaded.model.parameters())
@@ -148,12 +150,15 @@ def _give_head(
     inputs: Inputs,
     cluster: Cluster,
     log: RunLog,
-    resuming: bool,
+    start: Start,
     check_stop: Callable[[], None],
 ) -> None:
-    """Warm up an LM head for a checkpoint without one, on the run's corpus, before anything is measured."""
+    """Warm up an LM head for a checkpoint without one, on the run's corpus, before anything is measured.
+
+    One that the run has warmed up before, whether or not it has a checkpoint by now, is loaded.
+    """
     path = inputs.folder.head
-    if resuming:
+    if start.checkpoint is not None or cluster.run_on_first(lambda: head_is_of(path, start.base_model)):
         cluster.run_on_all(lambda: load_head(loaded.model, loaded.anatomy, path))
         return
     settings, resolved = inputs.config.model, inputs.resolved
@@ -189,4 +194,4 @@ def _give_head(
             autocast=None if resolved.precision == "fp32" else torch.bfloat16,
             on_step=on_step,
         )
-    cluster.run_on_first(lambda: save_head(loaded.model, loaded.anatomy, path))
+    cluster.run_on_first(lambda: save_head(loaded.model, loaded.anatomy, path, start.base_model))

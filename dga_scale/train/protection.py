@@ -1,6 +1,6 @@
 """Protection in a run: importance measured on its corpus or read where it was measured before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from dga_scale.config.methods.shared import ProtectionSettings, prior_importance_of
@@ -33,7 +33,7 @@ def protect(trainer: Trainer) -> None:
         earlier = cluster.run_on_all(lambda: [Importance.load(path, kinds) for path in prior])
     else:
         path = trainer.inputs.folder.importance
-        known = cluster.run_on_all(lambda: _known_importance(path, kinds, trainer.resuming))
+        known = cluster.run_on_all(lambda: _known_importance(path, trainer))
         earlier = [known or measure(trainer, "proxy_kl", path)]
     importance = protection.protect(*earlier, squash=settings.importance_squash)
     trainer.log.importance(importance.values, protection.a)
@@ -77,6 +77,7 @@ def measure(trainer: Trainer, loss: str, path: Path) -> Importance:
             "model": trainer.config.model.model,
             "corpus": inputs.corpus.content_hash,
             "seed": trainer.config.run.seed,
+            "base_model": trainer.start.base_model,
         },
     )
     trainer.model.train()
@@ -97,10 +98,15 @@ def _settings(trainer: Trainer) -> ProtectionSettings:
     return settings
 
 
-def _known_importance(path: Path, kinds: Sequence[str], needed: bool) -> Importance | None:
-    if needed and not path.exists():
+def _known_importance(path: Path, trainer: Trainer) -> Importance | None:
+    """Load the importance that this run has measured before; None where it has to be measured."""
+    if trainer.resuming and not path.exists():
         raise UserError(
             f"{path} is missing: the importance that this run protects was measured on the model that it "
             "started from. Restore it, or start anew in another --output_dir"
         )
-    return Importance.load(path, kinds) if path.exists() else None
+    if not path.exists():
+        return None
+    known = Importance.load(path, trainer.method.kinds)
+    same = known.settings.get("base_model") == trainer.start.base_model
+    return known if same or trainer.resuming else None

@@ -73,7 +73,7 @@ class Trainer:
         self.start = start or Start(None, Schedule.of(config.optimization), config.optimization.optimizer)
         self.before = self.start.before
         self._companions: dict[str, FileRecord] | None = None
-        initial = starting_model(inputs, cluster, log, self.method, self.resuming, check_stop)
+        initial = starting_model(inputs, cluster, log, self.method, self.start, check_stop)
         self.anatomy, self._published_config = initial.anatomy, initial.config
         self.flops = model_flops(initial.lm, initial.anatomy)
         self._pack = can_pack(initial.lm, initial.anatomy)
@@ -103,7 +103,9 @@ class Trainer:
             self.protection.attach(EngineWeights(self.engine))
         plan = self.method.weight_regularisation()
         self._weight_penalty = (
-            build_weight_penalty(self.engine, plan, inputs, cluster, log, check_stop) if plan else None
+            build_weight_penalty(self.engine, plan, inputs, cluster, log, self.start, check_stop)
+            if plan
+            else None
         )
         for line in self.start.lines:
             log.print(line)

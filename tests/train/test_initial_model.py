@@ -12,6 +12,8 @@ from dga_scale.logging.run_log import silent_log
 from dga_scale.objectives.methods import build_method
 from dga_scale.train.initial_model import starting_model
 from dga_scale.train.inputs import check_inputs
+from dga_scale.train.resume import Start
+from dga_scale.train.schedule import Schedule
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small import SmallWorld
 from tests.test_train import arguments
@@ -21,7 +23,8 @@ def kernels(flags: list[str]) -> tuple[set[str], set[str]]:
     """Where the classes of dropout are defined, and the attentions in use."""
     cluster, config = join_cluster(), read_config(flags)
     inputs = cluster.run_on_all(lambda: check_inputs(config, cluster))
-    lm = starting_model(inputs, cluster, silent_log(), build_method(config), resuming=False).lm
+    start = Start(None, Schedule.of(config.optimization), config.optimization.optimizer)
+    lm = starting_model(inputs, cluster, silent_log(), build_method(config), start).lm
     dropouts = {type(m).__module__ for m in lm.modules() if isinstance(m, nn.Dropout)}
     return dropouts, {m.config._attn_implementation for m in lm.modules() if hasattr(m, "config")}
 
