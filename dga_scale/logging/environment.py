@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import dga_scale
+from dga_scale.storage.atomic import replace_file
 
 _PACKAGES = (
     "torch",
@@ -55,7 +56,7 @@ def describe_environment(*, launcher: str, devices: Sequence[str], hosts: Sequen
 
 def write_environment(path: Path, environment: dict[str, Any]) -> None:
     """Write the result of ``describe_environment`` as JSON."""
-    path.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    replace_file(path, (json.dumps(environment, indent=2) + "\n").encode())
 
 
 def device_name(device: torch.device) -> str:

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from dga_scale.storage.atomic import replace_file
+
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """label -> (x, y)."""
 
@@ -238,8 +240,10 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG file on white."""
-    figure.savefig(path, format="png", dpi=_DPI, facecolor="white")
+    """Write the figure as a PNG file on white, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
+    replace_file(path, buffer.getvalue())
 
 
 def pixels(figure: Figure) -> np.ndarray:

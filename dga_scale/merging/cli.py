@@ -63,6 +63,7 @@ def _merge(options: argparse.Namespace) -> int:
         raise UserError("it exists already. Give a new folder, or remove it.", options.output)
     from dga_scale.merging.folders import ModelFolder  # transformers' import takes seconds
     from dga_scale.merging.merge import Merge
+    from dga_scale.run_folder import new_folder
 
     models = [ModelFolder.open(name) for name in options.model]
     merge = Merge(ModelFolder.open(options.base), models, options.method)
@@ -71,9 +72,9 @@ def _merge(options: argparse.Namespace) -> int:
 
         report_sweep(merge, settings, options)
         if options.output is not None:
-            options.output.mkdir(parents=True)
-            for each in settings:
-                merge.write(each, options.output / f"weight-{each.weight:g}")
+            with new_folder(options.output) as folder:
+                for each in settings:
+                    merge.write(each, folder / f"weight-{each.weight:g}")
     else:
         merge.write(settings[0], options.output)
     if options.output is not None:

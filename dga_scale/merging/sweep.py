@@ -57,13 +57,6 @@ def report_sweep(merge: Merge, coefficients: Sequence[MergeSettings], options: a
         points.append(point)
         print(f"weight {point['weight']:g}: domain loss {point['domain_loss']:.4f}, "
               f"general loss {point['general_loss']:.4f}", flush=True)  # fmt: skip
-    table = Table(title=f"{options.method}: 0 is {options.base}, 1 is {', '.join(options.model)}")
-    for column in ("weight", "domain loss", "domain accuracy", "general loss", "general accuracy"):
-        table.add_column(column, justify="right")
-    for point in points:
-        names = ("domain_loss", "domain_accuracy", "general_loss", "general_accuracy")
-        table.add_row(f"{point['weight']:g}", *(f"{point[name]:.4f}" for name in names))
-    Console().print(table)
     options.results.mkdir(parents=True, exist_ok=True)
     content = {
         "base": options.base,
@@ -79,4 +72,11 @@ def report_sweep(merge: Merge, coefficients: Sequence[MergeSettings], options: a
     write_text(options.results / "sweep.json", json.dumps(content, indent=2) + "\n")
     path = [(f"{p['weight']:g}", p["domain_loss"], p["general_loss"]) for p in points]
     save_png(trade_off_figure({options.method: path}), options.results / "sweep.png")
+    table = Table(title=f"{options.method}: 0 is {options.base}, 1 is {', '.join(options.model)}")
+    for column in ("weight", "domain loss", "domain accuracy", "general loss", "general accuracy"):
+        table.add_column(column, justify="right")
+    for point in points:
+        names = ("domain_loss", "domain_accuracy", "general_loss", "general_accuracy")
+        table.add_row(f"{point['weight']:g}", *(f"{point[name]:.4f}" for name in names))
+    Console().print(table)
     print(f"results: {options.results / 'sweep.json'}, {options.results / 'sweep.png'}")

@@ -49,6 +49,7 @@ def _measure(options: argparse.Namespace) -> int:
     from dga_scale.corpus.shards import check_sequence_length, open_corpus
     from dga_scale.experts.consistency import consistency, corpus_gradients
     from dga_scale.logging.plots import consistency_figure, save_png
+    from dga_scale.run_folder import write_text
 
     loaded = load_model(options.model)
     torch.nn.Module.to(loaded.model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +67,7 @@ def _measure(options: argparse.Namespace) -> int:
         "layer": layer,
         "consistency": {name: each.as_dict() for name, each in found.items()},
     }
-    (options.output / "consistency.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(options.output / "consistency.json", json.dumps(content, indent=2) + "\n")
     figure = consistency_figure({name: (each.rows, each.group) for name, each in found.items()})
     save_png(figure, options.output / "consistency.png")
     for name, each in found.items():

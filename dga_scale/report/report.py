@@ -21,6 +21,7 @@ from dga_scale.report.groups import Group, comparison, grouped, on_same_text
 from dga_scale.report.html import Draw
 from dga_scale.report.run_data import Change, RunData, load_run, summarize_protection, summarize_run
 from dga_scale.report.scores import load_scores, scores_html
+from dga_scale.storage.atomic import replace_file
 
 _LIGHT_FIGURE = re.compile(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">')
 
@@ -32,6 +33,8 @@ def write_report(
     evaluation: Path | None = None,
 ) -> None:
     """Write the page about ``runs`` (run folders), side by side where there are several.
+
+    Each file appears whole or not at all.
 
     Args:
         runs: The run folders.
@@ -46,12 +49,12 @@ def write_report(
     scores = None if evaluation is None else load_scores(evaluation)
     page = render([load_run(Path(run)) for run in runs], scores)
     try:
-        Path(output).write_text(page, encoding="utf-8")
+        replace_file(Path(output), page.encode())
         if figures is not None:
             figures.mkdir(parents=True, exist_ok=True)
             for number, (data, caption) in enumerate(_LIGHT_FIGURE.findall(page), 1):
                 name = re.sub(r"[^a-z0-9]+", "-", unescape(caption).lower())[:60].strip("-")
-                (figures / f"{number:02d}-{name}.png").write_bytes(base64.b64decode(data))
+                replace_file(figures / f"{number:02d}-{name}.png", base64.b64decode(data))
     except OSError as error:
         raise UserError(f"{error.strerror}. Give a path in a folder you own.", error.filename) from None
 

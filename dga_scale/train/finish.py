@@ -1,7 +1,6 @@
 """The end of a run: the exported model, a summary, the report."""
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -44,10 +43,9 @@ def _write(inputs: Inputs, cluster: Cluster) -> None:
         print_summary(finished, folder)
         return
     summary = summarize(inputs, cluster)
+    folder.report.unlink(missing_ok=True)  # of fewer steps: by a report a sequence knows a finished run
     write_text(folder.summary, json.dumps(summary, indent=2) + "\n")  # after the model that it describes
-    unfinished = folder.report.with_name(folder.report.name + ".tmp")
-    write_report([folder.path], unfinished)
-    os.replace(unfinished, folder.report)
+    write_report([folder.path], folder.report)
     print_summary(summary, folder)
 
 
