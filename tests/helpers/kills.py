@@ -7,6 +7,8 @@
   syncing, a rename, a removal, a new folder: all the moments of a commit are among them,
 - in the middle of writing a file, once it has a random length ("bytes"): the kernel ends the process (SIGXFSZ
   under RLIMIT_FSIZE), as it would by SIGKILL,
+- just before a random batch of what is measured before the first step ("batch"): importance, the Fisher, the
+  warm-up of the head,
 - or it stops a rank for good ("stop").
 """
 
@@ -16,17 +18,25 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from transformers import BertForMaskedLM
+
+from dga_scale.checkpoint.companions import companion_names
 from dga_scale.checkpoint.store import newest_complete
+from dga_scale.launch.preemption import StopConsensus
 from dga_scale.launch.watchdog import EXIT_RANK_LOST, Watchdog
+from dga_scale.run_folder import RunFolder
+from dga_scale.storage.checked_json import CHECKSUM
 from dga_scale.storage.safetensors_stream import record_of
 from tests.helpers.forks import Launch, launch
 from tests.helpers.pictures import no_pictures
@@ -36,6 +46,7 @@ from tests.helpers.small import SmallWorld
 RANKS = 2
 DEATHS = (-signal.SIGKILL, -signal.SIGXFSZ)
 HEARTBEAT_TIMEOUT = 30.0
+COUNTS = re.compile(r"calls: (\d+), batches: (\d+)")
 SURVIVOR_SECONDS = 60.0
 """A survivor gets to end in. It takes a fraction of one; a machine may be busy."""
 
@@ -73,11 +84,16 @@ class Soak:
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
     reference: dict[int, float] = field(default_factory=dict)
-    model: str = ""
     seconds: float = 0.0
     """An uninterrupted run takes."""
     calls: list[int] = field(default_factory=list)
     """By rank, calls of an uninterrupted run that change the folder."""
+    batches: int = 0
+    """Batches of what an uninterrupted run measures before its first step, on each rank."""
+    made: dict[str, str] = field(default_factory=dict)
+    """By path, hashes of what it measured and made."""
+    events: list[tuple[str, int]] = field(default_factory=list)
+    """What it logged beside the steps: name and step of each."""
     largest: int = 0
     """Bytes of the largest file that a run writes."""
 
@@ -102,7 +118,7 @@ class Soak:
             "heartbeat_timeout": HEARTBEAT_TIMEOUT,
             **self.settings,
         }
-        return [f"--{name}={value}" for name, value in values.items()]
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
     def measure(self) -> None:
         """Run once without a fault."""
@@ -110,12 +126,17 @@ class Soak:
         launched = launch(RANKS, program, self.flags(run), run, None)
         assert launched.wait(300) == [0] * RANKS, launched.output(0)
         self.seconds = max(launched.seconds.values())
-        self.calls = [int(launched.output(rank).rpartition("calls: ")[2]) for rank in range(RANKS)]
-        self.reference = logged(run)
-        self.model = record_of(run / "model" / "model.safetensors").sha256
+        counts = [re.search(COUNTS, launched.output(rank)) for rank in range(RANKS)]
+        self.calls = [int(found[1]) for found in counts if found]
+        self.batches = max(int(found[2]) for found in counts if found)
+        self.reference, self.made, self.events = logged(run), made(run), events(run)
         self.largest = max(path.stat().st_size for path in run.rglob("*.safetensors"))
         assert sorted(self.reference) == list(range(1, max(self.reference) + 1))
         assert_no_leftovers(run)
+
+    def draw_batch(self, draws: random.Random) -> Fault:
+        """A fault at random before a batch of what is measured."""
+        return Fault("batch", draws.choice([0, 1, None]), draws.randint(1, self.batches))
 
     def draw(self, draws: random.Random, stops: bool = False) -> Fault:
         """A fault at random."""
@@ -139,8 +160,11 @@ class Soak:
         """
         run = self.folder / name
         for fault in faults:
+            finished = _finished(run)
             launched = launch(RANKS, program, self.flags(run), run, fault)
             outcome = strike(launched, fault, run)
+            after = _finished(run)
+            assert {name: after.get(name) for name in finished} == finished, f"{fault}: measured again"
             again = logged(run)
             assert again == {step: self.reference[step] for step in again}, f"{name} {fault}: other losses"
             if not outcome.struck:
@@ -150,9 +174,24 @@ class Soak:
             done = re.findall(r"^step (\d+)/", launched.output(0), re.MULTILINE)
             outcome.steps_again = sum(int(step) > saved for step in done)
             yield outcome
-        assert logged(run) == self.reference
-        assert record_of(run / "model" / "model.safetensors").sha256 == self.model
+        assert logged(run) == self.reference, name
+        assert made(run) == self.made, f"{name}: {made(run)}, not {self.made}"
+        assert events(run) == self.events, f"{name}: {events(run)}, not {self.events}"
         assert_no_leftovers(run)
+
+
+def measuring(method: str, world: SmallWorld, folder: Path) -> dict[str, Any]:
+    """Settings of two steps after, and before, a measurement: head and Fisher (ewc), importance (das)."""
+    settings: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "eval_steps": 2, "max_eval_samples": 8}
+    if method == "das":
+        return {**settings, "method": "das"}
+    headless = folder / "headless"
+    shutil.copytree(world.model, headless)
+    BertForMaskedLM.from_pretrained(world.model).bert.save_pretrained(headless)
+    unknown = {"soft_mask": None, "importance_samples": None, "protection_steps": None}
+    head = {"model": headless, "head_warmup_steps": 4}
+    fisher = {"method": "ewc", "general_corpus": world.general_corpus, "fisher_samples": 8}
+    return {**settings, **unknown, **head, **fisher}
 
 
 def strike(launched: Launch, fault: Fault, run: Path) -> Outcome:
@@ -204,6 +243,31 @@ def logged(run: Path) -> dict[int, float]:
     return {}
 
 
+def events(run: Path) -> list[tuple[str, int]]:
+    """What a run logged beside its steps; a checkpoint may be there before it is logged."""
+    lines = (run / "log.jsonl").read_text().splitlines()
+    found = [(r["event"], r["step"]) for r in map(json.loads, lines) if "event" in r]
+    return [each for each in found if each[0] != "checkpoint"]
+
+
+def _finished(run: Path) -> dict[str, tuple[int, int]]:
+    """The files that a run measures once, each with its identity."""
+    paths = [run / name for name in companion_names(RunFolder(run))]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths if path.exists()}
+
+
+def made(run: Path) -> dict[str, str]:
+    """Hashes of the tensors that a run measured and made, by path; its checkpoints hold steps of theirs."""
+    paths = [path for path in run.rglob("*.safetensors") if "checkpoints" not in path.parts]
+    return {str(path.relative_to(run)): _hash(path) for path in paths}
+
+
+def _hash(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        # The library writes several entries of metadata in any order.
+        return (file.metadata() or {}).get(CHECKSUM) or record_of(path).sha256
+
+
 def assert_no_leftovers(run: Path) -> None:
     """Nothing temporary is in a run's folder, and two checkpoints are."""
     names = [str(path.relative_to(run)) for path in run.rglob("*")]
@@ -220,22 +284,13 @@ def program(flags: list[str], run: Path, fault: Fault | None) -> None:
 
     cli.end_rank = sys.exit  # a forked rank looks for lost errors first, and then ends as fast
     _tell_when_watching(run)
-    calls = [0]
-    strikes = fault is not None and fault.victim in (None, int(os.environ["RANK"]))
-    if fault is None or fault.how == "call":
-        # Of several victims one counts, and takes the others along.
-        counts = strikes and (fault.victim is not None or os.environ["RANK"] == "0")
-        _count_calls(run, calls, int(fault.at) if fault and counts else 0, fault and fault.victim is None)
-    elif fault.how == "bytes" and strikes:
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.at), resource.RLIM_INFINITY))
+    counts = arm(run, fault)
     sys.argv = ["dga_train.py", *flags]
     try:
         with no_pictures():
             cli.train_command()
     finally:
-        print("calls:", calls[0], flush=True)
+        print(counts, flush=True)
 
 
 def _tell_when_watching(run: Path) -> None:
@@ -254,29 +309,78 @@ def _mark(run: Path, pid: int) -> Path:
     return run.parent / f"watching-{pid}"
 
 
-def _count_calls(run: Path, calls: list[int], fatal: int, all_ranks: bool | None) -> None:
-    """Count the calls that change the run's folder; die just before the ``fatal``-th (0: never)."""
-    inside = str(run)
+@dataclass
+class Counts:
+    """Counts of this process: calls that change the folder, and questions whether to stop (batches)."""
+
+    calls: int = 0
+    batches: int = 0
+    fatal: Fault | None = None
+
+    def __str__(self) -> str:
+        return f"calls: {self.calls}, batches: {self.batches}"
+
+    def call(self) -> None:
+        self.calls += 1
+        self._end("call", self.calls)
+
+    def batch(self) -> None:
+        self.batches += 1
+        self._end("batch", self.batches)
+
+    def _end(self, how: str, count: int) -> None:
+        fault = self.fatal
+        if fault and (fault.how, int(fault.at)) == (how, count):
+            if fault.victim is None:
+                os.killpg(0, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(folder: Path, fault: Fault | None) -> Counts:
+    """Let this process die of a fault in ``folder``, if it is the victim; count its calls and batches."""
+    rank, counts = int(os.environ["RANK"]), Counts()
+    if fault is not None and fault.victim in (None, rank):
+        if fault.how == "bytes":
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.at), resource.RLIM_INFINITY))
+        elif fault.victim == rank or rank == 0:  # of several victims one counts, and takes the others along
+            counts.fatal = fault
+    _count_calls(str(folder), counts.call)
+    _count_batches(counts.batch)
+    return counts
+
+
+def _count_calls(inside: str, count: Callable[[], None]) -> None:
+    """Count the calls that change a folder, each just before it is made."""
 
     def changes(event: str, arguments: tuple[Any, ...]) -> bool:
         if event == "open":
             path, _, flags = arguments
-            if not str(path).startswith(inside):
+            if isinstance(path, int) or not os.path.abspath(os.fsdecode(path)).startswith(inside):
                 return False
             return bool(flags & (os.O_WRONLY | os.O_RDWR)) or os.path.isdir(path)
-        if event in ("os.rename", "os.mkdir"):
-            return str(arguments[0]).startswith(inside)
+        if event in ("os.rename", "os.mkdir", "os.symlink"):
+            path = arguments[event == "os.symlink"]
+            return os.path.abspath(os.fsdecode(path)).startswith(inside)
         # A folder's content is removed by names relative to it.
         return event in ("os.remove", "os.rmdir") and (
-            arguments[-1] >= 0 or str(arguments[0]).startswith(inside)
+            arguments[-1] >= 0 or os.path.abspath(os.fsdecode(arguments[0])).startswith(inside)
         )
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if changes(event, arguments):
-            calls[0] += 1
-            if calls[0] == fatal:
-                if all_ranks:
-                    os.killpg(0, signal.SIGKILL)
-                os.kill(os.getpid(), signal.SIGKILL)
+            count()
 
     sys.addaudithook(hook)
+
+
+def _count_batches(count: Callable[[], None]) -> None:
+    """Count where a rank asks whether it should stop: before each batch of a measurement, among others."""
+    now = StopConsensus.now
+
+    def counted(self: StopConsensus, requested: bool) -> bool:
+        count()
+        return now(self, requested)
+
+    StopConsensus.now = counted  # type: ignore[method-assign]
