@@ -44,11 +44,15 @@ def replace_file(path: Path, content: bytes) -> None:
     Until then the content lies in ``path`` with ``.tmp`` appended, which a resumed run removes.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # the name that was asked for
+        raise
 
 
 def sync(path: Path) -> None:
