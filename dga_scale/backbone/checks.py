@@ -133,8 +133,8 @@ def check_config(config: PretrainedConfig, name: str) -> None:
 
 def _of_architecture(config: PretrainedConfig) -> Iterator[tuple[str, str]]:
     """Yield the fields that an architecture can't have as they are, and what they must be."""
-    kind, heads = config.model_type, config.num_attention_heads
-    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+    kind, heads = config.model_type, getattr(config, "num_attention_heads", 1)
+    if getattr(config, "head_dim", None) is None and kind in LAYOUTS and config.hidden_size % heads:
         yield "num_attention_heads", f"must divide hidden_size, which is {config.hidden_size}"
     if heads % (getattr(config, "num_key_value_heads", None) or heads):
         yield "num_key_value_heads", f"must divide num_attention_heads, which is {heads}"

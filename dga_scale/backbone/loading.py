@@ -69,8 +69,12 @@ class LoadedModel:
         return bool(self.new_parameters)
 
 
-def load_model_config(name_or_path: str) -> ModelConfig:
+def load_model_config(name_or_path: str, *, any_architecture: bool = False) -> ModelConfig:
     """Read a model's config, and choose between masked and causal LM by its architecture.
+
+    Args:
+        name_or_path: The folder, or the name on the Hugging Face hub.
+        any_architecture: Whether one without anatomy is taken, for what needs no units and no LM head.
 
     Raises:
         UserError: No such folder or hub name, a config that can't be read, an unknown architecture.
@@ -107,7 +111,8 @@ def load_model_config(name_or_path: str) -> ModelConfig:
             f"elsewhere (hf download {name_or_path} --local-dir DIR) and give the folder"
         )
         raise UserError(f"the model's config can't be loaded: {reason} {advice}", name_or_path) from error
-    check_known(config)
+    if not any_architecture:
+        check_known(config)
     check_config(_of_base(config), name_or_path)
     return ModelConfig(name_or_path, config, causal=not is_masked(config))
 

@@ -173,14 +173,15 @@ def _comparable(base: str, model: EvaluatedModel, tasks: bool, suite: Suite, not
     Raises:
         UserError: They can't, and there is nothing else to compare.
     """
-    ours, theirs = load_model_config(base), [load_model_config(folder) for folder in model.folders]
+    tasks_only = next(suite.corpora(), None) is None
+    ours, *theirs = (load_model_config(name, any_architecture=tasks_only) for name in (base, *model.folders))
     reason = ""
     if any(tokenizer_hash(load_tokenizer(f)) != tokenizer_hash(load_tokenizer(base)) for f in model.folders):
         reason = "has another tokenizer than the base: its tokens stand for other text"
     elif any(each.causal != ours.causal for each in theirs):
         kinds = ("causal", "masked") if not ours.causal else ("masked", "causal")
         reason = f"is a {kinds[0]} LM and the base a {kinds[1]} one: they predict other tokens"
-    if reason and next(suite.corpora(), None) is not None:
+    if reason and not tasks_only:
         message = f"{model.label} {reason}, so losses and perplexities can't be compared"
         if not tasks:
             advice = "Give the base that it was adapted from, or end tasks in the suite."

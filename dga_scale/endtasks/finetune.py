@@ -11,10 +11,15 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
-from dga_scale.backbone.architectures import LAYOUTS
+from dga_scale.backbone.anatomy import NO_LIMIT
 from dga_scale.backbone.checks import check_finite, unloadable
 from dga_scale.backbone.extended import ExtendedPreTrainedModel
 from dga_scale.backbone.loading import check_vocabulary, load_model_config
@@ -155,9 +160,21 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
     """Load a trunk under a new head for the task.
 
     Raises:
-        UserError: There is no model, or its weights are pickled, damaged or lack the trunk.
+        UserError: There is no model, transformers has no classifier of its kind, or its weights are
+            pickled, damaged or lack the trunk.
     """
-    check_vocabulary(load_model_config(model), tokenizer)  # refuses a folder without a model, too
+    found = load_model_config(model, any_architecture=True)  # refuses a folder without a model, too
+    check_vocabulary(found, tokenizer)
+    kind = found.config.model_type
+    if type(found.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(f"transformers has no sequence classifier of {kind} models. Give another.", model)
+    end = getattr(found.config, "eos_token_id", None)
+    if found.config.is_encoder_decoder and tokenizer("a").input_ids[-1:] != [end]:
+        raise UserError(
+            f"a classifier of {kind} models reads the state of the token that ends a text, {end}, and the "
+            "tokenizer puts none there. Give the model with its own tokenizer.",
+            model,
+        )
     labels = {"num_labels": 1} if task.regression else {"id2label": dict(enumerate(task.labels))}
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # transformers would warn that the head is new, as it has to be
@@ -334,10 +351,13 @@ def _length(
 def _positions(classifier: PreTrainedModel) -> int:
     if isinstance(classifier, ExtendedPreTrainedModel):
         return classifier.anatomy.max_positions
-    config = classifier.config
-    layout = LAYOUTS.get(config.model_type)
-    unused = config.pad_token_id + 1 if layout and layout.positions_after_padding else 0
-    return int(config.max_position_embeddings) - unused
+    positions = getattr(classifier.config, "max_position_embeddings", None) or 0
+    if positions < 1:  # relative positions alone: BLOOM, T5, XLNet
+        return NO_LIMIT
+    # RoBERTa and its like count positions from behind that of padding.
+    tables = (part for name, part in classifier.named_modules() if name.endswith("position_embeddings"))
+    unused = [part.padding_idx for part in tables if isinstance(part, torch.nn.Embedding)]
+    return positions - max((index + 1 for index in unused if index is not None), default=0)
 
 
 def _weights(classifier: PreTrainedModel) -> dict[str, Tensor]:

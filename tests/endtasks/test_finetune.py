@@ -8,19 +8,27 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
-from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.backbone.anatomy import Anatomy, anatomy_of
 from dga_scale.backbone.extended import extend, register_extension
+from dga_scale.backbone.loading import load_model_config
 from dga_scale.corpus.tokenizer import load_tokenizer
-from dga_scale.endtasks.finetune import encode, finetune, load_classifier, predict, score
+from dga_scale.endtasks.finetune import _positions, encode, finetune, load_classifier, predict, score
 from dga_scale.endtasks.metrics import classification_scores, regression_scores
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.tasks import Example, Task, load_task
 from dga_scale.errors import UserError
 from tests.helpers.tiny_corpora import byte_bpe, wordpiece
-from tests.helpers.tiny_models import TINY
+from tests.helpers.tiny_models import SIZES, TINY
 from tests.helpers.tiny_tasks import tiny_model, write_split, write_task
 
 QUICK = Recipe(epochs=8, learning_rate=5e-3, metric="accuracy")
@@ -150,6 +158,56 @@ def test_every_architecture_takes_a_classifier(name: str, task: Task, tmp_path: 
             logits.append(classifier(**data.rows(torch.tensor([0]))).logits)
     assert logits[0].shape == (1, 2)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_texts_are_cut_to_the_positions_that_training_has(name: str):
+    """Found from the modules alone, since classifiers have no anatomy."""
+    lm = TINY[name].model()
+    assert _positions(lm) == anatomy_of(lm).max_positions
+
+
+UNKNOWN: dict[str, dict[str, Any]] = {
+    "roberta-prelayernorm": {**SIZES, "pad_token_id": 0},
+    "bart": {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+        "max_position_embeddings": 40,
+    },
+    "t5": {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 48, "d_kv": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_whatever_transformers_has_a_classifier_of(kind: str, task: Task, tmp_path: Path):
+    """Without anatomy: an encoder, and encoder-decoders, which training refuses."""
+    folder = wordpiece(tmp_path / "model")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", special_tokens=[("[SEP]", 3)]
+    )
+    tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": 3, "decoder_start_token_id": 0}
+    config = AutoConfig.for_model(kind, vocab_size=400, **{**ends, **UNKNOWN[kind]})
+    auto = AutoModelForMaskedLM if kind == "roberta-prelayernorm" else AutoModelForSeq2SeqLM
+    auto.from_config(config).save_pretrained(folder)
+    long = dataclasses.replace(task, train=(Example("river " * 90, None, "town"), *task.train))
+    result = finetune(str(folder), long, dataclasses.replace(QUICK, epochs=3), 1)
+    assert result["scores"]["accuracy"] > 0.6
+    assert result["sequence_length"] == {"roberta-prelayernorm": 33, "bart": 40, "t5": QUICK.max_length}[kind]
+    with pytest.raises(UserError, match=r"is not known|encoder-decoders"):
+        load_model_config(str(folder))
+
+
+def test_a_model_without_classifier_is_refused(task: Task, tmp_path: Path):
+    folder = wordpiece(tmp_path / "model")
+    AutoConfig.for_model("bert-generation", **SIZES).save_pretrained(folder)
+    with pytest.raises(UserError, match="no sequence classifier of bert-generation models"):
+        finetune(str(folder), task, QUICK, 1)
+    bpe = byte_bpe(tmp_path / "t5")  # which ends no text
+    AutoConfig.for_model("t5", vocab_size=600, **UNKNOWN["t5"]).save_pretrained(bpe)
+    with pytest.raises(UserError, match="the token that ends a text, 1, and the tokenizer puts none there"):
+        finetune(str(bpe), task, QUICK, 1)
 
 
 def test_a_causal_model_without_padding_token(task: Task, tmp_path: Path):
