@@ -236,8 +236,8 @@ def check_known(config: PretrainedConfig) -> None:
             f"alone, of one of these: {known}"
         )
     raise UserError(
-        f"architecture {config.model_type!r} is not known here (known: {known}); name its modules in about "
-        "15 lines with dga_scale.backbone.anatomy.register, whose docstring shows an example"
+        f"architecture {config.model_type!r} is not known here (known: {known}); name its modules in a file "
+        "of about 15 lines and give it as --import FILE.py: docs/models.md shows a whole one"
     )
 
 

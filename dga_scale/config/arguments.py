@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dga_scale.config.user_code import HELP, import_code
 from dga_scale.errors import GivenPath, UserError, naming_flags, origins_of
 
 _WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """The errors of the operating system that say that a path is the wrong one."""
 
 
+_IMPORT = "import_"
 _WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # Python converts no more digits than 4,300
 _NUMBER = re.compile(r"[+-]?([0-9]{1,4000}\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.I)
 _NOTHING = re.compile(r"--[\w-]+=")
@@ -70,6 +72,12 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, whole_number)
         self.register("type", float, number)
 
+    def add_import(self) -> None:
+        """Add ``--import``; ``run`` imports what it names before the work."""
+        self.add_argument(
+            "--import", nargs="+", default=[], metavar="FILE_OR_MODULE", dest=_IMPORT, help=HELP
+        )
+
     def flags(self) -> list[str]:
         """Return the flags that the parser knows, with their dashes."""
         return [flag for flag in self._option_string_actions if flag.startswith("--")]
@@ -85,6 +93,7 @@ class Parser(argparse.ArgumentParser):
         given = self.paths(options)
         with naming_flags(given):
             try:
+                import_code(getattr(options, _IMPORT, []))
                 return work(options)
             except _WRONG_PATH as error:
                 path = str(error.filename or "")

@@ -120,7 +120,7 @@ class Setting:
     """A setting's declaration: the arguments of ``setting``, and the field's name, type and default.
 
     Attributes:
-        name: The name of the field and the flag.
+        name: The name of the flag.
         type: The type of a value, or of one entry of a list.
         is_list: Whether it takes several values.
 
@@ -174,7 +174,12 @@ def declared(settings: type[Any]) -> Iterator[Setting]:
     for each in fields(settings):
         declaration: partial[Setting] = each.metadata[_KEY]
         is_list, kind = _kind(types[each.name])
-        yield declaration(name=each.name, type=kind, is_list=is_list)
+        yield declaration(name=flag_name(each.name), type=kind, is_list=is_list)
+
+
+def flag_name(field: str) -> str:
+    """Return a field's setting: a field can't be a word of Python's, ``import_`` is ``import``."""
+    return field.removesuffix("_")
 
 
 def _kind(annotation: Any) -> tuple[bool, type]:

@@ -3,7 +3,7 @@
 from dataclasses import is_dataclass
 from typing import Any
 
-from dga_scale.config.declaration import Setting, as_typed, declared
+from dga_scale.config.declaration import Setting, as_typed, declared, flag_name
 from dga_scale.config.methods import DEFAULT, METHOD_SETTINGS
 from dga_scale.config.settings import (
     DataSettings,
@@ -66,7 +66,7 @@ def _by_users() -> dict[tuple[str, ...], list[type[MethodSettings]]]:
 
 def _own(group: type[Any]) -> list[Setting]:
     """What a class declares itself, without what it inherits."""
-    names = vars(group).get("__annotations__", {})
+    names = {flag_name(field) for field in vars(group).get("__annotations__", {})}
     return [each for each in declared(group) if each.name in names] if is_dataclass(group) else []
 
 

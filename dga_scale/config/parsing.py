@@ -6,12 +6,13 @@ Neither torch nor transformers is imported: help and a refused flag take no seco
 import argparse
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dga_scale.config.arguments import Parser, nearest, number, refuse_doubled, whole_number
-from dga_scale.config.declaration import WORDS, Setting, as_typed, declared
+from dga_scale.config.declaration import WORDS, Setting, as_typed, declared, flag_name
 from dga_scale.config.hints import HINTS
 from dga_scale.config.methods import DEFAULT, METHOD_SETTINGS, known_settings
 from dga_scale.config.settings import (
@@ -161,7 +162,7 @@ def read_config(arguments: Sequence[str] | None = None, also: Iterable[str] = ()
     values = vars(found)
 
     def group(settings: type[Any]) -> Any:
-        return settings(**{each.name: values[each.name] for each in declared(settings)})
+        return settings(**{each.name: values[flag_name(each.name)] for each in fields(settings)})
 
     config = TrainConfig(
         model=group(ModelSettings),

@@ -20,8 +20,10 @@ from dga_scale.config.declaration import (
     SHARE,
     Setting,
     declared,
+    flag_name,
     setting,
 )
+from dga_scale.config.user_code import HELP
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ModelSettings:
     random_init: bool = setting(
         False, "Start from random weights of the model's architecture: pretraining from scratch."
     )
+    import_: list[str] | None = setting(None, HELP, refers="file")
     head_warmup_steps: int = setting(
         0,
         "Steps that train only the LM head, before anything else, where the checkpoint has none "
@@ -322,7 +325,8 @@ class TrainConfig:
         for name in GROUPS:
             if name == "method":
                 flat["method"] = self.method_name
-            flat |= dataclasses.asdict(getattr(self, name))
+            values = dataclasses.asdict(getattr(self, name))
+            flat |= {flag_name(field): value for field, value in values.items()}
         return flat
 
     def replace(self, **values: Any) -> "TrainConfig":
@@ -330,7 +334,8 @@ class TrainConfig:
         groups: dict[str, Any] = {}
         for group_name in GROUPS:
             group = getattr(self, group_name)
-            own = {f.name: values.pop(f.name) for f in fields(group) if f.name in values}
+            names = {flag_name(f.name): f.name for f in fields(group)}
+            own = {field: values.pop(name) for name, field in names.items() if name in values}
             groups[group_name] = dataclasses.replace(group, **own)
         assert not values, f"unknown settings {sorted(values)}"
         return dataclasses.replace(self, **groups)

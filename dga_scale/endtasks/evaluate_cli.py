@@ -49,6 +49,7 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="results.json, trade_off.png and the scores of single seeds go here",
     )
+    parser.add_import()
     return parser
 
 

@@ -19,6 +19,7 @@ def add_options(parser: Parser) -> None:
     add("--max_dev_examples", type=int, metavar="N", help="choose the epoch by N examples; default: all")
     add("--max_test_examples", type=int, metavar="N", help="score N examples; default: all")
     defaults = {f.name: f for f in dataclasses.fields(Recipe)}
+    parser.add_import()
     choices: dict[str, Any] = {"metric": (*CLASSIFICATION, *REGRESSION), "precision": ("bf16", "fp32")}
     for name in OVERRIDES:
         kind: Any = type(defaults[name].default)

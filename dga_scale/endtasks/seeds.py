@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dga_scale.config.user_code import import_code, imported
 from dga_scale.corpus.sharding.executor import end_with_parent
 from dga_scale.corpus.shards import file_sha256
 from dga_scale.endtasks.recipes import Recipe
@@ -73,7 +74,7 @@ def run_missing(fine_tunings: Sequence[FineTuning], seeds: Sequence[int], *, job
             _run(each, seed, identity)
         return
     context = multiprocessing.get_context("spawn")  # a forked process can't use CUDA
-    with ProcessPoolExecutor(min(jobs, len(left)), context, _start_worker, (jobs,)) as pool:
+    with ProcessPoolExecutor(min(jobs, len(left)), context, _start_worker, (jobs, imported())) as pool:
         waiting = [
             pool.submit(_run, each, seed, identity, slot) for slot, (each, seed, identity) in enumerate(left)
         ]
@@ -132,12 +133,13 @@ def model_fingerprint(model: str) -> str:
     return " ".join(file_sha256(file)[:16] for file in files if file.is_file())
 
 
-def _start_worker(jobs: int) -> None:
+def _start_worker(jobs: int, code: Sequence[str]) -> None:
     import torch
 
     end_with_parent()
     keep_streams(lambda error: None)  # the first process says so
     quiet_libraries()
+    import_code(code)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
 
 

@@ -43,6 +43,7 @@ def build_parser() -> Parser:
     add("--batch_size", action=Count, default=16, help="of --sweep: rows in one pass; default: 16")
     add("--max_eval_samples", action=Count, default=2000,
         help="of --sweep: rows of each corpus; default: 2000")  # fmt: skip
+    parser.add_import()
     return parser
 
 

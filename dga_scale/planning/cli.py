@@ -11,6 +11,7 @@ from dga_scale.config.arguments import Count, Parser
 from dga_scale.config.comparison import given_paths
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
+from dga_scale.config.user_code import import_code
 from dga_scale.errors import UserError, naming_flags, run_main
 from dga_scale.logging.quiet import quiet_libraries
 
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings += ["--corpus", "any"]
     config = read_config(settings, also=parser.flags())
     with naming_flags(given_paths(config)):
+        import_code(config.model.import_ or [])
         return _plan(options, config)
 
 

@@ -38,6 +38,7 @@ def build_parser() -> Parser:
     add("--mlm_probability", type=float, default=0.15, help="share of masked tokens; default: 0.15")
     add("--output", type=Path, default=Path("gradient_consistency"), metavar="DIR",
         help="where consistency.json and consistency.png go; default: gradient_consistency")  # fmt: skip
+    parser.add_import()
     return parser
 
 

@@ -10,6 +10,7 @@ from dga_scale.config.arguments import Parser
 from dga_scale.config.comparison import given_paths
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
+from dga_scale.config.user_code import import_code
 from dga_scale.errors import UserError, end_rank, naming_flags, run_main
 from dga_scale.launch.environment import read_launch_info
 from dga_scale.launch.launcher_watch import LauncherWatch
@@ -30,6 +31,7 @@ def consolidate_command() -> NoReturn:
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of the run (--output_dir).")
     parser.add_argument("--step", type=int, help="Checkpoint of this step. Default: the newest complete one.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="New folder for the model.")
+    parser.add_import()
     run_main(lambda: parser.run(_consolidate))
 
 
@@ -58,6 +60,7 @@ def _train_as_rank(settings: Callable[[], TrainConfig], launcher: LauncherWatch)
         from dga_scale.train.same_run import check_same_program
         from dga_scale.train.sequence import train_sequence
 
+        cluster.run_on_all(lambda: import_code(config.model.import_ or []))
         check_same_program(config, cluster)
         with Watchdog(cluster, config.run.heartbeat_timeout):
             if config.model.model is None:

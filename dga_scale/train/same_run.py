@@ -19,6 +19,7 @@ from typing import Any
 import dga_scale
 from dga_scale.backbone.loading import load_model_config
 from dga_scale.config.settings import TrainConfig
+from dga_scale.config.user_code import code_hashes
 from dga_scale.corpus.tokenizer import tokenizer_hash
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
@@ -106,6 +107,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _code() -> dict[str, Any]:
     found = {package: metadata.version(package) for package in _PACKAGES}
+    found |= {f"--import {name}": f"code {digest[:12]}" for name, digest in code_hashes().items()}
     found["python"] = platform.python_version()
     found["dga_scale"] = f"{dga_scale.__version__}, code {_digest_of_code()}"
     return found

@@ -31,6 +31,7 @@ def build_parser() -> Parser:
     add("--model", required=True, type=PathText, metavar="DIR", help="the model: folder or hub name")
     add("--terms", required=True, type=Path, metavar="FILE", help="text file with a term a line")
     add("--output", required=True, type=Path, metavar="DIR", help="new folder for the model with these terms")
+    parser.add_import()
     return parser
 
 

@@ -375,7 +375,7 @@ def test_an_index_of_weights_stays_in_its_folder(index: Any, words: str, tmp_pat
         ('{"hidden_size": 3}', "model_type"),
         ('{"model_type": "no-such-type"}', "no-such-type"),
         ('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}', "never run"),
-        ('{"model_type": "starcoder2"}', "anatomy.register"),
+        ('{"model_type": "starcoder2"}', "give it as --import FILE.py"),
         ('{"model_type": "t5"}', "t5 models are encoder-decoders, which are not trained here"),
         ('{"model_type": "bart"}', "bart models are encoder-decoders, which are not trained here"),
         ('{"model_type": "gemma3"}', "gemma3 models read more than text"),

@@ -120,7 +120,7 @@ CASES: list[tuple[str, Callable[[Places], list[str]], str]] = [
     *(("dga-train", train, flag) for flag in (
         "--config", "--ds_config", "--model", "--corpus", "--mix", "--eval_corpus", "--general_eval_corpus",
         "--also_evaluate", "--output_dir", "--resume", "--method ewc --general_corpus",
-        "--method das --prior_importance")),
+        "--method das --prior_importance", "--import")),
     *(("dga-evaluate", evaluate, flag) for flag in ("--base", "--model", "--suite", "--output_dir")),
     *(("dga-finetune", finetune, flag) for flag in ("--model", "--task", "--output_dir")),
     *(("dga-forgetting", forgetting, flag) for flag in ("RUN", "--task")),
