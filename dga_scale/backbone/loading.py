@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -273,7 +273,7 @@ def _load_weights(
         raise UserError(
             f"the weights can't be read: {reason}. The folder needs whole safetensors files "
             "(model.safetensors, or its shards with model.safetensors.index.json); copy or download it again",
-            name,
+            _damaged(Path(name)) or name,
         ) from error
     except Exception as error:  # whatever a class of transformers says to a config that it can't be built of
         if attn_implementation is not None and isinstance(error, ImportError | ValueError):
@@ -291,6 +291,17 @@ def _load_weights(
             name,
         )
     return model, set(info["missing_keys"])
+
+
+def _damaged(folder: Path) -> Path | None:
+    """Return the first file of weights whose header or size is wrong; None where none is found."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError):  # noqa: PERF203 - each file may be the one
+            return file
+    return None
 
 
 def _has_pickles_only(folder: Path) -> bool:

@@ -49,8 +49,12 @@ def finetune(arguments: Sequence[str] | None = None) -> int:
 def _finetune(options: argparse.Namespace) -> int:
     folder = options.task if options.split is None else split_folder(options.task, options.split)
     task, recipe = load_task_of(exported(folder, options.output_dir / "task"), options)
-    print(describe(task, recipe))
+    from dga_scale.backbone.loading import check_vocabulary, load_model_config
+    from dga_scale.corpus.tokenizer import load_tokenizer
     from dga_scale.endtasks.seeds import run_seeds, spread_text
+
+    check_vocabulary(load_model_config(options.model), load_tokenizer(options.model))
+    print(describe(task, recipe))
 
     seeds = seeds_of(options)
     summary = run_seeds(options.model, task, recipe, seeds, options.output_dir, jobs=options.jobs)

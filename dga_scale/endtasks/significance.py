@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -56,10 +56,14 @@ def ratio(sums: Sequence[float], counts: Sequence[float]) -> Interval:
     """Compute a mean per token, sum(sums) / sum(counts), with its t interval over the batches.
 
     The error is the ratio estimator's, sqrt(B / (B - 1) sum (s - r n)^2) / sum n (Cochran, Sampling
-    Techniques, 6.4); where all B batches have the same number of tokens, it is the error of their means.
+    Techniques, 6.4); where all B batches have the same number of tokens, it is the error of their means. An
+    interval of what is never negative ends at 0, below which t intervals of a few batches may go.
     """
     mean, error = _ratio_and_error(sums, counts)
-    return _interval(mean, error, len(sums))
+    found = _interval(mean, error, len(sums))
+    if found.low is None or min(sums) < 0:
+        return found
+    return replace(found, low=max(found.low, 0.0))
 
 
 def ratio_difference(sums: Sequence[float], base: Sequence[float], counts: Sequence[float]) -> Difference:

@@ -21,8 +21,9 @@ class TensorBoard(Logger):
 
     def __init__(self, run: LoggedRun, say: Callable[[str], None]) -> None:
         super().__init__(run, say)
-        # TensorBoard drops what an interrupted run wrote at and after purge_step.
-        purge = run.completed_steps + 1 if run.completed_steps else None
+        # TensorBoard drops what an interrupted run wrote at and after purge_step, the evaluation before its
+        # first step included where it begins again.
+        purge = run.completed_steps + 1 if run.completed_steps else 0
         self._folder = RunFolder(run.folder).tensorboard
         self._writer: SummaryWriter | None = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=30)
 

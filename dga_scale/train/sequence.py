@@ -8,7 +8,7 @@ was stopped resumes where it was.
 import dataclasses
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -187,15 +187,24 @@ def _finish(config: TrainConfig, stages: list[TrainConfig]) -> None:
     write_text(root / "sequence.json", json.dumps(figures, indent=2) + "\n")
     write_report([folder.path for folder in folders], root / "report.html")
     console = Console(highlight=False)
-    table = Table(title="held-out loss after each domain")
-    for column in ("after", *names, "general"):
-        table.add_column(column, justify="left" if column == "after" else "right")
-    for number, name in enumerate(names):
-        row = [losses[other][number] for other in names]
-        table.add_row(name, *(_figure(value) for value in (*row, general[number + 1])))
-    console.print(table)
+    console.print(closing_table(names, losses, general))
     console.print(f"{'models':>12}: {', '.join(str(folder.model) for folder in folders)}", soft_wrap=True)
     console.print(f"{'report':>12}: {root / 'report.html'}", soft_wrap=True)
+
+
+def closing_table(
+    names: Sequence[str], losses: Mapping[str, Sequence[float | None]], general: Sequence[float | None]
+) -> Table:
+    """Make a table of what ``losses_after_each`` returns; without general text it has no column for it."""
+    columns = {"after": list(names), **{name: [*map(_figure, losses[name])] for name in names}}
+    if any(value is not None for value in general):
+        columns["general"] = [*map(_figure, general[1:])]
+    table = Table(title="held-out loss after each domain")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "after" else "right")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
 
 
 def losses_after_each(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModel, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging
 
@@ -229,7 +229,14 @@ def test_damaged_or_missing_weights_are_refused(tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     assert "can't be read" in refusal(lambda: load_model(str(folder)))
+    BertForMaskedLM(BertConfig.from_pretrained(folder)).save_pretrained(folder, max_shard_size="20KB")
+    second = sorted(folder.glob("model-*.safetensors"))[1]
+    whole = second.read_bytes()
     path.unlink()
+    second.write_bytes(whole[:-10])
+    assert refusal(lambda: load_model(str(folder))).startswith(f"{second}: the weights can't be read")
+    for each in folder.glob("model*.safetensors*"):
+        each.unlink()
     assert "no file named model.safetensors" in refusal(lambda: load_model(str(folder)))
 
 

@@ -106,6 +106,14 @@ def test_mistakes_on_the_command_line(task: Path, tmp_path: Path, flags: list[st
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_is_refused_is_the_first_thing_said(
+    task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(UserError, match=r"--model .*nowhere: no such folder"):
+        run(tmp_path / "nowhere", task, tmp_path / "out")
+    assert capsys.readouterr().out == ""
+
+
 def test_forgetting_rate_of_a_hand_made_table():
     """DAS: ((0.8 - 0.7) + (0.6 - 0.65)) / 2."""
     scores = [[0.8], [0.75, 0.6], [0.7, 0.65, 0.9]]

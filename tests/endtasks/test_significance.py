@@ -75,6 +75,13 @@ def test_a_ratio_over_batches_of_one_size_is_their_mean():
         assert getattr(found, name) == pytest.approx(getattr(reference, name), rel=1e-9), name
 
 
+def test_the_interval_of_a_loss_does_not_go_below_0():
+    few = ratio([1.0, 60.0], [20.0, 20.0])
+    assert (few.mean, few.low) == (61 / 40, 0.0)
+    assert few.high == pytest.approx(interval([1 / 20, 3.0]).high)
+    assert ratio([-1.0, 2.0], [20.0, 20.0]).low < 0
+
+
 def test_the_interval_of_a_ratio_covers_as_often_as_it_says():
     """Batches of unequal sizes, 2000 times: the true mean is inside in about 95%."""
     draw = np.random.default_rng(0)

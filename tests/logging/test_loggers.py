@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from dga_scale.config.parsing import read_config
@@ -107,3 +108,11 @@ def test_a_logger_that_does_not_exist_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=r"--loggers wand: .*tensorboard, none"):
         train(read_config(flags), single_process())
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_has_what_a_run_that_begins_again_writes_once(tmp_path: Path) -> None:
+    for loss in (3.0, 4.0):  # killed before its first checkpoint, the second time not
+        with open_log(tmp_path, 0, 1, loggers=["tensorboard"]) as log:
+            log.event("evaluation", step=0, domain_loss=loss)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(each.step, each.value) for each in board.Scalars("evaluation/domain_loss")] == [(0, 4.0)]

@@ -16,7 +16,7 @@ from dga_scale.config.parsing import read_config
 from dga_scale.corpus.cli import main as shard
 from dga_scale.launch.preemption import EXIT_STOPPED
 from dga_scale.launch.world import join_cluster
-from dga_scale.train.sequence import losses_after_each, train_sequence
+from dga_scale.train.sequence import closing_table, losses_after_each, train_sequence
 from dga_scale.train.trainer import Trainer
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.small import DOMAIN, GENERAL, SmallWorld, make_world, write_text
@@ -220,3 +220,13 @@ def test_losses_of_another_text_are_left_out_of_a_sequence() -> None:
         [9.0, 2.0, None],
     )
     assert losses_after_each([summary(domain=("x", 1.0))], ["x"]) == ({"x": [1.0]}, [None, None])
+
+
+def test_the_closing_table_has_general_text_where_there_is_some() -> None:
+    losses = {"x": [1.0, 1.1], "y": [None, 1.5]}
+    bare = closing_table(["x", "y"], losses, [None, None, None])
+    assert [column.header for column in bare.columns] == ["after", "x", "y"]
+    full = closing_table(["x", "y"], losses, [9.0, None, 2.1])
+    assert [column.header for column in full.columns] == ["after", "x", "y", "general"]
+    assert [*full.columns[1].cells] == ["1.0000", "1.1000"]
+    assert [*full.columns[3].cells][1] == "2.1000"
