@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --wheels FOLDER ...     what is missing here comes from the wheels in there
 
 Tokens a second, step time, MFU, memory, the best batch, kernels over time, where the device waits for the
-host and the host for the device; transformers' Trainer at the same batch; the papers' DA-training projected.
+host and the host for the device; transformers' Trainer at the same batch; the papers' DA-training projected;
+whether two runs with --deterministic are equal bit for bit, and what that costs.
 """
 
 import json
@@ -20,15 +21,12 @@ from typing import Any
 
 from benchmarks.common import ROOT, SECTIONS, keep_section
 from benchmarks.gpu.measure import Plan
+from benchmarks.gpu.repeat import compared, settled, settled_steps
 from benchmarks.gpu.tables import report
 from benchmarks.gpu.world import PAPERS, SMOKE, World, make_world
 from dga_scale.config.arguments import Parser
 from dga_scale.errors import UserError
-from dga_scale.logging.json_lines import read_log
 from tests.helpers.ranks import free_port
-
-SETTLED = 10
-"""Steps of the Trainer and of the real program that are not counted."""
 
 
 class Budget:
@@ -72,6 +70,8 @@ def main() -> int:
         add_trainer(world, shape, found, budget)
     for shape, found in shapes.items():
         add_program(world, shape, found, settings, budget)
+    for shape, found in shapes.items():
+        add_repeat(world, shape, found, settings, budget)
     output = options.output or (folder / "results.md" if options.smoke else SECTIONS)
     output = output / "gpu.md" if output.is_dir() else output
     body = report(shapes, scale.sequence_length, scale.global_batch)
@@ -140,6 +140,20 @@ def add_program(world: World, shape: str, found: dict[str, Any], settings: list[
         found["failed"]["the real program"] = why
 
 
+def add_repeat(world: World, shape: str, found: dict[str, Any], settings: list[str], budget: Budget) -> None:
+    """Add how two runs of the real program with --deterministic compare to what was found of a shape."""
+    if not found.get("program"):
+        return
+    size, folders = found["runs"]["dga update"]["micro_batch"], []
+    for _ in range(2):
+        folder, why = run_program(world, shape, size, [*settings, "--deterministic", "true"], budget)
+        if why:
+            found["failed"]["two runs with --deterministic"] = why
+            return
+        folders.append(folder)
+    found["repeat"] = compared(*folders)
+
+
 def trainer(world: World, shape: str, rows: int, budget: Budget) -> tuple[list[float], str]:
     """Seconds of the steps of transformers' Trainer under DeepSpeed, and why there are none."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -155,16 +169,28 @@ def trainer(world: World, shape: str, rows: int, budget: Budget) -> tuple[list[f
     if why:
         return [], why
     seconds: list[float] = json.loads((output / "steps.json").read_text(encoding="utf-8"))
-    return seconds[min(SETTLED, len(seconds) - 1) :], ""
+    return settled(seconds), ""
 
 
 def program(
     world: World, shape: str, rows: int, settings: list[str], budget: Budget
 ) -> tuple[dict[str, Any], str]:
     """What a run of the real program logged, and why there is nothing."""
+    started = time.time()
+    output, why = run_program(world, shape, rows, settings, budget)
+    if why:
+        return {}, why
+    steps = settled_steps(output)
+    names = ("step_seconds", "tokens_per_second", "mfu", "data_wait_seconds")
+    figures = {name: statistics.median(record[name] for record in steps) for name in names}
+    wall, importance = time.time() - started, world.scale.importance_rows
+    return {**figures, "steps": len(steps), "wall": wall, "importance_rows": importance}, ""
+
+
+def run_program(world: World, shape: str, rows: int, settings: list[str], budget: Budget) -> tuple[Path, str]:
+    """Run the real program, in DGA with masks on the update: its folder, and how it failed ("": not)."""
     scale = world.scale
     output = world.folder / "runs" / f"{shape}-{time.time_ns()}"
-    started = time.time()
     why = run(
         [
             *("launchers/dga_train.py", "--model", world.models[shape], "--corpus", world.corpus),
@@ -175,14 +201,7 @@ def program(
         ],
         budget,
     )
-    if why:
-        return {}, why
-    steps = [record for record in read_log(output / "log.jsonl") if "step_seconds" in record]
-    steps = steps[min(SETTLED, len(steps) - 1) :]
-    names = ("step_seconds", "tokens_per_second", "mfu", "data_wait_seconds")
-    figures = {name: statistics.median(record[name] for record in steps) for name in names}
-    wall = time.time() - started
-    return {**figures, "steps": len(steps), "wall": wall, "importance_rows": scale.importance_rows}, ""
+    return output, why
 
 
 def run(command: list[Any], budget: Budget, environment: dict[str, str] | None = None) -> str:

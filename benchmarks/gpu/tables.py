@@ -39,6 +39,7 @@ def report(shapes: Mapping[str, Found], sequence_length: int, global_batch: int)
         "\n".join(_sweeps(shapes)),
         *_traces(shapes),
         *_programs(shapes),
+        *_repeats(shapes),
         *_failures(shapes),
     ]
     return "\n\n".join(parts)
@@ -175,6 +176,20 @@ def _programs(shapes: Mapping[str, Found]) -> Iterator[str]:
                 f"{program['tokens_per_second']:,.0f} tokens/s, MFU {program['mfu']:.1%}, waiting for data "
                 f"{program['data_wait_seconds'] / program['step_seconds']:.2%}; {program['wall']:.0f} s from "
                 f"start to end with importance on {program['importance_rows']} rows, checkpoint and model."
+            )
+
+
+def _repeats(shapes: Mapping[str, Found]) -> Iterator[str]:
+    for shape, found in shapes.items():
+        if repeat := found.get("repeat"):
+            first = repeat["first_difference"]
+            losses = "equal bit for bit" if first is None else f"different from step {first} on"
+            model = "the same" if repeat["same_model"] else "different"
+            seconds, plain = repeat["step_seconds"], found["program"]["step_seconds"]
+            yield (
+                f"Two runs with `--deterministic true` ({shape}): losses and norms of {repeat['steps']} "
+                f"steps {losses}, models {model}; {1e3 * seconds:.1f} ms a step, {seconds / plain:.2f} of "
+                "that without the flag."
             )
 
 

@@ -233,6 +233,12 @@ class RunSettings:
         affects="place",
     )
     seed: int = setting(42, "Seed of the order, the masks and dropout.", rule=SEED, repeats=True)
+    deterministic: bool = setting(
+        False,
+        "Use deterministic algorithms only, so that runs on the same GPUs are equal bit for bit: slower "
+        "there, and an operation that has none is refused. On CPUs runs are equal without it.",
+        affects="speed",
+    )
     logging_steps: int = setting(
         1, "Steps between log lines and the points of curves.", rule=AT_LEAST_1, affects="place"
     )

@@ -25,7 +25,14 @@ _PACKAGES = (
     "safetensors",
     "mpi4py",
 )
-_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES")
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NCCL_ALGO",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NUM_NODES",
+)
 """The only environment variables that are recorded: others may hold secrets."""
 
 

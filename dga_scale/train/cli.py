@@ -47,11 +47,13 @@ def _train() -> NoReturn:
 
 def _train_as_rank(settings: Callable[[], TrainConfig], launcher: LauncherWatch) -> int:
     # Torch's import takes a second, DeepSpeed's and transformers' more: after the flags are checked.
+    from dga_scale.launch.determinism import deterministic
     from dga_scale.launch.preemption import StopRequest
     from dga_scale.launch.watchdog import Watchdog
     from dga_scale.launch.world import join_cluster
 
-    with StopRequest(joined=False) as stop, launcher.asking(stop), join_cluster() as cluster:
+    same_bits = deterministic(_wants_same_bits(settings))
+    with StopRequest(joined=False) as stop, launcher.asking(stop), same_bits, join_cluster() as cluster:
         stop.joined = True
         line = cluster.describe()
         if cluster.rank == 0:
@@ -81,6 +83,14 @@ def _outcome(read: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
 
         return fail
     return lambda: config
+
+
+def _wants_same_bits(settings: Callable[[], TrainConfig]) -> bool:
+    """Return ``--deterministic``; False where settings can't be read, which all ranks hear of later."""
+    try:
+        return settings().run.deterministic
+    except UserError:
+        return False
 
 
 def _with_demo(config: TrainConfig, cluster: "Cluster") -> TrainConfig:

@@ -14,6 +14,7 @@ from dga_scale.corpus.loading.mixture import Mixture, parse_mix
 from dga_scale.corpus.shards import VALIDATION, Corpus, open_corpus
 from dga_scale.corpus.tokenizer import load_tokenizer
 from dga_scale.errors import UserError
+from dga_scale.launch.determinism import check_attention
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.evaluations import Texts
 from dga_scale.logging.loggers import check_loggers
@@ -84,6 +85,8 @@ def check_inputs(config: TrainConfig, cluster: Cluster) -> Inputs:
     assert config.data.corpus is not None
     optimizer_kind(config.optimization.optimizer)
     check_loggers(config.run.loggers or ())
+    if config.run.deterministic:
+        check_attention(config.model.attn_implementation)
     (path,) = config.data.corpus  # of several, train_sequence makes a run each
     model_config = load_model_config(config.model.model)
     tokenizer = load_tokenizer(config.model.model)

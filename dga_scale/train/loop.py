@@ -10,6 +10,7 @@ import torch
 from dga_scale.checkpoint.store import prune, remove_leftovers
 from dga_scale.config.settings import TrainConfig
 from dga_scale.corpus.loading.streams import StepBatches
+from dga_scale.launch.determinism import deterministic
 from dga_scale.launch.preemption import EXIT_STOPPED, StopConsensus, Stopped, StopRequest
 from dga_scale.launch.watchdog import note_step
 from dga_scale.launch.world import Cluster
@@ -52,6 +53,8 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
 
     """
     with StopRequest() as stop, contextlib.suppress(Stopped), contextlib.ExitStack() as held:
+        # Once more, for a program of one's own: ``dga-train`` has done it before the process group was there.
+        held.enter_context(deterministic(config.run.deterministic))
         consensus = StopConsensus(cluster)
         if consensus.now(stop.requested):  # while the ranks started, or in the domain before
             return EXIT_STOPPED

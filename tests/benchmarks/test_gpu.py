@@ -1,12 +1,15 @@
 """The benchmark of one GPU: its smoke form on a CPU; kernels over time, by hand."""
 
+import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu.tables import report
+from benchmarks.gpu.repeat import compared
+from benchmarks.gpu.tables import _repeats, report
 from benchmarks.gpu.trace import Kernel, summary
 from tests.helpers.ranks import run_ranks
 
@@ -41,6 +44,33 @@ def test_smoke_form_measures_all_there_is(tmp_path: Path) -> None:
     assert "Not measured" not in text
     # The targets' own shape was not measured.
     assert "| MFU of plain MLM, roberta-large, at least 50% | no | unknown |" in text
+
+
+def _logged(folder: Path, losses: list[float], weights: bytes = b"weights") -> Path:
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "model.safetensors").write_bytes(weights)
+    steps = [
+        {"step": step, "loss/total": loss, "grad_norm": 1.0, "step_seconds": 0.5 + step, "mfu": step * 0.1}
+        for step, loss in enumerate(losses, 1)
+    ]
+    lines = [{"event": "evaluation", "step": 0, "domain_loss": 3.0}, *steps]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_two_runs_are_compared_to_the_last_bit(tmp_path: Path) -> None:
+    losses = [2.0, 1.5, 0.1]
+    one, same = (_logged(tmp_path / name, losses) for name in ("one", "same"))
+    near = _logged(tmp_path / "near", [2.0, math.nextafter(1.5, 2), 0.1], b"weight2")
+    equal, different = compared(one, same), compared(one, near)
+    assert equal == {"steps": 3, "first_difference": None, "same_model": True, "step_seconds": 3.5}
+    assert different == equal | {"first_difference": 2, "same_model": False}
+    said = [
+        next(_repeats({"tiny": {"program": {"step_seconds": 1.75}, "repeat": found}}))
+        for found in (equal, different)
+    ]
+    assert "of 3 steps equal bit for bit, models the same; 3500.0 ms a step, 2.00 of that" in said[0]
+    assert "different from step 2 on, models different" in said[1]
 
 
 def test_kernels_of_two_streams_and_the_gaps_between_them() -> None:

@@ -26,7 +26,8 @@ def test_environment_names_versions_and_devices(tmp_path: Path, monkeypatch: pyt
     assert read["devices"] == {"NVIDIA H100": 2, "NVIDIA A100": 1}
     assert read["variables"]["OMP_NUM_THREADS"] == "3"
     assert set(read["variables"]) <= {
-        "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"
+        "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "SLURM_JOB_ID",
+        "SLURM_JOB_NUM_NODES",
     }  # fmt: skip
     for private in ("hunter2-secret", "node-a", os.path.expanduser("~/")):
         assert private not in text
