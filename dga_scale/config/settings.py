@@ -250,7 +250,8 @@ class RunSettings:
     )
     protection_steps: int = setting(
         50,
-        "Steps between records of effective protection: protected units' movement beside the target 1 - a.",
+        "Steps between records of effective protection (protected units' movement beside the target 1 - a) "
+        "and of cse's experts (their shares of the sequences, and how far their centres went).",
         rule=AT_LEAST_1,
         affects="place",
     )

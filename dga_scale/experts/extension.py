@@ -173,6 +173,18 @@ def sparse_sublayers(model: ExtendedPreTrainedModel) -> dict[SublayerId, SparseS
     return found
 
 
+def expert_parameters(model: ExtendedPreTrainedModel) -> dict[SublayerId, list[frozenset[str]]]:
+    """Name the parameters of each expert of each sublayer, as in ``named_parameters()``."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        sublayer: [
+            frozenset(names[p] for module in sparse.expert(index) for p in module.parameters())
+            for index in range(len(sparse.router.centres))
+        ]
+        for sublayer, sparse in sparse_sublayers(model).items()
+    }
+
+
 def update_centres_every(model: ExtendedPreTrainedModel, forwards: int) -> None:
     """Update the centres once in ``forwards`` training forward passes: those of one optimizer step.
 

@@ -140,6 +140,9 @@ class SparseSublayer(nn.Module):
         self._rows: list[tuple[int, Tensor]] = []
         self._order = torch.empty(0)
         self.last: tuple[Tensor, Tensor] | None = None  # v' and expert of each sequence of the last forward
+        # The sequences of each expert, of all ranks: of the last optimizer step, and of all steps so far.
+        self.in_step: list[int] = [0] * len(router.centres)
+        self.in_all: list[int] = [0] * len(router.centres)
         for number, module in enumerate(dense):
             module.forward = partial(self._dispatch, number)
 
@@ -150,6 +153,11 @@ class SparseSublayer(nn.Module):
         copies = self.experts[index - 1]
         assert isinstance(copies, nn.ModuleDict)
         return tuple(copies[name] for name in self._names)
+
+    def count(self, sequences: list[int]) -> None:
+        """Note how many sequences of an optimizer step each expert got, over all ranks."""
+        self.in_step = sequences
+        self.in_all = [before + own for before, own in zip(self.in_all, sequences, strict=True)]
 
     def _dispatch(self, number: int, *args: Any, **kwargs: Any) -> Any:
         if number == 0:
@@ -209,7 +217,7 @@ class ForwardState:
     """The state of a model's current forward pass for its experts, which hooks on the trunk maintain.
 
     After the last training forward pass of an optimizer step the centres are updated by the sequences of all
-    ranks.
+    ranks, and the sequences of each expert are counted.
 
     Attributes:
         inside: Whether the trunk is being called.
@@ -252,9 +260,12 @@ class ForwardState:
         self._done = 0
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._totals)
+        counts: list[int] = self._totals[:, 0].long().tolist()
         summed = self._totals.split([len(own) for own in totals])
         for sublayer, own in zip(self.sublayers, summed, strict=True):
             sublayer.router.update(own)
+            sublayer.count(counts[: len(own)])
+            del counts[: len(own)]
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:

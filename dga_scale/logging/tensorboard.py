@@ -16,7 +16,7 @@ class TensorBoard(Logger):
     """The logger that writes TensorBoard's event files; where it can't, it warns once and stops.
 
     Numbers of a step have their names, those of ranks ``NAME/rankN``; numbers of events are ``EVENT/NAME``,
-    or ``EVENT/KIND/NAME`` where the event is of some kind.
+    or ``EVENT/KIND/NAME`` where the event is of some kind; those of a list have its indices after them.
     """
 
     def __init__(self, run: LoggedRun, say: Callable[[str], None]) -> None:
@@ -38,8 +38,10 @@ class TensorBoard(Logger):
     def event(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         prefix = f"{name}/{values['kind']}" if "kind" in values else name
         for key, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._scalar(f"{prefix}/{key}", value, step)
+            numbered = enumerate(value) if isinstance(value, list) else [("", value)]
+            for index, number in numbered:
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    self._scalar(f"{prefix}/{key}/{index}".rstrip("/"), number, step)
 
     def settings(self, settings: Mapping[str, Any]) -> None:
         rows = "".join(f"| {name} | `{value}` |\n" for name, value in settings.items())

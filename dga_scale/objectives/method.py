@@ -4,7 +4,7 @@ A method is two files of one name: its settings in ``config.methods`` (a subclas
 says what it is called) and a subclass of ``Method`` in ``objectives.methods``. The registries find them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -190,6 +190,21 @@ class Method(Generic[S], nn.Module):
     def weight_regularisation(self) -> WeightRegularisation | None:
         """Return the weight regularisation towards the starting weights; None: there is none."""
         return None
+
+    def idle_parameters(self) -> Collection[str]:
+        """Return the names of parameters that the coming optimizer step leaves as they are, moments too.
+
+        It is asked right before each step, and has to answer alike on all ranks. By default there are none.
+        """
+        return ()
+
+    def figures(self) -> dict[str, dict[str, list[float]]]:
+        """Return figures of the steps since the last call, by what they are about and by name.
+
+        It is asked every ``--protection_steps``, on every rank; each entry is logged as an event of the
+        method's name. By default there are none.
+        """
+        return {}
 
     def terms(self, output: ForwardOutput) -> dict[str, Term]:
         """Return the terms added to the LM loss beside the contrast, by the names they are logged under."""

@@ -161,6 +161,16 @@ class ProtectUnits(Callback):
             )
 
 
+class LogMethod(Callback):
+    """A callback that logs the method's own figures every ``--protection_steps``."""
+
+    def after_step(self, run: RunState) -> None:
+        if run.due(run.config.run.protection_steps):
+            method = run.trainer.method
+            for kind, figures in method.figures().items():
+                run.log.event(method.name, step=run.step, kind=kind, **figures)
+
+
 class CheckInvariants(Callback):
     """A callback that checks the invariants: at the start, every ``--check_invariants`` and at the end."""
 

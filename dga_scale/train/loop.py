@@ -22,6 +22,7 @@ from dga_scale.train.callbacks import (
     Callback,
     CheckInvariants,
     Evaluate,
+    LogMethod,
     ProtectUnits,
     RefusedSteps,
     RunState,
@@ -92,6 +93,7 @@ def train(config: TrainConfig, cluster: Cluster, more: Sequence[Callback] = ()) 
             callbacks: list[Callback] = [
                 Evaluate(inputs, cluster),
                 ProtectUnits(),
+                LogMethod(),
                 CheckInvariants(),
                 RefusedSteps(saver),
                 *more,

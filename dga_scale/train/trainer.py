@@ -26,7 +26,8 @@ from dga_scale.train.schedule import Schedule
 from dga_scale.train.seeds import seed_everything
 from dga_scale.train.weight_regularisation import build_weight_penalty
 from dga_scale.zero.engine import build_engine, set_learning_rate
-from dga_scale.zero.optimizer_hooks import EngineWeights, backward, local_fragments
+from dga_scale.zero.optimizer_hooks import EngineWeights, backward, leave_idle, local_fragments
+from dga_scale.zero.optimizers import optimizer_kind
 
 
 class Trainer:
@@ -99,6 +100,8 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         scales = learning_rate_scales(initial.lm, self.anatomy, config.optimization.layer_lr_decay)
         self.engine = build_engine(self.model, inputs.resolved, scales)
+        moments = optimizer_kind(config.optimization.optimizer).moments
+        leave_idle(self.engine, self.method.idle_parameters, moments)
         if self.protection.soft_mask != "none":
             self.protection.attach(EngineWeights(self.engine))
         plan = self.method.weight_regularisation()

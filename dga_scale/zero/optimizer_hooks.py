@@ -1,6 +1,6 @@
-"""Hooks around the optimizer's step: masks on the shards it steps, and steps that are refused."""
+"""Hooks around the optimizer's step: masks on the shards it steps, idle parameters, refused steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,47 @@ def add_to_gradients(engine: DeepSpeedEngine, add: Callable[[Fragment, Tensor], 
                 add(fragment, gradient[offset : offset + fragment.values.numel()])
 
     engine.basic_optimizer.register_step_pre_hook(before)
+
+
+def leave_idle(engine: DeepSpeedEngine, idle: Callable[[], Collection[str]], moments: Sequence[str]) -> None:
+    """Leave parameters as they are, to the last bit, in each step that ``idle()`` names them for.
+
+    Adam moves a parameter without a gradient by its old moments, and by weight decay. An idle one keeps its
+    weights and moments: they are copied before the step and written back after it, in memory of their size.
+    The optimizer counts the step all the same, as it has one count for a whole flat partition: its bias
+    correction goes by the steps of the run (as in torch's ``SparseAdam``).
+
+    Args:
+        engine: The engine.
+        idle: The function that names the parameters, as in the Hugging Face model; it is called right before
+            each step of the base optimizer, and answers alike on all ranks. A refused step does not call it.
+        moments: The names of the tensors that the optimizer's state holds for each entry.
+
+    """
+    shards = {id(shard.stepped): shard for shard in local_shards(engine)}
+    kept: list[tuple[Tensor, slice, Fragment, Tensor, dict[str, Tensor]]] = []
+
+    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        names = idle()
+        for stepped in (p for group in optimizer.param_groups for p in group["params"]):
+            shard, state = shards[id(stepped)], optimizer.state.get(stepped, {})
+            for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
+                if fragment.name not in names:
+                    continue
+                where = slice(offset, offset + fragment.values.numel())
+                copies = {name: state[name].view(-1)[where].clone() for name in moments if name in state}
+                kept.append((stepped, where, fragment, fragment.values.clone(), copies))
+
+    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for stepped, where, fragment, weights, copies in kept:
+            fragment.values.copy_(weights)
+            for name in moments:
+                moment = optimizer.state[stepped][name].view(-1)[where]
+                moment.copy_(copies[name] if name in copies else torch.zeros_like(moment))
+        kept.clear()
+
+    engine.basic_optimizer.register_step_pre_hook(before)
+    engine.basic_optimizer.register_step_post_hook(after)
 
 
 def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:

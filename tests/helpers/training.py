@@ -1,5 +1,6 @@
 """A tiny masked LM under DeepSpeed, for the tests of this folder: model and batches alike on every rank."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,14 +140,19 @@ def global_batch(step: int, rows: int = 8) -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
-def train_step(engine: DeepSpeedEngine, step: int, poison: str = "") -> float:
+def train_step(
+    engine: DeepSpeedEngine,
+    step: int,
+    poison: str = "",
+    batch_of: Callable[[int, int], tuple[Tensor, Tensor]] = global_batch,
+) -> float:
     """One optimizer step on this rank's share; the loss of the global batch, exact on every rank.
 
     ``poison``: "loss" or "gradient" makes that infinite or NaN in the last pass of the last rank.
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     micro_batches = engine.gradient_accumulation_steps()
-    ids, labels = global_batch(step, engine.train_batch_size())
+    ids, labels = batch_of(step, engine.train_batch_size())
     masked = int((labels != -100).sum())
     total = torch.zeros(())
     for index in range(micro_batches):

@@ -41,6 +41,7 @@ def write_steps(folder: Path, first: int, last: int, **options: Any) -> None:
             log.step(values_at(step))
             if step % 4 == 0:
                 log.event("evaluation", step=step, domain_loss=1.0 / step, general_loss=2.0)
+                log.event("cse", step=step, kind="layer 1 ffn", share=[0.25, 0.75])
 
 
 def scalars(folder: Path) -> EventAccumulator:
@@ -64,6 +65,9 @@ def test_jsonl_and_tensorboard_hold_the_same(tmp_path: Path) -> None:
         ]
     assert [e.value for e in board.Scalars("memory_gib/rank1")] == [1.5] * 12
     assert [e.step for e in board.Scalars("evaluation/domain_loss")] == [4, 8, 12]
+    assert [(e.step, e.value) for e in board.Scalars("cse/layer 1 ffn/share/1")] == [
+        (r["step"], r["share"][1]) for r in records if r.get("event") == "cse"
+    ]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """CSE: the LM loss on a model whose last layers have sparse experts (Dong et al., NeurIPS 2024)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from dga_scale.experts.extension import (
     sublayer_ids,
     update_centres_every,
 )
+from dga_scale.experts.usage import ExpertUsage
 from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.run_folder import RunFolder
 from dga_scale.storage.atomic import replace_file
@@ -59,10 +60,17 @@ class CSE(Method[CSESettings]):
         # The accumulation steps of a step: the settings were completed before this.
         update_centres_every(model, context.config.optimization.gradient_accumulation_steps or 1)
         self.projections = [sparse.router.projection.numel() for sparse in sparse_sublayers(model).values()]
+        self._usage = ExpertUsage(model, context.print)
         return model
 
     def term_flops(self, model: ModelFlops, step: StepShape) -> float:
         return 2.0 * step.rows * sum(self.projections)  # each sequence is projected, to choose its experts
+
+    def idle_parameters(self) -> Collection[str]:
+        return self._usage.idle_parameters()
+
+    def figures(self) -> dict[str, dict[str, list[float]]]:
+        return self._usage.figures()
 
     def _with_experts(self, context: MethodContext) -> ExtendedPreTrainedModel:
         if isinstance(context.lm, ExtendedPreTrainedModel) and context.lm.config.extension == EXPERTS:
@@ -70,7 +78,11 @@ class CSE(Method[CSESettings]):
             return context.lm
         path = RunFolder(context.folder).experts
         if context.resuming:
-            return extend(context.lm, EXPERTS, context.run_on_first(lambda: _read(path)))
+            structure, centres = context.run_on_first(lambda: _read(path))
+            model = extend(context.lm, EXPERTS, structure)
+            for sublayer, own in zip(sparse_sublayers(model).values(), centres, strict=True):
+                sublayer.router.centres.copy_(torch.tensor(own))  # the checkpoint has where they are now
+            return model
         samples = self._samples(context)
         clusters, left_dense = context.run_on_first(lambda: self._clusters(samples))
         for reason in left_dense:
@@ -137,15 +149,18 @@ class CSE(Method[CSESettings]):
             return error
 
 
-def _read(path: Path) -> Settings:
+def _read(path: Path) -> tuple[Settings, list[list[list[float]]]]:
+    """Read the experts' structure, and each sublayer's centres (experts, d') as they were found."""
     try:
-        structure: Settings = checked(json.loads(path.read_text(encoding="utf-8")))["settings"]
-    except (OSError, ValueError, KeyError) as error:
+        content = checked(json.loads(path.read_text(encoding="utf-8")))
+        structure: Settings = content["settings"]
+        centres = [found["centres"] for found in content["clusters"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}, which says what experts the run has, can't be read ({error}): restore it, or start "
             "anew in another --output_dir"
         ) from error
-    return structure
+    return structure, centres
 
 
 def _write(path: Path, structure: Settings, clusters: dict[SublayerId, Clusters]) -> None:
@@ -155,6 +170,7 @@ def _write(path: Path, structure: Settings, clusters: dict[SublayerId, Clusters]
             "sublayer": str(sublayer),
             "sizes": each.sizes,
             "radii": each.radii.tolist(),
+            "centres": each.centres.tolist(),
             "noise": each.noise,
             "eps": each.eps,
             "min_samples": each.min_samples,
