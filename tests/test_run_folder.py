@@ -12,7 +12,7 @@ from tests.helpers.small import SmallWorld
 from tests.test_train import arguments, run_and_draw
 
 PAGE = (REPOSITORY / "docs" / "run_folder.md").read_text(encoding="utf-8")
-SELDOM = {"head.safetensors", "experts.json", "save_failed", "refused", "error", "in_a_row"}
+SELDOM = {"head.safetensors", "experts.json", "save_failed", "refused", "cse", "error", "in_a_row"}
 """What only a run writes that has no LM head, has experts, or meets a fault: other tests see it."""
 PLACES = {
     "KIND": r"[a-z_]+",

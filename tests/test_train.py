@@ -355,6 +355,10 @@ def test_gradient_masks_come_with_a_word_about_adam_once(world: SmallWorld, tmp_
     assert first.count("--soft_mask update") == 1
     assert "step 2/2" in first
     assert second == ""
+    error = Importance.load(tmp_path / "run" / "importance.safetensors").standard_errors()["heads"][1].max()
+    line = f"importance of 64 rows: largest standard error of a {error.item():.2f} (heads)"
+    assert line in " ".join(first.split())
+    assert ("other rows would protect" in first) == (error.item() > 0.1)
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero3", "zero3_offload"])

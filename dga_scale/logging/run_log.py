@@ -179,6 +179,27 @@ class RunLog:
             for logger in self._loggers:
                 logger.histogram(f"soft_mask/{kind}", 1 - a.float(), step)
 
+    def importance_errors(
+        self, kind: str, *, step: int, relative: Tensor, of_a: Tensor, **figures: str | float
+    ) -> None:
+        """Log the standard errors of a kind's importance.
+
+        Written as the event ``importance`` of that ``kind``; with the matrices where a layer has few enough
+        units.
+
+        Args:
+            kind: The kind of unit.
+            step: The number of finished optimizer steps.
+            relative: (layers, units), the standard error of each importance over that importance.
+            of_a: (layers, units), the standard error of each ``a`` of the soft-mask ``1 - a``.
+            figures: How the importance was measured.
+        """
+        matrices = {}
+        if plots.can_be_drawn(of_a):
+            matrices = {"relative_error": _rounded(relative), "error_of_a": _rounded(of_a)}
+        largest = {"largest_error_of_a": of_a.max().item(), "mean_relative_error": relative.mean().item()}
+        self.event("importance", step=step, kind=kind, **largest, **figures, **matrices)
+
     def protection(
         self, kind: str, *, step: int, one_minus_a: Tensor, movement: Tensor, **figures: float
     ) -> None:

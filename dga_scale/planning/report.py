@@ -11,6 +11,7 @@ from rich.table import Table
 from dga_scale.planning.cost import collective
 from dga_scale.planning.gpus import Gpu
 from dga_scale.planning.plan import GIB, Plan, Planner
+from dga_scale.preservation.jackknife import GROUPS
 
 DAY = 86400
 
@@ -234,8 +235,9 @@ def _importance(planner: Planner, plan: Plan) -> Iterable[str]:
     model, cluster = planner.model, planner.cluster
     kinds = model.method.kinds
     if kinds:
-        size = 8 * sum(math.prod(model.anatomy.unit_shape(kind)) for kind in kinds)
-        ranks, calls = plan.zero.ranks, 3 + len(kinds)
+        # Sums in fp64, and in fp32 those of the groups that standard errors come from.
+        size = (8 + 4 * GROUPS) * sum(math.prod(model.anatomy.unit_shape(kind)) for kind in kinds)
+        ranks, calls = plan.zero.ranks, 4 + 2 * len(kinds)
         seconds = collective(2 * size, calls, cluster.gpu, ranks, cluster.per_node, all_reduce=True)
         yield (
             f"Importance is reduced once a run, {_size(size)} in {calls} calls: {_duration(seconds)} on "

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from dga_scale.corpus.loading.masking import IGNORED
 from dga_scale.errors import UserError
 from dga_scale.preservation.divergence import kl_divergence
 from dga_scale.preservation.fragments import Reduce
+from dga_scale.preservation.jackknife import GroupSums, standard_error
 from dga_scale.storage.checked_tensors import load_tensors, save_tensors
 
 LOSSES = ("proxy_kl", "mlm")
@@ -37,6 +38,9 @@ LOSS_SCALE = 2.0**10
 
 SAME_OUTPUT = 1e-4
 """Hidden states of two dropout draws that differ relatively by less come from a model without dropout."""
+
+LEFT_OUT = "left_out:"
+"""What stands before the kind in the names of the tensors of ``Importance.left_out`` in its file."""
 
 NO_SPREAD = 1e-6
 """Standard deviation over mean below which the units of a layer differ by fp32 rounding only."""
@@ -64,11 +68,14 @@ class Importance:
     Attributes:
         values: The mean over examples of |d loss / d gate|, (layers, units) fp32 on the CPU, by kind of unit.
         settings: The way it was measured and the model and text of it; plain JSON values.
+        left_out: The values without each of up to ``GROUPS`` groups of examples, (groups, layers, units) fp32
+            on the CPU, by kind of unit. Empty of a single group, and of files of earlier versions.
 
     """
 
     values: dict[str, Tensor]
     settings: dict[str, Any]
+    left_out: dict[str, Tensor] = field(default_factory=dict)
 
     def protection(self, squash: str = "clip") -> dict[str, Tensor]:
         """Squash importance into the protection ``a`` in [0, 1], (layers, units) by kind.
@@ -97,16 +104,23 @@ class Importance:
                     f"{mean[flat][0].item():.3g}): nothing distinguishes important units; measure "
                     "it on more text (--importance_samples), and check that the model is pretrained"
                 )
-            a = torch.tanh((values - mean) / deviation)
-            if squash == "clip":
-                a = a.clamp(min=0)
-            elif squash == "abs":
-                a = a.abs()
-            else:
-                low, high = a.amin(dim=1, keepdim=True), a.amax(dim=1, keepdim=True)
-                a = (a - low) / (high - low)
-            protection[kind] = a
+            protection[kind] = _squashed(values, squash)
         return protection
+
+    def standard_errors(self, squash: str = "clip") -> dict[str, tuple[Tensor, Tensor]]:
+        """Estimate the standard errors of the values and of the protection ``a`` that comes of them.
+
+        The jackknife goes through the squash whole, with its mean and deviation over the layer; where "clip"
+        and "abs" fold, near the layer's mean, it says too much rather than too little.
+
+        Returns:
+            Two tensors (layers, units) by kind of unit; empty where ``left_out`` is.
+
+        """
+        return {
+            kind: (standard_error(values), standard_error(_squashed(values, squash)))
+            for kind, values in self.left_out.items()
+        }
 
     def check_units(self, anatomy: Anatomy) -> None:
         """See that the units are those of a model.
@@ -124,8 +138,9 @@ class Importance:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, a tensor for each kind, settings as JSON in its metadata, or nothing."""
-        save_tensors(self.values, Path(path), {"settings": json.dumps(self.settings, sort_keys=True)})
+        """Write a safetensors file, two tensors a kind, settings as JSON in its metadata, or nothing."""
+        tensors = self.values | {LEFT_OUT + kind: values for kind, values in self.left_out.items()}
+        save_tensors(tensors, Path(path), {"settings": json.dumps(self.settings, sort_keys=True)})
 
     @staticmethod
     def load(path: str | os.PathLike[str], kinds: Sequence[str] | None = None) -> "Importance":
@@ -136,8 +151,10 @@ class Importance:
 
         """
         try:
-            values, metadata = load_tensors(Path(path))
+            tensors, metadata = load_tensors(Path(path))
             settings = json.loads(metadata["settings"])
+            values = {name: tensor for name, tensor in tensors.items() if not name.startswith(LEFT_OUT)}
+            left_out = {kind: tensors[LEFT_OUT + kind] for kind in values if LEFT_OUT + kind in tensors}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}" if Path(path).is_file() else "no such file"
             raise UserError(
@@ -152,7 +169,25 @@ class Importance:
                 f"this run protects: give a file measured for them, or --protect {' '.join(sorted(values))}",
                 path,
             )
-        return Importance({kind: values[kind] for kind in kinds or values}, settings)
+        wanted = kinds or list(values)
+        return Importance(
+            {kind: values[kind] for kind in wanted},
+            settings,
+            {kind: left_out[kind] for kind in wanted if kind in left_out},
+        )
+
+
+def _squashed(values: Tensor, squash: str) -> Tensor:
+    """Return the protection of values (..., layers, units): tanh of the z-score in the layer, squashed."""
+    tiny = torch.finfo(values.dtype).tiny  # where a group is left out, a layer may be without spread
+    deviation = values.std(dim=-1, keepdim=True, correction=0).clamp(min=tiny)
+    a = torch.tanh((values - values.mean(dim=-1, keepdim=True)) / deviation)
+    if squash == "clip":
+        return a.clamp(min=0)
+    if squash == "abs":
+        return a.abs()
+    low, high = a.amin(dim=-1, keepdim=True), a.amax(dim=-1, keepdim=True)
+    return (a - low) / (high - low).clamp(min=tiny)
 
 
 def combined_protection(
@@ -232,6 +267,7 @@ def measure_importance(
         )
     anatomy = model.anatomy
     sums: dict[str, Tensor] = {}
+    groups = GroupSums()
     examples: Tensor | int = 0
     with _frozen(model):
         for number, batch in enumerate(batches):
@@ -250,6 +286,8 @@ def measure_importance(
                 # no token to attend to.
                 sizes = torch.where(real[:, None, None], gradient.abs() / LOSS_SCALE, 0)
                 sums[kind] = sums.get(kind, 0) + sizes.sum(dim=0, dtype=torch.float64)  # (layers, units)
+                groups.add(kind, batch.sample_ids, sizes)
+            groups.count(batch.sample_ids, real)
             examples = examples + real.sum()
     count = int(reduce(torch.as_tensor(examples)))
     if count == 0:
@@ -260,7 +298,7 @@ def measure_importance(
     measured = {"loss": loss, "distribution": distribution, "examples": count, "kinds": list(kinds)}
     if loss == "mlm":
         del measured["distribution"]
-    return Importance(values, {**(settings or {}), **measured})
+    return Importance(values, {**(settings or {}), **measured}, groups.left_out(reduce))
 
 
 def _losses(

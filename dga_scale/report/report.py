@@ -3,7 +3,7 @@
 import base64
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape, unescape
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,14 @@ from dga_scale.logging.evaluations import NOT_MEASURED, BeforeAfter
 from dga_scale.report import html
 from dga_scale.report.groups import Group, comparison, grouped, on_same_text
 from dga_scale.report.html import Draw
-from dga_scale.report.run_data import Change, RunData, load_run, summarize_protection, summarize_run
+from dga_scale.report.run_data import (
+    Change,
+    RunData,
+    load_run,
+    summarize_errors,
+    summarize_protection,
+    summarize_run,
+)
 from dga_scale.report.scores import load_scores, scores_html
 from dga_scale.storage.atomic import replace_file
 
@@ -68,6 +75,7 @@ def render(runs: Sequence[RunData], scores: Mapping[str, Any] | None = None) -> 
         html.section("Losses", _losses(runs)),
         html.section("Importance and protection", _importance(runs)),
         html.section("Effective protection", _effective_protection(runs)),
+        html.section("Experts", _experts(runs)),
         html.section("Speed and memory", _speed(runs)),
         html.section("Settings", _settings(runs)),
         html.section("Environment", _environment(runs)),
@@ -108,10 +116,9 @@ def _outcome(runs: Sequence[RunData]) -> str:
         if len(runs) > 1 and measured:
             rows.append(f'<tr class="group"><td colspan="4">{text}</td></tr>')
         rows += [_change_row(run.name if len(runs) > 1 else text, found) for run, found in measured]
-    paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in sentences)
     head = ("held-out text", "before", "after", "change")
     compared = _methods(groups) if len(groups) > 1 else ""
-    return f'<div class="summary">\n{paragraphs}</div>\n{compared}{html.table(head, rows)}'
+    return f'<div class="summary">\n{_paragraphs(sentences)}</div>\n{compared}{html.table(head, rows)}'
 
 
 def _methods(groups: Sequence[Group]) -> str:
@@ -201,7 +208,11 @@ def _importance(runs: Sequence[RunData]) -> str:
             for what, matrix, limits in shown:
                 caption = f"{run.name}: {what}, {kind}" if len(runs) > 1 else f"{what}, {kind}"
                 figures.append((caption, _heatmap(matrix, kind, limits)))
-    return html.figures(figures)
+    return _paragraphs(text for run in runs for text in summarize_errors(run)) + html.figures(figures)
+
+
+def _paragraphs(sentences: Iterable[str]) -> str:
+    return "".join(f"<p>{escape(sentence)}</p>\n" for sentence in sentences)
 
 
 def _heatmap(values: torch.Tensor, kind: str, limits: tuple[float, float] | None) -> Draw:
@@ -218,7 +229,19 @@ def _effective_protection(runs: Sequence[RunData]) -> str:
         units = {name: by_kind[kind] for name, by_kind in found.items() if kind in by_kind}
         figures.append((caption, _protection_dots(units, kind)))
     sentences = [text for run in runs if (text := summarize_protection(run))]
-    return "".join(f"<p>{escape(text)}</p>\n" for text in sentences) + html.figures(figures)
+    return _paragraphs(sentences) + html.figures(figures)
+
+
+def _experts(runs: Sequence[RunData]) -> str:
+    """Return the table of the experts of each sublayer, as the end of the run left them."""
+    rows = []
+    for run in runs:
+        for place, record in run.last_of_kinds("cse").items():
+            name = place if len(runs) == 1 else f"{run.name}: {place}"
+            shares = ", ".join(f"{share:.1%}" for share in record["share"])
+            moved = ", ".join(f"{radii:.2f}" for radii in record["centre_moved"])
+            rows.append(f"<tr>{html.cells((name, shares, moved))}</tr>")
+    return html.table(("experts", "share of the sequences, at the end", "centres moved, in radii"), rows)
 
 
 def _protection_dots(units: dict[str, tuple[torch.Tensor, torch.Tensor]], kind: str) -> Draw:

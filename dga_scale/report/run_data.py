@@ -109,15 +109,15 @@ class RunData:
         rows = [r["memory_gib"] for r in self.steps if r.get("memory_gib")]
         return [max(of_rank) for of_rank in zip_longest(*rows, fillvalue=0.0)]
 
-    def protection_records(self) -> dict[str, dict[str, Any]]:
-        """Return the last record of effective protection of each kind of unit."""
-        return {record["kind"]: record for record in self.named("protection")}
+    def last_of_kinds(self, event: str) -> dict[str, dict[str, Any]]:
+        """Return the last event of one name of each of its kinds."""
+        return {record["kind"]: record for record in self.named(event)}
 
     def effective_protection(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the last 1 - a and relative movement, each (layers, units), of kinds with few units."""
         return {
             kind: (torch.tensor(record["one_minus_a"]), torch.tensor(record["movement"]))
-            for kind, record in self.protection_records().items()
+            for kind, record in self.last_of_kinds("protection").items()
             if "movement" in record
         }
 
@@ -222,11 +222,20 @@ def _describe_change(change: Change) -> str:
     return f"{word} by {size}, from {change.before:.3f} to {change.after:.3f}"
 
 
+def summarize_errors(run: RunData) -> list[str]:
+    """Say how sure each importance is that the run protects by or has measured."""
+    return [
+        f"{run.name}: importance ({record['loss']}) of {record['examples']:,} rows: largest standard error "
+        f"of a {record['largest_error_of_a']:.2f} ({record['kind']})."
+        for record in run.named("importance")
+    ]
+
+
 def summarize_protection(run: RunData) -> str | None:
     """Summarise whether the soft-mask held its units; None without one, or where no unit is protected."""
     sentences = []
     undone = False
-    for kind, record in run.protection_records().items():
+    for kind, record in run.last_of_kinds("protection").items():
         if "protected_units" not in record:
             continue
         target, measured = 1 - record["target_protection"], 1 - record["measured_protection"]

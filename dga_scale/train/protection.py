@@ -1,7 +1,10 @@
 """Protection in a run: importance measured on its corpus or read where it was measured before."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import torch
 
 from dga_scale.config.methods.shared import ProtectionSettings, prior_importance_of
 from dga_scale.corpus.loading.batches import Batch
@@ -10,6 +13,9 @@ from dga_scale.errors import UserError
 from dga_scale.preservation.importance import Importance
 from dga_scale.train.seeds import IMPORTANCE_STREAM, seed_everything
 from dga_scale.train.trainer import Trainer
+
+SURE = 0.1
+"""The standard error of ``a`` above which a run warns: other rows would protect other units."""
 
 ADAM_UNDOES_GRADIENT_MASKS = (
     "soft_mask gradient (the papers' formula): AdamW divides each gradient by its own running size, so it "
@@ -36,6 +42,9 @@ def protect(trainer: Trainer) -> None:
         known = cluster.run_on_all(lambda: _known_importance(path, trainer))
         earlier = [known or measure(trainer, "proxy_kl", path)]
     importance = protection.protect(*earlier, squash=settings.importance_squash)
+    if not trainer.resuming:
+        for each in earlier:
+            _log_errors(trainer, each, step=0)
     trainer.log.importance(importance.values, protection.a)
     if protection.soft_mask == "gradient" and trainer.config.optimization.optimizer == "adamw":
         trainer.log.print(ADAM_UNDOES_GRADIENT_MASKS)
@@ -89,7 +98,46 @@ def measure_after(trainer: Trainer) -> None:
     """Measure the domain's importance after the last step, where the method needs it and has none yet."""
     path = trainer.inputs.folder.importance_after
     if trainer.method.measures_after and not trainer.cluster.run_on_first(path.exists):
-        measure(trainer, "mlm", path)
+        measured = measure(trainer, "mlm", path)
+        _log_errors(trainer, measured, step=trainer.config.optimization.max_steps)
+
+
+def _log_errors(trainer: Trainer, importance: Importance, step: int) -> None:
+    """Log how sure an importance is, and say so in a line; nothing where its file does not tell."""
+    errors = importance.standard_errors(_settings(trainer).importance_squash)
+    if not errors:
+        return
+    measured = importance.settings
+    for kind, (error, of_a) in errors.items():
+        trainer.log.importance_errors(
+            kind,
+            step=step,
+            relative=torch.where(error > 0, error / importance.values[kind], 0.0),
+            of_a=of_a,
+            loss=measured["loss"],
+            examples=measured["examples"],
+        )
+    largest = {kind: of_a.max().item() for kind, (_, of_a) in errors.items()}
+    trainer.log.print(describe_errors(largest, measured["examples"]))
+
+
+def describe_errors(largest: Mapping[str, float], rows: int) -> str:
+    """Say how sure importances of so many rows are, and where they are not, how many rows would be enough.
+
+    Args:
+        largest: The largest standard error of ``a`` by kind of unit.
+        rows: The number of rows that they were measured on.
+
+    """
+    kind = max(largest, key=lambda kind: largest[kind])
+    line = f"importance of {rows:,} rows: largest standard error of a {largest[kind]:.2f} ({kind})"
+    if largest[kind] > SURE:
+        needed = math.ceil(rows * (largest[kind] / SURE) ** 2)
+        line += (
+            f"; above {SURE} other rows would protect other units: about {needed:,} rows are enough, raise "
+            "--importance_samples or give more text"
+        )
+    return line
 
 
 def _settings(trainer: Trainer) -> ProtectionSettings:

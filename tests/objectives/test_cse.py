@@ -14,6 +14,7 @@ from dga_scale.config.methods.cse import CSESettings
 from dga_scale.experts.clustering import NoClusters
 from dga_scale.experts.extension import Sample, SublayerId, sparse_sublayers
 from dga_scale.launch.preemption import EXIT_STOPPED
+from dga_scale.logging.json_lines import read_log
 from dga_scale.objectives.methods.cse import CSE
 from tests.helpers.ranks import REPOSITORY, RankError, run_ranks
 from tests.helpers.small import SmallWorld
@@ -45,6 +46,27 @@ def test_a_run_that_is_stopped_resumes_bit_for_bit(world: SmallWorld, tmp_path: 
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert len(losses(tmp_path / "whole")) == STEPS
+    # Distances are from the clusters' centres, also where a run has resumed; events come every two steps.
+    found = json.loads((tmp_path / "whole" / "experts.json").read_text())["clusters"]
+    records = [r for r in read_log(tmp_path / "whole" / "log.jsonl") if r.get("event") == "cse"]
+    assert [r["step"] for r in records[:: len(found)]] == [2, 4, 6]
+    last = {name: records_of(tmp_path / name, len(found)) for name in ("whole", "parts")}
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "whole" / "model")
+    for each, record, again, sublayer in zip(
+        found, *last.values(), sparse_sublayers(model).values(), strict=True
+    ):
+        assert record["kind"] == each["sublayer"]
+        assert sum(record["share"]) == pytest.approx(1)
+        assert again["centre_moved"] == record["centre_moved"]
+        distance = (sublayer.router.centres - torch.tensor(each["centres"])).norm(dim=1)
+        assert record["centre_moved"] == pytest.approx((distance / sublayer.router.radii).tolist(), rel=1e-5)
+    report = (tmp_path / "whole" / "report.html").read_text()
+    assert ", ".join(f"{share:.1%}" for share in last["whole"][0]["share"]) in report
+
+
+def records_of(run: Path, sublayers: int) -> list[dict[str, Any]]:
+    """The last record of each sublayer's experts."""
+    return [record for record in read_log(run / "log.jsonl") if record.get("event") == "cse"][-sublayers:]
 
 
 def test_what_is_exported(world: SmallWorld, tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import BertForMaskedLM
 
@@ -62,34 +63,82 @@ def gated_by_hand(lm: BertForMaskedLM, gates: dict[str, Tensor]) -> list[torch.u
     return handles
 
 
-def importance_one_by_one(batch: Batch) -> dict[str, Tensor]:
-    """Mean over examples of |d L_MLM(x) / d gate|: an example at a time, on the stock model."""
+def one_by_one(batch: Batch) -> dict[str, Tensor]:
+    """|d L_MLM(x) / d gate| of each example, (B, layers, units): one at a time, on the stock model."""
     lm = toy_lm()
-    sums = {"heads": torch.zeros(LAYERS, HEADS), "ffn_intermediate": torch.zeros(LAYERS, INTERMEDIATE)}
-    sums["ffn_output"] = torch.zeros(LAYERS, HIDDEN)
+    units = {"heads": HEADS, "ffn_intermediate": INTERMEDIATE, "ffn_output": HIDDEN}
+    found: dict[str, list[Tensor]] = {kind: [] for kind in units}
     for row in range(len(batch.input_ids)):
-        gates = {kind: torch.ones_like(total, requires_grad=True) for kind, total in sums.items()}
+        gates = {kind: torch.ones(LAYERS, count, requires_grad=True) for kind, count in units.items()}
         handles = gated_by_hand(lm, gates)
         one = rows_of(batch, slice(row, row + 1))
         length = int(one.attention_mask.sum())
         logits = lm(input_ids=one.masked_ids[:, :length]).logits[0]
         loss = F.cross_entropy(logits, dense_labels(one)[0, :length])
         for kind, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-            sums[kind] += gradient.abs() / len(batch.input_ids)
+            found[kind].append(gradient.abs())
         for handle in handles:
             handle.remove()
-    return sums
+    return {kind: torch.stack(rows) for kind, rows in found.items()}
 
 
 def test_importance_is_the_mean_of_per_example_gate_gradients() -> None:
     """All three kinds of unit at once; examples of different lengths and numbers of labels."""
     batch = toy_batch()
     measured = measure_importance(toy_model("das"), [batch], kinds=KINDS, loss="mlm")
-    for kind, expected in importance_one_by_one(batch).items():
-        torch.testing.assert_close(measured.values[kind], expected, rtol=1e-4, atol=1e-6)
+    for kind, rows in one_by_one(batch).items():
+        torch.testing.assert_close(measured.values[kind], rows.mean(dim=0), rtol=1e-4, atol=1e-6)
 
 
-def measured_on_ranks(size: int, reverse: bool) -> Tensor:
+@pytest.mark.parametrize("squash", ["clip", "abs", "minmax"])
+def test_standard_errors_are_those_of_the_rows(squash: str) -> None:
+    """Of fewer rows than groups: s / sqrt(n) of the mean, and of ``a`` what leaving out each row changes."""
+    batch = toy_batch()
+    measured = measure_importance(toy_model("das"), split(batch, 3), kinds=KINDS, loss="mlm")
+    errors = measured.standard_errors(squash)
+    for kind, rows in one_by_one(batch).items():
+        n, values = len(rows), rows.double().numpy()
+        error, error_of_a = (tensor.numpy() for tensor in errors[kind])
+        np.testing.assert_allclose(error, values.std(axis=0, ddof=1) / math.sqrt(n), rtol=1e-3, atol=1e-7)
+        z = [scipy.stats.zscore(np.delete(values, row, axis=0).mean(axis=0), axis=1) for row in range(n)]
+        a = np.tanh(np.stack(z))
+        if squash == "clip":
+            a = np.maximum(a, 0)
+        elif squash == "abs":
+            a = np.abs(a)
+        else:
+            a = (a - a.min(axis=2, keepdims=True)) / np.ptp(a, axis=2, keepdims=True)
+        expected = np.sqrt((n - 1) / n * ((a - a.mean(axis=0)) ** 2).sum(axis=0))
+        np.testing.assert_allclose(error_of_a, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_standard_errors_are_the_spread_of_other_draws() -> None:
+    """128 rows in 32 groups of four, 24 draws: what each says of itself is how far they lie apart.
+
+    The spread of 24 draws is sure to 1 / sqrt(2 * 23) = 15%, that of four independent units to 7%: the bounds
+    are three times that.
+    """
+    model = toy_model()
+    draws = [
+        measure_importance(model, [toy_batch(128, seed=1000 + draw)], kinds=("heads",), loss="mlm")
+        for draw in range(24)
+    ]
+    values = torch.stack([draw.values["heads"] for draw in draws])
+    a = torch.stack([draw.protection("minmax")["heads"] for draw in draws])
+    for number, drawn in enumerate((values, a)):
+        said = torch.stack([draw.standard_errors("minmax")["heads"][number] for draw in draws])
+        ratio = (said.square().mean() / drawn.var(dim=0).mean()).sqrt().item()
+        assert 0.8 < ratio < 1.25
+
+
+def test_one_example_or_an_older_file_says_nothing_of_its_errors(tmp_path: Path) -> None:
+    alone = measure_importance(toy_model(), [toy_batch(1)], loss="mlm")
+    assert alone.standard_errors() == {}
+    alone.save(tmp_path / "older.safetensors")
+    assert Importance.load(tmp_path / "older.safetensors").standard_errors() == {}
+
+
+def measured_on_ranks(size: int, reverse: bool) -> tuple[Tensor, ...]:
     """On each rank: importance of its share of 16 rows in batches of ``size``."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if ranks > 1 else 0
@@ -101,16 +150,18 @@ def measured_on_ranks(size: int, reverse: bool) -> Tensor:
             dist.all_reduce(tensor)
         return tensor
 
-    return measure_importance(
+    measured = measure_importance(
         toy_model(), batches[::-1] if reverse else batches, loss="mlm", reduce=summed
-    ).values["heads"]
+    )
+    return measured.values["heads"], *measured.standard_errors()["heads"]
 
 
 @pytest.mark.parametrize(("ranks", "size", "reverse"), [(2, 4, False), (2, 1, True), (4, 2, False)])
 def test_importance_is_the_same_on_any_number_of_ranks(ranks: int, size: int, reverse: bool) -> None:
-    expected = measured_on_ranks(16, False)
-    for values in run_ranks(ranks, measured_on_ranks, size, reverse):
+    expected, *errors = measured_on_ranks(16, False)
+    for values, *own_errors in run_ranks(ranks, measured_on_ranks, size, reverse):
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(own_errors, errors, rtol=1e-3, atol=1e-5)
 
 
 def test_examples_without_labels_do_not_count() -> None:
@@ -121,6 +172,7 @@ def test_examples_without_labels_do_not_count() -> None:
     padded.attention_mask[-2:] = 0
     measured = measure_importance(toy_model(), split(padded, 5), loss="mlm")
     torch.testing.assert_close(measured.values["heads"], expected.values["heads"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(measured.left_out["heads"], expected.left_out["heads"], rtol=1e-5, atol=1e-7)
     assert measured.settings["examples"] == 8
 
 
@@ -182,7 +234,7 @@ def test_two_seeds_on_disjoint_text_agree_on_what_matters() -> None:
         return measure_importance(model, batches).values["heads"]
 
     first, second = measured(1), measured(2)
-    assert spearmanr(first.flatten(), second.flatten()).statistic > 0.5
+    assert scipy.stats.spearmanr(first.flatten(), second.flatten()).statistic > 0.5
 
 
 def test_parameters_and_gradients_are_left_as_they_were() -> None:
@@ -294,6 +346,8 @@ def test_importance_is_saved_with_its_settings(tmp_path: Path) -> None:
     assert loaded.values.keys() == measured.values.keys()
     for kind, values in measured.values.items():
         assert torch.equal(loaded.values[kind], values)
+        assert torch.equal(loaded.left_out[kind], measured.left_out[kind])
+    assert Importance.load(path, ["heads"]).left_out.keys() == {"heads"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["importance.safetensors"]
 
 

@@ -83,7 +83,7 @@ def test_callbacks_are_called_in_order_on_all_ranks_and_not_again_where_a_run_re
     assert names(second) == [("on_start", done), *rest, ("on_end", STEPS)]
 
     logged: dict[Any, list[str]] = {(name, step): events for name, step, events in first + second}
-    assert logged["on_start", 0] == ["evaluation"]
+    assert logged["on_start", 0] == ["evaluation", "importance"]
     assert logged["after_step", 1] == ["step"]
     assert logged["after_step", 2] == ["step", "protection"], "a checkpoint comes last"
     assert logged["after_step", STEPS] == ["step", "evaluation", "protection"]

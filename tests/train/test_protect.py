@@ -14,6 +14,7 @@ from dga_scale.errors import UserError
 from dga_scale.objectives.method import Method
 from dga_scale.objectives.methods import METHODS
 from dga_scale.preservation.importance import Importance
+from dga_scale.train.protection import describe_errors
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.small import SmallWorld
 from tests.test_train import arguments, run_and_draw, run_training
@@ -54,7 +55,19 @@ def test_ffn_only_masks_are_one_flag(ffn_only: Path) -> None:
         "importance-ffn_intermediate.png",
         "importance-ffn_output.png",
     }
+    errors = importance.standard_errors()
+    records = [line for line in lines if line.get("event") == "importance"]
+    assert [(record["step"], record["kind"], record["examples"]) for record in records] == [
+        (0, kind, 64) for kind in errors
+    ]
+    for record in records:
+        error, error_of_a = errors[record["kind"]]
+        relative = error / importance.values[record["kind"]]
+        torch.testing.assert_close(torch.tensor(record["relative_error"]), relative, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(record["error_of_a"]), error_of_a, rtol=0, atol=1e-4)
+        assert record["largest_error_of_a"] == error_of_a.max().item()
     report = (ffn_only / "report.html").read_text()
+    assert f"64 rows: largest standard error of a {records[0]['largest_error_of_a']:.2f}" in report
     assert "most protected ffn_intermediate" in report
     assert "heads" not in report
 
@@ -113,6 +126,16 @@ def test_a_run_resumes_with_the_kinds_that_it_began_with(ffn_only: Path, world: 
     flags = [*flags_of(world, ffn_only), "--protect", "heads"]
     with pytest.raises(RankError, match="protect"):
         run_ranks(1, run_training, flags)
+
+
+def test_importance_of_too_few_rows_says_how_many_are_enough() -> None:
+    """The standard error of a mean falls with the root of the rows: 0.22 of 500 rows are 0.1 of 2,420."""
+    assert describe_errors({"heads": 0.07, "ffn_output": 0.03}, 1500) == (
+        "importance of 1,500 rows: largest standard error of a 0.07 (heads)"
+    )
+    said = describe_errors({"heads": 0.07, "ffn_output": 0.22}, 500)
+    assert said.startswith("importance of 500 rows: largest standard error of a 0.22 (ffn_output); above 0.1")
+    assert "about 2,420 rows are enough, raise --importance_samples" in said
 
 
 def test_unknown_kinds_are_refused_with_the_nearest_right_name() -> None:
