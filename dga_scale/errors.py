@@ -143,6 +143,11 @@ def end_rank(code: int) -> NoReturn:
     os._exit(code)
 
 
+def note(text: str) -> None:
+    """Print one line on stderr that says what a user may not have meant, whatever names it quotes."""
+    print(f"note: {one_line(text)}", file=sys.stderr, flush=True)
+
+
 def one_line(text: str) -> str:
     """Make a message fit to be shown and logged, where it quotes an address or the name of a file.
 

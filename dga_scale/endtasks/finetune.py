@@ -1,7 +1,6 @@
 """Fine-tune a classifier (or regressor) on a pretrained trunk: one task, one seed, one process."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from dga_scale.corpus.tokenizer import check_unknown, load_tokenizer, unknown_id
 from dga_scale.endtasks.metrics import classification_scores, regression_scores
 from dga_scale.endtasks.recipes import Recipe
 from dga_scale.endtasks.tasks import Example, Task
-from dga_scale.errors import UserError
+from dga_scale.errors import UserError, note
 from dga_scale.storage.hub import local_only
 
 MAX_GRAD_NORM = 1.0
@@ -220,10 +219,9 @@ def load_classifier(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) 
         )
     if other:
         name, (stored, expected) = min(other.items())
-        print(
-            f"note: {model} has a head of its own, {name} of {tuple(stored)} where the task needs "
-            f"{tuple(expected)}: a new head is trained in its place",
-            file=sys.stderr,
+        note(
+            f"{model} has a head of its own, {name} of {tuple(stored)} where the task needs "
+            f"{tuple(expected)}: a new head is trained in its place"
         )
     check_finite(classifier, model)
     classifier.config.pad_token_id = tokenizer.pad_token_id

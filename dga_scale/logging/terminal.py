@@ -13,6 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dga_scale.errors import one_line
 from dga_scale.logging.logger import LoggedRun, Logger, Numbers
 
 _LINE_UNITS: dict[str, tuple[str, Callable[[Sequence[float]], float]]] = {
@@ -50,7 +51,7 @@ class Terminal(Logger):
         self.print(step_line(step, self.run.total_steps, numbers))
 
     def print(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print("\n".join(map(one_line, text.split("\n"))))
 
     def close(self) -> None:
         self._bar.stop()

@@ -105,13 +105,13 @@ def test_rows_longer_than_the_models_positions_are_refused(wordpiece: Path, tmp_
 
 def test_markers_are_told(wordpiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(wordpiece)
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<GENE>"]})
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<GENE>", "<\x1b[2J>"]})
     tokenizer.save_pretrained(tmp_path / "marked")
     tiny.write_jsonl(tmp_path / "a.jsonl", [f"the <GENE> of [MASK] number {n}" for n in range(40)])
     arguments = [str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "marked"), "--num_workers", "1"]
     assert main([*arguments, "--output", str(tmp_path / "corpus"), "--validation_share", "0"]) == 0
     assert (
-        "note: 1 special tokens of the tokenizer (<GENE>) are tokens where they stand"
+        r"note: 2 special tokens of the tokenizer (<GENE>, <\x1b[2J>) are tokens where they stand"
         in capsys.readouterr().err
     )
     corpus = Corpus.open(tmp_path / "corpus")

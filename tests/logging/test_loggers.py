@@ -91,6 +91,14 @@ def test_no_logger_leaves_the_log_and_the_terminal(
     assert "step 1/1  loss 2.0000" in capsys.readouterr().out
 
 
+def test_names_in_lines_of_the_log_do_not_reach_the_terminal_raw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_log(tmp_path, 0, 1, loggers=["none"]) as log:
+        log.print("saved a\x1b[2Jb\rc\nsecond line")
+    assert "saved a\\x1b[2Jb\\rc\nsecond line" in capsys.readouterr().out
+
+
 def test_a_silent_log_says_nothing_and_reads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with silent_log() as log:
         log.print("hello")

@@ -26,7 +26,7 @@ from dga_scale.corpus.reading.files import (
 )
 from dga_scale.corpus.reading.sources import FORMATS
 from dga_scale.corpus.shards import MANIFEST, WORK_FOLDER
-from dga_scale.errors import UserError, one_line
+from dga_scale.errors import UserError, note
 
 _TEXTS = ("text", "jsonl", "csv", "tsv")
 _ARCHIVES = {".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"}
@@ -89,7 +89,7 @@ def find_sources(inputs: Collection[str]) -> list[Source]:
     if not sources:
         raise UserError(f"no text in {' '.join(inputs)}: {left_out}")
     if text := str(left_out):
-        print(f"note: not read: {one_line(text)}", file=sys.stderr)
+        note(f"not read: {text}")
     return sources
 
 

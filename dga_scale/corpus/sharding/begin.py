@@ -1,7 +1,6 @@
 """Sharding begins: a plan, tried on the first documents and compared with what the folder holds."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from dga_scale.corpus.tokenizer import (
     special_ids,
     tokenizer_hash,
 )
-from dga_scale.errors import UserError
+from dga_scale.errors import UserError, note
 from dga_scale.storage.atomic import storage_errors, write_json
 
 _FIRST_CHARACTERS = 1 << 18
@@ -47,10 +46,9 @@ def begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: 
             f"{positions} positions. Give {positions} or less"
         )
     if settings.sequence_length > tokenizer.model_max_length:
-        print(
-            f"note: --sequence_length {settings.sequence_length} is above {tokenizer.model_max_length}, the "
-            f"longest input that the tokenizer of {settings.tokenizer!r} states for its model",
-            file=sys.stderr,
+        note(
+            f"--sequence_length {settings.sequence_length} is above {tokenizer.model_max_length}, the "
+            f"longest input that the tokenizer of {settings.tokenizer!r} states for its model"
         )
     plan = Plan.make(inputs, settings)
     output = work.output
@@ -76,20 +74,18 @@ def begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: 
     _try_first_documents(plan, spec, layout)
     if others := markers(tokenizer):
         done = "tokens" if tokenizer.is_fast else "written as text"
-        print(
-            f"note: {len(others)} special tokens of the tokenizer ({', '.join(others[:3])}"
+        note(
+            f"{len(others)} special tokens of the tokenizer ({', '.join(others[:3])}"
             f"{', ...' if len(others) > 3 else ''}) are {done} where they stand in the text; its "
-            f"{', '.join(special_ids(tokenizer))} are written as text",
-            file=sys.stderr,
+            f"{', '.join(special_ids(tokenizer))} are written as text"
         )
     with storage_errors(output):
         work.folder.mkdir(parents=True, exist_ok=True)
         if begun is not None and not _same_work(begun, plan):
             kept = sum(work.input_split(key).exists() for key in plan.keys)
-            print(
-                f"note: {output} was begun with {'; '.join(_differences(begun, plan)) or 'other inputs'}: of "
-                f"{len(plan.keys)} parts of the input {kept} need not be read again",
-                file=sys.stderr,
+            note(
+                f"{output} was begun with {'; '.join(_differences(begun, plan)) or 'other inputs'}: of "
+                f"{len(plan.keys)} parts of the input {kept} need not be read again"
             )
             work.remove_later_stages()
             work.plan_file.unlink()  # before what it goes with is written: killed now, no plan is taken up
@@ -103,7 +99,7 @@ def _is_whole(output: Path, settings: ShardSettings) -> bool:
         for folder in [output, *([output / VALIDATION] if settings.validation_share else [])]:
             Corpus.open(folder, verify="sha256")
     except UserError as error:
-        print(f"note: the corpus is made again: {error}", file=sys.stderr)
+        note(f"the corpus is made again: {error}")
         return False
     return True
 

@@ -8,7 +8,6 @@ the bytes do not depend on who did what.
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ from dga_scale.corpus.shards import FORMAT, MANIFEST, VALIDATION, WORK_FOLDER, M
 from dga_scale.corpus.tokenizer import (
     check_unknown,
 )
-from dga_scale.errors import UserError, one_line
+from dga_scale.errors import UserError, note
 from dga_scale.storage.atomic import storage_errors, write_json
 from dga_scale.storage.checked_json import with_checksum
 
@@ -212,10 +211,7 @@ def _gather_document_batches(work: Work, plan: Plan) -> None:
         for name, value in content["report"].items():
             setattr(report, name, getattr(report, name) + value)
     if first_bad:
-        print(
-            f"note: {report.bad:,} bad records were left out. The first: {one_line(first_bad)}",
-            file=sys.stderr,
-        )
+        note(f"{report.bad:,} bad records were left out. The first: {first_bad}")
     if not document_batches:
         raise UserError(
             f"no document with text in the inputs: {report.documents_read} read, {report.empty} of them "
