@@ -66,7 +66,7 @@ class LauncherWatch:
                 break
 
     def _find(self, variable: str) -> None:
-        parents = psutil.Process().parents()
+        parents = _visible_parents()
         knows = [has_variable(process, variable) for process in parents]
         if all(knows):  # in a container, the launcher outside it: nothing to see
             return
@@ -77,7 +77,7 @@ class LauncherWatch:
         while count < len(parents) and _is_launcher(parents[count]):
             count += 1
         if count < len(parents) and _adopts_orphans(parents[count]):
-            self._gone |= _OF_RUNNER in parents[count - 1].cmdline()
+            self._gone |= _OF_RUNNER in _command(parents[count - 1])
         self._processes = parents[:count]
 
     @contextlib.contextmanager
@@ -105,6 +105,15 @@ class LauncherWatch:
             stop.end()
 
 
+def _visible_parents() -> list[psutil.Process]:
+    """Return this process's parents, nearest first; other users' may be hidden (``hidepid``)."""
+    found = [psutil.Process()]
+    with contextlib.suppress(psutil.AccessDenied):
+        while (parent := found[-1].parent()) is not None:
+            found.append(parent)
+    return found[1:]
+
+
 def _runs(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -119,12 +128,16 @@ def _adopts_orphans(process: psutil.Process) -> bool:
 
 def _is_launcher(process: psutil.Process, any_python: bool = False) -> bool:
     """Return whether a process runs one of ``_PROGRAMS``, or a Python program where any may be one."""
-    try:
-        command = process.cmdline()
-    except psutil.Error:
-        command = []
+    command = _command(process)
     program = Path(command[0]).name if command else process.name()
     if "python" not in program:
         return program in _PROGRAMS or process.name() in _PROGRAMS
     script = next((word for word in command[1:] if not word.startswith("-")), "")
     return any_python or Path(script).name in _PROGRAMS
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended, or is another user's
+        return []
