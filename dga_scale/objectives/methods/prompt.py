@@ -5,6 +5,8 @@ from transformers import PreTrainedModel
 from dga_scale.backbone.peft.prompt import PROMPT
 from dga_scale.config.methods.prompt import PromptSettings
 from dga_scale.config.settings import TrainConfig
+from dga_scale.corpus.tokenizer import positions_beside
+from dga_scale.errors import UserError
 from dga_scale.objectives.added import check_base_is_frozen, extended, train_only
 from dga_scale.objectives.method import Method, MethodContext
 
@@ -20,6 +22,12 @@ class Prompt(Method[PromptSettings]):
 
     def check(self, config: TrainConfig, causal: bool) -> None:
         check_base_is_frozen(config)
+        positions, tokens = positions_beside(config.model.model or ""), self.settings.prompt_tokens
+        if positions is not None and tokens >= positions:
+            raise UserError(
+                f"--prompt_tokens {tokens}: the model has {positions} positions, which leaves none for text. "
+                "Set fewer"
+            )
 
     def prepare(self, context: MethodContext) -> PreTrainedModel:
         model = extended(context.lm, "prompt", {"tokens": self.settings.prompt_tokens})

@@ -1,5 +1,6 @@
 """Soft prompts in every architecture: as if their embeddings were words, and only the text's states seen."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from dga_scale.backbone.anatomy import anatomy_of
 from dga_scale.backbone.extended import ExtendedPreTrainedModel, extend
+from dga_scale.config.parsing import read_config
 from dga_scale.errors import UserError
+from dga_scale.objectives.methods import build_method
 from tests.helpers.small_prompts import TOKENS, WORDS, with_prompt
 from tests.helpers.tiny_models import TINY, VOCAB, batch
 
@@ -80,3 +83,13 @@ def test_a_causal_classifier_reads_the_texts_last_token(name: str, tmp_path: Pat
 def test_more_soft_tokens_than_positions_are_refused() -> None:
     with pytest.raises(UserError, match="--prompt_tokens"):
         extend(TINY["roberta"].model(), "prompt", {"tokens": 32})
+
+
+def test_more_soft_tokens_than_positions_are_refused_before_a_run_is_made(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    flags = ["--ds_config", "x.json", "--model", str(tmp_path), "--corpus", "any", "--method", "prompt"]
+    for tokens in (63, 64):
+        config = read_config([*flags, "--prompt_tokens", str(tokens)])
+        told = pytest.raises(UserError, match="--prompt_tokens 64: the model has 64 positions")
+        with told if tokens == 64 else contextlib.nullcontext():
+            build_method(config).check(config, causal=False)
