@@ -237,7 +237,7 @@ def check_known(config: PretrainedConfig) -> None:
         )
     raise UserError(
         f"architecture {config.model_type!r} is not known here (known: {known}); name its modules in a file "
-        "of about 15 lines and give it as --import FILE.py: docs/models.md shows a whole one"
+        "of about 15 lines and give it as --import FILE.py: docs/extending.md shows a whole one"
     )
 
 

@@ -17,7 +17,7 @@ from dga_scale.errors import UserError
 
 HELP = (
     "Python files (NAME.py), or modules that Python finds, which are imported before the model is loaded: "
-    "they register an architecture that is not known (docs/models.md). Their code runs with your rights."
+    "they register an architecture that is not known (docs/extending.md). Their code runs with your rights."
 )
 
 _imported: dict[str, ModuleType] = {}
