@@ -12,6 +12,7 @@ from dga_scale.endtasks.recipes import describe
 from dga_scale.endtasks.tasks import split_folder
 from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
+from dga_scale.storage.lock import owned
 
 
 def finetune_command() -> NoReturn:
@@ -48,16 +49,16 @@ def finetune(arguments: Sequence[str] | None = None) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     folder = options.task if options.split is None else split_folder(options.task, options.split)
-    task, recipe = load_task_of(exported(folder, options.output_dir / "task"), options)
-    from dga_scale.backbone.loading import check_vocabulary, load_model_config
-    from dga_scale.corpus.tokenizer import load_tokenizer
-    from dga_scale.endtasks.seeds import run_seeds, spread_text
+    with owned(options.output_dir):
+        task, recipe = load_task_of(exported(folder, options.output_dir / "task"), options)
+        from dga_scale.backbone.loading import check_vocabulary, load_model_config
+        from dga_scale.corpus.tokenizer import load_tokenizer
+        from dga_scale.endtasks.seeds import run_seeds, spread_text
 
-    check_vocabulary(load_model_config(options.model), load_tokenizer(options.model))
-    print(describe(task, recipe))
-
-    seeds = seeds_of(options)
-    summary = run_seeds(options.model, task, recipe, seeds, options.output_dir, jobs=options.jobs)
+        check_vocabulary(load_model_config(options.model), load_tokenizer(options.model))
+        print(describe(task, recipe))
+        seeds = seeds_of(options)
+        summary = run_seeds(options.model, task, recipe, seeds, options.output_dir, jobs=options.jobs)
     names = [recipe.metric, *(name for name in summary["scores"] if name != recipe.metric)]
     for name in names:
         print(f"{name:>10}: {spread_text(summary['scores'][name])}")
@@ -88,8 +89,11 @@ def _forgetting(options: argparse.Namespace) -> int:
         if not (domain and equals and folder):
             raise UserError(f"--task {text}: write DOMAIN=DIR, for example acl=endtasks/aclarc.")
         tasks[domain] = load_task_of(folder, options)
-    from dga_scale.endtasks.forgetting import measure_forgetting, print_forgetting
+    from dga_scale.endtasks.forgetting import SCORES, find_stages, measure_forgetting, print_forgetting
 
-    result = measure_forgetting(options.run, tasks, seeds_of(options), jobs=options.jobs)
-    print_forgetting(result, options.run, options.seeds)
+    find_stages(options.run)  # before a folder is made in it
+    # That above is not locked: later domains may still be trained there.
+    with owned(options.run / SCORES):
+        result = measure_forgetting(options.run, tasks, seeds_of(options), jobs=options.jobs)
+        print_forgetting(result, options.run, options.seeds)
     return 0

@@ -9,6 +9,7 @@ from dga_scale.config.arguments import Parser, PathText
 from dga_scale.endtasks.suite import load_suite
 from dga_scale.errors import naming_flags, run_main
 from dga_scale.logging.quiet import quiet_libraries
+from dga_scale.storage.lock import owned
 
 
 def evaluate_command() -> NoReturn:
@@ -65,13 +66,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     from dga_scale.logging.plots import comparison_figure, save_png
     from dga_scale.report.scores import RESULTS, trade_off
 
-    with naming_flags(suite.given_paths(options.suite)):
-        result = evaluate(options.base, parse_models(options.model), suite, options.output_dir)
-    _print(result)
-    written = [options.output_dir / RESULTS]
-    if points := trade_off(result):
-        written.append(options.output_dir / "trade_off.png")
-        save_png(comparison_figure(points), written[-1])
+    with owned(options.output_dir):
+        with naming_flags(suite.given_paths(options.suite)):
+            result = evaluate(options.base, parse_models(options.model), suite, options.output_dir)
+        _print(result)
+        written = [options.output_dir / RESULTS]
+        if points := trade_off(result):
+            written.append(options.output_dir / "trade_off.png")
+            save_png(comparison_figure(points), written[-1])
     print(f"results: {', '.join(map(str, written))}")
     return 0
 

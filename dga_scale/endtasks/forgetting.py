@@ -18,6 +18,9 @@ from dga_scale.errors import UserError
 from dga_scale.logging.plots import forgetting_figure, save_png
 from dga_scale.run_folder import write_text
 
+SCORES = "forgetting"
+"""The name of the folder, in that of the sequence, with the scores of single seeds."""
+
 _STAGE = re.compile(r"([0-9]+)-(.+)")
 
 
@@ -112,7 +115,7 @@ def measure_forgetting(
         row = []
         for domain in domains[:number]:
             task, recipe = tasks[domain]
-            output = run / "forgetting" / stage.folder.name / domain
+            output = run / SCORES / stage.folder.name / domain
             summary = run_seeds(str(stage.model), task, recipe, seeds, output, jobs=jobs)
             row.append(summary["scores"][recipe.metric])
         rows.append(row)

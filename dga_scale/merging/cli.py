@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,6 +10,7 @@ from dga_scale.config.arguments import Count, Parser, PathText, number
 from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.merging.settings import METHODS, MergeSettings
+from dga_scale.storage.lock import owned_output
 
 
 def merge_command() -> NoReturn:
@@ -68,16 +70,20 @@ def _merge(options: argparse.Namespace) -> int:
 
     models = [ModelFolder.open(name) for name in options.model]
     merge = Merge(ModelFolder.open(options.base), models, options.method)
-    if options.sweep:
-        from dga_scale.merging.sweep import report_sweep
+    with ExitStack() as held:
+        for folder in (options.output, options.results if options.sweep else None):
+            if folder is not None:
+                held.enter_context(owned_output(folder))
+        if options.sweep:
+            from dga_scale.merging.sweep import report_sweep
 
-        report_sweep(merge, settings, options)
-        if options.output is not None:
-            with new_folder(options.output) as folder:
-                for each in settings:
-                    merge.write(each, folder / f"weight-{each.weight:g}")
-    else:
-        merge.write(settings[0], options.output)
+            report_sweep(merge, settings, options)
+            if options.output is not None:
+                with new_folder(options.output) as folder:
+                    for each in settings:
+                        merge.write(each, folder / f"weight-{each.weight:g}")
+        else:
+            merge.write(settings[0], options.output)
     if options.output is not None:
         print(f"merged: {options.output}")
     return 0

@@ -137,8 +137,9 @@ class _Lock:
         try:
             self._take()
         except OSError as error:
-            problem = f"it can't be locked: {error.strerror}. Give another folder, or change its permissions"
-            raise UserError(problem, error.filename or self._what) from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            fix = "Free disk space" if full else "Give another folder, or change its permissions"
+            raise UserError(f"it can't be locked: {error.strerror}. {fix}", self._what) from error
         _held.add(self)
         self._thread.start()
         return self

@@ -15,6 +15,7 @@ from dga_scale.errors import UserError, end_rank, naming_flags, run_main
 from dga_scale.launch.environment import read_launch_info
 from dga_scale.launch.launcher_watch import LauncherWatch
 from dga_scale.logging.quiet import quiet_libraries
+from dga_scale.storage.lock import owned_output
 
 if TYPE_CHECKING:
     from dga_scale.launch.world import Cluster
@@ -112,5 +113,6 @@ def _consolidate(options: argparse.Namespace) -> int:
     quiet_libraries()
     from dga_scale.checkpoint.export import consolidate
 
-    print(f"model: {consolidate(options.run, options.step, options.output)}")
+    with owned_output(options.output):
+        print(f"model: {consolidate(options.run, options.step, options.output)}")
     return 0

@@ -8,6 +8,7 @@ from typing import NoReturn
 from dga_scale.config.arguments import Parser, PathText
 from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
+from dga_scale.storage.lock import owned_output
 from dga_scale.vocabulary.terms import Term, read_terms
 
 _NAMED = 5
@@ -48,7 +49,8 @@ def _extend(options: argparse.Namespace) -> int:
     from dga_scale.merging.folders import ModelFolder  # transformers' import takes seconds
     from dga_scale.vocabulary.extend import extend
 
-    done = extend(ModelFolder.open(options.model), terms, options.output)
+    with owned_output(options.output):
+        done = extend(ModelFolder.open(options.model), terms, options.output)
     if done.left_out:
         print(f"left out, one token already: {_named(done.left_out)}")
     mean = sum(len(each.pieces) for each in done.added) / len(done.added)

@@ -136,6 +136,17 @@ def test_a_second_process_is_refused_and_the_lock_goes_with_its_holder(tmp_path:
     assert list(folder.iterdir()) == []
 
 
+def test_a_holder_that_is_about_to_go_is_given_a_moment(tmp_path: Path) -> None:
+    first = Holder(tmp_path)
+    assert first.holds()
+    killer = threading.Timer(0.05, first.process.kill)
+    killer.start()
+    with owned(tmp_path, periods=Periods(settle=NEVER)):
+        assert holder_in(tmp_path) == os.getpid()
+    killer.join()
+    first.process.communicate()
+
+
 def test_a_child_of_a_killed_holder_does_not_hold(tmp_path: Path) -> None:
     first = Holder(tmp_path, "fork")
     assert first.holds()
@@ -161,6 +172,29 @@ def test_one_of_many_at_a_time(tmp_path: Path) -> None:
     """Files come and go all the time: none of them is held by one process while another has its successor."""
     holders = [Holder(tmp_path / "run", "meet") for _ in range(4)]
     assert [holder.end() for holder in holders] == [(0, "")] * 4
+
+
+def test_a_file_that_has_a_successor_by_the_time_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with owned(tmp_path):
+        name = (tmp_path / LOCK_FILE).read_text()
+    (tmp_path / LOCK_FILE).write_text(name)
+    flock, successors = fcntl.flock, list[int]()
+
+    def late(descriptor: int, operation: int) -> None:
+        if not successors:
+            (tmp_path / LOCK_FILE).unlink()
+            successors.append(os.open(tmp_path / LOCK_FILE, os.O_CREAT | os.O_RDWR))
+            os.write(successors[0], name.encode())
+            flock(successors[0], fcntl.LOCK_EX)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    quick = Periods(settle=SETTLE)
+    with pytest.raises(UserError, match="is writing here"), owned(tmp_path, periods=quick):
+        pass
+    os.close(successors[0])
 
 
 def test_an_output_that_does_not_exist_yet(tmp_path: Path) -> None:

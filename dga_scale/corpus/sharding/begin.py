@@ -1,7 +1,7 @@
 """Sharding begins: a plan, tried on the first documents and compared with what the folder holds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,28 @@ from dga_scale.corpus.tokenizer import (
 )
 from dga_scale.errors import UserError, note
 from dga_scale.storage.atomic import storage_errors, write_json
+from dga_scale.storage.lock import LOCK_FILE
 
 _FIRST_CHARACTERS = 1 << 18
 """The characters of text that are read and tokenised before any work begins."""
 
 
-def begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: Path) -> None:
-    """Make the plan and write it, or check that it is the plan of the work that was begun here."""
+def begin(
+    inputs: Sequence[str],
+    settings: ShardSettings,
+    work: Work,
+    finished: Path,
+    own: Callable[[str], object],
+) -> None:
+    """Make the plan and write it, or check that it is the plan of the work that was begun here.
+
+    Args:
+        inputs: As for ``shard_corpus``.
+        settings: As for ``shard_corpus``.
+        work: The unfinished work.
+        finished: The file that is there once all work is done.
+        own: Called with the name of the work before the folder is looked into: refuses where another owns it.
+    """
     tokenizer = load_tokenizer(settings.tokenizer)
     settings = replace(settings, tokenizer_hash=tokenizer_hash(tokenizer))
     if settings.exclude:
@@ -52,6 +67,9 @@ def begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: 
         )
     plan = Plan.make(inputs, settings)
     output = work.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file. Choose a new folder")
+    own(plan.name)
     if finished.exists():
         _check_same(output, plan, read_manifest(output))
         if _is_whole(output, settings):
@@ -65,7 +83,7 @@ def begin(inputs: Sequence[str], settings: ShardSettings, work: Work, finished: 
         begun = _read_plan(work.plan_file)
         if begun == plan:
             return
-    elif not work.folder.exists() and output.exists() and (not output.is_dir() or _unknown_files(output)):
+    elif not work.folder.exists() and output.exists() and _unknown_files(output):
         raise UserError(
             f"--output {output} is not empty and holds no corpus: {', '.join(_unknown_files(output)[:3])}. "
             "Choose a new folder"
@@ -133,9 +151,7 @@ def _try_first_documents(plan: Plan, spec: str, layout: Layout) -> None:
 
 
 def _unknown_files(output: Path) -> list[str]:
-    if not output.is_dir():
-        return ["it is a file"]
-    return sorted(path.name for path in output.iterdir() if path.name != WORK_FOLDER)
+    return sorted(path.name for path in output.iterdir() if path.name not in (WORK_FOLDER, LOCK_FILE))
 
 
 def _check_same(output: Path, plan: Plan, manifest: Manifest) -> None:

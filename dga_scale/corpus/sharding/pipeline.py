@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ from dga_scale.corpus.tokenizer import (
 from dga_scale.errors import UserError, note
 from dga_scale.storage.atomic import storage_errors, write_json
 from dga_scale.storage.checked_json import with_checksum
+from dga_scale.storage.lock import owned
 
 DOCUMENT_MODES = ("line", "file")
 ON_BAD_RECORD = ("stop", "skip")
@@ -92,7 +94,8 @@ def shard_corpus(
         array_task_patience: Seconds without any progress after which an array task does the others' shares.
 
     Raises:
-        UserError: Any input, setting or folder that can't be used, or a full disk.
+        UserError: Any input, setting or folder that can't be used, or a full disk; or another process writes
+            ``output`` and is no array task of the same work.
     """
     started = time.monotonic()
     for cached in (load_plan, load_document_batches, load_tokenizer_file, load_overlap):
@@ -101,9 +104,14 @@ def shard_corpus(
     work = Work(output / WORK_FOLDER)
     finished = output / MANIFEST
     executor = _executor(num_workers, output, array_task, array_task_patience, work)
-    with executor:
+    with ExitStack() as held, executor:
+
+        def own(work_name: str) -> None:
+            # Array tasks share what they all do; between other processes nobody says who does what.
+            held.enter_context(owned(output, group=work_name if array_task else ""))
+
         resumed = work.plan_file.exists() or finished.exists()
-        executor.on_first(lambda: begin(inputs, settings, work, finished))
+        executor.on_first(lambda: begin(inputs, settings, work, finished, own))
         text_bytes = 0
         try:
             if not finished.exists():

@@ -124,6 +124,12 @@ class Plan:
             keys.append(hashlib.sha256(json.dumps([reading, found]).encode()).hexdigest()[:16])
         return keys
 
+    @property
+    def name(self) -> str:
+        """A hash of the work, by which its array tasks know each other: the same text to the same corpus."""
+        decisive = asdict(self.settings) | {"tokenizer": "", "exclude": ""}  # their hashes tell
+        return hashlib.sha256(json.dumps([self.keys, decisive]).encode()).hexdigest()[:16]
+
     def to_json(self) -> dict:
         """Return plain data, the content of plan.json."""
         return json.loads(json.dumps(asdict(self)))

@@ -480,7 +480,7 @@ def test_output_with_other_files(raw: Path, wordpiece: Path, tmp_path: Path) -> 
     (tmp_path / "corpus" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"is not empty and holds no corpus: thesis\.tex\. Choose a new"):
         shard_corpus([str(raw)], tmp_path / "corpus", settings(wordpiece))
-    with pytest.raises(UserError, match=r"is not empty and holds no corpus: it is a file"):
+    with pytest.raises(UserError, match=r"--output .* is a file\. Choose a new folder"):
         shard_corpus([str(raw)], tmp_path / "corpus" / "thesis.tex", settings(wordpiece))
 
 
