@@ -169,15 +169,16 @@ def test_sequences_and_tasks_that_do_not_go_together(sequence: Path, task: Path)
 
 
 def work_for_ever(folder: Path) -> None:
-    module._start_worker(1)
+    module._start_worker(1, [])
     (folder / "tmp").write_text(str(os.getpid()))
     (folder / "tmp").rename(folder / "pid")
     time.sleep(600)
 
 
 def be_killed_beside_a_worker(folder: Path) -> None:
-    multiprocessing.get_context("fork").Process(target=work_for_ever, args=(folder,)).start()
-    while not (folder / "pid").exists():
+    worker = multiprocessing.get_context("fork").Process(target=work_for_ever, args=(folder,))
+    worker.start()
+    while worker.is_alive() and not (folder / "pid").exists():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
