@@ -12,12 +12,15 @@ from typing import Any
 import yaml
 
 from dga_scale.config.comparison import Difference, corpora_of, differences
+from dga_scale.config.declaration import shown
+from dga_scale.config.methods import known_settings
 from dga_scale.config.settings import TrainConfig
 from dga_scale.config.yaml_file import read_yaml
 from dga_scale.corpus.shards import read_manifest
 from dga_scale.errors import UserError
 from dga_scale.storage.atomic import replace_file
 from dga_scale.storage.lock import LOCK_FILE
+from dga_scale.storage.typed_json import read_typed
 
 LOG_FILE = "log.jsonl"
 FIRST_FILES = ("config.yaml.tmp", "corpora.json", "corpora.json.tmp", LOCK_FILE)
@@ -147,18 +150,19 @@ class RunFolder:
         write_text(self.config, yaml.safe_dump(config.as_dict(), sort_keys=False))
 
     def _differences(self, config: TrainConfig) -> list[Difference]:
-        former = _read_mapping(self.config)
-        recorded = _read_mapping(self.corpora) if self.corpora.exists() else {}
+        former = read_settings(self.config)
+        fix = "Restore it, or remove it."
+        hashes = read_typed(self.corpora, dict[str, str | None], fix) if self.corpora.exists() else {}
 
         def former_hash(path: str) -> str | None:
-            return recorded.get(path) or _content_hash(path)
+            return hashes.get(path) or _content_hash(path)
 
         return differences(former, config, former_hash, _content_hash)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step: readers see the old or the new content, whole."""
-    replace_file(path, text.encode())
+    replace_file(path, text.encode(errors="backslashreplace"))  # of a name that is no text
 
 
 @contextmanager
@@ -184,11 +188,24 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file of a run folder that maps names to values."""
-    content, _ = read_yaml(path)
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the flat settings of a run's ``config.yaml``; names that this version does not know are kept.
+
+    Raises:
+        UserError: It can't be read, or a setting has a value of another type than its declaration says.
+    """
+    content, lines = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it names nothing. Restore it or give another folder.")
+        raise UserError("damaged: no settings in it. Restore it, or give another folder.", path)
+    known = known_settings()
+    for name, value in content.items():
+        if isinstance(name, str) and name in known:
+            words = known[name].wrong_type(value)
+        else:
+            words = None if isinstance(name, str) and (name != "method" or isinstance(value, str)) else "text"
+        if words:
+            problem = f"damaged: {name} is {shown(value)}, and must be {words}. Restore the file."
+            raise UserError(problem, f"{path}:{lines[(name,)]}")
     return content
 
 

@@ -23,6 +23,8 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+_MOST_LAYERS = 10_000
+"""Layers are built one by one, which takes for ever where a number is wrong."""
 _OPTIONAL_SIZES = (
     "num_key_value_heads",
     "head_dim",
@@ -71,7 +73,9 @@ def check_folder(folder: Path) -> None:
         names = read_object(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise UserError("no weight_map of tensors to files in it. Download it again", index)
-        if outside := next((name for name in names.values() if Path(name).name != name), None):
+        if outside := next(
+            (name for name in names.values() if Path(name).name != name or not name.isprintable()), None
+        ):
             raise UserError(f"its weight_map names {outside!r}, which is no file of this folder", index)
     if (folder / "config.json").is_file():
         return
@@ -105,6 +109,8 @@ def check_config(config: PretrainedConfig, name: str) -> None:
             continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             refuse(field, "must be a whole number above 0")
+        if size > (most := _MOST_LAYERS if field == "num_hidden_layers" else 2**31):
+            refuse(field, f"must be at most {most:,}")
     for field in _ABOVE_0:
         if (number := getattr(config, field, None)) is not None and not 0 < number < math.inf:
             refuse(field, "must be above 0")

@@ -163,7 +163,10 @@ def load_model(
         )
     if random_init:
         auto = AutoModelForCausalLM if found.causal else AutoModelForMaskedLM
-        model = auto.from_config(found.config, dtype=dtype, attn_implementation=attn_implementation)
+        try:
+            model = auto.from_config(found.config, dtype=dtype, attn_implementation=attn_implementation)
+        except Exception as error:  # whatever a class of transformers says to a config
+            raise unloadable(name_or_path, error) from error
         missing: set[str] = set()
     else:
         model, missing = _load_weights(found, attn_implementation, dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from dga_scale.backbone.loading import load_model_config
+from dga_scale.storage.checked_json import read_object
 from dga_scale.storage.hub import local_only
 from dga_scale.storage.safetensors_stream import record_of
 
@@ -45,7 +46,7 @@ def _files(name_or_path: str) -> list[Path]:
     index = _found(name_or_path, _INDEX)
     if index is None:
         return []
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    names = set(read_object(index)["weight_map"].values())
     return [path for name in sorted(names) if (path := _found(name_or_path, name)) is not None]
 
 

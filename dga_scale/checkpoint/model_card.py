@@ -10,11 +10,10 @@ from dga_scale.backbone.extended import MODEL_TYPE
 from dga_scale.config.comparison import split_reference
 from dga_scale.config.declaration import Refers, as_typed
 from dga_scale.config.methods import known_settings
-from dga_scale.config.yaml_file import read_yaml
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.logging.evaluations import before_and_after, evaluations
 from dga_scale.logging.json_lines import LOG_FILE, read_log
-from dga_scale.run_folder import RunFolder
+from dga_scale.run_folder import RunFolder, read_settings
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -25,7 +24,7 @@ def model_card(run_dir: Path, step: int, model_config: Path) -> str:
     architecture = config["architectures"][0]
     causal = "CausalLM" in architecture or architecture.endswith("LMHeadModel")
     settings = _settings(run_dir)
-    base, corpus = settings.get("model", "a pretrained model"), settings.get("corpus", "a domain corpus")
+    base, corpus = str(settings.get("model", "a pretrained model")), settings.get("corpus", "a domain corpus")
     auto_class = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
     lines = [
         "---",
@@ -61,7 +60,7 @@ def model_card(run_dir: Path, step: int, model_config: Path) -> str:
 
 def _settings(run_dir: Path) -> dict[str, Any]:
     path = RunFolder(run_dir).config
-    settings: dict[str, Any] = read_yaml(path)[0] if path.is_file() else {}
+    settings = read_settings(path) if path.is_file() else {}
     known = known_settings()
     return {
         name: value if name not in known else _shown(value, known[name].refers)

@@ -11,11 +11,12 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -29,8 +30,10 @@ from dga_scale.checkpoint.store import (
     newest_complete,
     prune,
 )
+from dga_scale.config.declaration import shown
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
+from dga_scale.logging.records import check_evaluation
 from dga_scale.run_folder import write_text
 from dga_scale.storage.atomic import sync
 from dga_scale.storage.safetensors_stream import (
@@ -40,12 +43,17 @@ from dga_scale.storage.safetensors_stream import (
     record_of,
     write_safetensors,
 )
+from dga_scale.storage.typed_json import read_typed
 from dga_scale.zero.engine import Engine
 from dga_scale.zero.optimizers import optimizer_kind
 from dga_scale.zero.shards import equal_share, frozen_shares, local_shards, refresh_model_weights
 
+_STEP = re.compile(r"[0-9]{1,15}\.0")
 STATE, MODEL = "trainer_state.json", "model"
 T = TypeVar("T")
+
+
+LossScale = Literal["cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class TrainerState:
     step: int
     corpus_hash: str = ""
     refused_steps: int = 0
-    loss_scale: dict[str, float] = field(default_factory=dict)
+    loss_scale: dict[LossScale, float] = field(default_factory=dict)
     base_model: str = ""
     prior_importance: list[str] = field(default_factory=list)
     schedule: dict[str, Any] = field(default_factory=dict)
@@ -230,8 +238,20 @@ def _describe_shard(
 
 
 def read_state(checkpoint: Checkpoint) -> TrainerState:
-    """Read a checkpoint's state besides weights and moments."""
-    return TrainerState(**json.loads((checkpoint.path / STATE).read_text(encoding="utf-8")))
+    """Read a checkpoint's state besides weights and moments.
+
+    Raises:
+        UserError: The file is of another step or version, or a field is wrong.
+    """
+    path = checkpoint.path / STATE
+    state = read_typed(path, TrainerState, "Restore it, or resume from another checkpoint")
+    try:
+        check_evaluation(state.before)
+    except ValueError as error:
+        raise UserError(f"damaged (before: {error}). Resume from another checkpoint", path) from error
+    if state.step != checkpoint.step:
+        raise UserError(f"it is of step {state.step}, and the checkpoint of step {checkpoint.step}", path)
+    return state
 
 
 @torch.no_grad()
@@ -258,7 +278,7 @@ def _load_shard(engine: Engine, checkpoint: Checkpoint, moment_names: Sequence[s
         for name, buffer in engine.module.lm.named_buffers():
             if f"weight:{name}" in reader.stored:
                 reader.read(f"weight:{name}", 0, buffer.view(-1))
-        steps = {metadata["optimizer_step"] for metadata in reader.metadata} - {""}
+        steps = {_optimizer_step(metadata, checkpoint) for metadata in reader.metadata} - {0.0}
         for shard in local_shards(engine):
             moments = {kind: torch.zeros_like(shard.stepped.data) for kind in moment_names if steps}
             for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
@@ -269,14 +289,29 @@ def _load_shard(engine: Engine, checkpoint: Checkpoint, moment_names: Sequence[s
                         f"{checkpoint.path} is of another model: {fragment.name} has shape {fragment.shape} "
                         f"in --model, {is_there} in the checkpoint. Give the model that the run started from."
                     )
-                reader.read(f"weight:{fragment.name}", fragment.start, fragment.values)
+                parts = {"weight": fragment.values}
                 for kind, moment in moments.items():
-                    part = moment.view(-1)[offset : offset + fragment.values.numel()]
-                    reader.read(f"{kind}:{fragment.name}", fragment.start, part)
+                    parts[kind] = moment.view(-1)[offset : offset + fragment.values.numel()]
+                for kind, part in parts.items():
+                    if reader.read(f"{kind}:{fragment.name}", fragment.start, part) < part.numel():
+                        raise UserError(
+                            f"damaged (it lacks a part of {kind}:{fragment.name})", checkpoint.path
+                        )
             if steps:
                 device = shard.stepped.device
-                step = torch.tensor(float(min(steps)), dtype=torch.float32, device=device)
+                step = torch.tensor(min(steps), dtype=torch.float32, device=device)
                 engine.basic_optimizer.state[shard.stepped] = {"step": step, **moments}
+
+
+def _optimizer_step(metadata: dict[str, str], checkpoint: Checkpoint) -> float:
+    """Read how many steps the optimizer had made; 0 where a rank's shard has no moments."""
+    text = metadata.get("optimizer_step", "?")
+    if text and not _STEP.fullmatch(text):
+        raise UserError(
+            f"a shard names the optimizer's step {shown(text)}. Resume from another checkpoint",
+            checkpoint.path,
+        )
+    return float(text or 0)
 
 
 def _loss_scalers(optimizer: Any) -> list[Any]:
@@ -285,6 +320,6 @@ def _loss_scalers(optimizer: Any) -> list[Any]:
     return [scaler] if getattr(scaler, "dynamic", False) else []
 
 
-def _loss_scale(optimizer: Any) -> dict[str, float]:
-    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+def _loss_scale(optimizer: Any) -> dict[LossScale, float]:
+    names: tuple[LossScale, ...] = get_args(LossScale)
     return {name: getattr(scaler, name) for scaler in _loss_scalers(optimizer) for name in names}

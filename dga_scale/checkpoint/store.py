@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+from dga_scale.config.declaration import shown
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.run_folder import RunFolder, write_text
 from dga_scale.storage.atomic import sync
-from dga_scale.storage.checked_json import checked, with_checksum
+from dga_scale.storage.checked_json import checked, load_object, with_checksum
 from dga_scale.storage.safetensors_stream import FileRecord, record_of
+from dga_scale.storage.typed_json import InnerPath, build
 
 FORMAT = 2
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -63,6 +65,17 @@ class Checkpoint:
     @property
     def shards(self) -> list[Path]:
         return sorted(self.path / name for name in self.files if name.startswith("rank-"))
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """The content of ``manifest.json``, besides its checksum; see ``Checkpoint``."""
+
+    format: int
+    step: int
+    world_size: int
+    files: dict[InnerPath, FileRecord]
+    companions: dict[InnerPath, FileRecord]
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -112,19 +125,10 @@ def write_manifest(
     companions: Mapping[str, FileRecord] | None = None,
 ) -> None:
     """Write the manifest of a folder's files and their companions, as the last file; wait for the disk."""
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "world_size": world_size,
-        "files": _plain(files),
-        "companions": _plain(companions or {}),
-    }
+    named = (dict(sorted(records.items())) for records in (files, companions or {}))
+    manifest = dataclasses.asdict(CheckpointManifest(FORMAT, step, world_size, *named))
     write_text(folder / MANIFEST, json.dumps(with_checksum(manifest), indent=2) + "\n")
     sync(folder)
-
-
-def _plain(records: Mapping[str, FileRecord]) -> dict[str, dict[str, int | str]]:
-    return {name: dataclasses.asdict(record) for name, record in sorted(records.items())}
 
 
 def prune(run_dir: Path, limit: int, step: int) -> None:
@@ -182,18 +186,15 @@ def newest_complete(run_dir: Path) -> Checkpoint | None:
 def inspect(path: Path) -> tuple[Checkpoint | None, str]:
     """Check a checkpoint without reading its content: return it, or the problem with it."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return None, f"{path / MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
-        manifest = checked(manifest)
-        files, companions = (
-            {name: FileRecord(**record) for name, record in manifest[key].items()}
-            for key in ("files", "companions")
-        )
-        found = Checkpoint(path, manifest["step"], manifest["world_size"], files, companions)
+        content = load_object(path / MANIFEST)
+        if (version := content.get("format")) != FORMAT:
+            return None, f"{path / MANIFEST} has format {shown(version)}, this version reads {FORMAT}"
+        manifest: CheckpointManifest = build(CheckpointManifest, checked(content))
+        files = manifest.files
+        found = Checkpoint(path, manifest.step, manifest.world_size, files, manifest.companions)
     except FileNotFoundError:
         return None, f"{path / MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return None, f"{path / MANIFEST} is damaged ({error})"
     for name, record in files.items():
         file = path / name

@@ -1,19 +1,23 @@
 """The argument parser of all commands; training's adds the declared settings to it in ``parsing.py``."""
 
 import argparse
+import contextlib
 import difflib
+import errno
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dga_scale.config.user_code import HELP, import_code
 from dga_scale.errors import GivenPath, UserError, naming_flags, origins_of
 
-_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-"""The errors of the operating system that say that a path is the wrong one."""
+_WRONG_PATH = (
+    errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""The numbers of the operating system's errors that say that a path is the wrong one."""
 
 
 _IMPORT = "import_"
@@ -60,6 +64,8 @@ class Count(argparse.Action):
         """Keep the number, or refuse it."""
         if values < self._least:
             raise UserError(f"{option_string} {values}: must be at least {self._least}.")
+        if values >= 2**31:
+            raise UserError(f"{option_string} {values}: must be below {2**31}.")
         setattr(namespace, self.dest, values)
 
 
@@ -90,19 +96,9 @@ class Parser(argparse.ArgumentParser):
                 written. A path that is refused is named with its flag.
         """
         options = self.parse_args(arguments)
-        given = self.paths(options)
-        with naming_flags(given):
-            try:
-                import_code(getattr(options, _IMPORT, []))
-                return work(options)
-            except _WRONG_PATH as error:
-                path = str(error.filename or "")
-                # A folder above the given one could not be made.
-                above = (each.path for each in given if Path(path) in Path(each.path).parents)
-                wrong = path if origins_of(path, given) else next(above, None)
-                if wrong is None or not path:
-                    raise
-                raise UserError(f"{error.strerror}. Give another path.", wrong) from error
+        with refusing_wrong_paths(self.paths(options)):
+            import_code(getattr(options, _IMPORT, []))
+            return work(options)
 
     def paths(self, options: argparse.Namespace) -> list[GivenPath]:
         """List the paths among parsed options, with their flags; a path without one has its metavar."""
@@ -171,6 +167,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}{'' if message.endswith('?') else '.'} See --help")
+
+
+@contextlib.contextmanager
+def refusing_wrong_paths(given: Sequence[GivenPath]) -> Iterator[None]:
+    """Refuse a path that the operating system says is wrong, and name the flag of whatever path is refused.
+
+    Raises:
+        UserError: As ``naming_flags``; or a path that was given, or one in or above it, is wrong.
+    """
+    with naming_flags(given):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _WRONG_PATH:
+                raise
+            path = str(error.filename or "")
+            # A folder above the given one could not be made.
+            above = (each.path for each in given if Path(path) in Path(each.path).parents)
+            wrong = path if origins_of(path, given) else next(above, None)
+            if wrong is None or not path:
+                raise
+            raise UserError(f"{error.strerror}. Give another path.", wrong) from error
 
 
 def refuse_doubled(flags: Iterable[str]) -> None:

@@ -4,7 +4,10 @@
 card and docs/settings.md read the declaration; none of them keeps a list of names of its own.
 """
 
-import math
+import json
+import os
+import reprlib
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -42,10 +45,31 @@ def as_typed(value: Any) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class Rule(NamedTuple):
-    """A rule that a number must keep: a test, and the words for it."""
+def shown(value: Any) -> str:
+    """Write a value of a file for a message: its beginning, as it stands in JSON or, of a list, in Python."""
+    try:
+        text = _BRIEF.repr(value) if isinstance(value, dict | list) else json.dumps(value, default=str)
+    except ValueError:  # a number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
-    holds: Callable[[float], bool]
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
+
+
+def is_text(text: str) -> bool:
+    """Return whether a text can name a file: it has no NUL, and nothing that has no bytes."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+class Rule(NamedTuple):
+    """A rule that a value must keep: a test, and the words for it."""
+
+    holds: Callable[[Any], bool]
     words: str
 
 
@@ -142,20 +166,35 @@ class Setting:
         """Say what a value has to be, wherever it comes from; None where it is, or stands for a default."""
         if value is None:
             return None
-        kinds: tuple[Any, ...] = (int, float) if self.type is float else (self.type,)
-        values: list[Any] = value if self.is_list and isinstance(value, list) else [value]
-        for each in values:
-            if not isinstance(each, kinds) or isinstance(each, bool) != (self.type is bool):
-                return WORDS[self.type]
-            if each == "":
-                return "text that is not empty"
-            if isinstance(each, float) and not math.isfinite(each):
-                return "a finite number"
+        if words := self.wrong_type(value):
+            return words
+        for each in self._entries(value):
             if self.rule and not self.rule.holds(each):
                 return self.rule.words
             if self.choices and each not in self.choices:
                 return f"one of {', '.join(self.choices)}"
         return None
+
+    def wrong_type(self, value: Any) -> str | None:
+        """Say what kind of value it has to be, whatever the rule and the choices; None where it is that."""
+        if value is None:
+            return None
+        kinds: tuple[Any, ...] = (int, float) if self.type is float else (self.type,)
+        for each in self._entries(value):
+            if not isinstance(each, kinds) or isinstance(each, bool) != (self.type is bool):
+                return WORDS[self.type]
+            if each == "":
+                return "text that is not empty"
+            if isinstance(each, str) and not is_text(each):
+                return "text, without NUL or halves of characters"
+            if self.type is float and not abs(each) <= sys.float_info.max:
+                return "a finite number"
+            if self.type is int and not abs(each) < 2**63:
+                return "a number below 2^63"
+        return None
+
+    def _entries(self, value: Any) -> list[Any]:
+        return value if self.is_list and isinstance(value, list) else [value]
 
     @property
     def is_set(self) -> bool:

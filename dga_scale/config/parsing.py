@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dga_scale.config.arguments import Parser, nearest, number, refuse_doubled, whole_number
-from dga_scale.config.declaration import WORDS, Setting, as_typed, declared, flag_name
+from dga_scale.config.declaration import WORDS, Setting, as_typed, declared, flag_name, shown
 from dga_scale.config.hints import HINTS
 from dga_scale.config.methods import DEFAULT, METHOD_SETTINGS, known_settings
 from dga_scale.config.settings import (
@@ -37,15 +37,25 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """A help formatter that keeps the list of methods as it is written."""
 
 
+class _TrainParser(Parser):
+    """A parser of a method's settings; the list of all methods takes as long, and is made for help only."""
+
+    method: str
+
+    def format_help(self) -> str:
+        self.epilog = _other_methods(self.method)
+        return super().format_help()
+
+
 def build_parser(method: str, prog: str = "dga-train") -> Parser:
     """Build the parser of a method's settings, with a section in ``--help`` for each group."""
-    parser = Parser(
+    parser = _TrainParser(
         prog=prog,
         usage=f"{prog} --ds_config FILE.json --model MODEL --corpus FOLDER [--method NAME] [settings]",
         description="Adapt a pretrained language model to a domain and keep what it knows.",
-        epilog=_other_methods(method),
         formatter_class=_Help,
     )
+    parser.method = method
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="Settings as YAML, by the names below. Flags win."
     )
@@ -252,7 +262,7 @@ def _yaml_arguments(path: str | None, takes_list: Mapping[str, bool]) -> list[st
         if takes_list[name] and plain:
             arguments += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict | list):
-            raise UserError(f"{where}: {name} must be one value, not {str(value)[:60]}.")
+            raise UserError(f"{where}: {name} must be one value, not {shown(value)}.")
         else:
             arguments.append(f"--{name}={value}")
     return arguments
@@ -262,15 +272,19 @@ def _check_kind(each: Setting, value: Any, where: str) -> None:
     """Refuse a value of the YAML file that a flag would not take, with its line."""
     if isinstance(value, dict) or (isinstance(value, list) != each.is_list and isinstance(value, list)):
         return  # refused by what it is, below
+    entries = value if isinstance(value, list) else [value]
+    words: str | None = WORDS[each.type]
     try:
-        entries = value if isinstance(value, list) else [value]
+        if any(isinstance(entry, bytes | set) for entry in entries):
+            raise ValueError
         parsed = [_argument(each)["type"](str(entry)) for entry in entries]
     except (ValueError, argparse.ArgumentTypeError):
         words = f"one of {', '.join(each.choices)}" if each.choices else WORDS[each.type]
     else:
         words = each.problem(parsed if each.is_list else parsed[0]) or ""
     if words:
-        raise UserError(f"{where}: {each.name} is {str(value)[:60]!r}, and must be {words}.")
+        written = shown(value) if isinstance(value, list) else str(value)[:60]
+        raise UserError(f"{where}: {each.name} is {written!r}, and must be {words}.")
 
 
 def _check_values(config: TrainConfig) -> None:

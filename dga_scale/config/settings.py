@@ -25,6 +25,9 @@ from dga_scale.config.declaration import (
 )
 from dga_scale.config.user_code import HELP
 
+DECAYS = ("linear", "cosine", "constant", "warmup_stable_decay")
+"""The forms of the learning rate's decay, ``--lr_scheduler_type``."""
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -179,7 +182,7 @@ class OptimizationSettings:
         "linear",
         "Decay after warm-up: linear or cosine to min_lr_ratio, constant, or warmup_stable_decay "
         "(constant, then 1 - sqrt over the last decay_ratio).",
-        ("linear", "cosine", "constant", "warmup_stable_decay"),
+        DECAYS,
     )
     warmup_ratio: float = setting(
         0.1, "Share of the steps in which the learning rate rises.", rule=SHARE, source="DGA"

@@ -7,6 +7,9 @@ import yaml
 
 from dga_scale.errors import UserError
 
+_MOST_DIGITS = 4000
+"""Python does not write longer ones out, in whatever base they are read."""
+
 Lines = dict[tuple[Any, ...], int]
 """The line of each key and list entry by its path: ("recipe", "epochs"), ("corpora", 0)."""
 
@@ -41,6 +44,9 @@ def _collect(
     if node is None or node in seen:  # an alias, which may lead back to what holds it
         return
     seen.add(node)
+    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MOST_DIGITS:
+        where = f"{path}:{node.start_mark.line + 1}"
+        raise UserError("a number of thousands of digits. Write another.", where)
     entries: list[tuple[Any, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         entries = [(yaml.safe_load(yaml.serialize(key)), key, value) for key, value in node.value]

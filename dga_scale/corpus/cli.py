@@ -54,8 +54,8 @@ def summary(output: Path, report: ShardReport) -> str:
         f"  tokens     {train.tokens:,} in {len(train.shards)} shards, {unknown:.1%} of them unknown",
     ]
     lines += [
-        f"  excluded   {file['path']}: {file['found']:,} of {file['examples']:,} examples "
-        f"({file['found'] / max(1, file['examples']):.1%}) stood in the text"
+        f"  excluded   {file.path}: {file.found:,} of {file.examples:,} examples "
+        f"({file.found / max(1, file.examples):.1%}) stood in the text"
         for file in train.excluded
     ]
     if held_out is not None:

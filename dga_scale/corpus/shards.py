@@ -6,7 +6,6 @@ A corpus folder holds ``manifest.json``, ``data-00000.arrow`` ..., and the held-
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dga_scale.config.declaration import shown
 from dga_scale.corpus.tokenizer import special_ids, tokenizer_hash
 from dga_scale.errors import UserError
-from dga_scale.storage.checked_json import checked
+from dga_scale.storage.checked_json import checked, load_object
+from dga_scale.storage.typed_json import FileName, SignedInt, build
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,12 +32,14 @@ VALIDATION = "validation"
 WORK_FOLDER = ".sharding"
 """The folder of the sharder's unfinished work, inside the corpus folder until the manifest is written."""
 
+_ADVICE = "Copy it again from where it was made, or shard the text again"
+
 
 @dataclass(frozen=True)
 class Shard:
     """One Arrow file: columns ``input_ids`` (list of uint16 or int32), ``length``, ``maskable`` (int32)."""
 
-    file: str
+    file: FileName
     rows: int
     documents: int
     tokens: int
@@ -47,6 +50,29 @@ class Shard:
     """The number of ids of what the tokenizer can't write."""
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class ReadSource:
+    """An input that was read: a ``reading.files.Source``, and the sha256 of its content."""
+
+    path: str
+    format: str
+    compression: str | None
+    bytes: int
+    fingerprint: str
+    modified: SignedInt
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ExcludedFile:
+    """A file of examples whose documents were dropped, and how many of the examples stood in the text."""
+
+    path: str
+    sha256: str
+    examples: int
+    found: int
 
 
 @dataclass(frozen=True)
@@ -80,11 +106,10 @@ class Manifest:
     "bad" (records that could not be read, if there were any)."""
     settings: dict[str, Any]
     """Every setting that determines the shards' bytes."""
-    sources: tuple[dict[str, Any], ...]
-    """The path, bytes, time of the last change, sha256... of each input, in the order read."""
+    sources: tuple[ReadSource, ...]
+    """The inputs, in the order read."""
     shards: tuple[Shard, ...]
-    excluded: tuple[dict[str, Any], ...] = ()
-    """The files of examples whose documents were dropped: path, sha256, examples, and how many were found."""
+    excluded: tuple[ExcludedFile, ...] = ()
 
     @property
     def content_length(self) -> int:
@@ -101,18 +126,20 @@ class Manifest:
         """Return plain data, the content of manifest.json."""
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Manifest":
-        """Build a manifest from the content of manifest.json."""
-        return cls(
-            **{
-                **content,
-                "all_special_ids": tuple(content["all_special_ids"]),
-                "sources": tuple(content["sources"]),
-                "shards": tuple(Shard(**shard) for shard in content["shards"]),
-                "excluded": tuple(content["excluded"]),
-            }
-        )
+    def check(self) -> None:
+        """See that the shards add up to the whole, and that lengths and ids are possible.
+
+        Raises:
+            ValueError: They do not, or are not.
+        """
+        for name in ("rows", "documents", "tokens", "maskable", "unknown"):
+            total = sum(getattr(shard, name) for shard in self.shards)
+            if getattr(self, name) != total:
+                raise ValueError(f"{name} is {getattr(self, name)}, and its shards have {total}")
+        if self.content_length < 1:
+            raise ValueError(f"sequence_length is {self.sequence_length}, and leaves no room for text")
+        if max([*self.special_ids.values(), *self.all_special_ids], default=0) >= self.vocab_size:
+            raise ValueError(f"vocab_size is {self.vocab_size}, and a special token's id is not below")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -144,36 +171,46 @@ def read_manifest(folder: Path) -> Manifest:
             f"no corpus in it ({MANIFEST} is missing). Give a folder that tools/shard_corpus.py wrote", folder
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format"]
-        if version != FORMAT:
+        content = load_object(path)
+        if content.get("format") != FORMAT:
             raise UserError(
-                f"corpus format {version}, this version reads {FORMAT}. Shard the text again", path
+                f"corpus format {shown(content.get('format'))}, this version reads {FORMAT}. Shard the text "
+                "again",
+                path,
             )
-        return Manifest.from_json(checked(content))
-    except (ValueError, KeyError, TypeError) as error:
+        manifest: Manifest = build(Manifest, checked(content))
+        manifest.check()
+        return manifest
+    except (OSError, ValueError) as error:
         raise UserError(f"damaged ({error}). Shard the text again into an empty folder", path) from error
 
 
 class _OpenShard:
     """Numpy views of one memory-mapped shard; a row is a slice of its record batch's values."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shard: Shard) -> None:
         # Done as in ``datasets``, whose import alone would cost each rank half a second.
         import pyarrow
 
-        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            table = stream.read_all()
-        self._values: list[np.ndarray] = []
-        self._offsets: list[np.ndarray] = []
-        for chunk in table.column("input_ids").chunks:
-            self._values.append(np.from_dlpack(chunk.values))  # to_numpy() would import pandas
-            self._offsets.append(np.from_dlpack(chunk.offsets))
+        try:
+            with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+                table = stream.read_all()
+            chunks = table.column("input_ids").chunks
+            self._values = [np.from_dlpack(chunk.values) for chunk in chunks]  # to_numpy() imports pandas
+            self._offsets = [np.from_dlpack(chunk.offsets) for chunk in chunks]
+            self.lengths, self.maskable = (
+                np.concatenate([np.empty(0, np.int32), *map(np.from_dlpack, table.column(name).chunks)])
+                for name in ("length", "maskable")
+            )
+        except (OSError, ValueError, KeyError, AttributeError) as error:  # what pyarrow raises is among them
+            raise UserError(f"no shard of a corpus ({error}). {_ADVICE}", path) from error
         self._starts = np.cumsum([0] + [len(offsets) - 1 for offsets in self._offsets])
-        self.lengths, self.maskable = (
-            np.concatenate([np.empty(0, np.int32), *map(np.from_dlpack, table.column(name).chunks)])
-            for name in ("length", "maskable")
-        )
+        held = {"rows": int(self._starts[-1]), "tokens": int(self.lengths.sum())}
+        for name, count in (held | {"maskable": int(self.maskable.sum())}).items():
+            if count != getattr(shard, name):
+                raise UserError(
+                    f"its {name} are {count}, and {getattr(shard, name)} in {MANIFEST}. {_ADVICE}", path
+                )
 
     def row(self, index: int) -> np.ndarray:
         """Return the ids of row ``index``, a view of the file."""
@@ -255,7 +292,8 @@ class Corpus:
 
     def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:
-            self._open[number] = _OpenShard(self.path / self.manifest.shards[number].file)
+            shard = self.manifest.shards[number]
+            self._open[number] = _OpenShard(self.path / shard.file, shard)
         return self._open[number]
 
     def _column(self, name: str) -> np.ndarray:
@@ -273,15 +311,14 @@ def file_sha256(path: Path) -> str:
 
 
 def _check_shard(path: Path, shard: Shard, whole: bool) -> None:
-    advice = "Copy it again from where it was made, or shard the text again"
     if not path.is_file():
-        raise UserError(f"no such shard. {advice}", path)
+        raise UserError(f"no such shard. {_ADVICE}", path)
     size = path.stat().st_size
     if size != shard.bytes:
-        raise UserError(f"a shard of {size} bytes, the manifest says {shard.bytes}. {advice}", path)
+        raise UserError(f"a shard of {size} bytes, the manifest says {shard.bytes}. {_ADVICE}", path)
     if whole and (found := file_sha256(path)) != shard.sha256:
         raise UserError(
-            f"the shard was changed: its sha256 is {found}, the manifest says {shard.sha256}. {advice}", path
+            f"the shard was changed: its sha256 is {found}, the manifest says {shard.sha256}. {_ADVICE}", path
         )
 
 

@@ -38,10 +38,13 @@ from dga_scale.endtasks.suite import BASE, Suite
 from dga_scale.endtasks.tasks import Task, majority_share
 from dga_scale.errors import UserError
 from dga_scale.evaluation.held_out import Evaluator, open_held_out
+from dga_scale.logging.evaluations import perplexity
 from dga_scale.objectives.methods.mlm import MaskedLM
 from dga_scale.objectives.training_model import TrainingModel
 from dga_scale.report.scores import FORMAT, RESULTS
 from dga_scale.run_folder import write_text
+from dga_scale.storage.checked_json import load_object
+from dga_scale.storage.typed_json import build
 
 _LABEL = re.compile(r"[\w.+-]+")
 
@@ -207,10 +210,12 @@ def _held_out_sums(folder: str, corpora: Mapping[str, Corpus], suite: Suite, out
     }
     if file.exists():
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content["identity"] == identity:
-                return content["sums"]
-        except (ValueError, KeyError, TypeError):
+            content = load_object(file)
+            if content.get("identity") == identity:
+                sums: dict[str, Sums] = build(dict[str, Sums], content.get("sums"), "sums")
+                if sums.keys() == corpora.keys() and all(map(_is_whole, sums.values())):
+                    return sums
+        except (OSError, ValueError):
             print(f"{file} is damaged: its losses are computed again.")
     loaded = load_model(folder)
     for corpus in corpora.values():
@@ -227,6 +232,11 @@ def _held_out_sums(folder: str, corpora: Mapping[str, Corpus], suite: Suite, out
         print(f"{folder} on {name}: loss {_mean(found[name]):.4f}", flush=True)
     write_text(file, json.dumps({"identity": identity, "sums": found}) + "\n")
     return found
+
+
+def _is_whole(sums: Sums) -> bool:
+    counts = {len(sums.get(name, ())) for name in ("loss", "labels", "correct")}
+    return len(counts) == 1 and 0 not in counts and all(count > 0 for count in sums["labels"])
 
 
 def _mean(sums: Sums) -> float:
@@ -247,7 +257,7 @@ def _loss(name: str, models: Sequence[Mapping[str, Sums]], base: Mapping[str, Su
     accuracies = [math.fsum(each[name]["correct"]) / math.fsum(each[name]["labels"]) for each in models]
     return {
         "loss": vars(estimate),
-        "perplexity": math.exp(estimate.mean),
+        "perplexity": perplexity(estimate.mean),
         "accuracy": math.fsum(accuracies) / len(accuracies),
         "values": values,
         "over": "batches of text" if len(models) == 1 else "models",
@@ -325,7 +335,7 @@ def _overlap(suite: Suite, tasks: Sequence[Task], corpora: Mapping[str, Corpus])
             "excluded_from": [
                 name
                 for name, corpus in corpora.items()
-                if file_sha256(Path(file)) in {each["sha256"] for each in corpus.manifest.excluded}
+                if file_sha256(Path(file)) in {each.sha256 for each in corpus.manifest.excluded}
             ],
         }
         for task, file, count in zip(tasks, files, found, strict=True)

@@ -1,6 +1,7 @@
 """The fine-tuning settings of each end task: the papers' settings by the name of the task's folder."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,17 @@ class Recipe:
         for name in ("epochs", "batch_size", "patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        for name in ("epochs", "batch_size", "patience", "max_length"):
+            if getattr(self, name) >= 2**31:
+                raise UserError(f"--{name} {getattr(self, name)}: must be below {2**31}.")
         if self.precision not in ("bf16", "fp32"):
             raise UserError(f"--precision {self.precision}: must be bf16 or fp32.")
         if self.max_length < 8:
             raise UserError(f"--max_length {self.max_length}: must be at least 8.")
-        if not self.learning_rate > 0:
-            raise UserError(f"--learning_rate {self.learning_rate:g}: must be above 0.")
-        if self.weight_decay < 0:
-            raise UserError(f"--weight_decay {self.weight_decay:g}: must be 0 or more.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning_rate {self.learning_rate:g}: must be above 0, and finite.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"--weight_decay {self.weight_decay:g}: must be 0 or more, and finite.")
 
 
 OVERRIDES = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_length", "patience", "metric",

@@ -19,6 +19,8 @@ from dga_scale.endtasks.tasks import Task, majority_share
 from dga_scale.errors import UserError
 from dga_scale.logging.quiet import quiet_libraries
 from dga_scale.run_folder import write_text
+from dga_scale.storage.checked_json import load_object
+from dga_scale.storage.typed_json import check_fields
 from dga_scale.streams import keep_streams
 
 
@@ -93,6 +95,11 @@ def summarize(fine_tuning: FineTuning, seeds: Sequence[int]) -> dict[str, Any]:
     """
     task, recipe = fine_tuning.task, fine_tuning.recipe
     results = {seed: _read(_file(fine_tuning.output, seed)) for seed in seeds}
+    names = {*results[seeds[0]]["scores"], recipe.metric}
+    for seed, result in results.items():
+        if result["scores"].keys() != names:
+            file = _file(fine_tuning.output, seed)
+            raise UserError("damaged (it lacks a score). Remove it, and run the same command again.", file)
     summary = {
         "model": fine_tuning.model,
         "task": task.name,
@@ -183,7 +190,7 @@ def _finished(file: Path, identity: dict[str, Any]) -> bool:
     if not file.exists():
         return False
     former = _read(file)["identity"]
-    changed = [name for name in identity if former[name] != identity[name]]
+    changed = [name for name in identity if former.get(name) != identity[name]]
     if changed:
         raise UserError(
             f"made with another {' and '.join(changed)}. Give another folder, or remove the file.", file
@@ -193,8 +200,10 @@ def _finished(file: Path, identity: dict[str, Any]) -> bool:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        content["identity"], content["scores"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError("damaged. Remove it, and run the same command again.", file) from None
+        content = load_object(file)
+        check_fields(content, {"identity": dict[str, Any], "scores": dict[str, float]}, needed=True)
+        if not content["scores"]:
+            raise ValueError("scores is empty")
+    except (OSError, ValueError) as error:
+        raise UserError(f"damaged ({error}). Remove it, and run the same command again.", file) from None
     return content

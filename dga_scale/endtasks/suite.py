@@ -4,7 +4,6 @@ Paths in it are relative to the current folder, like those of every command.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dga_scale.config.arguments import nearest
+from dga_scale.config.declaration import is_text, shown
 from dga_scale.config.yaml_file import Lines, read_yaml
 from dga_scale.corpus.shards import VALIDATION
 from dga_scale.endtasks.recipes import LIMITS, OVERRIDES, Recipe, load_with_recipe
@@ -118,9 +118,12 @@ def load_suite(path: Path, exists: Callable[[str], bool] = os.path.isdir) -> Sui
             values[key] = _folders(key, folders, positions, exists)
         elif isinstance(value, bool) or not isinstance(value, type(known[key].default)):
             kind = "a whole number" if known[key].default != "text" else "text"
-            raise UserError(f"{where}: {key} must be {kind}, not {json.dumps(value, default=str)}.")
-        elif isinstance(value, int) and value < 1:
-            raise UserError(f"{where}: {key} {value}: must be at least 1.")
+            raise UserError(f"{where}: {key} must be {kind}, not {shown(value)}.")
+        elif isinstance(value, int) and not 1 <= value < 2**31:
+            words = "at least 1" if value < 1 else f"below {2**31}"
+            raise UserError(f"{where}: {key} {shown(value)}: must be {words}.")
+        elif value == "" or (isinstance(value, str) and not is_text(value)):
+            raise UserError(f"{where}: {key} {shown(value)}: must be text that is not empty.")
         else:
             values[key] = value
     suite = Suite(**values)
@@ -140,8 +143,8 @@ def _folders(
     key: str, folders: list[Any], positions: list[str], exists: Callable[[str], bool]
 ) -> tuple[str, ...]:
     for where, folder in zip(positions, folders, strict=True):
-        if not isinstance(folder, str):
-            raise UserError(f"{where}: {key} must be a list of paths, not {json.dumps(folder)}.")
+        if not isinstance(folder, str) or not folder or not is_text(folder):
+            raise UserError(f"{where}: {key} must be a list of paths, not {shown(folder)}.")
         if key in (*CORPORA, *TASKS) and not exists(folder):
             raise UserError(
                 f"{where}: {key}: {folder}: no such folder. Paths are relative to the current folder, "
@@ -154,7 +157,7 @@ def _task_recipes(value: Any, path: Path, lines: Lines) -> dict[str, dict[str, A
     if not isinstance(value, dict):
         raise UserError(
             f"{path}:{lines['task_recipes',]}: task_recipes must hold a recipe by task, such as `chemprot: "
-            f"{{epochs: 3}}`, not {json.dumps(value)}."
+            f"{{epochs: 3}}`, not {shown(value)}."
         )
     return {
         str(task): read_recipe(recipe, f"{path}:{lines['task_recipes', task]}")
@@ -169,7 +172,7 @@ def read_recipe(value: Any, where: str) -> dict[str, Any]:
         UserError: A setting is unknown (the nearest known one is named), or its value has another type.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{where}: recipe must hold settings, such as `epochs: 3`, not {json.dumps(value)}.")
+        raise UserError(f"{where}: recipe must hold settings, such as `epochs: 3`, not {shown(value)}.")
     kinds: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Recipe)}
     kinds |= dict.fromkeys(LIMITS, int)
     found: dict[str, Any] = {}
@@ -180,13 +183,15 @@ def read_recipe(value: Any, where: str) -> dict[str, Any]:
             )
         try:
             found[name] = kinds[name](setting)  # YAML takes 3e-5 for a text
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             found[name] = None
-        if found[name] is None or (kinds[name] is int and found[name] != setting):
+        if (
+            isinstance(setting, bool)
+            or found[name] is None
+            or (kinds[name] is int and found[name] != setting)
+        ):
             words = {int: "a whole number", float: "a number", str: "text"}[kinds[name]]
-            raise UserError(
-                f"{where}: recipe: {name} must be {words}, not {json.dumps(setting, default=str)}."
-            )
+            raise UserError(f"{where}: recipe: {name} must be {words}, not {shown(setting)}.")
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dga_scale.config.declaration import shown
 from dga_scale.errors import UserError
 from dga_scale.storage.checked_json import json_problem
 
@@ -180,7 +181,7 @@ def _example(line: str, where: str) -> Example:
         raise UserError('no "text" in it. Write {"text": "...", "label": "..."}.', where)
     pair = content.get("text_pair")
     if pair is not None and not isinstance(pair, str):
-        raise UserError(f'"text_pair" is {json.dumps(pair)}, not a text.', where)
+        raise UserError(f'"text_pair" is {shown(pair)}, not a text.', where)
     if half := _HALF.search(f"{content['text']} {pair}"):
         raise UserError(f"half of a character, {half[0]!a}, in the text. Remove it.", where)
     return Example(content["text"], pair, _label(content.get("label"), where))
@@ -188,9 +189,9 @@ def _example(line: str, where: str) -> Example:
 
 def _label(label: Any, where: str) -> str | float:
     if isinstance(label, bool) or not isinstance(label, str | int | float):
-        raise UserError(f'"label" is {json.dumps(label)}, neither a class name nor a number.', where)
+        raise UserError(f'"label" is {shown(label)}, neither a class name nor a number.', where)
     if isinstance(label, float) and not math.isfinite(label):
-        raise UserError(f'"label" is {json.dumps(label)}. A regression needs finite numbers.', where)
+        raise UserError(f'"label" is {shown(label)}. A regression needs finite numbers.', where)
     return label if isinstance(label, float) else str(label)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from dga_scale.backbone.extended import (
     keep_no_cache,
     register_extension,
 )
+from dga_scale.config.declaration import Rule
 from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters
 from dga_scale.experts.routing import ForwardState, Router, SparseSublayer, project
 from dga_scale.experts.sublayers import SUBLAYERS, Sublayer, block_of, check_sublayers, sublayer_modules
+from dga_scale.storage.typed_json import build
 
 EXPERTS = "experts"
 CHILD = "sparse"
@@ -130,6 +132,22 @@ def collect_features(
     }
 
 
+class ExpertSublayer(NamedTuple):
+    """A sublayer that has experts."""
+
+    layer: int
+    sublayer: Sublayer
+    experts: Annotated[int, Rule(lambda count: 1 <= count < 2**16, "from 1 to 65535")]
+
+
+class ExpertSettings(NamedTuple):
+    """The extension's settings, as they stand in ``config.json`` and the run's folder."""
+
+    alpha: float
+    projection: Annotated[int, Rule(lambda width: 1 <= width < 2**31, "at least 1")]
+    sublayers: list[ExpertSublayer]
+
+
 def settings_of(clusters: dict[SublayerId, Clusters], *, alpha: float, width: int) -> Settings:
     """Describe the experts as JSON data for ``config.json`` and the run's folder."""
     sublayers = [
@@ -201,14 +219,21 @@ def _apply(base: PreTrainedModel, anatomy: Anatomy, settings: Settings) -> Anato
             "experts are copies of whole sublayers, and ZeRO-3 has partitioned the model already: load it "
             "before transformers' ZeRO-3 integration is active"
         )
+    try:
+        structure: ExpertSettings = build(ExpertSettings, settings, "extension_settings")
+        for entry in structure.sublayers:
+            if entry.layer >= anatomy.num_layers:
+                raise ValueError(f"layer {entry.layer} is none of the model's {anatomy.num_layers}")
+    except ValueError as error:
+        raise UserError(f"the model's experts can't be built: {error}. Restore its config.json") from error
     keep_no_cache(base, "experts")  # a route is chosen for a whole sequence, not for its next token
     state = ForwardState(trunk_of(base))
-    for entry in settings["sublayers"]:
-        layer, sublayer = entry["layer"], entry["sublayer"]
+    for entry in structure.sublayers:
+        layer, sublayer = entry.layer, entry.sublayer
         block = block_of(anatomy, layer)
         names = sublayer_modules(anatomy, layer, sublayer)
         dense = [base.get_submodule(name) for name in names]
-        router = Router(anatomy.hidden_size, settings["projection"], entry["experts"], settings["alpha"]).to(
+        router = Router(anatomy.hidden_size, structure.projection, entry.experts, structure.alpha).to(
             base.device
         )
         sparse = SparseSublayer([name.removeprefix(block) for name in names], dense, router, state)

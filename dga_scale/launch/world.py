@@ -33,6 +33,9 @@ grace, which then ends those that have none."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """The error numbers of a disk that is full, read-only or broken."""
 
+_PATH_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.ESTALE)
+"""The error numbers of a path that was taken away, or that can't be one."""
+
 
 class RankFailed(RuntimeError):
     """Another rank failed, and raises the reason there."""
@@ -131,7 +134,8 @@ class Cluster:
         ``fn`` must not communicate.
 
         Raises:
-            UserError: On every rank, where one raised it, or an ``OSError`` of a full or broken disk.
+            UserError: On every rank, where one raised it, or an ``OSError`` of a full or broken disk, or of
+            a path that is gone or can't be one.
             RankFailed: Where another rank raised any other error; that rank raises its own error again.
         """
         value: T | None = None
@@ -165,7 +169,15 @@ class Cluster:
 
 
 def _as_disk_error(error: Exception) -> UserError | None:
-    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in _PATH_ERRORS and error.filename is not None:
+        return UserError(
+            f"{error.strerror}. Give another path; or was it, or a folder above it, removed or renamed while "
+            "the program ran?",
+            error.filename,
+        )
+    if error.errno not in _DISK_ERRORS:
         return None
     return UserError(
         f"{error.filename or 'a file'} could not be written: {error.strerror}. Free disk space, or repair "

@@ -10,15 +10,16 @@ The evaluation at step 0 is the base model's. Figures are compared only where th
 may be resumed with another, or with more rows of it.
 """
 
+import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dga_scale.logging.json_lines import read_log
+from dga_scale.logging.records import EVALUATION, FIGURES, TEXTS
 from dga_scale.logging.run_log import RunLog
 from dga_scale.run_folder import LOG_FILE
 
-EVALUATION, TEXTS = "evaluation", "texts"
-FIGURES = ("loss", "accuracy")
 NOT_MEASURED = "not measured"
 """The words that tables show for a figure that is None."""
 
@@ -42,6 +43,11 @@ class BeforeAfter(NamedTuple):
             format(self.after, form),
             format(self.after - self.before, f"+{form}"),
         )
+
+
+def perplexity(loss: float) -> float | None:
+    """Return the exponential of a loss in nats; None where it is larger than a number can be."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 def evaluations(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -17,8 +17,10 @@ from typing import Any
 
 from dga_scale.errors import UserError
 from dga_scale.logging.logger import LoggedRun, Logger, Numbers
+from dga_scale.logging.records import check_record
 from dga_scale.run_folder import LOG_FILE
 from dga_scale.storage.atomic import replace_file
+from dga_scale.storage.checked_json import json_problem
 
 
 class JsonLines(Logger):
@@ -69,23 +71,25 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Read the records of a ``log.jsonl``. A torn last line, as a killed run leaves it, is left out.
 
     Raises:
-        UserError: Another line is no JSON object.
+        UserError: It can't be read, or another line is no JSON object of a run's log; it is named.
     """
     records = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                break
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                record = None
+    fix = "Only the run writes its log; restore the file, or start the run in a new folder."
+    try:
+        lines = Path(path).read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UserError(f"it can't be read: {error.strerror}. {fix}", path) from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
             if not isinstance(record, dict):
-                raise UserError(
-                    f"{path}:{number} is no JSON object: {line.strip()[:60]!r}. Only the run writes its log; "
-                    "restore the file, or start the run in a new folder."
-                )
-            records.append(record)
+                raise ValueError("it is no JSON object")
+            check_record(record)
+        except (ValueError, RecursionError) as error:
+            what = json_problem(error) if isinstance(error, RecursionError) else str(error)
+            shown = line.decode(errors="replace")[:60]
+            raise UserError(f"{path}:{number} is no record of a log ({what}): {shown!r}. {fix}") from None
+        records.append(record)
     return records
 
 
@@ -93,7 +97,7 @@ def truncate_log(path: Path, completed_steps: int) -> None:
     """Drop the records after ``completed_steps`` (all where it is 0): the resumed run writes them anew."""
     if not path.exists():
         return
-    kept = [r for r in read_log(path) if r.get("step", 0) <= completed_steps] if completed_steps else []
+    kept = [r for r in read_log(path) if r["step"] <= completed_steps] if completed_steps else []
     replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 

@@ -16,6 +16,7 @@ from dga_scale.logging import plots
 from dga_scale.logging.json_lines import JsonLines
 from dga_scale.logging.logger import LoggedRun, Logger
 from dga_scale.logging.loggers import DEFAULT, LOGGERS, check_loggers
+from dga_scale.logging.records import PROTECTION
 from dga_scale.logging.terminal import Terminal
 
 T = TypeVar("T")
@@ -225,7 +226,7 @@ class RunLog:
             figure = plots.protection_figure({"": (one_minus_a, movement)}, kind)
             for logger in self._loggers:
                 logger.figure(f"protection/{kind}", figure, step)
-        self.event("protection", step=step, kind=kind, **figures, **matrices)
+        self.event(PROTECTION, step=step, kind=kind, **figures, **matrices)
 
     def close(self) -> None:
         """Finish the files and take the progress bar off the terminal."""

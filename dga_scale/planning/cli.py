@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dga_scale.config.arguments import Count, Parser
+from dga_scale.config.arguments import Count, Parser, refusing_wrong_paths
 from dga_scale.config.comparison import given_paths
 from dga_scale.config.parsing import read_config
 from dga_scale.config.settings import TrainConfig
 from dga_scale.config.user_code import import_code
-from dga_scale.errors import UserError, naming_flags, run_main
+from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # It is not looked at, but training's parser wants one beside a model.
         settings += ["--corpus", "any"]
     config = read_config(settings, also=parser.flags())
-    with naming_flags(given_paths(config)):
+    with refusing_wrong_paths(given_paths(config)):
         import_code(config.model.import_ or [])
         return _plan(options, config)
 

@@ -4,6 +4,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from dga_scale.config.arguments import nearest
+from dga_scale.config.declaration import shown
 from dga_scale.config.yaml_file import read_yaml
 from dga_scale.errors import GivenPath, UserError, naming_flags
 
@@ -87,8 +88,8 @@ def find_gpu(name: str) -> Gpu:
             raise UserError(f"{where}: unknown figure {key!r}.{nearest(str(key), known)}")
         least = 0 if key == "overlap" else 1e-9  # a machine may hide nothing
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not least <= value < float("inf"):
-            raise UserError(f"{where}: {key} is {value!r}, and must be a number above 0")
+        if not number or not least <= value < 1e300:
+            raise UserError(f"{where}: {key} is {shown(value)}, and must be a number above 0")
         if key in _SHARES and value > 1:
             raise UserError(f"{where}: {key} is {value}, and must be a share from 0 to 1")
     missing = [f.name for f in fields(Gpu) if f.default is MISSING and f.name not in content]

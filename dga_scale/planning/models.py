@@ -1,6 +1,5 @@
 """Build the model of a plan: its real class on the meta device, from a preset, folder, config or the hub."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
 from dga_scale.backbone.anatomy import Anatomy, ParameterSlice, anatomy_of, check_known
-from dga_scale.backbone.checks import check_config
+from dga_scale.backbone.checks import check_config, unloadable
 from dga_scale.backbone.extended import is_masked
 from dga_scale.backbone.flops import ModelFlops, model_flops
 from dga_scale.backbone.layers import EMBEDDINGS, freeze, parameter_layers
@@ -22,6 +21,7 @@ from dga_scale.corpus.loading.mixture import parse_mix
 from dga_scale.errors import UserError
 from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.objectives.methods import build_method
+from dga_scale.storage.checked_json import load_object
 from dga_scale.unit_kinds import unit_kind
 
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}
@@ -152,13 +152,16 @@ def find_config(name: str) -> PretrainedConfig:
 
 def _from_file(path: Path) -> PretrainedConfig:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        values = load_object(path)
+        model_type = values.pop("model_type", None)
+        if not isinstance(model_type, str):
+            raise UserError("no model_type in it. Give the config.json of a model", path)
+        config = AutoConfig.for_model(model_type, **values)
     except OSError as error:
         raise UserError(f"{error.strerror}. Give the config.json of a model", path) from None
-    except (KeyError, AttributeError):
-        raise UserError("no model_type in it. Give the config.json of a model", path) from None
-    except (ValueError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever a class of transformers says to a value
         reason = " ".join(str(error).split())
         raise UserError(f"no config of a model: {reason}", path) from None
     check_known(config)
@@ -185,7 +188,10 @@ def build_model(config: TrainConfig) -> PlannedModel:
             "the dense model, and measure with dga-train --dry_run true"
         )
     with torch.device("meta"):
-        model = auto.from_config(sizes)
+        try:
+            model = auto.from_config(sizes)
+        except Exception as error:  # as above
+            raise unloadable(name, error) from error
         anatomy = anatomy_of(model)
         freeze(model, anatomy, config.optimization.freeze_layers, config.optimization.freeze_embeddings)
         method.check(config, anatomy.causal)

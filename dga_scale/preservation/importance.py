@@ -153,9 +153,14 @@ class Importance:
         try:
             tensors, metadata = load_tensors(Path(path))
             settings = json.loads(metadata["settings"])
+            if not isinstance(settings, dict):
+                raise ValueError("its settings are no object")
             values = {name: tensor for name, tensor in tensors.items() if not name.startswith(LEFT_OUT)}
             left_out = {kind: tensors[LEFT_OUT + kind] for kind in values if LEFT_OUT + kind in tensors}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            for kind, tensor in values.items():
+                if tensor.dtype != torch.float32 or tensor.dim() != 2 or not tensor.numel():
+                    raise ValueError(f"{kind} is no matrix of (layers, units) in float32")
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}" if Path(path).is_file() else "no such file"
             raise UserError(
                 f"it can't be read as importances ({reason}). Give an importance.safetensors of a run; a run "

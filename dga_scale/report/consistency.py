@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from dga_scale.config.arguments import Count, Parser, PathText
-from dga_scale.errors import run_main
+from dga_scale.config.methods import known_settings
+from dga_scale.errors import UserError, run_main
 from dga_scale.logging.quiet import quiet_libraries
 
 
@@ -43,6 +44,8 @@ def build_parser() -> Parser:
 
 
 def _measure(options: argparse.Namespace) -> int:
+    if words := known_settings()["mlm_probability"].problem(options.mlm_probability):
+        raise UserError(f"--mlm_probability {options.mlm_probability}: must be {words}.")
     import torch
 
     # transformers' import takes seconds.

@@ -1,7 +1,6 @@
 """One self-contained HTML page about one run or several: no network, no script, light and dark, any width."""
 
 import base64
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape, unescape
@@ -15,7 +14,7 @@ import dga_scale
 from dga_scale.config.declaration import as_typed
 from dga_scale.errors import UserError
 from dga_scale.logging import plots
-from dga_scale.logging.evaluations import NOT_MEASURED, BeforeAfter
+from dga_scale.logging.evaluations import NOT_MEASURED, BeforeAfter, perplexity
 from dga_scale.report import html
 from dga_scale.report.groups import Group, comparison, grouped, on_same_text
 from dga_scale.report.html import Draw
@@ -56,7 +55,7 @@ def write_report(
     scores = None if evaluation is None else load_scores(evaluation)
     page = render([load_run(Path(run)) for run in runs], scores)
     try:
-        replace_file(Path(output), page.encode())
+        replace_file(Path(output), page.encode(errors="backslashreplace"))
         if figures is not None:
             figures.mkdir(parents=True, exist_ok=True)
             for number, (data, caption) in enumerate(_LIGHT_FIGURE.findall(page), 1):
@@ -145,7 +144,8 @@ def _methods(groups: Sequence[Group]) -> str:
 
 def _change_row(name: str, found: BeforeAfter) -> str:
     def loss(value: float) -> str:
-        return f"<td>{value:.3f}<small>ppl {math.exp(value):,.1f}</small></td>"
+        found = perplexity(value)
+        return f"<td>{value:.3f}<small>{'' if found is None else f'ppl {found:,.1f}'}</small></td>"
 
     if found.before is None:
         return f"<tr><td>{escape(name)}</td><td>{NOT_MEASURED}</td>{loss(found.after)}<td></td></tr>"

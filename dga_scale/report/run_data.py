@@ -1,7 +1,7 @@
 """A run folder, read back, and the honest summary of it."""
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dga_scale.config.yaml_file import read_yaml
+from dga_scale.config.declaration import shown
+from dga_scale.config.methods import known_settings
 from dga_scale.errors import UserError
 from dga_scale.logging.evaluations import BeforeAfter, Texts, before_and_after, history, last_texts
 from dga_scale.logging.json_lines import read_log
 from dga_scale.preservation.importance import Importance
-from dga_scale.run_folder import LOG_FILE, RunFolder
+from dga_scale.run_folder import LOG_FILE, RunFolder, read_settings
+from dga_scale.storage.checked_json import load_object
+from dga_scale.storage.typed_json import check_fields
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Change:
 
     @property
     def relative(self) -> float:
-        return self.difference / self.before
+        return self.difference / self.before if self.before else math.nan
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class RunData:
         value = self.settings.get("corpus")
         names = [str(each) for each in (value if isinstance(value, list) else [value])]
         mix = self.settings.get("mix") or []
+        mix = mix if isinstance(mix, list) else [mix]
         return " and ".join(names) + (f" (mixed with {', '.join(mix)})" if mix else "")
 
     @property
@@ -116,17 +120,14 @@ class RunData:
     def effective_protection(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the last 1 - a and relative movement, each (layers, units), of kinds with few units."""
         return {
-            kind: (torch.tensor(record["one_minus_a"]), torch.tensor(record["movement"]))
+            kind: (_matrix(record["one_minus_a"]), _matrix(record["movement"]))
             for kind, record in self.last_of_kinds("protection").items()
             if "movement" in record
         }
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    settings, _ = read_yaml(path)
-    if not isinstance(settings, dict):
-        raise UserError("damaged: no settings in it. Restore it, or leave this run out.", path)
-    return settings
+def _matrix(rows: list[list[float | None]]) -> Tensor:
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows])
 
 
 def load_run(folder: Path) -> RunData:
@@ -146,20 +147,23 @@ def load_run(folder: Path) -> RunData:
             "its steps. Wait for them, or start its command again if it has stopped.",
             folder,
         )
-    settings = _settings(run.config)
+    settings = read_settings(run.config)
     records = read_log(log)
     importance: dict[str, Tensor] = {}
     protection: dict[str, Tensor] = {}
     if run.importance.is_file():
         measured = Importance.load(run.importance)
         importance = measured.values
-        protection = measured.protection(settings["importance_squash"])
+        squash = settings.get("importance_squash", "clip")
+        if words := known_settings()["importance_squash"].problem(squash):
+            raise UserError(f"importance_squash is {shown(squash)}, and must be {words}", run.config)
+        protection = measured.protection(squash)
     after = run.importance_after
     return RunData(
         name=folder.resolve().name,
         settings=settings,
         environment=_json(run.environment),
-        summary=_json(run.summary),
+        summary=_json(run.summary, {"tokens": int}),
         steps=[r for r in records if "event" not in r],
         events=[r for r in records if "event" in r],
         importance=importance,
@@ -168,12 +172,13 @@ def load_run(folder: Path) -> RunData:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = load_object(path)
+        check_fields(content, kinds or {})
+    except (OSError, ValueError) as error:
         raise UserError(f"damaged ({error}). Remove it to report without it.", path) from None
     return content
 

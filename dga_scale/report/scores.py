@@ -1,15 +1,17 @@
 """An evaluation (results.json of tools/evaluate.py) as rows and sentences, of the terminal and the page."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from dga_scale.config.declaration import Rule, shown
 from dga_scale.errors import UserError
 from dga_scale.logging import plots
 from dga_scale.report import html
+from dga_scale.storage.checked_json import load_object
+from dga_scale.storage.typed_json import check_fields
 
 RESULTS, FORMAT = "results.json", 1
 COLUMNS = ("model", "value", "95% interval", "n", "difference", "95% interval", "p (t)", "p (flips)")
@@ -30,6 +32,68 @@ class Row:
     better: bool | None = None
 
 
+@dataclass(frozen=True)
+class _Range:
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class _Difference:
+    mean: float
+    low: float | None
+    high: float | None
+    p_t: float | None
+    p_sign_flip: float | None
+    count: int = 0
+
+
+_OVERLAP: dict[str, Any] = {
+    "examples": Annotated[int, Rule(lambda count: 1 <= count < 2**63, "at least 1")],
+    "found": int | None,
+    "excluded_from": list[str],
+}
+_RESULTS = {
+    "format": int,
+    "base": str,
+    "models": dict[str, dict[str, Any]],
+    "overlap": dict[str, dict[str, Any]],
+    "notes": list[str],
+}
+_ENTRY: dict[str, Any] = {"kind": str, "over": str, "difference": _Difference | None}
+_ENTRIES: dict[str, dict[str, Any]] = {
+    "corpora": {**_ENTRY, "loss": _Range, "perplexity": float | None},
+    "tasks": {**_ENTRY, "score": _Range, "metric": str},
+}
+
+
+def _check(content: dict[str, Any]) -> None:
+    """Check what is read of results.json.
+
+    Raises:
+        ValueError: A field is missing or wrong; it is named.
+    """
+    check_fields(content, _RESULTS, needed=True)
+    if not content["models"]:
+        raise ValueError("models is empty")
+    for name, overlap in content["overlap"].items():
+        check_fields(overlap, _OVERLAP, f"overlap.{name}.", needed=True)
+    for label, model in content["models"].items():
+        at = f"models.{label}."
+        check_fields(model, dict.fromkeys(_ENTRIES, dict[str, dict[str, Any]]), at, needed=True)
+        for group, kinds in _ENTRIES.items():
+            for name, entry in model[group].items():
+                check_fields(entry, kinds, f"{at}{group}.{name}.", needed=True)
+                for found in (entry.get("loss") or entry.get("score"), entry["difference"]):
+                    if found and (found["low"] is None) != (found["high"] is None):
+                        raise ValueError(f"{at}{group}.{name} has one end of an interval")
+        for loss in (f"{kind}_loss" for kind in ("domain", "general")):
+            if loss in model:
+                check_fields(model[loss], {"values": list[float]}, f"{at}{loss}.", needed=True)
+
+
 def load_scores(folder: Path) -> dict[str, Any]:
     """Read the results that tools/evaluate.py left in ``folder``.
 
@@ -39,17 +103,16 @@ def load_scores(folder: Path) -> dict[str, Any]:
     """
     file = folder / RESULTS
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise UserError(f"format {content['format']}, this version reads {FORMAT}.", file)
-        list(score_sections(content["models"]))
-        remarks(content)
+        content = load_object(file)
+        if (version := content.get("format")) != FORMAT:
+            raise UserError(f"format {shown(version)}, this version reads {FORMAT}.", file)
+        _check(content)
     except OSError as error:
         raise UserError(
             f"{error.strerror}. Give a folder that tools/evaluate.py wrote (its --output_dir).", file
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(f"damaged ({error!r}). Run tools/evaluate.py again.", file) from None
+    except ValueError as error:
+        raise UserError(f"damaged ({error}). Run tools/evaluate.py again.", file) from None
     return content
 
 
@@ -68,7 +131,7 @@ def _row(label: str, entry: Mapping[str, Any] | None, quantity: str) -> Row:
     found, compared = entry[quantity], entry["difference"]
     value = f"{found['mean']:.4f}"
     if quantity == "loss":
-        value += f" (perplexity {entry['perplexity']:.4g})"
+        value += "" if entry["perplexity"] is None else f" (perplexity {entry['perplexity']:.4g})"
     cells = (label, value, _range(found), f"{found['count']} {entry['over']}")
     if compared is None:
         return Row((*cells, "", "", "", ""))

@@ -1,5 +1,6 @@
 """The options of a job: the resources it requests from SLURM, and the environment of its programs."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -119,8 +120,8 @@ def make_options(stage: str, given: dict[str, Any]) -> JobOptions:
     options = JobOptions(**values)
     _check_belonging(stage, values)
     rules: list[tuple[str, Callable[[Any], object], str]] = [
-        ("nodes", lambda v: v >= 1, "must be at least 1"),
-        ("cpus_per_task", lambda v: v >= 1, "must be at least 1"),
+        ("nodes", lambda v: 1 <= v < 2**31, "must be at least 1, and below 2147483648"),
+        ("cpus_per_task", lambda v: 1 <= v < 2**31, "must be at least 1, and below 2147483648"),
         ("array_tasks", lambda v: 1 <= v <= _LARGEST_TASK, f"must be from 1 to {_LARGEST_TASK}"),
         ("gpus_per_node", _GPUS.fullmatch, "write a number, or TYPE:NUMBER as in h100:4"),
         ("time", seconds, "write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"),
@@ -188,7 +189,7 @@ def _check_belonging(stage: str, values: dict[str, Any]) -> None:
 def _check_paths(options: JobOptions, venv_given: bool) -> None:
     """Check that the job's folders and programs exist."""
     for folder in options.mounts:
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"--mounts {folder}: no such folder. Give one of this machine")
         if set(folder) & set(",:"):
             raise UserError(f"--mounts {folder}: a mounted path can't have commas or colons in it")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dga_scale.errors import UserError
+from dga_scale.storage.typed_json import build
 
 _DTYPES = {
     torch.float32: "F32",
@@ -166,6 +168,9 @@ class Stored:
     segments: tuple[Segment, ...]
 
 
+_Segments = dict[str, tuple[int, tuple[int, ...]]]
+
+
 class SegmentReader:
     """Reads ranges of parameters whose segments lie in several files; the files are memory-mapped.
 
@@ -182,14 +187,16 @@ class SegmentReader:
         for file in files:
             try:
                 handle = self._open[file] = safe_open(file, framework="pt")
-                metadata = handle.metadata()
-                segments = json.loads(metadata["segments"])
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{file} is damaged ({error}): restore it, or start anew") from None
+                metadata = handle.metadata() or {}
+                segments = build(_Segments, json.loads(metadata["segments"]), "segments")
+                for key, (start, shape) in segments.items():
+                    (length,) = handle.get_slice(key).get_shape()
+                    if found.setdefault(key, (shape, []))[0] != shape or start + length > math.prod(shape):
+                        raise ValueError(f"{key} has no entries from {start} to {start + length}")
+                    found[key][1].append(Segment(file, key, start, length))
+            except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+                raise UserError(f"damaged ({error}): restore it, or start anew", file) from None
             self.metadata.append(metadata)
-            for key, (start, shape) in segments.items():
-                (length,) = handle.get_slice(key).get_shape()
-                found.setdefault(key, (tuple(shape), []))[1].append(Segment(file, key, start, length))
         self.stored = {
             key: Stored(shape, tuple(sorted(segments, key=lambda segment: segment.start)))
             for key, (shape, segments) in found.items()
@@ -205,6 +212,8 @@ class SegmentReader:
 
     def read(self, key: str, start: int, into: Tensor) -> int:
         """Fill ``into`` (n,) with the entries from ``start`` on; return how many of them the files hold."""
+        if key not in self.stored:
+            raise UserError(f"damaged (there is no {key}): restore it", next(iter(self._open), None))
         filled, stop = 0, start + into.numel()
         for segment in self.stored[key].segments:
             first, last = max(start, segment.start), min(stop, segment.start + segment.length)
@@ -219,5 +228,6 @@ class SegmentReader:
         stored = self.stored[key]
         tensor = torch.empty(stored.shape)
         filled = self.read(key, 0, tensor.view(-1))
-        assert filled == tensor.numel(), f"{key} has gaps"
+        if filled < tensor.numel():
+            raise UserError(f"damaged (it has a part of {key} only): restore it", stored.segments[0].file)
         return tensor

@@ -25,7 +25,8 @@ from dga_scale.corpus.loading.streams import StepBatches
 from dga_scale.errors import UserError
 from dga_scale.evaluation.held_out import Evaluator
 from dga_scale.launch.world import Cluster
-from dga_scale.logging.evaluations import EVALUATION, TEXTS, log_before
+from dga_scale.logging.evaluations import log_before
+from dga_scale.logging.records import EVALUATION, TEXTS
 from dga_scale.logging.run_log import RunLog
 from dga_scale.train.inputs import Inputs
 from dga_scale.train.invariants import Invariants

@@ -15,14 +15,26 @@ from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.logging.evaluations import BeforeAfter, before_and_after, last_texts
 from dga_scale.logging.json_lines import LOG_FILE, read_log
+from dga_scale.logging.records import ScoredText
 from dga_scale.report.report import write_report
 from dga_scale.run_folder import RunFolder, write_text
-from dga_scale.storage.checked_json import read_object
-from dga_scale.storage.safetensors_stream import record_of
+from dga_scale.storage.checked_json import load_object
+from dga_scale.storage.safetensors_stream import FileRecord, record_of
+from dga_scale.storage.typed_json import FileName, check_fields
 from dga_scale.train.inputs import Inputs
 
 _ROWS = 1 << 20
 """The rows whose tokens are counted at a time."""
+
+
+_SUMMARY = {
+    "method": str,
+    "corpus": str,
+    "steps": int,
+    "texts": dict[str, ScoredText],
+    "model_files": dict[FileName, FileRecord],
+}
+"""The fields of a summary that are read again, besides the losses."""
 
 
 def finish(inputs: Inputs, cluster: Cluster) -> None:
@@ -78,10 +90,29 @@ def _export(folder: RunFolder) -> None:
     new.rename(folder.model)
 
 
+def read_summary(folder: RunFolder) -> dict[str, Any]:
+    """Read the summary of a finished run.
+
+    Raises:
+        UserError: It can't be read, or a field is missing or wrong.
+    """
+    try:
+        summary = load_object(folder.summary)
+        check_fields(summary, _SUMMARY, needed=True)
+        check_fields(
+            summary, {name: BeforeAfter for name in summary if name.endswith(("_loss", "_accuracy"))}
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"damaged ({error}). Remove it, and run the same command again", folder.summary
+        ) from error
+    return summary
+
+
 def _finished(folder: RunFolder) -> dict[str, Any]:
     """Return the summary of a finished run; empty where there is none that can be read."""
     try:
-        return read_object(folder.summary)
+        return read_summary(folder)
     except UserError:
         return {}
 
@@ -93,14 +124,11 @@ def finished_steps(folder: RunFolder) -> int | None:
 
 def _changed(model: Path, finished: dict[str, Any]) -> Path | None:
     """Return the first file of the exported weights that is gone or not what it was, if there is one."""
-    recorded = finished.get("model_files")
-    if not isinstance(recorded, dict) or not recorded:
-        return model
-    for name, record in recorded.items():
-        path = model / Path(name).name
+    for name, record in finished["model_files"].items():
+        path = model / name
         if not path.is_file() or asdict(record_of(path)) != record:
             return path
-    return None
+    return None if finished["model_files"] else model
 
 
 def summarize(inputs: Inputs, cluster: Cluster) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from typing import Any
 
 from dga_scale.backbone.weights_hash import weights_hash
 from dga_scale.checkpoint.companions import bring_companions
-from dga_scale.checkpoint.state import TrainerState, read_state
+from dga_scale.checkpoint.state import STATE, TrainerState, read_state
 from dga_scale.checkpoint.store import Checkpoint, find_resume_point, newest_verified
 from dga_scale.config.methods.shared import prior_importance_of
 from dga_scale.errors import UserError
 from dga_scale.launch.world import Cluster
 from dga_scale.storage.atomic import storage_errors
 from dga_scale.storage.safetensors_stream import record_of
+from dga_scale.storage.typed_json import build
 from dga_scale.train.inputs import Inputs
 from dga_scale.train.schedule import Schedule
 
@@ -138,11 +139,21 @@ def _resumed(start: Start, checkpoint: Checkpoint, inputs: Inputs) -> Start:
             f"--max_steps {settings.max_steps}: {path} has done {state.step} steps already. Give more, or go "
             "back to an earlier one: --resume RUN/checkpoints/step-N --output_dir NEW"
         )
-    schedule, line = _schedule(Schedule(**state.schedule), checkpoint, inputs)
+    schedule, line = _schedule(_stored_schedule(state.schedule, path), checkpoint, inputs)
     lines = (*checkpoint.skipped, f"resuming from {path}", *([line] if line else []))
     return dataclasses.replace(
         start, checkpoint=checkpoint, schedule=schedule, before=state.before, lines=lines
     )
+
+
+def _stored_schedule(plain: dict[str, Any], checkpoint: Path) -> Schedule:
+    try:
+        found: Schedule = build(Schedule, plain, "schedule")
+    except ValueError as error:
+        raise UserError(
+            f"{STATE} is damaged ({error}). Restore it, or resume from another checkpoint", checkpoint
+        ) from error
+    return found
 
 
 def _schedule(earlier: Schedule, checkpoint: Checkpoint, inputs: Inputs) -> tuple[Schedule, str]:

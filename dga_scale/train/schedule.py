@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from dga_scale.config.comparison import Difference
-from dga_scale.config.settings import OptimizationSettings
+from dga_scale.config.declaration import AT_LEAST_0, SHARE, Rule
+from dga_scale.config.settings import DECAYS, OptimizationSettings
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Schedule:
 
     """
 
-    kind: str
-    peak: float
-    floor: float
+    kind: Annotated[str, Rule(lambda kind: kind in DECAYS, f"one of {', '.join(DECAYS)}")]
+    peak: Annotated[float, AT_LEAST_0]
+    floor: Annotated[float, SHARE]
     first: int
     stop: int
     warmup: int

@@ -29,7 +29,7 @@ from dga_scale.launch.preemption import StopRequest
 from dga_scale.launch.world import Cluster
 from dga_scale.report.report import write_report
 from dga_scale.run_folder import RunFolder, write_text
-from dga_scale.train.finish import finished_steps
+from dga_scale.train.finish import finished_steps, read_summary
 from dga_scale.train.inputs import (
     default_output_dir,
     held_out_part,
@@ -181,7 +181,7 @@ def _finish(config: TrainConfig, stages: list[TrainConfig]) -> None:
     """Write ``sequence.json`` and one report of all runs, and print each domain's losses after every run."""
     folders = [RunFolder(Path(stage.run.output_dir or "")) for stage in stages]
     root, names = folders[0].path.parent, [Path(path).resolve().name for path in config.data.corpus or []]
-    summaries = [json.loads(folder.summary.read_text(encoding="utf-8")) for folder in folders]
+    summaries = [read_summary(folder) for folder in folders]
     losses, general = losses_after_each(summaries, names)
     figures = {"domains": names, "losses": losses, "general": general}
     write_text(root / "sequence.json", json.dumps(figures, indent=2) + "\n")

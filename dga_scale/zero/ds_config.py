@@ -6,12 +6,12 @@ flag (or a line of the YAML file) that the user gave.
 """
 
 import copy
-import json
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
 
+from dga_scale.config.declaration import shown
 from dga_scale.config.methods import known_settings
 from dga_scale.config.settings import TrainConfig
 from dga_scale.errors import UserError
@@ -142,7 +142,7 @@ class _Resolver:
         """Decide between the JSON's value and the flag's, by the rule of the setting."""
         setting, declared = self.flags[flag], self.settings[flag]
         if words := declared.problem(value):
-            self.refuse(dotted, f"{json.dumps(value)} must be {words}", 'write that, or "auto"')
+            self.refuse(dotted, f"{shown(value)} must be {words}", 'write that, or "auto"')
         if value is None or value == setting:
             return setting
         if flag in self.explicit:
@@ -255,7 +255,7 @@ class _Resolver:
         if total % by:
             below = total - total % by
             choice = f"{below} or {below + by}" if below else f"{by}"
-            fitting = [n for n in range(1, total + 1) if total % (unit * n) == 0]
+            fitting = [n for n in range(1, min(total, 2 * world_size) + 1) if total % (unit * n) == 0]
             fewer, more = [n for n in fitting if n < world_size], [n for n in fitting if n > world_size]
             ranks = " or ".join(map(str, fewer[-1:] + more[:1]))
             raise UserError(
@@ -294,7 +294,7 @@ class _Resolver:
 
     def schedule(self) -> None:
         """Take the schedule's kind out of the JSON; its numbers come from the flags."""
-        section = self.ds.pop("scheduler", None)
+        section = self.ds.get("scheduler")
         if section is None:
             return
         kind = section.get("type", "auto")
@@ -302,13 +302,14 @@ class _Resolver:
             if kind not in _SCHEDULES:
                 self.refuse("scheduler.type", f"{kind} is not supported", "use --lr_scheduler_type")
             self.decide(f"scheduler.type ({kind})", _SCHEDULES[kind], "lr_scheduler_type")
-        for name, value in (section.get("params") or {}).items():
+        for name, value in (self.get("scheduler.params") or {}).items():
             # 0 is what Trainer fills in for warmup_min_lr, and what the schedule starts from.
             if value != "auto" and (name, value) != ("warmup_min_lr", 0):
                 flag = _SCHEDULE_FLAGS.get(name, "--lr_scheduler_type and its settings")
                 self.refuse(
                     f"scheduler.params.{name}", f"{value} is fixed here", f'write "auto" and use {flag}'
                 )
+        del self.ds["scheduler"]
 
     def refuse_auto(self, section: dict[str, Any], where: str) -> None:
         for key, value in section.items():

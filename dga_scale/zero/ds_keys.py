@@ -7,6 +7,7 @@ drops it in others, and accepts features that this program does not work with.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
@@ -14,7 +15,7 @@ from typing import Annotated, Any, NoReturn, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from dga_scale.config.arguments import nearest
-from dga_scale.config.declaration import ABOVE_0, AT_LEAST_1, Rule
+from dga_scale.config.declaration import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Rule, is_text, shown
 from dga_scale.errors import UserError
 from dga_scale.storage.checked_json import json_problem
 
@@ -48,6 +49,15 @@ def _number(rule: Rule, whole: bool = False) -> Check:
     return check
 
 
+def _names(value: Any) -> str | None:
+    right = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return None if right else "a list of names"
+
+
+def _path(value: Any) -> str | None:
+    return None if value is None or isinstance(value, str) else "a path"
+
+
 def _one_of(*names: str | None) -> Check:
     return lambda value: None if value in names else f"one of {', '.join(filter(None, names))}"
 
@@ -69,6 +79,8 @@ def _field(field: Any) -> Check:
         except ValidationError as error:
             said: str = error.errors()[0]["msg"]
             return said.removeprefix("Input should be ")
+        except (TypeError, ValueError) as error:  # of a validator of DeepSpeed's own
+            return str(error)
         return None
 
     return check
@@ -117,6 +129,7 @@ _REFUSED = {
     "weight_quantization": "it is for inference",
 }
 _ONLY_VALUE = {
+    "aio.use_gds": (False, "nothing is offloaded to disks"),
     "bf16.check_grad_overflow": (True, "a NaN would be trained on"),
     "bf16.bf16_master_weights_and_grads": (False, "the optimizer's weights stay float32"),
     "bf16.bf16_optimizer_states": (False, "the optimizer's moments stay float32"),
@@ -139,6 +152,7 @@ _ONLY_VALUE = {
 """Keys that may have one value only: that value, and why no other works here."""
 
 
+@cache
 def known_keys() -> Keys:
     """Collect the keys that may stand in the JSON, from DeepSpeed's model of a section where it has one."""
     from deepspeed.comm.config import CommsLoggerConfig
@@ -171,21 +185,24 @@ def known_keys() -> Keys:
         "fp16": fields(DeepSpeedFP16Config),
         "bf16": fields(DeepSpeedBF16Config),
         "data_types": of("grad_accum_dtype", check=_one_of("fp32", "fp16", "bf16", None))
-        | of("param_dtype", "buffer_dtype", "keep_in_fp32_modules", check=_anything),
+        | of("param_dtype", "buffer_dtype", check=_one_of("fp32", "fp16", "bf16", None))
+        | of("keep_in_fp32_modules", check=_names),
         "zero_optimization": fields(DeepSpeedZeroConfig)
         | {
             "stage": _anything,
             "offload_param": fields(DeepSpeedZeroOffloadParamConfig),
             "offload_optimizer": fields(DeepSpeedZeroOffloadOptimizerConfig),
         },
-        "comms_logger": fields(CommsLoggerConfig),
-        "flops_profiler": of(
-            "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
-            "output_file",
-        ),
-        "aio": of(
-            "block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit",
-            "overlap_events", "use_gds",
+        "comms_logger": fields(CommsLoggerConfig) | of("prof_ops", check=_names),
+        "flops_profiler": of("enabled", "detailed", check=_truth)
+        | of("profile_step", "top_modules", check=_number(AT_LEAST_1, whole=True))
+        | of("module_depth", check=_number(Rule(lambda depth: depth >= -1, "-1 or more"), whole=True))
+        | of("recompute_fwd_factor", check=_number(AT_LEAST_0))
+        | of("output_file", check=_path),
+        "aio": of("single_submit", "overlap_events", "use_gds", check=_truth)
+        | of(
+            "block_size", "queue_depth", "intra_op_parallelism", "thread_count",
+            check=_number(AT_LEAST_1, whole=True),
         ),
         "timers": {"throughput": fields(DeepSpeedThroughputTimerConfig)},
         "tensorboard": fields(TensorBoardConfig),
@@ -252,13 +269,17 @@ def load_ds_config(path: str) -> dict[str, Any]:
             words = None if isinstance(value, dict) else "an object in braces"
         elif isinstance(value, float) and not math.isfinite(value):
             words = "a finite number"
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            words = "a number below 2^63"
+        elif isinstance(value, str) and not is_text(value):
+            words = "text, without NUL or halves of characters"
         else:
             words = None if value == "auto" else allowed[key](value)
         if words:
-            refuse(dotted, f"{dotted!r} is {json.dumps(value)[:60]}, and must be {words}.")
+            refuse(dotted, f"{dotted!r} is {shown(value)}, and must be {words}.")
         only, reason = _ONLY_VALUE.get(dotted, (value, ""))
         if value not in (only, "auto"):
-            refuse(dotted, f"{dotted!r}: {json.dumps(value)} can't be used here: {reason}. Remove it.")
+            refuse(dotted, f"{dotted!r}: {shown(value)} can't be used here: {reason}. Remove it.")
     for section, package in _MONITORS.items():
         if content.get(section, {}).get("enabled") is True and find_spec(package) is None:
             refuse(

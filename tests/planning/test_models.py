@@ -140,7 +140,7 @@ def test_a_gpu_from_a_file(tmp_path: Path) -> None:
     [
         ({"bf16_tflops": None}, "bf16_tflops missing"),
         ({"memory_gb": 24}, "unknown figure 'memory_gb'. Did you mean memory_g"),
-        ({"memory_gib": "many"}, "memory_gib is 'many'"),
+        ({"memory_gib": "many"}, 'memory_gib is "many"'),
         ({"mfu": 40}, "mfu is 40"),
     ],
 )

@@ -124,7 +124,7 @@ def test_the_configuration_of_a_trainer_user_is_accepted(tmp_path: Path) -> None
         ({"communication_data_type": "int8"}, r"and must be one of fp32, fp16, bf16"),
         (
             {"flops_profiler": {"profile_step": []}},
-            r"'flops_profiler.profile_step' is .*, and must be a number",
+            r"'flops_profiler.profile_step' is .*, and must be a whole number",
         ),
         ('{"gradient_clipping":\n NaN}', r"ds.json:2: NaN is no number in JSON"),
         ('{"gradient_clipping": 1e999}', r"'gradient_clipping' is Infinity, and must be a finite number"),

@@ -3,20 +3,26 @@
 ``peft`` is imported where it is used: it takes seconds, and most runs don't need it.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dga_scale.backbone.anatomy import Anatomy
+from dga_scale.config.declaration import AT_LEAST_1
+from dga_scale.errors import UserError
+from dga_scale.storage.checked_json import read_object
+from dga_scale.storage.typed_json import check_fields
 
 FOLDER = "adapter"
 """Of the adapter in ``peft``'s own format, inside the model's folder."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_READ = {"lora_alpha": float, "r": Annotated[int, AT_LEAST_1], "fan_in_fan_out": bool}
+"""The fields of ``peft``'s config that an export needs."""
 _NAME = "default"
 _BASE = ".base_layer"
 
@@ -86,7 +92,11 @@ class LoraWeights:
         path = folder / FOLDER / CONFIG
         if not path.exists():
             return None
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_object(path)
+        try:
+            check_fields(config, _READ, needed=True)
+        except ValueError as error:
+            raise UserError(f"damaged ({error}). Restore it, or export another checkpoint", path) from error
         return cls(config["lora_alpha"] / config["r"], config["fan_in_fan_out"])
 
     @staticmethod

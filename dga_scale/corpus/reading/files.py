@@ -15,6 +15,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from dga_scale.errors import UserError
+from dga_scale.storage.typed_json import SignedInt
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
@@ -48,7 +49,7 @@ class Source:
     bytes: int
     fingerprint: str
     """A hash over the beginning and the end of the file, which most changes of its content change."""
-    modified: int
+    modified: SignedInt
     """The time of the last change, in nanoseconds since 1970."""
 
     def check_unchanged(self) -> None:

@@ -3,7 +3,6 @@
 import codecs
 import glob
 import hashlib
-import json
 import os
 import re
 import sys
@@ -27,6 +26,7 @@ from dga_scale.corpus.reading.files import (
 from dga_scale.corpus.reading.sources import FORMATS
 from dga_scale.corpus.shards import MANIFEST, WORK_FOLDER
 from dga_scale.errors import UserError, note
+from dga_scale.storage.checked_json import read_object
 
 _TEXTS = ("text", "jsonl", "csv", "tsv")
 _ARCHIVES = {".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"}
@@ -173,8 +173,9 @@ def _is_corpus(path: Path) -> bool:
 
 def _is_saved_dataset(path: Path) -> bool:
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        choices = " or ".join(str(path / split) for split in splits)
+        splits = read_object(path / "dataset_dict.json").get("splits")
+        names = [str(name) for name in splits] if isinstance(splits, list) else []
+        choices = " or ".join(str(path / name) for name in names) or "a folder in it"
         raise UserError(f"input {path} is a saved DatasetDict: name the split to read, {choices}")
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 

@@ -1,10 +1,8 @@
 """Sharding begins: a plan, tried on the first documents and compared with what the folder holds."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,8 +11,16 @@ from dga_scale.corpus.reading.files import Source
 from dga_scale.corpus.reading.overlap import load_overlap
 from dga_scale.corpus.reading.sources import Records, read_segment
 from dga_scale.corpus.sharding.packing import Layout, write_tokenizer_file
-from dga_scale.corpus.sharding.staging import Plan, ShardSettings, Work, content_hash
-from dga_scale.corpus.shards import MANIFEST, VALIDATION, WORK_FOLDER, Corpus, Manifest, read_manifest
+from dga_scale.corpus.sharding.staging import Plan, ShardSettings, Work, content_hash, read_plan
+from dga_scale.corpus.shards import (
+    MANIFEST,
+    VALIDATION,
+    WORK_FOLDER,
+    Corpus,
+    Manifest,
+    ReadSource,
+    read_manifest,
+)
 from dga_scale.corpus.tokenizer import (
     Encoder,
     check_unknown,
@@ -28,6 +34,7 @@ from dga_scale.corpus.tokenizer import (
 from dga_scale.errors import UserError, note
 from dga_scale.storage.atomic import storage_errors, write_json
 from dga_scale.storage.lock import LOCK_FILE
+from dga_scale.storage.typed_json import build
 
 _FIRST_CHARACTERS = 1 << 18
 """The characters of text that are read and tokenised before any work begins."""
@@ -80,7 +87,7 @@ def begin(
             (output / VALIDATION / MANIFEST).unlink(missing_ok=True)
     begun = None
     if work.plan_file.exists():
-        begun = _read_plan(work.plan_file)
+        begun = read_plan(work.plan_file)
         if begun == plan:
             return
     elif not work.folder.exists() and output.exists() and _unknown_files(output):
@@ -122,15 +129,6 @@ def _is_whole(output: Path, settings: ShardSettings) -> bool:
     return True
 
 
-def _read_plan(path: Path) -> Plan:
-    try:
-        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the plan of unfinished work is damaged, or another version's. Remove {path.parent}", path
-        ) from error
-
-
 def _try_first_documents(plan: Plan, spec: str, layout: Layout) -> None:
     """Read and tokenise the beginning of the inputs, so that what is wrong with all is told at once."""
     settings = plan.settings
@@ -156,8 +154,12 @@ def _unknown_files(output: Path) -> list[str]:
 
 def _check_same(output: Path, plan: Plan, manifest: Manifest) -> None:
     """Refuse to give a finished corpus for other settings or inputs than its own."""
-    settings: dict[str, Any] = {f.name: f.default for f in fields(ShardSettings)} | manifest.settings
-    held = replace(plan, settings=ShardSettings(**{**settings, "exclude": tuple(settings["exclude"])}))
+    try:
+        held = replace(plan, settings=build(ShardSettings, manifest.settings, "settings"))
+    except ValueError as error:
+        raise UserError(
+            f"damaged ({error}). Choose another --output, or remove the folder first", output / MANIFEST
+        ) from error
     if differences := _differences(held, plan) + _other_inputs(manifest.sources, plan.sources):
         raise UserError(
             f"--output {output} holds another corpus: {'; '.join(differences)}. Choose another --output, or "
@@ -178,11 +180,11 @@ def _same_work(begun: Plan, plan: Plan) -> bool:
     return begun.keys == plan.keys and not _differences(begun, plan)
 
 
-def _other_inputs(before: Sequence[dict[str, Any]], now: Sequence[Source]) -> list[str]:
+def _other_inputs(before: Sequence[ReadSource], now: Sequence[Source]) -> list[str]:
     """Name an input that is not among those that were read, or that is not any more, if there is one."""
-    old = [(source["bytes"], source["fingerprint"]) for source in before]
+    old = [(source.bytes, source.fingerprint) for source in before]
     new = [(source.bytes, source.fingerprint) for source in now]
-    gone = [source["path"] for source, state in zip(before, old, strict=True) if state not in new]
+    gone = [source.path for source, state in zip(before, old, strict=True) if state not in new]
     for source, state in zip(now, new, strict=True):
         if state not in old:
             changed = Path(source.path).name in [Path(path).name for path in gone]
@@ -194,5 +196,5 @@ def _other_inputs(before: Sequence[dict[str, Any]], now: Sequence[Source]) -> li
     return [
         f"input {source.path} was changed"
         for read, source in zip(before, now, strict=True)
-        if read["modified"] != source.modified and read["sha256"] != content_hash(source)
+        if read.modified != source.modified and read.sha256 != content_hash(source)
     ][:1]

@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from dga_scale.corpus.sharding.staging import Work, duplicates_of, load_document_batches, read_document_batch
+from dga_scale.corpus.sharding.staging import (
+    Work,
+    duplicates_of,
+    load_document_batches,
+    read_document_batch,
+    read_work,
+)
 from dga_scale.corpus.shards import VALIDATION, Shard, file_sha256
 from dga_scale.corpus.tokenizer import Encoder, cached_encoder, unknown_id
 from dga_scale.errors import UserError
 from dga_scale.storage.atomic import atomic_file, write_json
+from dga_scale.storage.typed_json import SignedInt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +49,7 @@ class Layout:
     """The token between documents in a chunk: SEP, or EOS, which also ends a causal document's row."""
     causal: bool
     special_ids: tuple[int, ...]
-    unknown: int
+    unknown: SignedInt
     """The token for what the tokenizer can't write; -1: it has none, or rows are built with it."""
     vocab_size: int
 
@@ -140,20 +147,26 @@ class ShardTask:
     """The number of partitions that list the duplicates; 0: duplicates are kept."""
 
 
+@dataclass(frozen=True)
+class TokenizerFile:
+    """What every process needs to tokenise and pack."""
+
+    encoder: str
+    """The description of the tokenizer, see ``encoder_spec``."""
+    layout: Layout
+    special_ids: dict[str, int]
+
+
 def write_tokenizer_file(work: Work, encoder: str, layout: Layout, special_ids: dict[str, int]) -> None:
     """The settings that every process needs to tokenise and pack, beside the plan."""
-    content = {"encoder": encoder, "layout": asdict(layout), "special_ids": special_ids}
-    write_json(work.tokenizer_file, content, work.scratch)
+    write_json(work.tokenizer_file, asdict(TokenizerFile(encoder, layout, special_ids)), work.scratch)
 
 
 @lru_cache(maxsize=1)
 def load_tokenizer_file(path: Path) -> tuple[str, Layout, dict[str, int]]:
     """The encoder's spec, the layout and the special ids, read once a process."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    layout = content["layout"]
-    for name in ("prefix", "suffix", "special_ids"):
-        layout[name] = tuple(layout[name])
-    return content["encoder"], Layout(**layout), content["special_ids"]
+    found = read_work(path, TokenizerFile)
+    return found.encoder, found.layout, found.special_ids
 
 
 def write_shard(folder: Path, task: ShardTask, threads: int) -> None:

@@ -6,7 +6,6 @@ Every step leaves files that are complete or absent, so a run that was killed re
 the bytes do not depend on who did what.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from dga_scale.corpus.sharding.packing import (
 from dga_scale.corpus.sharding.staging import (
     DocumentBatch,
     InputSplitReport,
+    InputSplitResult,
     Plan,
     ShardSettings,
     Work,
@@ -38,8 +38,19 @@ from dga_scale.corpus.sharding.staging import (
     load_plan,
     number_of_partitions,
     read_input_split,
+    read_work,
 )
-from dga_scale.corpus.shards import FORMAT, MANIFEST, VALIDATION, WORK_FOLDER, Manifest, Shard, read_manifest
+from dga_scale.corpus.shards import (
+    FORMAT,
+    MANIFEST,
+    VALIDATION,
+    WORK_FOLDER,
+    ExcludedFile,
+    Manifest,
+    ReadSource,
+    Shard,
+    read_manifest,
+)
 from dga_scale.corpus.tokenizer import (
     check_unknown,
 )
@@ -69,6 +80,15 @@ class ShardReport:
     """Whether another call had done part of the work, or is doing it."""
     index: int
     """The rank or array task of this call."""
+
+
+@dataclass(frozen=True)
+class ReadInputs:
+    """What the manifest says of the inputs, which is known when all have been read."""
+
+    report: InputSplitReport
+    excluded: list[ExcludedFile]
+    sources: list[ReadSource]
 
 
 def shard_corpus(
@@ -210,13 +230,13 @@ def _gather_document_batches(work: Work, plan: Plan) -> None:
     found: set[int] = set()
     hashes: dict[int, str] = {}
     for key, input_split in zip(plan.keys, plan.input_splits, strict=True):
-        content = json.loads(work.input_split(key).read_text(encoding="utf-8"))
-        document_batches += content["document_batches"]
-        found.update(content["examples_found"])
-        first_bad = first_bad or content["first_bad"]
+        result = read_work(work.input_split(key), InputSplitResult)
+        document_batches += result.document_batches
+        found.update(result.examples_found)
+        first_bad = first_bad or result.first_bad
         begun = [segment.source for segment in input_split if not segment.start]
-        hashes.update(zip(begun, content["sha256"], strict=True))
-        for name, value in content["report"].items():
+        hashes.update(zip(begun, result.sha256, strict=False))
+        for name, value in asdict(result.report).items():
             setattr(report, name, getattr(report, name) + value)
     if first_bad:
         note(f"{report.bad:,} bad records were left out. The first: {first_bad}")
@@ -228,18 +248,18 @@ def _gather_document_batches(work: Work, plan: Plan) -> None:
         )
     overlap = load_overlap(plan.settings.exclude)
     excluded = [
-        {**asdict(file), "found": count}
+        ExcludedFile(**asdict(file), found=count)
         for file, count in zip(overlap.files, overlap.counts(found), strict=True)
     ]
     with storage_errors(work.output):
         sources = [
             # A source without any row is in no input split.
-            {**asdict(source), "sha256": hashes.get(number) or content_hash(source)}
+            ReadSource(**asdict(source), sha256=hashes.get(number) or content_hash(source))
             for number, source in enumerate(plan.sources)
         ]
-        contents = {**asdict(report), "excluded_files": excluded, "sources": sources}
-        write_json(work.report_file, contents, work.scratch)
-        write_json(work.document_batches_file, document_batches, work.scratch)
+        contents = ReadInputs(report, excluded, sources)
+        write_json(work.report_file, asdict(contents), work.scratch)
+        write_json(work.document_batches_file, [asdict(each) for each in document_batches], work.scratch)
 
 
 def shard_tasks(
@@ -276,26 +296,27 @@ def _assemble(
     work: Work, plan: Plan, document_batches: Sequence[DocumentBatch], tasks: Sequence[ShardTask]
 ) -> None:
     """Write both manifests, the training corpus's last: with it the folder is a corpus."""
-    report = json.loads(work.report_file.read_text(encoding="utf-8"))
+    inputs = read_work(work.report_file, ReadInputs)
+    report = inputs.report
     shards = {
         split: tuple(_finished_shard(work, task) for task in tasks if task.split == split)
         for split in (VALIDATION, "train")
     }
     kept = sum(shard.documents for part in shards.values() for shard in part)
     dropped = {
-        "empty": report["empty"],
-        "control_only": report["control_only"],
-        "duplicates": report["duplicates"]
+        "empty": report.empty,
+        "control_only": report.control_only,
+        "duplicates": report.duplicates
         + sum(document_batch.documents for document_batch in document_batches)
         - kept,
     }
     if plan.settings.exclude:
-        dropped["excluded"] = report["excluded"]
-    if report["bad"]:
-        dropped["bad"] = report["bad"]
+        dropped["excluded"] = report.excluded
+    if report.bad:
+        dropped["bad"] = report.bad
     if not sum(shard.rows for shard in shards["train"]):
         raise UserError(
-            f"nothing is left to train on: {report['documents_read']} documents read, dropped {dropped}, "
+            f"nothing is left to train on: {report.documents_read} documents read, dropped {dropped}, "
             f"{sum(shard.documents for shard in shards[VALIDATION])} held out. Give more text, or a smaller "
             "--validation_share (0: hold out nothing)"
         )
@@ -326,19 +347,19 @@ def _assemble(
             tokens=sum(shard.tokens for shard in records),
             maskable=sum(shard.maskable for shard in records),
             unknown=sum(shard.unknown for shard in records),
-            documents_read=report["documents_read"],
+            documents_read=report.documents_read,
             dropped=dropped,
             settings=asdict(plan.settings),
-            sources=tuple(report["sources"]),
+            sources=tuple(inputs.sources),
             shards=records,
-            excluded=tuple(report["excluded_files"]),
+            excluded=tuple(inputs.excluded),
         )
         with storage_errors(work.output):
             _write_manifest(work.shard_data(split, 0).parent, manifest, work.scratch)
 
 
 def _finished_shard(work: Work, task: ShardTask) -> Shard:
-    return Shard(**json.loads(work.shard(task.split, task.number).read_text(encoding="utf-8")))
+    return read_work(work.shard(task.split, task.number), Shard)
 
 
 def _write_manifest(folder: Path, manifest: Manifest, scratch: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,9 @@ from dga_scale.corpus.reading.finding import find_sources
 from dga_scale.corpus.reading.overlap import load_overlap
 from dga_scale.corpus.reading.sources import ReadOptions, Records, read_segment, segments
 from dga_scale.corpus.shards import VALIDATION, file_sha256
+from dga_scale.errors import UserError
 from dga_scale.storage.atomic import atomic_file, write_array, write_json
+from dga_scale.storage.typed_json import FileName, read_typed
 
 BATCH_DOCUMENTS = 1 << 18
 """A document batch ends after so many documents even where they are short: its hashes are held in memory."""
@@ -134,20 +137,6 @@ class Plan:
         """Return plain data, the content of plan.json."""
         return json.loads(json.dumps(asdict(self)))
 
-    @classmethod
-    def from_json(cls, content: dict) -> "Plan":
-        """The inverse of ``to_json``."""
-        return cls(
-            ShardSettings(
-                **{**content["settings"], "exclude": tuple(content["settings"].get("exclude", ()))}
-            ),
-            tuple(Source(**source) for source in content["sources"]),
-            tuple(
-                tuple(Segment(**segment) for segment in input_split)
-                for input_split in content["input_splits"]
-            ),
-        )
-
 
 class Work:
     """The paths of the unfinished work: all in one folder inside the corpus folder, removed at the end."""
@@ -196,17 +185,43 @@ class Work:
         return folder / f"data-{number:05d}.arrow"
 
 
+T = TypeVar("T")
+
+
+def read_work(path: Path, kind: type[T]) -> T:
+    """Read a file of unfinished work.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UserError: It is damaged, or another version's.
+    """
+    path.stat()  # another array task may have ended and removed it
+    return read_typed(path, kind, f"Remove {path.parent}, and run the same command again")
+
+
+def read_plan(path: Path) -> Plan:
+    """Read the plan of unfinished work.
+
+    Raises:
+        UserError: As ``read_work``.
+    """
+    plan = read_work(path, Plan)
+    if not all(segment.source < len(plan.sources) for each in plan.input_splits for segment in each):
+        raise _damaged(path, "it names more sources than it has")
+    return plan
+
+
 @lru_cache(maxsize=1)
 def load_plan(path: Path) -> Plan:
     """The plan, read once a process."""
-    return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    return read_plan(path)
 
 
 @dataclass(frozen=True)
 class DocumentBatch:
     """The documents of one staging file, in the order of the input."""
 
-    name: str
+    name: FileName
     documents: int
     bytes: int
     lowest: int
@@ -216,9 +231,7 @@ class DocumentBatch:
 @lru_cache(maxsize=1)
 def load_document_batches(path: Path) -> tuple[DocumentBatch, ...]:
     """Read all document batches in the order of the input, once in a process."""
-    return tuple(
-        DocumentBatch(**document_batch) for document_batch in json.loads(path.read_text(encoding="utf-8"))
-    )
+    return tuple(read_work(path, list[DocumentBatch]))
 
 
 @dataclass
@@ -232,6 +245,20 @@ class InputSplitReport:
     """The duplicates within a document batch; others are found when all document batches exist."""
     excluded: int = 0
     bad: int = 0
+
+
+@dataclass(frozen=True)
+class InputSplitResult:
+    """What became of one input split: the record that it was read."""
+
+    report: InputSplitReport
+    document_batches: list[DocumentBatch]
+    examples_found: list[int]
+    """The numbers of the excluded examples that stand in the documents."""
+    first_bad: str
+    """The first bad record that was left out; empty where there was none."""
+    sha256: list[str]
+    """The hashes of the sources that begin in the input split."""
 
 
 def document_hash(text: bytes, seed: int) -> bytes:
@@ -255,16 +282,12 @@ def read_input_split(folder: Path, number: int) -> None:
     report.documents_read += records.bad
     report.bad = records.bad
     begun = [plan.sources[segment.source] for segment in plan.input_splits[number] if not segment.start]
-    content = {
-        "report": asdict(report),
-        "document_batches": [asdict(document_batch) for document_batch in document_batches],
-        "examples_found": sorted(found),
-        "first_bad": records.first_bad,
-        "sha256": [content_hash(source) for source in begun],
-    }
+    content = InputSplitResult(
+        report, document_batches, sorted(found), records.first_bad, [content_hash(source) for source in begun]
+    )
     for index in {segment.source for segment in plan.input_splits[number]}:
         plan.sources[index].check_unchanged()
-    write_json(work.input_split(plan.keys[number]), content, work.scratch)
+    write_json(work.input_split(plan.keys[number]), asdict(content), work.scratch)
 
 
 def content_hash(source: Source) -> str:
@@ -380,9 +403,8 @@ def find_duplicates(folder: Path, number: int, partitions: int) -> None:
     bounds = [(number * 2**64) // partitions, ((number + 1) * 2**64) // partitions]
     parts = []
     for index, document_batch in enumerate(load_document_batches(work.document_batches_file)):
-        hashes = np.load(
-            work.hashes(document_batch.name), mmap_mode="r"
-        )  # (3, documents): both halves and the position
+        hashes = _load_array(work.hashes(document_batch.name), 3, document_batch.documents)
+        # both halves and the position
         first = int(np.searchsorted(hashes[0], np.uint64(bounds[0])))
         last = hashes.shape[1]
         if number + 1 < partitions:
@@ -398,11 +420,27 @@ def find_duplicates(folder: Path, number: int, partitions: int) -> None:
     write_array(work.duplicates(number), found, work.scratch)
 
 
+def _load_array(path: Path, rows: int, columns: int | None = None) -> np.ndarray:
+    """Map an array of unfinished work into memory: (rows, columns) uint64, of any number where it is None."""
+    try:
+        found = np.load(path, mmap_mode="r")
+        whole = found.dtype == np.uint64 and found.shape == (rows, columns or found.shape[-1])
+    except (ValueError, EOFError, IndexError, SyntaxError) as error:  # of a header that is no array's
+        raise _damaged(path, error) from error
+    if not whole:
+        raise _damaged(path, f"it holds {found.dtype} of shape {found.shape}")
+    return found
+
+
+def _damaged(path: Path, what: object) -> UserError:
+    return UserError(f"damaged ({what}). Remove {path.parent}, and run the same command again", path)
+
+
 def duplicates_of(work: Work, document_batch: int, partitions: int) -> np.ndarray:
     """List the positions in document batch ``document_batch`` whose documents repeat an earlier one."""
     positions = []
     for number in range(partitions):
-        found = np.load(work.duplicates(number), mmap_mode="r")
+        found = _load_array(work.duplicates(number), 2)
         first, last = np.searchsorted(
             found[0], np.array([document_batch, document_batch + 1], dtype=np.uint64)
         )

@@ -18,6 +18,7 @@ from dga_scale.errors import UserError
 from dga_scale.experts.clustering import Clusters, NoClusters, find_clusters
 from dga_scale.experts.extension import (
     EXPERTS,
+    ExpertSettings,
     Sample,
     SublayerId,
     add_experts,
@@ -31,7 +32,8 @@ from dga_scale.experts.usage import ExpertUsage
 from dga_scale.objectives.method import Method, MethodContext
 from dga_scale.run_folder import RunFolder
 from dga_scale.storage.atomic import replace_file
-from dga_scale.storage.checked_json import checked, with_checksum
+from dga_scale.storage.checked_json import checked, load_object, with_checksum
+from dga_scale.storage.typed_json import build
 
 
 class CSE(Method[CSESettings]):
@@ -152,8 +154,9 @@ class CSE(Method[CSESettings]):
 def _read(path: Path) -> tuple[Settings, list[list[list[float]]]]:
     """Read the experts' structure, and each sublayer's centres (experts, d') as they were found."""
     try:
-        content = checked(json.loads(path.read_text(encoding="utf-8")))
+        content = checked(load_object(path))
         structure: Settings = content["settings"]
+        build(ExpertSettings, structure, "settings")
         centres = [found["centres"] for found in content["clusters"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -350,7 +350,7 @@ def test_an_error_in_the_background_is_raised_where_batches_are_read(
 ) -> None:
     broken = Corpus(corpus.path / "gone", corpus.manifest)
     broken.lengths, broken.maskable = corpus.lengths, corpus.maskable
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="no shard of a corpus"):
         next(iter(stream(broken, masking)))
     assert not [t for t in threading.enumerate() if t.name == "prefetch"]
 

@@ -162,8 +162,8 @@ def test_documents_that_overlap_are_dropped_and_counted(
     assert manifest.dropped["duplicates"] == 1 - repeated
     found = [sum(any(column) for column in part) for part in
              (list(zip(*matches, strict=True))[:8], list(zip(*matches, strict=True))[8:])]  # fmt: skip
-    assert [file["found"] for file in manifest.excluded] == found
-    assert [file["examples"] for file in manifest.excluded] == [8, len(EXAMPLES) - 8]
+    assert [file.found for file in manifest.excluded] == found
+    assert [file.examples for file in manifest.excluded] == [8, len(EXAMPLES) - 8]
     assert 0 < found[1] < len(EXAMPLES) - 8
 
 
@@ -200,10 +200,7 @@ def test_the_command_says_how_many(
     manifest = Corpus.open(tmp_path / "corpus").manifest
     assert f"{manifest.dropped['excluded']} excluded" in printed
     file = manifest.excluded[1]
-    share = file["found"] / file["examples"]
-    assert (
-        f"test.jsonl: {file['found']} of {file['examples']} examples ({share:.1%}) stood in the text"
-        in printed
-    )
+    share = file.found / file.examples
+    assert f"test.jsonl: {file.found} of {file.examples} examples ({share:.1%}) stood in the text" in printed
     with pytest.raises(UserError, match=r"no document with text in the inputs: .* 900 excluded|no such file"):
         main([*arguments, "--exclude", str(tmp_path / "none.jsonl")])
