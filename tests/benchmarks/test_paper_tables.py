@@ -143,8 +143,8 @@ def test_without_tasks_losses_and_costs_are_compared(data: Path):
     for method, seconds in (("mlm", 2.0), ("kd", 3.0)):
         run = work.run("acl", method, 42)
         run.mkdir(parents=True)
-        steps = [{"step_seconds": 9.0, "memory_gib": [1.0]}] * 3 + [
-            {"step_seconds": seconds, "memory_gib": [1.0, seconds]}
+        steps = [{"step": 1, "step_seconds": 9.0, "memory_gib": [1.0]}] * 3 + [
+            {"step": 2, "step_seconds": seconds, "memory_gib": [1.0, seconds]}
         ]
         (run / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     losses = {

@@ -203,7 +203,7 @@ def excluded(work: Work) -> Iterator[str]:
     for name in [*work.settings.domains, "general"] if work.settings.tasks() else ():
         if (work.corpus(name) / MANIFEST).exists():
             files = Corpus.open(work.corpus(name)).manifest.excluded
-            counts = (f"{f['found']} of {f['examples']} of {Path(f['path']).parent.name}" for f in files)
+            counts = (f"{f.found} of {f.examples} of {Path(f.path).parent.name}" for f in files)
             lines.append(f"- {name}: {', '.join(counts)}")
     if lines:
         yield "## End-task examples in the text\n\nTheir documents were left out.\n\n" + "\n".join(lines)
