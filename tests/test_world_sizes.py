@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dga_scale.backbone.weights_hash import weights_hash
 from dga_scale.checkpoint.store import newest_verified
 from dga_scale.config.parsing import read_config
 from dga_scale.corpus.cli import main as shard
@@ -142,9 +143,10 @@ def final_state(run: Path) -> tuple[dict[str, Tensor], set[str]]:
 
 
 @pytest.fixture(scope="module")
-def importance(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def importance(world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("importance") / "importance.safetensors"
-    Importance({"heads": torch.rand(2, 4)}, {}).save(path)
+    base = weights_hash(str(world.model), random_init=False)
+    Importance({"heads": torch.rand(2, 4)}, {"base_model": base}).save(path)
     return path
 
 
