@@ -34,7 +34,7 @@ def imported(command: str, arguments: list[str]) -> tuple[int, str, list[str]]:
 
 
 def test_all_commands_are_looked_at() -> None:
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 12
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -97,7 +97,8 @@ def test_text_without_a_token_to_predict(world: SmallWorld, tmp_path: Path) -> N
     ):
         evaluator.evaluate(model)
 
-    manifest = dataclasses.replace(corpus.manifest, maskable=0)
+    shards = [dataclasses.replace(shard, maskable=0) for shard in corpus.manifest.shards]
+    manifest = dataclasses.replace(corpus.manifest, maskable=0, shards=shards)
     (corpus.path / "manifest.json").write_text(json.dumps(with_checksum(manifest.to_json())))
     with pytest.raises(
         UserError, match="corpus: none of its tokens can be predicted: all are special or unknown"
