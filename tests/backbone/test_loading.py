@@ -315,7 +315,7 @@ def test_the_command_that_merges_an_adapter_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_size": 0}, "hidden_size is 0: must be a whole number from 1"),
+        ({"hidden_size": 0}, "hidden_size is 0: must be a whole number above 0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1: must be"),
         ({"hidden_act": "gelu_no"}, "hidden_act is 'gelu_no': transformers knows"),
         ({"pad_token_id": VOCAB}, f"pad_token_id is {VOCAB}: must be a token's id, from 0 to {VOCAB - 1}"),
@@ -327,7 +327,7 @@ def test_the_command_that_merges_an_adapter_works(tmp_path: Path) -> None:
         ({"hidden_size": "32"}, "hidden_size"),
         ({"model_type": "llama", "num_key_value_heads": 3}, "num_key_value_heads is 3: must divide num_att"),
         ({"model_type": "gemma2", "num_key_value_heads": 0}, "num_key_value_heads is 0: must be a whole"),
-        ({"model_type": "gemma", "head_dim": -8}, "head_dim is -8: must be a whole number from 1"),
+        ({"model_type": "gemma", "head_dim": -8}, "head_dim is -8: must be a whole number above 0"),
         ({"model_type": "gemma2", "final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0: must be"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "sees what it should predict"),
         ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num is 2: must be 1"),
@@ -336,13 +336,10 @@ def test_the_command_that_merges_an_adapter_works(tmp_path: Path) -> None:
             "num_hidden_groups is 5: must divide num_hidden_l",
         ),
         ({"model_type": "bloom", "slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact is True"),
-        (
-            {"model_type": "bloom", "num_hidden_layers": 0},
-            "n_layer is 0: must be a whole number from 1 to 10,000",
-        ),
+        ({"model_type": "bloom", "num_hidden_layers": 0}, "n_layer is 0: must be a whole number above 0"),
         ({"model_type": "mpnet", "relative_attention_num_buckets": 8}, "buckets is 8: must be at least 32"),
         ({"model_type": "opt", "layerdrop": 0.1}, "layerdrop is 0.1: must be 0"),
-        ({"model_type": "opt", "ffn_dim": 0}, "ffn_dim is 0: must be a whole number from 1"),
+        ({"model_type": "opt", "ffn_dim": 0}, "ffn_dim is 0: must be a whole number above 0"),
         ({"model_type": "roberta", "max_position_embeddings": 2}, "embeddings is 2: must be above 2, where"),
     ],
 )
