@@ -278,7 +278,8 @@ def _load_shard(engine: Engine, checkpoint: Checkpoint, moment_names: Sequence[s
         for name, buffer in engine.module.lm.named_buffers():
             if f"weight:{name}" in reader.stored:
                 reader.read(f"weight:{name}", 0, buffer.view(-1))
-        steps = {_optimizer_step(metadata, checkpoint) for metadata in reader.metadata} - {0.0}
+        found = [_optimizer_step(metadata, checkpoint) for metadata in reader.metadata]
+        steps = [step for step in found if step is not None]
         for shard in local_shards(engine):
             moments = {kind: torch.zeros_like(shard.stepped.data) for kind in moment_names if steps}
             for offset, fragment in zip(shard.offsets, shard.fragments, strict=True):
@@ -303,15 +304,18 @@ def _load_shard(engine: Engine, checkpoint: Checkpoint, moment_names: Sequence[s
                 engine.basic_optimizer.state[shard.stepped] = {"step": step, **moments}
 
 
-def _optimizer_step(metadata: dict[str, str], checkpoint: Checkpoint) -> float:
-    """Read how many steps the optimizer had made; 0 where a rank's shard has no moments."""
+def _optimizer_step(metadata: dict[str, str], checkpoint: Checkpoint) -> float | None:
+    """Read how many steps the optimizer had made; None where a rank's shard has no moments.
+
+    An optimizer that does not count, such as SGD, has made 0.
+    """
     text = metadata.get("optimizer_step", "?")
     if text and not _STEP.fullmatch(text):
         raise UserError(
             f"a shard names the optimizer's step {shown(text)}. Resume from another checkpoint",
             checkpoint.path,
         )
-    return float(text or 0)
+    return float(text) if text else None
 
 
 def _loss_scalers(optimizer: Any) -> list[Any]:
