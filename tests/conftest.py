@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dga_scale.config import user_code
 from tests.helpers.ranks import REPOSITORY, close_pools
 from tests.helpers.small import SmallWorld, make_world
 from tests.helpers.strict import python_warnings
@@ -46,6 +47,12 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_code_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test has imported with ``--import`` is gone for the next: its workers would want it."""
+    monkeypatch.setattr(user_code, "_imported", {})
 
 
 @pytest.fixture(scope="session", autouse=True)
