@@ -140,6 +140,7 @@ class _Lock:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             fix = "Free disk space" if full else "Give another folder, or change its permissions"
             raise UserError(f"it can't be locked: {error.strerror}. {fix}", self._what) from error
+        self._folder = os.stat(self._file.parent)
         _held.add(self)
         self._thread.start()
         return self
@@ -236,6 +237,7 @@ class _Lock:
     def _beat(self) -> None:
         while not self._stop.wait(self._periods.beat):
             with suppress(OSError, _Held):  # the file system is away for a moment, or the next beat tells
+                self._check_folder()
                 try:
                     if (owner := _read(self._file)[0]) is not None and owner.token != self.own.token:
                         _end(f"{self._what}: {owner} has taken it over: this process has lost it, and ends")
@@ -243,12 +245,17 @@ class _Lock:
                 except FileNotFoundError:
                     self._replace()
 
-    def _replace(self) -> None:
-        """Make the file again that someone has removed, unless the folder went with it."""
+    def _check_folder(self) -> None:
+        """End where the folder is gone, or another one has its name: what is written would lie in both."""
         try:
-            self._file.parent.stat()
+            same = os.path.samestat(os.stat(self._file.parent), self._folder)
         except FileNotFoundError:
+            same = False
+        if not same:
             _end(f"{self._what}: it was removed or renamed while this process was writing there")
+
+    def _replace(self) -> None:
+        """Make the file again that someone has removed."""
         descriptor = self._attempt()
         os.dup2(descriptor, self.descriptor, inheritable=False)
         os.close(descriptor)

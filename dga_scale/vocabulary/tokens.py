@@ -61,7 +61,7 @@ def add_terms(
         each for each in tried if each.id >= len(before) and (len(each.pieces) > 1 or unknown in each.pieces)
     ]
     if not new:
-        raise UserError(f"all {len(terms)} terms are one token already: {name_or_path} needs no others")
+        raise UserError(f"each term is one token already: {name_or_path} needs no others")
     kept = {each.term for each in new}
     after = load_tokenizer(name_or_path)
     return after, _added(after, before, [each.term for each in new]), tuple(t for t in terms if t not in kept)

@@ -279,11 +279,18 @@ def test_a_holder_that_slept_while_it_was_taken_over_ends(tmp_path: Path) -> Non
     assert token_in(tmp_path) == "other"
 
 
-def test_a_holder_whose_folder_goes_ends(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_holder_whose_folder_goes_ends(made_again: bool, tmp_path: Path) -> None:
+    """Also where another folder has its name by then, such as one that a save made."""
+    folder, other = tmp_path / "run", tmp_path / "other"
     holder = Holder(folder, periods=Periods(beat=0.05, settle=SETTLE))
     assert holder.holds()
+    other.mkdir()
+    holder.process.send_signal(signal.SIGSTOP)
     folder.rename(tmp_path / "elsewhere")
+    if made_again:
+        other.rename(folder)
+    holder.process.send_signal(signal.SIGCONT)
     code = holder.process.wait(timeout=120)
     assert (code, holder.end()[1]) == (
         2,

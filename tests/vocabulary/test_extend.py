@@ -186,7 +186,7 @@ REFUSED = {
     "a" * 201: r"line 1 has 201 characters, a term at most 200",
     "caf\udce9\n": r"line 1: byte 0xe9 is not UTF-8",
     "BRCA1\nbrca1\n": r"line (1|2): '(BRCA1|brca1)' is the same to this tokenizer as '(brca1|BRCA1)' of",
-    "protein\n": r"all 1 terms are one token already",
+    "protein\n": r"each term is one token already",
 }
 
 
