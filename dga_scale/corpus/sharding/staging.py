@@ -28,6 +28,8 @@ from dga_scale.errors import UserError
 from dga_scale.storage.atomic import atomic_file, write_array, write_json
 from dga_scale.storage.typed_json import FileName, read_typed
 
+T = TypeVar("T")
+
 BATCH_DOCUMENTS = 1 << 18
 """A document batch ends after so many documents even where they are short: its hashes are held in memory."""
 
@@ -183,9 +185,6 @@ class Work:
         """A finished shard, in its final place."""
         folder = self.output / VALIDATION if split == VALIDATION else self.output
         return folder / f"data-{number:05d}.arrow"
-
-
-T = TypeVar("T")
 
 
 def read_work(path: Path, kind: type[T]) -> T:
